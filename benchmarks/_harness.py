@@ -1,0 +1,124 @@
+"""What the benchmarks share: the machine's description, interleaved timing, tables, JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure means nothing without: device, versions, threads, commit."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_model()} ({os.cpu_count()} CPUs)"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastdit": _version("fastdit"),
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                isa = "AVX-512" if "avx512f" in cpuinfo.read_text() else "no AVX-512"
+                return f"{line.split(':', 1)[1].strip()}, {isa}"
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The checkout's commit, marked where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def print_machine(facts: dict[str, Any]) -> None:
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    _synchronize(device)
+    start = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median of the ratios round by round, which holds where a machine's speed drifts."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def table(columns: dict[str, str], rows: list[dict[str, Any]], markdown: bool = False) -> str:
+    """Rows as aligned text or as Markdown.
+
+    Args:
+        columns: heading -> format spec of its values; the key of a value in a row is its heading.
+        rows: an absent or None value shows as "-", a string as it is.
+        markdown: with pipes and a rule.
+    """
+
+    def cell(value: Any, spec: str) -> str:
+        if value is None:
+            return "-"
+        return value if isinstance(value, str) else format(value, spec)
+
+    cells = [list(columns)] + [[cell(r.get(c), s) for c, s in columns.items()] for r in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [
+        [
+            text.ljust(w) if i == 0 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in cells
+    ]
+    if not markdown:
+        return "\n".join("  ".join(line) for line in lines)
+    rule = ["-" * widths[0]] + ["-" * (w - 1) + ":" for w in widths[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def write_json(
+    path: Path, facts: dict[str, Any], arguments: dict[str, Any], **results: Any
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"machine": facts, "arguments": arguments, **results}
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n")

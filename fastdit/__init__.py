@@ -1,0 +1,26 @@
+"""fastdit: Diffusion Transformers (DiT, adaLN-Zero) that sample and train as fast as they can.
+
+import fastdit
+model = fastdit.load("model.safetensors")
+sampler = fastdit.Sampler(model, fastdit.DiffusionScheduler(T=200))
+images = sampler([0, 5, 10], seed=7)  # [3, C, H, W], about -1 to 1
+"""
+
+from fastdit.checkpoint import load, save
+from fastdit.config import PRESETS, DiTConfig
+from fastdit.diffusion import DiffusionScheduler, timestep_embedding
+from fastdit.model import DiT
+from fastdit.sampler import Sampler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "DiT",
+    "DiTConfig",
+    "DiffusionScheduler",
+    "Sampler",
+    "load",
+    "save",
+    "timestep_embedding",
+]

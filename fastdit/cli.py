@@ -1,0 +1,224 @@
+"""The command line: `fastdit train` and `fastdit sample`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastdit.checkpoint import inspect, load
+from fastdit.config import DiTConfig, unknown_name
+from fastdit.data import COLOURS, LABEL_NAMES, judge
+from fastdit.diffusion import DiffusionScheduler
+from fastdit.images import to_pixels, write_grid, write_npz
+from fastdit.sampler import Sampler
+from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
+
+DEFAULT_OUT = Path("runs/toy")
+GRID_FILE = "samples.png"
+JUDGED_PER_CLASS = 10
+SHOWN_PER_CLASS = 4
+
+app = typer.Typer(
+    help="Train and sample Diffusion Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Errors and warnings a user can act on are one line on stderr, without a traceback."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try:
+            yield
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected a device such as cpu or cuda, got {name}") from error
+
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for weights, resume file, samples.")] = (
+        DEFAULT_OUT
+    ),
+    resume: Annotated[bool, typer.Option(help="Continue the run in --out, bit for bit.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the set.  [30]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.  [128]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [5e-4]")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="linear, linear-scaled or cosine.  [linear]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of data, weights, order, noise.  [0]")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images of each class.  [200]")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between two saves.")] = 100,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    device: Device = None,
+) -> None:
+    """Train the toy DiT on the coloured shapes, then show what it learned."""
+    given = dict(
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        schedule=schedule,
+        seed=seed,
+        per_class=per_class,
+    )
+    given = {name: value for name, value in given.items() if value is not None}
+    with _plain_errors():
+        options = dict(device=_device(device), compile=compile, save_every=save_every)
+        trainer = _resume(out, given, options) if resume else _start(out, given, options)
+        result = trainer.run(progress=True)
+        _print_losses(result)
+        _show_samples(out, result, trainer.scheduler)
+
+
+def _start(out: Path, given: dict[str, Any], options: dict[str, Any]) -> Trainer:
+    if (out / RESUME_FILE).exists():
+        raise ValueError(
+            f"--out: {out} already holds a run; continue it with --resume, or name another folder"
+        )
+    return Trainer(DiTConfig(), Recipe(**given), out, **options)
+
+
+def _resume(out: Path, given: dict[str, Any], options: dict[str, Any]) -> Trainer:
+    if not (out / RESUME_FILE).exists():
+        raise ValueError(f"--resume: {out} holds no run to continue; leave --resume out to start")
+    trainer = Trainer.resume(out, **options)
+    for name, value in given.items():
+        started = getattr(trainer.recipe, name)
+        if value != started:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option}: the run was started with {started}, got {value}")
+    print(f"resuming at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
+    return trainer
+
+
+def _print_losses(result: TrainResult) -> None:
+    print("epoch   loss     seed's published loss (another drawing of the set)")
+    last = len(result.epoch_losses)
+    for epoch in sorted({*PUBLISHED_LOSS, last}):
+        if epoch <= last:
+            published = PUBLISHED_LOSS.get(epoch)
+            beside = f"{published:.4f}" if published else ""
+            print(f"{epoch:5d}   {result.epoch_losses[epoch - 1]:.4f}   {beside}".rstrip())
+    print(
+        f"{result.images_per_second:.0f} images/s after a first step of "
+        f"{result.first_step_seconds:.1f} s"
+    )
+
+
+def _show_samples(out: Path, result: TrainResult, scheduler: DiffusionScheduler) -> None:
+    labels = torch.arange(len(LABEL_NAMES)).repeat_interleave(JUDGED_PER_CLASS)
+    images = Sampler(result.model, scheduler)(labels, progress=True)
+    accuracy = judge(images, labels)
+    shown = images.view(len(LABEL_NAMES), -1, *images.shape[1:])[:, :SHOWN_PER_CLASS].flatten(0, 1)
+    columns = len(shown) // len(COLOURS)  # one row a colour
+    write_grid(out / GRID_FILE, to_pixels(shown), columns, zoom=3)
+    print(
+        f"{len(labels)} samples: colour accuracy {accuracy.colour:.3f}, "
+        f"shape accuracy {accuracy.shape:.3f}"
+    )
+    print(f"wrote {out / WEIGHTS_FILE} and {out / GRID_FILE}")
+
+
+@app.command()
+def sample(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Weights that fastdit train or fastdit.save wrote.")
+    ] = DEFAULT_OUT / WEIGHTS_FILE,
+    labels: Annotated[
+        str | None, typer.Option(help="Names or numbers, comma-separated.  [every class]")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images of each label.")] = 4,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same image.")] = 0,
+    out: Annotated[Path, typer.Option(help=".png for a grid, .npz for uint8 NHWC.")] = Path(
+        "samples.png"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.")] = 64,
+    device: Device = None,
+) -> None:
+    """Sample images from a checkpoint."""
+    with _plain_errors():
+        if out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
+        if not checkpoint.is_file():
+            raise ValueError(
+                f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "
+                f"on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
+            )
+        info = inspect(checkpoint)
+        if info.diffusion is None:
+            raise ValueError(
+                f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
+                "with fastdit.save(model, path, scheduler=...)"
+            )
+        wanted = parse_labels(labels, info.labels, info.config)
+        sampler = Sampler(
+            load(checkpoint).to(_device(device)), DiffusionScheduler(**info.diffusion)
+        )
+        rows = [label for label in wanted for _ in range(count)]
+        batches = [
+            sampler(rows[i : i + batch_size], seed, first_index=i, progress=True)
+            for i in range(0, len(rows), batch_size)
+        ]
+        pixels = to_pixels(torch.cat(batches))
+        if out.suffix == ".npz":
+            write_npz(out, pixels)
+        else:
+            write_grid(out, pixels, columns=count, zoom=max(1, 64 // info.config.img_size))
+        print(f"wrote {len(rows)} images to {out}")
+
+
+def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfig) -> list[int]:
+    """Class numbers from comma-separated names and numbers; None means every class.
+
+    Raises:
+        ValueError: a name is unknown or a number out of range.
+    """
+    if text is None:
+        return list(range(config.num_classes))
+    by_name = {name.lower(): i for i, name in enumerate(names or ())}
+    parsed = []
+    for word in text.split(","):
+        word = word.strip().lower()
+        if word.isdecimal() and int(word) < config.num_classes:
+            parsed.append(int(word))
+        elif word in by_name:
+            parsed.append(by_name[word])
+        elif by_name and not word.lstrip("-").isdecimal():
+            raise unknown_name("--labels", word, by_name)
+        else:
+            raise ValueError(
+                f"--labels: expected a number in [0, {config.num_classes})"
+                f"{' or a name' if by_name else ''}, got {word!r}"
+            )
+    return parsed
+
+
+if __name__ == "__main__":
+    app()

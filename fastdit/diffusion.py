@@ -1,0 +1,187 @@
+"""The diffusion process on the host: noise schedules, their tables, the timestep embedding."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastdit.config import unknown_name
+
+# A signal of 10% of the noise's amplitude is visible as a shift of brightness and layout; the
+# published 1000-step linear schedule ends at 4e-5.
+TERMINAL_SNR_LIMIT = 1e-2
+
+
+class TerminalSNRWarning(UserWarning):
+    """The last step still holds signal, while sampling starts from pure noise."""
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding of timesteps, `[cos | sin]`, always computed in float32.
+
+    Args:
+        t: [B], integer or float timesteps.
+        dim: width of the embedding; where odd, the last column is zero.
+        max_period: period of the slowest sinusoid, in steps.
+
+    Returns:
+        [B, dim] float32; column i < dim // 2 is `cos(t * exp(-ln(max_period) * i / (dim // 2)))`.
+
+    Source: Nichol & Dhariwal 2021, `timestep_embedding`; DiT follows it.
+    """
+    half = dim // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * index / half)
+    angles = t.float()[:, None] * frequencies
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return torch.nn.functional.pad(embedding, (0, dim % 2))
+
+
+def _linear_betas(T: int) -> Tensor:
+    """Ho et al. 2020, section 4."""
+    return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+
+
+def _linear_scaled_betas(T: int) -> Tensor:
+    """The linear betas times 1000/T, so that T steps add as much noise as 1000 would."""
+    betas = _linear_betas(T) * (1000 / T)
+    if betas[-1] >= 1:
+        raise ValueError(f"T: schedule='linear-scaled' needs more than 20 steps, got {T}")
+    return betas
+
+
+def _cosine_betas(T: int) -> Tensor:
+    """Nichol & Dhariwal 2021, equation 17, clipped at 0.999 as published."""
+    u = torch.arange(T + 1, dtype=torch.float64) / T
+    alpha_bars = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - alpha_bars[1:] / alpha_bars[:-1]).clamp(max=0.999)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": _linear_betas,
+    "linear-scaled": _linear_scaled_betas,
+    "cosine": _cosine_betas,
+}
+
+
+class DiffusionScheduler:
+    """The tables of a discrete Gaussian diffusion, for any noise predictor.
+
+    Every attribute below is a [T] float32 tensor on `device`, rounded once from float64.
+
+    Attributes:
+        T: number of steps.
+        betas: variance added at each step.
+        alphas: `1 - betas`.
+        alpha_bars: cumulative product of alphas.
+        alpha_bars_prev: alpha_bars one step earlier, starting with 1.
+        sqrt_alpha_bars: the signal's amplitude in x_t.
+        sqrt_one_minus_alpha_bars: the noise's amplitude in x_t.
+        posterior_var: `betas * (1 - alpha_bars_prev) / (1 - alpha_bars)`.
+
+    Source: Ho et al. 2020, equations 4 and 7.
+    """
+
+    betas: Tensor
+    alphas: Tensor
+    alpha_bars: Tensor
+    alpha_bars_prev: Tensor
+    sqrt_alpha_bars: Tensor
+    sqrt_one_minus_alpha_bars: Tensor
+    posterior_var: Tensor
+
+    def __init__(
+        self, T: int = 200, device: torch.device | str = "cpu", schedule: str = "linear"
+    ) -> None:
+        """Build the tables.
+
+        Args:
+            T: number of steps, at least 1.
+            device: where the attributes live.
+            schedule: "linear" (betas from 1e-4 to 0.02), "linear-scaled" (those times 1000/T)
+                or "cosine".
+
+        Raises:
+            ValueError: T is no positive integer, or too small for the schedule; or the schedule's
+                name is unknown.
+
+        Warns:
+            TerminalSNRWarning: x_T keeps signal that sampling will not start with.
+        """
+        if not isinstance(T, int) or isinstance(T, bool) or T < 1:
+            raise ValueError(f"T: expected a positive integer, got {T!r}")
+        if schedule not in SCHEDULES:
+            raise unknown_name("schedule", schedule, SCHEDULES)
+        self.T = T
+        self.schedule = schedule
+        self.device = torch.device(device)
+        betas = SCHEDULES[schedule](T)
+        alphas = 1 - betas
+        alpha_bars = alphas.cumprod(0)
+        alpha_bars_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bars[:-1]])
+        self.tables: dict[str, Tensor] = {
+            "betas": betas,
+            "alphas": alphas,
+            "alpha_bars": alpha_bars,
+            "alpha_bars_prev": alpha_bars_prev,
+            "sqrt_alpha_bars": alpha_bars.sqrt(),
+            "sqrt_one_minus_alpha_bars": (1 - alpha_bars).sqrt(),
+            "posterior_var": betas * (1 - alpha_bars_prev) / (1 - alpha_bars),
+        }  # float64, on the host
+        for name, table in self.tables.items():
+            setattr(self, name, table.to(self.device, torch.float32))
+        self._warn_if_signal_remains()
+
+    def _warn_if_signal_remains(self) -> None:
+        alpha_bar = self.tables["alpha_bars"][-1].item()
+        snr = alpha_bar / (1 - alpha_bar)
+        if snr > TERMINAL_SNR_LIMIT:
+            warnings.warn(
+                f"terminal SNR is {snr:.3g} (alpha_bar_T = {alpha_bar:.3g}): at t = T - 1 training "
+                f"still shows the model {math.sqrt(alpha_bar):.0%} of the image's amplitude, but "
+                "sampling starts from pure noise, so samples drift in brightness and layout; "
+                "schedule='linear-scaled' or 'cosine' ends near zero",
+                TerminalSNRWarning,
+                stacklevel=3,
+            )
+
+    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Noise images to timestep t: `sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps`.
+
+        Args:
+            x0: [B, ...] clean images, any float dtype.
+            t: [B] int64 in [0, T). On an accelerator its range is not read back, since that
+                would stall the stream at every training step.
+            eps: standard normal noise of x0's shape.
+
+        Returns:
+            x_t, of x0's shape and dtype.
+
+        Raises:
+            ValueError: shapes differ, or t is out of range.
+
+        Source: Ho et al. 2020, equation 4.
+        """
+        if eps.shape != x0.shape:
+            raise ValueError(f"eps: expected x0's shape {list(x0.shape)}, got {list(eps.shape)}")
+        if t.shape != x0.shape[:1]:
+            raise ValueError(f"t: expected shape [{x0.shape[0]}], got {list(t.shape)}")
+        if t.device.type == "cpu" and t.numel() and not 0 <= int(t.min()) <= int(t.max()) < self.T:
+            raise ValueError(
+                f"t: expected values in [0, {self.T}), got {int(t.min())} to {int(t.max())}"
+            )
+        per_image = (-1,) + (1,) * (x0.dim() - 1)
+        signal = self._gather("sqrt_alpha_bars", t, x0.dtype).view(per_image)
+        noise = self._gather("sqrt_one_minus_alpha_bars", t, x0.dtype).view(per_image)
+        return signal * x0 + noise * eps
+
+    def _gather(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows t of a table in `dtype`; float64 comes from the float64 table."""
+        if dtype == torch.float64:
+            return self.tables[name].to(t.device)[t]
+        attribute: Tensor = getattr(self, name)
+        return attribute[t].to(dtype)

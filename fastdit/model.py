@@ -1,0 +1,88 @@
+"""`fastdit.DiT`: the reference's parameters, with a forward made of fused passes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit import functional, reference
+
+
+class Modulation(NamedTuple):
+    """Everything the conditioning contributes to one forward."""
+
+    blocks: list[Tensor]  # n_layers of [B, 6D]: scale1, shift1, gate1, scale2, shift2, gate2
+    final: Tensor  # [B, 2D]: scale, shift
+
+
+class DiT(reference.DiT):
+    """Diffusion Transformer with adaLN-Zero conditioning.
+
+    A drop-in for the plain model: same constructor, state dict and numbers. A forward is
+    `denoise(patchify(x), modulation(t, y))`: what depends on (t, y) alone stands apart, so that a
+    sampler can compute it outside its loop, and every residual sum is fused with the LayerNorm
+    that follows it, across the border between blocks too.
+
+        model = DiT(img_size=16, patch_size=4, hidden=64, n_layers=4, n_heads=4)
+        eps = model(x, t, y)  # x [B, C, H, W], t [B], y [B] or None
+    """
+
+    def modulation(self, t: Tensor, y: Tensor | None = None) -> Modulation:
+        """The modulation of every layer for timesteps t [B] and labels y [B] or None."""
+        c = self.conditioning(t, y)
+        blocks = [block.adaLN_modulation(c) for block in self.blocks]
+        return Modulation(blocks, self.final_mod(c))
+
+    def denoise(self, tokens: Tensor, modulation: Modulation) -> Tensor:
+        """Predict the noise of patch tokens.
+
+        Args:
+            tokens: [B, N, p*p*C], as `reference.patchify` lays them out.
+            modulation: of the same B.
+
+        Returns:
+            [B, N, p*p*C_out].
+        """
+        eps = self.cfg.ln_eps
+        patch = self.patch_embed.proj
+        weight = patch.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p*p*C], as the tokens lie
+        residual = F.linear(tokens, weight, patch.bias) + self.pos_embed  # [B, N, D]
+
+        chunks = [m.chunk(6, dim=-1) for m in modulation.blocks]
+        final_scale, final_shift = modulation.final.chunk(2, dim=-1)
+        # The (scale, shift) that opens each block; the final layer's closes the last one.
+        opening = [(m[0], m[1]) for m in chunks] + [(final_scale, final_shift)]
+
+        h = functional.layer_norm_modulate(residual, *opening[0], eps)
+        for i, (block, (_, _, gate1, scale2, shift2, gate2)) in enumerate(
+            zip(self.blocks, chunks, strict=True)
+        ):
+            h = functional.attention(block.attn.qkv(h), self.cfg.n_heads)
+            residual, h = functional.gated_residual_layer_norm_modulate(
+                residual, block.attn.proj(h), gate1, scale2, shift2, eps
+            )
+            residual, h = functional.gated_residual_layer_norm_modulate(
+                residual, block.mlp(h), gate2, *opening[i + 1], eps
+            )
+        return self.final_linear(h)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the noise in x.
+
+        Args:
+            x: [B, C, H, W] noisy images.
+            t: [B] timesteps.
+            y: [B] int64 class labels; None for no label (the null row where the model has one).
+
+        Returns:
+            [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
+
+        Raises:
+            ValueError: a shape is wrong, or y is given to a model without class conditioning.
+        """
+        self.check_inputs(x, t, y)
+        p = self.cfg.patch_size
+        tokens = self.denoise(reference.patchify(x, p), self.modulation(t, y))
+        return reference.unpatchify(tokens, p)

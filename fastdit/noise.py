@@ -1,0 +1,105 @@
+"""Normal noise as a pure function of (seed, step, element), in plain PyTorch.
+
+A sample's noise must not depend on the batch it rides in, the device or the backend, so it is
+counted, not drawn: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3") turns a key and a counter into four uniform 32-bit words, and Box-Muller turns those
+into four normals. For element e of image i at step s:
+
+    key     = the image's 64-bit seed
+    counter = (e // 4, s, the image's stream, 0)
+    words   = philox4x32_10(key, counter)                          # r0 .. r3
+    u       = float32(r0) * 2^-32 + 2^-33                          # in (0, 1]
+    v       = float32(int32(r1)) * 2^-31                           # in [-1, 1]
+    normals = sqrt(-2 ln u) * (cos(pi v), sin(pi v)), and the same of (r2, r3)
+
+float32() rounds to nearest, so u and v have the same bits wherever they are computed, with or
+without fused multiply-add; the normals agree to float32 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+SEED_LIMIT = 2**63
+STREAM_LIMIT = 2**32
+
+# Counters at a time: below 2^16 PyTorch runs the rounds on one thread, above they leave the cache.
+_CPU_BLOCK = 2**16
+
+
+def philox4x32(counter: Sequence[Tensor], key: Tensor) -> list[Tensor]:
+    """Philox4x32-10.
+
+    Args:
+        counter: four int64 tensors of 32-bit unsigned values, broadcastable to each other.
+        key: int64, the 64-bit key, broadcastable to them.
+
+    Returns:
+        Four int64 tensors of 32-bit unsigned values.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    shape = torch.broadcast_shapes(c0.shape, c1.shape, c2.shape, c3.shape)
+    return [c.expand(shape) for c in (c0, c1, c2, c3)]
+
+
+def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product, within int64.
+
+    Both multipliers are above 2^31, so `multiplier - 2^32` keeps the product inside int64; the
+    2^32 * a left out is whole high words.
+    """
+    product = a * (multiplier - 2**32)
+    return (product >> 32) + a, product & _MASK
+
+
+def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
+    """Standard normal noise for some images at some steps.
+
+    Args:
+        seeds: [B, 2] int64, a row (key, stream) for each image; 0 <= stream < 2^32.
+        steps: [S] int64, 0 <= step < 2^32.
+        elements: how many normals an image has at each step.
+
+    Returns:
+        [S, B, elements] float32 on seeds' device.
+    """
+    n_quads = -(-elements // 4)
+    rows = len(steps) * len(seeds)
+    step = steps[:, None].expand(-1, len(seeds)).reshape(rows, 1)
+    pairs = seeds.expand(len(steps), -1, -1).reshape(rows, 2)
+    key, stream = pairs[:, :1], pairs[:, 1:]
+    out = torch.empty(rows, n_quads, 4, device=seeds.device)
+    block = max(1, _CPU_BLOCK // n_quads) if seeds.device.type == "cpu" else max(1, rows)
+    for i in range(0, rows, block):
+        j = slice(i, i + block)
+        _fill_normal(out[j], key[j], step[j], stream[j])
+    return out.view(len(steps), len(seeds), -1)[..., :elements]
+
+
+def _fill_normal(out: Tensor, key: Tensor, step: Tensor, stream: Tensor) -> None:
+    """Fill out [R, Q, 4] for R rows of (key, step, stream), each [R, 1]."""
+    quads = torch.arange(out.shape[1], device=out.device)
+    r0, r1, r2, r3 = philox4x32((quads, step, stream, torch.zeros_like(stream)), key)
+    torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1, out=out)
+
+
+def _box_muller(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
+    u = r0.float() * 2**-32 + 2**-33
+    signed = r1 - ((r1 & 0x80000000) << 1)  # the same 32 bits, read as int32
+    angle = signed.float() * 2**-31 * math.pi
+    radius = torch.sqrt(-2 * torch.log(u))
+    return radius * torch.cos(angle), radius * torch.sin(angle)

@@ -1,0 +1,291 @@
+"""The oracle: DiT and its ops in plain PyTorch, in any float dtype up to float64, nothing fused.
+
+Every fast path in fastdit is tested against this file. It is written to be read beside the
+paper (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023), not to be fast.
+
+Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdit.config import MLP_RATIO, DiTConfig
+from fastdit.diffusion import DiffusionScheduler, timestep_embedding
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """[B, C, h*p, w*p] images -> [B, h*w, p*p*C] tokens, the channel fastest."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, C]
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """[B, N, p*p*C] tokens of a square image -> [B, C, H, W]; the inverse of patchify."""
+    B, N, F_ = x.shape
+    h = int(N**0.5)
+    x = x.view(B, h, h, p, p, F_ // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return x.reshape(B, -1, h * p, h * p)
+
+
+def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """`LN(x) * (1 + scale) + shift`: x [B, N, D], scale and shift [B, D] -> [B, N, D]."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return (normed * (1 + scale[:, None]) + shift[:, None]).to(scale.dtype)
+
+
+def gated_residual_layer_norm_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`r = x + gate * y` and `LN(r) * (1 + scale) + shift`: both [B, N, D]."""
+    residual = (x + gate[:, None] * y).to(x.dtype)
+    return residual, layer_norm_modulate(residual, scale, shift, eps)
+
+
+def attention(qkv: Tensor, n_heads: int) -> Tensor:
+    """Softmax attention without mask on packed qkv [B, N, 3D] -> [B, N, D]."""
+    B, N, D3 = qkv.shape
+    q, k, v = qkv.view(B, N, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
+    weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
+    return (weights @ v).transpose(1, 2).reshape(B, N, D3 // 3)
+
+
+def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
+    """Fixed two-dimensional positions, [1, grid*grid, hidden] float64.
+
+    The first half of the channels encodes the column, the second half the row, each as
+    `[sin | cos]` of `position / 10000^(i / (hidden / 4))` (MAE and DiT, `pos_embed`).
+    """
+    omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, D/2]
+    column = axis[None].expand(grid, -1, -1)
+    row = axis[:, None].expand(-1, grid, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, hidden)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        p = cfg.patch_size
+        self.proj = nn.Conv2d(cfg.in_channels, cfg.hidden, kernel_size=p, stride=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.qkv = nn.Linear(cfg.hidden, 3 * cfg.hidden)
+        self.proj = nn.Linear(cfg.hidden, cfg.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attention(self.qkv(x), self.n_heads))  # [B, N, D]
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        D = cfg.hidden
+        self.eps = cfg.ln_eps
+        self.attn = Attention(cfg)
+        self.mlp = nn.Sequential(
+            nn.Linear(D, MLP_RATIO * D),
+            nn.GELU(approximate="tanh" if cfg.gelu == "tanh" else "none"),
+            nn.Linear(MLP_RATIO * D, D),
+        )
+        self.adaLN_modulation = nn.Linear(D, 6 * D)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c)  # [B, 6D]
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attn(layer_norm_modulate(x, scale1, shift1, self.eps))
+        x = x + gate2[:, None] * self.mlp(layer_norm_modulate(x, scale2, shift2, self.eps))
+        return x
+
+
+class DiT(nn.Module):
+    """The plain model. `fastdit.DiT` has its parameters and its numbers, and a faster forward."""
+
+    def __init__(
+        self,
+        img_size: int = 16,
+        patch_size: int = 4,
+        in_channels: int = 3,
+        hidden: int = 64,
+        n_layers: int = 4,
+        n_heads: int = 4,
+        num_classes: int = 16,
+        use_class_cond: bool = True,
+        **options: Any,
+    ) -> None:
+        """Build a model with fresh weights; it returns zeros until it is trained.
+
+        Args and `options` are the fields of `DiTConfig`, which documents them.
+
+        Raises:
+            ValueError: an option is unknown, out of range, or contradicts another.
+        """
+        super().__init__()
+        self.cfg = cfg = DiTConfig.from_dict(
+            dict(
+                img_size=img_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                hidden=hidden,
+                n_layers=n_layers,
+                n_heads=n_heads,
+                num_classes=num_classes,
+                use_class_cond=use_class_cond,
+                **options,
+            )
+        )
+        D = cfg.hidden
+        t_width = cfg.t_embed_width or D
+        self.patch_embed = PatchEmbed(cfg)
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, cfg.n_tokens, D), requires_grad=cfg.pos_embed == "learned"
+        )
+        t_act = nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU()
+        self.t_embed = nn.Sequential(nn.Linear(t_width, D), t_act, nn.Linear(D, D))
+        if cfg.use_class_cond:
+            self.y_embed = nn.Embedding(cfg.class_rows, D)
+        blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks: list[Block] = blocks  # type: ignore[assignment]
+        self.final_mod = nn.Linear(D, 2 * D)
+        self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
+        self._init_weights()
+
+    @classmethod
+    def from_config(cls, cfg: DiTConfig) -> Self:
+        return cls(**cfg.to_dict())
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Positions, the zeros of adaLN-Zero, and where cfg.init says so the published draws."""
+        cfg = self.cfg
+        if cfg.init == "xavier":
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
+                    _zero_(module.bias)
+            for layer in self.t_embed:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
+            if cfg.use_class_cond:
+                nn.init.normal_(self.y_embed.weight, std=0.02)
+        if cfg.pos_embed == "sincos":
+            self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
+        else:
+            nn.init.normal_(self.pos_embed, std=0.02)
+        modulations = [block.adaLN_modulation for block in self.blocks]
+        for layer in (*modulations, self.final_mod, self.final_linear):
+            _zero_(layer.weight, layer.bias)
+
+    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        """Shapes only: values would cost a device sync, and would not trace."""
+        B = x.shape[0] if x.dim() else 0
+        expected = [B, *self.cfg.sample_shape]
+        if list(x.shape) != expected:
+            raise ValueError(f"x: expected shape [B, {expected[1:]}], got {list(x.shape)}")
+        if list(t.shape) != [B]:
+            raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
+        if y is None:
+            return
+        if not self.cfg.use_class_cond:
+            raise ValueError("y: expected None, since the model has use_class_cond=False")
+        if list(y.shape) != [B]:
+            raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
+
+    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """The vector every modulation is made from: t [B], y [B] or None -> [B, D]."""
+        first = self.t_embed[0]
+        assert isinstance(first, nn.Linear)
+        embedding = timestep_embedding(t, first.in_features)
+        c: Tensor = self.t_embed(embedding.to(first.weight.dtype))
+        if y is None and self.cfg.null_class:
+            y = torch.full_like(t, self.cfg.num_classes, dtype=torch.int64)
+        if y is not None:
+            c = c + self.y_embed(y)
+        return F.silu(c) if self.cfg.modulation_act == "silu" else c
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the noise in x.
+
+        Args:
+            x: [B, C, H, W] noisy images.
+            t: [B] timesteps.
+            y: [B] int64 class labels; None for no label (the null row where the model has one).
+
+        Returns:
+            [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
+
+        Raises:
+            ValueError: a shape is wrong, or y is given to a model without class conditioning.
+        """
+        self.check_inputs(x, t, y)
+        c = self.conditioning(t, y)  # [B, D]
+        h = self.patch_embed(x) + self.pos_embed  # [B, N, D]
+        for block in self.blocks:
+            h = block(h, c)
+        scale, shift = self.final_mod(c).chunk(2, dim=-1)
+        h = self.final_linear(layer_norm_modulate(h, scale, shift, self.cfg.ln_eps))
+        return unpatchify(h, self.cfg.patch_size)
+
+
+def _zero_(*parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    scheduler: DiffusionScheduler,
+    x_T: Tensor,
+    labels: Tensor | None = None,
+    noise: Sequence[Tensor] | Tensor | None = None,
+) -> Tensor:
+    """Ancestral sampling, line by line as Ho et al. 2020, algorithm 2.
+
+    Where the model returns 2C channels, the variance is the learned one of Nichol & Dhariwal
+    2021, equation 15; else it is the posterior's.
+
+    Args:
+        model: noise predictor, called as `model(x, t, labels)`.
+        scheduler: its tables are used in x_T's dtype.
+        x_T: [B, C, H, W] standard normal noise to start from.
+        labels: [B] int64, or None.
+        noise: T tensors of x_T's shape; the k-th update uses noise[k]. None draws from
+            PyTorch's global generator.
+
+    Returns:
+        [B, C, H, W] in x_T's dtype.
+    """
+    table = {name: v.to(x_T.device, x_T.dtype) for name, v in scheduler.tables.items()}
+    x = x_T
+    for k, t in enumerate(reversed(range(scheduler.T))):
+        beta, posterior_var = table["betas"][t], table["posterior_var"][t]
+        eps = model(x, torch.full((len(x),), t, device=x.device), labels)
+        variance = posterior_var
+        if eps.shape[1] == 2 * x.shape[1]:
+            eps, v = eps.chunk(2, dim=1)
+            share = (v + 1) / 2
+            variance = torch.exp(share * beta.log() + (1 - share) * posterior_var.log())
+        x = (x - beta / table["sqrt_one_minus_alpha_bars"][t] * eps) / table["alphas"][t].sqrt()
+        if t > 0:
+            z = torch.randn_like(x) if noise is None else noise[k]
+            x = x + variance.sqrt() * z
+    return x
