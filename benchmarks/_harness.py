@@ -8,8 +8,10 @@ import os
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,14 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
+
+
+@contextmanager
+def fresh_compile_cache() -> Iterator[None]:
+    """An empty Inductor cache, so that a compile time is that of a first compilation."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        yield
 
 
 def print_machine(facts: dict[str, Any]) -> None:

@@ -12,9 +12,7 @@ random and none is zero: a fresh DiT returns zeros, and neither speed nor error 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import machine, median_ratio, print_machine, seconds, table, write_json
+from _harness import (
+    fresh_compile_cache,
+    machine,
+    median_ratio,
+    print_machine,
+    seconds,
+    table,
+    write_json,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -193,7 +199,7 @@ def run(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def build(preset: str, args: argparse.Namespace, device: torch.device) -> Case:
     steps = args.steps or (200 if preset == "toy" else 50)
-    schedule = "linear" if preset == "toy" else "linear-scaled"
+    schedule = "linear" if preset == "toy" else "cosine"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TerminalSNRWarning)  # random weights: no samples to spoil
         scheduler = fastdit.DiffusionScheduler(steps, device, schedule)
@@ -275,9 +281,7 @@ def main() -> None:
     facts = machine(device)
     print_machine(facts)
     rows = []
-    # A cache of its own, so that the compile time is that of a first compilation.
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    with fresh_compile_cache():
         for preset in args.preset:
             rows += run(build(preset, args, device), args)
     if args.json:

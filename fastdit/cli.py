@@ -42,6 +42,7 @@ def _plain_errors() -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        warnings.simplefilter("default", UserWarning)
         try:
             yield
         except (ValueError, OSError, FloatingPointError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -195,17 +196,24 @@ def _check_seeds(B: int, seed: int, seeds: Sequence[int] | None, first_index: in
     if seeds is None:
         if not 0 <= first_index <= STREAM_LIMIT - B:
             raise ValueError(f"first_index: expected a value in [0, 2^32 - {B}], got {first_index}")
-        rows = [(seed, first_index + i) for i in range(B)]
+        rows = [(_check_key(seed), first_index + i) for i in range(B)]
     elif len(seeds) != B:
         raise ValueError(f"seeds: expected {B}, one an image; got {len(seeds)}")
     elif first_index:
         raise ValueError("first_index: expected 0 where seeds names every image's key")
     else:
-        rows = [(key, 0) for key in seeds]
-    for key, _ in rows:
-        if not 0 <= key < SEED_LIMIT:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {key}")
+        rows = [(_check_key(key), 0) for key in seeds]
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def _check_key(seed: int) -> int:
+    try:
+        key = operator.index(seed)
+    except TypeError:
+        key = -1
+    if not 0 <= key < SEED_LIMIT:
+        raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
+    return key
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -1,0 +1,58 @@
+"""The benchmark scripts run, with tiny arguments, as users run them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
+    path = tmp_path / "results" / "r.json"
+    done = run("sample_throughput.py", *"--batch 1 2 --steps 3 --rounds 2 --json".split(), path)
+    assert done.returncode == 0, done.stderr
+    for word in ("threads", "torch", "reference eager", "reference compiled", "fastdit eager"):
+        assert word in done.stdout
+    document = json.loads(path.read_text())
+    assert {"device", "threads", "torch", "commit"} <= document["machine"].keys()
+    rows = {(row["way"], row["batch"]): row for row in document["rows"]}
+    assert len(rows) == 6
+    for (way, _), row in rows.items():
+        assert row["images/s"] > 0 and row["min"] <= row["images/s"] <= row["max"]
+        assert row["error"] < 1e-5, "float32 against float64"
+        assert row["error"] > 0
+        assert ("compile s" in row) == (way == "reference compiled")
+        assert len(row["seconds"]) == 2
+    assert rows["reference compiled", 1]["compile s"] > 1
+
+
+def test_sample_throughput_takes_presets_dtypes_and_choices(tmp_path):
+    arguments = "--preset DiT-S/8 --batch 2 --steps 2 --rounds 1 --dtype bfloat16"
+    done = run(
+        "sample_throughput.py", *arguments.split(), "--execution", "eager", "--json", tmp_path / "r"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "r").read_text())["rows"]
+    assert [row["way"] for row in rows] == ["reference eager", "fastdit eager"]
+    assert all(1e-4 < row["error"] < 0.1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch", 0), "--batch: expected at least 1, got [0]"),
+        (("--preset", "DiT-M/2"), "invalid choice: 'DiT-M/2'"),
+        (("--execution", "graph"), "invalid choice: 'graph'"),
+    ],
+)
+def test_sample_throughput_refuses_bad_arguments(arguments, message):
+    done = run("sample_throughput.py", *arguments)
+    assert done.returncode == 2 and message in done.stderr

@@ -1,0 +1,155 @@
+"""Weights come back as they went, a file is whole or old, and a foreign one is named."""
+
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastdit
+from fastdit import PRESETS, DiffusionScheduler, DiTConfig
+from fastdit.checkpoint import CheckpointInfo, inspect
+from fastdit.testing import randomize
+
+SMALL = DiTConfig(hidden=32, n_layers=1, n_heads=2)
+
+
+def make_model(cfg=SMALL):
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "cfg",
+    [SMALL, replace(PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2)],
+    ids=["toy", "published"],
+)
+def test_round_trip_is_bit_exact(tmp_path, cfg, dtype):
+    model = make_model(cfg).to(dtype)
+    fastdit.save(model, tmp_path / "m.safetensors")
+    loaded = fastdit.load(tmp_path / "m.safetensors")
+    assert loaded.cfg == cfg
+    for (name, a), b in zip(
+        model.named_parameters(), dict(loaded.named_parameters()).values(), strict=True
+    ):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+        assert a.requires_grad == b.requires_grad, name
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_header_carries_schedule_and_labels(tmp_path):
+    scheduler = DiffusionScheduler(50, schedule="cosine")
+    names = [f"class {i}" for i in range(16)]
+    fastdit.save(make_model(), tmp_path / "m.safetensors", scheduler, names)
+    assert inspect(tmp_path / "m.safetensors") == CheckpointInfo(
+        SMALL, {"T": 50, "schedule": "cosine"}, tuple(names)
+    )
+
+
+def test_label_names_must_be_as_many_as_classes(tmp_path):
+    with pytest.raises(ValueError, match="labels: expected 16 names, got 2"):
+        fastdit.save(make_model(), tmp_path / "m.safetensors", labels=["a", "b"])
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    fastdit.save(make_model(), tmp_path / "m.safetensors")
+    before = torch.get_rng_state()
+    fastdit.load(tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors: no such file"):
+        fastdit.load(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999], ids="keep-{}".format)
+def test_truncated_files_are_one_clear_error(tmp_path, keep):
+    path = tmp_path / "m.safetensors"
+    fastdit.save(make_model(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: keep if keep > 1 or keep == 0 else int(keep * len(whole))])
+    with pytest.raises(ValueError, match="expected a whole safetensors file.*truncated"):
+        fastdit.load(path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.pt").write_bytes(pickle.dumps(Hostile()))
+    torch.save({"model": Hostile()}, tmp_path / "zipped.pt")
+    for name in ("m.pt", "zipped.pt"):
+        with pytest.raises(ValueError, match="a PyTorch .pt is a pickle"):
+            fastdit.load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["patch_embed.proj.weight"], "look like fastdit's: build fastdit.DiT"),
+        (["x_embedder.proj.weight"], "look like facebookresearch/DiT's"),
+        (["transformer_blocks.0.norm1.linear.weight"], "look like diffusers's"),
+        (["encoder.weight"], r"the keys \(encoder.weight\) are of no layout known here"),
+    ],
+)
+def test_a_foreign_file_is_told_by_its_keys(tmp_path, keys, message):
+    save_file({key: torch.zeros(2) for key in keys}, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=f"expected a fastdit header, got none; .*{message}"):
+        fastdit.load(tmp_path / "m.safetensors")
+
+
+def test_keys_that_do_not_fit_are_listed(tmp_path):
+    model = make_model()
+    state = dict(model.state_dict())
+    state["extra.weight"] = state.pop("final_mod.bias")
+    state["pos_embed"] = torch.zeros(1, 4, 32)
+    model.state_dict = lambda: state
+    fastdit.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError) as error:
+        fastdit.load(tmp_path / "m.safetensors")
+    for part in (
+        "missing final_mod.bias",
+        "unexpected extra.weight",
+        "pos_embed: expected shape [1, 16, 32], got [1, 4, 32]",
+    ):
+        assert part in str(error.value)
+
+
+WRITE_UNDER_A_LIMIT = """
+import resource, sys, fastdit
+path, limit = sys.argv[1], int(sys.argv[2])
+model = fastdit.load(path)
+for p in model.parameters():
+    p.data.zero_()
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    fastdit.save(model, path)
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs file size limits")
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
+    """A limit on the file's size stands for the full disk: the write fails half way."""
+    path = tmp_path / "m.safetensors"
+    fastdit.save(make_model(), path)
+    before = path.read_bytes()
+    command = [sys.executable, "-c", WRITE_UNDER_A_LIMIT, str(path), str(len(before) // 2)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not written" in done.stdout and "an older file is as it was" in done.stdout
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]

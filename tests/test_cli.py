@@ -1,0 +1,143 @@
+"""The command line: what it writes, what it prints, and errors that are one line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Sampler
+from fastdit.cli import app, parse_labels
+from fastdit.data import LABEL_NAMES
+from fastdit.images import to_pixels, write_grid
+from fastdit.testing import randomize
+
+SMALL = DiTConfig(hidden=16, n_layers=1, n_heads=1)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = fastdit.DiT.from_config(SMALL)
+    randomize(model)
+    path = tmp_path / "m.safetensors"
+    fastdit.save(model, path, DiffusionScheduler(5, schedule="cosine"), LABEL_NAMES)
+    return path
+
+
+def test_train_then_resume_then_sample(tmp_path):
+    out = tmp_path / "run"
+    brief = ("--epochs", 2, "--per-class", 2, "--batch-size", 16, "--out", out)
+    done = run("train", *brief)
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in out.iterdir()} == {
+        "model.safetensors",
+        "resume.safetensors",
+        "samples.png",
+    }
+    assert "    1   " in done.stdout and "0.9147" in done.stdout
+    assert "colour accuracy" in done.stdout and "images/s" in done.stdout
+    assert "warning: terminal SNR" in done.stderr
+    assert "loss " in done.stderr and "img/s" in done.stderr
+    with Image.open(out / "samples.png") as grid:
+        assert grid.size == ((16 * 17 - 1) * 3, (4 * 17 - 1) * 3)  # one row a colour
+
+    again = run("train", *brief)
+    assert again.exit_code == 1 and "already holds a run" in again.stderr
+    resumed = run("train", "--resume", "--out", out)
+    assert resumed.exit_code == 0 and "resuming at step 4 of 4" in resumed.stderr
+    other = run("train", "--resume", "--out", out, "--epochs", 3)
+    assert other.exit_code == 1
+    assert "--epochs: the run was started with 2, got 3" in other.stderr
+
+    sampled = run("sample", out / "model.safetensors", "--out", tmp_path / "s.png", "--count", 1)
+    assert sampled.exit_code == 0, sampled.output
+    assert "sampling" in sampled.stderr
+
+
+def test_sample_writes_what_the_sampler_makes(checkpoint, tmp_path):
+    done = run(
+        "sample",
+        checkpoint,
+        *("--labels", "Red Circle, 5,yellow cross", "--count", 2, "--seed", 9),
+        *("--batch-size", 4, "--out", tmp_path / "s.npz"),
+    )
+    assert done.exit_code == 0, done.output
+    sampler = Sampler(fastdit.load(checkpoint), DiffusionScheduler(5, schedule="cosine"))
+    expected = to_pixels(sampler([0, 0, 5, 5, 15, 15], seed=9))
+    with np.load(tmp_path / "s.npz") as archive:
+        assert archive.files == ["arr_0"]
+        pixels = archive["arr_0"]
+    assert pixels.dtype == np.uint8 and pixels.shape == (6, 16, 16, 3)
+    # The two batches round differently from one batch of six; a pixel may fall to its neighbour.
+    assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_pixels_are_scaled_as_published():
+    values = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.5, 0.996, 1.0, 2.0])
+    pixels = to_pixels(values.view(1, 1, 2, 4))
+    assert pixels.shape == (1, 2, 4, 1)
+    assert pixels.flatten().tolist() == [0, 0, 0, 128, 191, 254, 255, 255]
+
+
+def test_grid_places_images_row_by_row(tmp_path):
+    pixels = np.zeros((5, 2, 3, 3), dtype=np.uint8)
+    pixels[:] = (np.arange(5) * 40)[:, None, None, None]
+    write_grid(tmp_path / "g.png", pixels, columns=3, zoom=2)
+    with Image.open(tmp_path / "g.png") as image:
+        assert image.size == ((3 * 4 - 1) * 2, (2 * 3 - 1) * 2)
+        for i in range(5):
+            row, column = divmod(i, 3)
+            assert image.getpixel((column * 8, row * 6)) == (i * 40,) * 3
+
+
+def test_sample_without_a_checkpoint_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("sample")
+    assert done.exit_code == 1
+    assert "no such checkpoint; make one with `fastdit train`" in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--labels", "red circel"), "got 'red circel'; did you mean 'red circle'?"),
+        (("--labels", "16"), "--labels: expected a number in [0, 16) or a name, got '16'"),
+        (("--labels", "-1"), "--labels: expected a number in [0, 16) or a name, got '-1'"),
+        (("--out", "s.jpg"), "--out: expected a name that ends in .png or .npz, got s.jpg"),
+        (("--seed", "-3"), "seed: expected an integer in [0, 2^63), got -3"),
+        (("--device", "tpu9000"), "--device: expected a device such as cpu or cuda, got tpu9000"),
+    ],
+)
+def test_bad_arguments_are_one_line(checkpoint, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("sample", checkpoint, *arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_checkpoint_without_schedule_says_so(tmp_path):
+    fastdit.save(fastdit.DiT.from_config(SMALL), tmp_path / "m.safetensors")
+    done = run("sample", tmp_path / "m.safetensors")
+    assert done.exit_code == 1 and "fastdit.save(model, path, scheduler=...)" in done.stderr
+
+
+def test_labels_without_names_are_numbers():
+    assert parse_labels("3, 0", None, SMALL) == [3, 0]
+    assert parse_labels(None, None, SMALL) == list(range(16))
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 16\), got 'cat'"):
+        parse_labels("cat", None, SMALL)
+
+
+def test_the_installed_command_answers():
+    command = [sys.executable, "-m", "fastdit.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "train" in done.stdout and "sample" in done.stdout

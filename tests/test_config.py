@@ -1,0 +1,73 @@
+"""Every option is checked when a config is built, and the presets have the published sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import PRESETS, DiTConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_size": 0}, "img_size: expected a positive integer, got 0"),
+        ({"hidden": 64.0}, "hidden: expected a positive integer, got 64.0"),
+        ({"n_layers": True}, "n_layers: expected a positive integer, got True"),
+        ({"patch_size": 5}, "patch_size: expected a divisor of img_size=16, got 5"),
+        ({"n_heads": 5}, "n_heads: expected a divisor of hidden=64, got 5"),
+        ({"gelu": "tan"}, "gelu: expected one of erf, tanh; got 'tan'; did you mean 'tanh'?"),
+        ({"pos_embed": "rope"}, "pos_embed: expected one of learned, sincos; got 'rope'"),
+        ({"modulation_act": "relu"}, "modulation_act: expected one of none, silu; got 'relu'"),
+        ({"t_embed_act": None}, "t_embed_act: expected one of gelu, silu; got None"),
+        ({"t_embed_width": 0}, "t_embed_width: expected a positive integer, got 0"),
+        ({"ln_eps": 0.0}, "ln_eps: expected a positive float, got 0.0"),
+        ({"ln_eps": float("nan")}, "ln_eps: expected a positive float, got nan"),
+        ({"learn_sigma": 1}, "learn_sigma: expected True or False, got 1"),
+        (
+            {"use_class_cond": False, "null_class": True},
+            "null_class: expected False where use_class_cond=False, got True",
+        ),
+        (
+            {"pos_embed": "sincos", "hidden": 66, "n_heads": 2},
+            "hidden: pos_embed='sincos' needs a multiple of 4, got 66",
+        ),
+        ({"hiden": 64}, "got 'hiden'; did you mean 'hidden'?"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("build", [fastdit.DiT, lambda **o: DiTConfig.from_dict(o)])
+def test_bad_options_are_value_errors_that_name_them(options, message, build):
+    with pytest.raises(ValueError) as error:
+        build(**options)
+    assert message in str(error.value)
+
+
+def test_config_survives_a_dict():
+    for cfg in PRESETS.values():
+        assert DiTConfig.from_dict(cfg.to_dict()) == cfg
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DiTConfig().hidden = 128
+
+
+# Millions of trained parameters, Peebles & Xie 2023, table 1; XL/2 exactly as its checkpoint has
+# them, the fixed positions counted.
+@pytest.mark.parametrize(
+    ("name", "millions"), [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)]
+)
+def test_presets_have_the_published_sizes(name, millions):
+    with torch.device("meta"):
+        model = fastdit.DiT.from_config(PRESETS[name])
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert round(trained / 1e6) == millions
+    if name == "DiT-XL/2":
+        assert trained + model.pos_embed.numel() == 675_129_632
+
+
+def test_presets_cover_all_published_names():
+    published = {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+    assert set(PRESETS) == published | {"toy"}

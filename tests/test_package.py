@@ -1,0 +1,74 @@
+"""What importing fastdit costs, and how its kernels may be imported."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastdit
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_version_is_the_installed_one():
+    assert fastdit.__version__ == importlib.metadata.version("fastdit")
+
+
+def test_every_public_name_exists():
+    assert all(hasattr(fastdit, name) for name in fastdit.__all__)
+
+
+def test_import_takes_no_triton_and_little_time(tmp_path):
+    code = (
+        "import sys, time, torch\n"
+        "start = time.process_time()\n"
+        "import fastdit\n"
+        "print(time.process_time() - start, 'triton' in sys.modules)"
+    )
+    runs = [run_python(code, tmp_path).split() for _ in range(3)]
+    assert all(triton == "False" for _, triton in runs)
+    assert min(float(seconds) for seconds, _ in runs) < 0.2
+
+
+def test_kernels_are_installed_inside_fastdit(tmp_path):
+    assert run_python("import fastdit.kernels as k; print(k.__name__)", tmp_path).strip() == (
+        "fastdit.kernels"
+    )
+
+
+def test_kernels_under_another_name_say_how_to_install():
+    code = "import kernels"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "pip install -e ." in done.stderr
+
+
+def test_import_changes_nothing_global(tmp_path):
+    code = (
+        "import logging, torch\n"
+        "def state(): return (torch.get_default_dtype(), torch.backends.cuda.matmul.allow_tf32,\n"
+        "    torch.get_float32_matmul_precision(), torch.get_num_threads(),\n"
+        "    torch.is_grad_enabled(), torch.initial_seed(), logging.getLogger().handlers)\n"
+        "before = state()\n"
+        "import fastdit, fastdit.train, fastdit.cli\n"
+        "print(state() == before)"
+    )
+    assert run_python(code, tmp_path).strip() == "True"
+
+
+@pytest.mark.parametrize("module", ["reference", "functional", "model", "sampler", "kernels"])
+def test_imports_run_one_way(module, tmp_path):
+    """Nothing below the command line imports it, and the kernels import nothing of fastdit's."""
+    code = (
+        f"import sys, fastdit.{module}\n"
+        "print(sorted(m for m in sys.modules if m in ('fastdit.train', 'fastdit.cli')))"
+    )
+    assert run_python(code, tmp_path).strip() == "[]"

@@ -1,0 +1,215 @@
+"""Sampling: the reference loop's images, whatever the batch, for any noise predictor."""
+
+import pytest
+import torch
+from torch import nn
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Sampler, reference
+from fastdit.noise import normal
+from fastdit.testing import check_against_oracle, randomize, relative_error
+
+CFG = DiTConfig(hidden=32, n_layers=2, n_heads=2)
+STEPS = 20
+
+
+def make_model(cfg=CFG, dtype=torch.float32):
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    return model.to(dtype)
+
+
+def make_scheduler(T=STEPS):
+    return DiffusionScheduler(T, schedule="cosine")
+
+
+def recorded_noise(batch, shape=CFG.sample_shape, steps=STEPS):
+    z = torch.randn(steps + 1, batch, *shape, generator=torch.Generator().manual_seed(1))
+    return z[0], z[1:]
+
+
+class ConvPredictor(nn.Module):
+    """A predictor that is no transformer: two convolutions, the timestep as a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 2, 3, padding=1)
+
+    def forward(self, x, t, y):
+        time = (t / 100).to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        return self.last(torch.tanh(self.first(torch.cat([x, time], dim=1))))
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True], ids=["fixed-var", "learned-var"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_images_equal_the_reference_loop_given_its_noise(dtype, learn_sigma):
+    cfg = DiTConfig(hidden=32, n_layers=2, n_heads=2, learn_sigma=learn_sigma)
+    labels = torch.arange(7)
+    x_T, noise = recorded_noise(7)
+    scheduler = make_scheduler()
+    plain = reference.DiT.from_config(cfg)
+    randomize(plain)
+    own_dtype = reference.sample(plain.to(dtype), scheduler, x_T.to(dtype), labels, noise)
+    oracle = reference.sample(plain.double(), scheduler, x_T.double(), labels, noise.double())
+    images = Sampler(make_model(cfg, dtype), scheduler)(labels, x_T=x_T, noise=noise)
+    assert images.dtype == dtype
+    if dtype == torch.float64:
+        assert relative_error(images, oracle) < 1e-12
+    else:
+        check_against_oracle(images, own_dtype, oracle)
+
+
+def test_a_seed_names_the_noise_that_noise_py_states():
+    """x_T is step 0, the k-th update uses step k, elements are counted in token order."""
+    labels = torch.tensor([3, 1])
+    keys = torch.tensor([[7, 5], [7, 6]])
+    z = normal(keys, torch.arange(STEPS + 1), 3 * 16 * 16)
+    z = reference.unpatchify(z.view(-1, 16, 48), 4).view(STEPS + 1, 2, 3, 16, 16)
+    sampler = Sampler(make_model(), make_scheduler())
+    by_hand = sampler(labels, x_T=z[0], noise=z[1:])
+    assert torch.equal(sampler(labels, seed=7, first_index=5), by_hand)
+
+
+def test_an_image_does_not_depend_on_its_batch_or_its_order():
+    sampler = Sampler(make_model(), make_scheduler())
+    labels = [0, 5, 10, 15, 3, 3, 7]
+    together = sampler(labels, seed=11)
+    for i, label in enumerate(labels):
+        alone = sampler([label], seed=11, first_index=i)
+        assert relative_error(alone[0], together[i]) < 1e-5
+    seeds = [2**40, 1, 2, 3, 4, 5, 0]
+    forward = sampler(labels, seeds=seeds)
+    backward = sampler(labels[::-1], seeds=seeds[::-1])
+    assert relative_error(backward.flip(0), forward) < 1e-5
+    assert relative_error(together[4], together[5]) > 0.1  # one label, two streams
+
+
+def test_a_seed_keeps_its_first_noise_whatever_the_number_of_steps():
+    """A model of zeros and no fresh noise leave x_T scaled, so that its direction shows."""
+    model = fastdit.DiT.from_config(CFG)
+    for p in model.parameters():
+        nn.init.ones_(p)
+    nn.init.zeros_(model.final_linear.weight)
+    nn.init.zeros_(model.final_linear.bias)
+    flat = []
+    for steps in (10, STEPS):
+        silent = torch.zeros(steps, 1, *CFG.sample_shape)
+        images = Sampler(model, make_scheduler(steps))([0], seed=3, noise=silent)
+        flat.append(images.double().flatten())
+    cosine = torch.nn.functional.cosine_similarity(*flat, dim=0)
+    assert cosine.item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("labels", [None, [4, 9, 2]], ids=["no-labels", "labels"])
+def test_it_serves_any_noise_predictor(labels):
+    torch.manual_seed(0)
+    model = ConvPredictor()
+    scheduler = make_scheduler()
+    sampler = Sampler(model, scheduler, sample_shape=(2, 5, 6))
+    images = sampler(labels, seeds=[1, 2, 3])
+    assert images.shape == (3, 2, 5, 6)
+    z = normal(torch.tensor([[1, 0], [2, 0], [3, 0]]), torch.arange(STEPS + 1), 60)
+    z = z.view(STEPS + 1, 3, 2, 5, 6)
+    plain = reference.sample(model, scheduler, z[0], labels, z[1:])
+    assert relative_error(images, plain) < 1e-5
+
+
+def test_an_unconditional_dit_samples_without_labels():
+    model = make_model(DiTConfig(use_class_cond=False, hidden=32, n_layers=1, n_heads=2))
+    sampler = Sampler(model, make_scheduler())
+    assert sampler(None, seeds=[1, 2]).shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="labels: expected None.*use_class_cond=False"):
+        sampler([0, 1])
+
+
+def test_bfloat16_weights_keep_a_float32_state():
+    images = Sampler(make_model(dtype=torch.bfloat16), make_scheduler())([0, 1])
+    exact = Sampler(make_model(), make_scheduler())([0, 1])
+    assert images.dtype == torch.float32
+    assert 0 < relative_error(images, exact) < 0.1
+
+
+def test_sampling_leaves_the_model_and_the_global_generator_alone():
+    model = make_model()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    x_T = torch.ones(1, *CFG.sample_shape)
+    images = Sampler(model, make_scheduler())([0], x_T=x_T)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert torch.equal(x_T, torch.ones_like(x_T))
+    assert not images.requires_grad and model.pos_embed.requires_grad and model.training
+
+
+def test_progress_shows_a_bar_only_when_asked(capsys):
+    sampler = Sampler(make_model(), make_scheduler())
+    sampler([0])
+    assert capsys.readouterr() == ("", "")
+    sampler([0], progress=True)
+    out, err = capsys.readouterr()
+    assert out == "" and "20/20" in err
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([16], {}, "labels: expected values in [0, 16), got 16 to 16"),
+        ([-1, 3], {}, "labels: expected values in [0, 16), got -1 to 3"),
+        ([], {}, "labels: expected a non-empty list of integers"),
+        ([0.5], {}, "labels: expected a non-empty list of integers"),
+        (3, {}, "labels: expected a non-empty list of integers"),
+        (None, {}, "labels: expected labels, or seeds or x_T to tell the batch size"),
+        ([0], {"seed": -1}, "seed: expected an integer in [0, 2^63), got -1"),
+        ([0], {"seed": 2**63}, "seed: expected an integer in [0, 2^63)"),
+        ([0], {"seed": 1.5}, "seed: expected an integer in [0, 2^63), got 1.5"),
+        ([0, 1], {"seeds": [1]}, "seeds: expected 2, one an image; got 1"),
+        ([0], {"seeds": [1], "first_index": 2}, "first_index: expected 0 where seeds"),
+        ([0], {"first_index": 2**32}, "first_index: expected a value in [0, 2^32 - 1]"),
+        ([0], {"x_T": torch.zeros(3, 16, 16)}, "x_T: expected shape [1, 3, 16, 16]"),
+        ([0], {"noise": torch.zeros(5, 1, 3, 16, 16)}, "noise: expected shape [20, 1, 3, 16, 16]"),
+    ],
+)
+def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
+    model = make_model()
+    model.forward = None  # never reached
+    with pytest.raises(ValueError) as error:
+        Sampler(model, make_scheduler())(labels, **options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "ddmp"}, "solver: expected one of ddpm; got 'ddmp'; did you mean 'ddpm'?"),
+        ({"execution": "graph"}, "execution: expected one of auto, eager; got 'graph'"),
+        ({"sample_shape": (3, 8, 8)}, "sample_shape: expected the model's (3, 16, 16)"),
+    ],
+)
+def test_bad_samplers_are_value_errors(options, message):
+    with pytest.raises(ValueError) as error:
+        Sampler(make_model(), make_scheduler(), **options)
+    assert message in str(error.value)
+
+
+def test_other_predictors_need_a_shape():
+    with pytest.raises(ValueError, match=r"sample_shape: expected \(C, H, W\)"):
+        Sampler(ConvPredictor(), make_scheduler())
+
+
+def test_a_predictor_of_the_wrong_shape_is_named():
+    sampler = Sampler(nn.Module(), make_scheduler(), sample_shape=(2, 4, 4))
+    sampler.model.weight = nn.Parameter(torch.ones(1))
+    sampler.model.forward = lambda x, t, y: x[:, :1]
+    with pytest.raises(ValueError, match=r"model: expected an output of shape \[1, 2, 4, 4\]"):
+        sampler(None, seeds=[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bad):
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[1].mlp[2].bias[3] = bad
+    with pytest.raises(ValueError, match=r"finite weights, but blocks\.1\.mlp\.2\.bias holds"):
+        Sampler(model, make_scheduler())([0])

@@ -1,0 +1,242 @@
+"""Training: the recipe's step, its losses, and a resume that leaves no trace."""
+
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, reference
+from fastdit.data import LABEL_NAMES, coloured_shapes
+from fastdit.train import RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer
+
+SMALL = DiTConfig(hidden=16, n_layers=1, n_heads=1)
+BRIEF = Recipe(epochs=2, batch_size=24, per_class=4)  # 3 steps an epoch, the last one short
+
+
+def same_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_steps_equal_a_plain_loop():
+    """The trainer against textbook PyTorch on the same batches: weights after an epoch."""
+    recipe = Recipe(epochs=3, batch_size=64, per_class=16)
+    trainer = Trainer(SMALL, recipe)
+    plain = reference.DiT.from_config(SMALL)
+    plain.load_state_dict(trainer.model.state_dict())
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=recipe.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+    losses = []
+    for _ in range(12):
+        x_t, t, y, eps = trainer._batch()
+        loss = F.mse_loss(plain(x_t, t, y), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        trainer._train_step()
+    assert trainer.losses.tolist() == pytest.approx(losses, rel=1e-4)
+    for (name, a), b in zip(
+        plain.named_parameters(), trainer.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(b[1], a, rtol=1e-2, atol=2e-5, msg=name)
+
+
+def test_an_epoch_shows_every_image_once_and_fresh_noise():
+    trainer = Trainer(SMALL, BRIEF)
+    batches = []
+    for trainer.step in range(6):
+        batches.append(trainer._batch())
+    for epoch in (batches[:3], batches[3:]):
+        assert [len(y) for _, _, y, _ in epoch] == [24, 24, 16]
+        labels = torch.cat([y for _, _, y, _ in epoch])
+        assert torch.equal(labels.bincount(), torch.full((16,), 4))
+    first, second = (torch.cat([y for _, _, y, _ in e]) for e in (batches[:3], batches[3:]))
+    assert not torch.equal(first, second)
+    steps, noise = (torch.cat([b[i] for b in batches]) for i in (1, 3))
+    assert steps.min() >= 0 and steps.max() < 200 and len(steps.unique()) > 50
+    assert len(noise.flatten(1).unique(dim=0)) == len(noise)
+
+
+def test_batches_are_noised_training_images():
+    trainer = Trainer(SMALL, BRIEF)
+    x_t, t, y, eps = trainer._batch()
+    alpha_bar = trainer.scheduler.tables["alpha_bars"][t].float().view(-1, 1, 1, 1)
+    x0 = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    images, labels = coloured_shapes(4, seed=0)
+    distance = torch.cdist(
+        x0.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    assert distance.min(1).values.max() < 1e-3
+    assert torch.equal(labels[distance.argmin(1)], y)
+
+
+def test_loss_falls_and_is_reported_by_epoch():
+    result = Trainer(DiTConfig(), Recipe(epochs=4, batch_size=32, per_class=24, lr=2e-3)).run()
+    assert len(result.epoch_losses) == 4
+    assert result.epoch_losses == sorted(result.epoch_losses, reverse=True)
+    assert result.epoch_losses[-1] < 0.7 * result.epoch_losses[0]
+    assert result.images_per_second > 0 and result.first_step_seconds > 0
+
+
+def test_a_run_is_a_function_of_its_seed_and_leaves_the_global_one_alone():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    runs = [Trainer(SMALL, Recipe(epochs=1, per_class=8, seed=s)).run() for s in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    first, again, other = (r.model.state_dict() for r in runs)
+    assert same_tensors(first, again)
+    assert not same_tensors(first, other)
+
+
+def test_files_are_whole_and_load(tmp_path):
+    result = Trainer(SMALL, BRIEF, tmp_path).run()
+    assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS_FILE, RESUME_FILE}
+    loaded = fastdit.load(tmp_path / WEIGHTS_FILE)
+    assert same_tensors(loaded.state_dict(), result.model.state_dict())
+    info = fastdit.checkpoint.inspect(tmp_path / WEIGHTS_FILE)
+    assert info.labels == LABEL_NAMES and info.diffusion == {"T": 200, "schedule": "linear"}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 4, 6])
+def test_resume_from_any_step_has_the_bits_of_one_run(tmp_path, stop):
+    whole = Trainer(SMALL, BRIEF).run()
+    first = Trainer(SMALL, BRIEF, tmp_path)
+    for _ in range(stop):
+        first._train_step()
+    first.save()
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.step == stop
+    result = resumed.run()
+    assert same_tensors(result.model.state_dict(), whole.model.state_dict())
+    assert result.epoch_losses == whole.epoch_losses
+    assert math.isnan(result.images_per_second) == (stop >= 5)
+
+
+TRAIN = """
+import sys
+from fastdit import DiTConfig
+from fastdit.train import RESUME_FILE, Recipe, Trainer
+out = sys.argv[1]
+config, recipe = DiTConfig(hidden=16, n_layers=1, n_heads=1), Recipe(epochs=40, per_class=16)
+import os
+exists = os.path.exists(os.path.join(out, RESUME_FILE))
+make = Trainer.resume if exists else lambda out, **o: Trainer(config, recipe, out, **o)
+trainer = make(out, save_every=3)
+print("started", trainer.step, flush=True)
+trainer.run()
+"""
+
+
+def test_a_run_killed_at_random_moments_resumes_bit_for_bit(tmp_path):
+    """SIGKILL, which nothing can catch, at moments drawn anew each time the test runs."""
+
+    def start(out):
+        command = [sys.executable, "-W", "ignore", "-c", TRAIN, str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        with process.stdout:
+            return process, int(process.stdout.readline().split()[1])
+
+    whole, step = start(tmp_path / "whole")
+    begin = time.monotonic()
+    assert (step, whole.wait()) == (0, 0)
+    run_seconds = time.monotonic() - begin
+
+    killed_at = []
+    for _ in range(4):
+        process, step = start(tmp_path / "killed")
+        killed_at.append(step)
+        time.sleep(random.uniform(0.05, 0.35) * run_seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process, step = start(tmp_path / "killed")
+    assert process.wait() == 0
+    assert step > 0, f"no kill left progress to resume: {killed_at}"
+    for name in (WEIGHTS_FILE, RESUME_FILE):
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
+        assert same_tensors(ours, theirs), f"{name}: killed at steps after {killed_at}"
+
+
+def test_resume_refuses_what_it_did_not_write(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Trainer.resume(tmp_path)
+    trainer = Trainer(SMALL, BRIEF, tmp_path)
+    trainer.save()
+    path = tmp_path / RESUME_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        Trainer.resume(tmp_path)
+    (tmp_path / WEIGHTS_FILE).rename(path)
+    with pytest.raises(ValueError, match="expected a resume file"):
+        Trainer.resume(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_save(tmp_path):
+    trainer = Trainer(SMALL, BRIEF, tmp_path)
+    trainer.save()
+    before = (tmp_path / RESUME_FILE).read_bytes()
+    trainer.step = 1
+    with torch.no_grad():
+        trainer.model.final_linear.bias[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2 of 6"):
+        trainer.run()
+    assert (tmp_path / RESUME_FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DiTConfig(img_size=32), "expected in_channels=3, img_size=16, got in_channels=3, img_siz"),
+        (DiTConfig(num_classes=10), "expected use_class_cond=True, num_classes=16, got"),
+        (DiTConfig(learn_sigma=True), "expected learn_sigma=False"),
+    ],
+)
+def test_models_that_do_not_fit_the_data_are_an_error(config, message):
+    with pytest.raises(ValueError) as error:
+        Trainer(config, BRIEF)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
+        ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"epoch": 3}, "expected one of epochs"),
+    ],
+)
+def test_bad_recipes_are_value_errors(options, message):
+    with pytest.raises(ValueError) as error:
+        Recipe.from_dict(options)
+    assert message in str(error.value)
+
+
+def test_the_scheduler_trains_any_noise_predictor():
+    """Fifty plain steps with a convolution: DiffusionScheduler needs nothing of DiT."""
+    torch.manual_seed(0)
+    scheduler = DiffusionScheduler(T=200)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(16, 3, 3, padding=1)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    images = coloured_shapes(8).images
+    losses = []
+    for _ in range(50):
+        t, eps = torch.randint(200, (len(images),)), torch.randn_like(images)
+        loss = F.mse_loss(model(scheduler.q_sample(images, t, eps)), eps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
