@@ -173,7 +173,7 @@ class Trainer:
         )
         with bar:
             while self.step < self.total_steps:
-                batch = self._train_step()
+                batch = self.train_step()
                 bar.update()
                 if math.isnan(first_step_seconds):
                     self._read_loss()
@@ -195,13 +195,13 @@ class Trainer:
             first_step_seconds,
         )
 
-    def _train_step(self) -> int:
+    def train_step(self) -> int:
         """One optimizer step; returns the number of images in it."""
         recipe = self.recipe
         rate = 0.5 * recipe.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x_t, t, y, eps = self._batch()
+        x_t, t, y, eps = self.batch()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(x_t, t, y, eps)
         loss.backward()
@@ -214,8 +214,13 @@ class Trainer:
     def _loss_of(self, x_t: Tensor, t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
         return F.mse_loss(self.model(x_t, t, y), eps)  # Ho et al. 2020, equation 14
 
-    def _batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(x_t, t, y, eps) of the step at hand."""
+    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The batch of the step at hand.
+
+        Returns:
+            (x_t, t, y, eps): [B, 3, 16, 16] noisy images, [B] int64 timesteps, [B] int64 labels
+            and the noise in x_t, on the run's device.
+        """
         epoch, i = divmod(self.step, self.steps_per_epoch)
         order_generator = _generator("cpu", self.recipe.seed, "order", epoch)
         order = torch.randperm(len(self.images), generator=order_generator)

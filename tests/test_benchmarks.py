@@ -56,3 +56,19 @@ def test_sample_throughput_takes_presets_dtypes_and_choices(tmp_path):
 def test_sample_throughput_refuses_bad_arguments(arguments, message):
     done = run("sample_throughput.py", *arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_train_throughput_times_both_loops_and_judges(tmp_path):
+    arguments = "--rounds 2 --per-class 8 --seeds 0 1 --epochs 2 --no-compile --json"
+    done = run("train_throughput.py", *arguments.split(), tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    for word in ("plain eager", "spread over the seeds", "0.9147"):
+        assert word in done.stdout
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert [row["way"] for row in document["rates"]] == ["plain eager", "fastdit eager"]
+    assert all(row["min"] <= row["images/s"] <= row["max"] for row in document["rates"])
+    learned = document["learned"]
+    assert [(row["seed"], len(row["epoch losses"])) for row in learned] == [(0, 2)] * 2 + [
+        (1, 2)
+    ] * 2
+    assert all(0 < row["final loss"] < 2 for row in learned)

@@ -35,7 +35,7 @@ def test_steps_equal_a_plain_loop():
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
     losses = []
     for _ in range(12):
-        x_t, t, y, eps = trainer._batch()
+        x_t, t, y, eps = trainer.batch()
         loss = F.mse_loss(plain(x_t, t, y), eps)
         optimizer.zero_grad()
         loss.backward()
@@ -43,7 +43,7 @@ def test_steps_equal_a_plain_loop():
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        trainer._train_step()
+        trainer.train_step()
     assert trainer.losses.tolist() == pytest.approx(losses, rel=1e-4)
     for (name, a), b in zip(
         plain.named_parameters(), trainer.model.named_parameters(), strict=True
@@ -55,7 +55,7 @@ def test_an_epoch_shows_every_image_once_and_fresh_noise():
     trainer = Trainer(SMALL, BRIEF)
     batches = []
     for trainer.step in range(6):
-        batches.append(trainer._batch())
+        batches.append(trainer.batch())
     for epoch in (batches[:3], batches[3:]):
         assert [len(y) for _, _, y, _ in epoch] == [24, 24, 16]
         labels = torch.cat([y for _, _, y, _ in epoch])
@@ -69,7 +69,7 @@ def test_an_epoch_shows_every_image_once_and_fresh_noise():
 
 def test_batches_are_noised_training_images():
     trainer = Trainer(SMALL, BRIEF)
-    x_t, t, y, eps = trainer._batch()
+    x_t, t, y, eps = trainer.batch()
     alpha_bar = trainer.scheduler.tables["alpha_bars"][t].float().view(-1, 1, 1, 1)
     x0 = (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
     images, labels = coloured_shapes(4, seed=0)
@@ -112,7 +112,7 @@ def test_resume_from_any_step_has_the_bits_of_one_run(tmp_path, stop):
     whole = Trainer(SMALL, BRIEF).run()
     first = Trainer(SMALL, BRIEF, tmp_path)
     for _ in range(stop):
-        first._train_step()
+        first.train_step()
     first.save()
     resumed = Trainer.resume(tmp_path)
     assert resumed.step == stop
