@@ -69,9 +69,12 @@ def _commit() -> str:
 @contextmanager
 def fresh_compile_cache() -> Iterator[None]:
     """An empty Inductor cache, so that a compile time is that of a first compilation."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        yield
+        try:
+            yield
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 def print_machine(facts: dict[str, Any]) -> None:

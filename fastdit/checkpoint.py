@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
 
+from fastdit import reference
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.model import DiT
+from fastdit.files import atomic_path
+from fastdit.model import DiT, unwrap
 
 _HEADER = "fastdit"  # the metadata entry that holds the JSON below
 _SHOWN_KEYS = 4
@@ -45,7 +47,7 @@ class CheckpointInfo:
 
 
 def save(
-    model: DiT,
+    model: nn.Module,
     path: str | os.PathLike[str],
     scheduler: DiffusionScheduler | None = None,
     labels: Sequence[str] | None = None,
@@ -53,23 +55,26 @@ def save(
     """Write a model to a safetensors file, atomically.
 
     Args:
-        model: its state dict and config are stored.
+        model: its state dict and config are stored; a compiled or wrapped one is unwrapped.
         path: the file; an older one is replaced only once the new one is whole on disk.
         scheduler: the diffusion the model was trained on, so that sampling can find it.
         labels: names of the classes, one for each of `num_classes`.
 
     Raises:
-        ValueError: the number of labels is not num_classes.
+        ValueError: the model is no DiT, or the number of labels is not num_classes.
         OSError: the file cannot be written; an older one is left as it was.
     """
-    if labels is not None and len(labels) != model.cfg.num_classes:
-        raise ValueError(f"labels: expected {model.cfg.num_classes} names, got {len(labels)}")
+    inner = unwrap(model)
+    if not isinstance(inner, reference.DiT):
+        raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
+    if labels is not None and len(labels) != inner.cfg.num_classes:
+        raise ValueError(f"labels: expected {inner.cfg.num_classes} names, got {len(labels)}")
     header = {
-        "config": model.cfg.to_dict(),
+        "config": inner.cfg.to_dict(),
         "diffusion": scheduler and {"T": scheduler.T, "schedule": scheduler.schedule},
         "labels": labels and list(labels),
     }
-    write_tensors(path, model.state_dict(), header)
+    write_tensors(path, inner.state_dict(), header)
 
 
 def load(path: str | os.PathLike[str]) -> DiT:
@@ -79,8 +84,9 @@ def load(path: str | os.PathLike[str]) -> DiT:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or foreign; the message says what it looks like.
     """
-    tensors, _ = read_tensors(path)
-    info = inspect(path)
+    with _open(path) as file:
+        info = _read_info(path, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     with torch.device("meta"):
         model = DiT.from_config(info.config)
     check_keys(str(path), model.state_dict(), tensors)
@@ -96,15 +102,7 @@ def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
         ValueError: the file is truncated or foreign; the message says what it looks like.
     """
     with _open(path) as file:
-        header, keys = _header(file.metadata()), list(file.keys())
-    if header is None:
-        raise ValueError(f"{path}: expected a fastdit header, got none; {_describe_layout(keys)}")
-    labels = header.get("labels")
-    return CheckpointInfo(
-        config=DiTConfig.from_dict(header["config"]),
-        diffusion=header.get("diffusion"),
-        labels=labels and tuple(labels),
-    )
+        return _read_info(path, file)
 
 
 def write_tensors(
@@ -112,39 +110,21 @@ def write_tensors(
 ) -> None:
     """Write tensors and a JSON header to a safetensors file, atomically."""
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    metadata = {"format": "pt", _HEADER: json.dumps(header)}
     with atomic_path(path) as aside:
-        save_file(contiguous, aside, metadata={"format": "pt", _HEADER: json.dumps(header)})
+        aside.write_bytes(serialize(contiguous, metadata))
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors and the JSON header (None where there is none) of a safetensors file."""
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, _header(file.metadata())
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which becomes `path` once all of it is on disk.
-
-    Whatever stops the writing, a full disk or a kill, `path` is the old file or the new one.
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the JSON header of a file that write_tensors wrote.
 
     Raises:
-        OSError: writing failed; what was written aside is removed.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or foreign.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield aside
-        _fsync(aside)
-        os.replace(aside, path)
-        _fsync(path.parent)
-    except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error}); an older file is as it was") from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with _open(path) as file:
+        header = _read_header(path, file)
+        return {name: file.get_tensor(name) for name in file.keys()}, header
 
 
 def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -181,9 +161,32 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         ) from error
 
 
-def _header(metadata: Mapping[str, str] | None) -> dict[str, Any] | None:
-    text = (metadata or {}).get(_HEADER)
-    return None if text is None else json.loads(text)
+def _read_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(_HEADER)
+    if text is None:
+        layout = _describe_layout(list(file.keys()))
+        raise ValueError(f"{path}: expected a fastdit header, got none; {layout}")
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON in the fastdit header ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: expected a JSON object as the fastdit header, got {text[:40]}")
+    return header
+
+
+def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
+    header = _read_header(path, file)
+    if "recipe" in header:
+        raise ValueError(f"{path}: expected a model, got a resume file; the model is beside it")
+    if not isinstance(header.get("config"), dict):
+        raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
+    labels = header.get("labels")
+    return CheckpointInfo(
+        config=DiTConfig.from_dict(header["config"]),
+        diffusion=header.get("diffusion"),
+        labels=labels and tuple(labels),
+    )
 
 
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
@@ -203,11 +206,3 @@ def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     return ", ".join(keys[:_SHOWN_KEYS]) + more
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

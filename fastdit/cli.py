@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
+from tqdm import tqdm
 
 from fastdit.checkpoint import inspect, load
-from fastdit.config import DiTConfig, unknown_name
+from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import unknown_name
 from fastdit.images import to_pixels, write_grid, write_npz
 from fastdit.sampler import Sampler
 from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
@@ -54,9 +59,10 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected a device such as cpu or cuda, got {name}") from error
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter is torch built without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected one that is here, got {name} ({reason})") from error
 
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
@@ -81,7 +87,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Train the toy DiT on the coloured shapes, then show what it learned."""
-    given = dict(
+    given: dict[str, Any] = dict(
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,
@@ -91,19 +97,16 @@ def train(
     )
     given = {name: value for name, value in given.items() if value is not None}
     with _plain_errors():
-        options = dict(device=_device(device), compile=compile, save_every=save_every)
-        trainer = _resume(out, given, options) if resume else _start(out, given, options)
-        result = trainer.run(progress=True)
-        _print_losses(result)
-        _show_samples(out, result, trainer.scheduler)
-
-
-def _start(out: Path, given: dict[str, Any], options: dict[str, Any]) -> Trainer:
-    if (out / RESUME_FILE).exists():
-        raise ValueError(
-            f"--out: {out} already holds a run; continue it with --resume, or name another folder"
+        options: dict[str, Any] = dict(
+            device=_device(device), compile=compile, save_every=save_every
         )
-    return Trainer(DiTConfig(), Recipe(**given), out, **options)
+        if resume:
+            trainer = _resume(out, given, options)
+        else:
+            trainer = Trainer(DiTConfig(), Recipe(**given), out, **options)
+        result = trainer.run(progress=True)
+        print_losses(result, trainer.recipe)
+        _show_samples(out, result, trainer.scheduler)
 
 
 def _resume(out: Path, given: dict[str, Any], options: dict[str, Any]) -> Trainer:
@@ -119,18 +122,20 @@ def _resume(out: Path, given: dict[str, Any], options: dict[str, Any]) -> Traine
     return trainer
 
 
-def _print_losses(result: TrainResult) -> None:
-    print("epoch   loss     seed's published loss (another drawing of the set)")
+def print_losses(result: TrainResult, recipe: Recipe) -> None:
+    """The loss by epoch, beside the published one where the recipe is the published one's."""
+    comparable = replace(recipe, seed=Recipe.seed) == Recipe()
+    print("epoch   loss" + "     published for this recipe, on another drawing" * comparable)
     last = len(result.epoch_losses)
     for epoch in sorted({*PUBLISHED_LOSS, last}):
         if epoch <= last:
-            published = PUBLISHED_LOSS.get(epoch)
-            beside = f"{published:.4f}" if published else ""
-            print(f"{epoch:5d}   {result.epoch_losses[epoch - 1]:.4f}   {beside}".rstrip())
-    print(
-        f"{result.images_per_second:.0f} images/s after a first step of "
-        f"{result.first_step_seconds:.1f} s"
-    )
+            beside = f"   {PUBLISHED_LOSS[epoch]:.4f}" if comparable else ""
+            print(f"{epoch:5d}   {result.epoch_losses[epoch - 1]:.4f}{beside}")
+    if not math.isnan(result.first_step_seconds):
+        print(
+            f"{result.images_per_second:.0f} images/s after a first step of "
+            f"{result.first_step_seconds:.1f} s"
+        )
 
 
 def _show_samples(out: Path, result: TrainResult, scheduler: DiffusionScheduler) -> None:
@@ -156,7 +161,7 @@ def sample(
         str | None, typer.Option(help="Names or numbers, comma-separated.  [every class]")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each label.")] = 4,
-    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same image.")] = 0,
+    seed: Annotated[int, typer.Option(help="Image i of a seed and label is always the same.")] = 0,
     out: Annotated[Path, typer.Option(help=".png for a grid, .npz for uint8 NHWC.")] = Path(
         "samples.png"
     ),
@@ -178,16 +183,22 @@ def sample(
                 f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
                 "with fastdit.save(model, path, scheduler=...)"
             )
+        if out.suffix == ".png" and info.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"--out: a PNG shows 1 or 3 channels, the model makes {info.config.in_channels}; "
+                "expected a name that ends in .npz"
+            )
         wanted = parse_labels(labels, info.labels, info.config)
-        sampler = Sampler(
-            load(checkpoint).to(_device(device)), DiffusionScheduler(**info.diffusion)
-        )
+        model = load(checkpoint).to(_device(device))
+        sampler = Sampler(model, DiffusionScheduler(**info.diffusion))
         rows = [label for label in wanted for _ in range(count)]
-        batches = [
-            sampler(rows[i : i + batch_size], seed, first_index=i, progress=True)
-            for i in range(0, len(rows), batch_size)
-        ]
-        pixels = to_pixels(torch.cat(batches))
+        batches = []
+        with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
+            for i in range(0, len(rows), batch_size):
+                batch = rows[i : i + batch_size]
+                batches.append(to_pixels(sampler(batch, seed, first_index=i, progress=True)))
+                bar.update(len(batch))
+        pixels = np.concatenate(batches)
         if out.suffix == ".npz":
             write_npz(out, pixels)
         else:

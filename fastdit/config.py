@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_type_hints
+
+from fastdit.errors import from_options, unknown_name
 
 MLP_RATIO = 4
 
 InitName = Literal["torch", "xavier"]
-
-
-def unknown_name(what: str, name: object, known: Iterable[str]) -> ValueError:
-    """The error for a misspelt name: what came, what there is, and the likeliest intent."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"{what}: expected one of {', '.join(known)}; got {name!r}{hint}")
 
 
 @dataclass(frozen=True)
@@ -89,11 +81,7 @@ class DiTConfig:
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> DiTConfig:
         """A config from a plain dict, such as one read from a file. An unknown key is an error."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise unknown_name("DiTConfig option", name, known)
-        return cls(**options)
+        return from_options(cls, options)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdit.errors import check_range
+
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "cross")
 LABEL_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
@@ -60,16 +62,16 @@ def coloured_shapes(per_class: int = 200, seed: int = 0) -> ShapesData:
     generator = torch.Generator().manual_seed(seed)
 
     def jitter(width: int, low: float, high: float) -> Tensor:
-        return torch.rand(n, width, generator=generator) * (high - low) + low
+        return torch.rand(n, width, generator=generator, dtype=torch.float32) * (high - low) + low
 
     labels = torch.arange(len(LABEL_NAMES)).repeat_interleave(per_class)
     centre = jitter(2, -_CENTRE_JITTER, _CENTRE_JITTER)
     radius = jitter(1, *_RADIUS)[:, 0]
-    colour = torch.tensor(PALETTE)[labels // len(SHAPES)]
+    colour = torch.tensor(PALETTE, dtype=torch.float32)[labels // len(SHAPES)]
     colour = colour + jitter(3, -_COLOUR_JITTER, _COLOUR_JITTER)
 
     masks = shape_masks(centre, radius)[labels % len(SHAPES), torch.arange(n)]  # [n, 16, 16]
-    ground = torch.tensor(GROUND)[:, None, None]
+    ground = torch.tensor(GROUND, dtype=torch.float32)[:, None, None]
     images = ground + masks[:, None] * (colour[:, :, None, None] - ground)
     return ShapesData(images.clamp(-1, 1), labels)
 
@@ -84,7 +86,7 @@ def shape_masks(centre: Tensor, radius: Tensor) -> Tensor:
     Returns:
         [4, n, 16, 16] in [0, 1], in the order of SHAPES.
     """
-    axis = torch.arange(IMG_SIZE) - (IMG_SIZE - 1) / 2
+    axis = torch.arange(IMG_SIZE, dtype=radius.dtype) - (IMG_SIZE - 1) / 2
     x = axis[None, None, :] - centre[:, 0, None, None]  # [n, 1, 16]
     y = axis[None, :, None] - centre[:, 1, None, None]  # [n, 16, 1]
     r = radius[:, None, None]
@@ -119,10 +121,7 @@ def judge(images: Tensor, labels: Tensor) -> Accuracy:
         raise ValueError(
             f"labels: expected shape [{images.shape[0]}] and not empty, got {list(labels.shape)}"
         )
-    if not 0 <= int(labels.min()) <= int(labels.max()) < len(LABEL_NAMES):
-        raise ValueError(
-            f"labels: expected values in [0, 16), got {int(labels.min())} to {int(labels.max())}"
-        )
+    check_range("labels", labels, len(LABEL_NAMES))
     colour, shape = classify(images)
     labels = labels.to(colour.device)
     return Accuracy(
@@ -162,7 +161,7 @@ def classify(images: Tensor) -> tuple[Tensor, Tensor]:
     variance = (pixels - pixels.mean(2, keepdim=True)).square().sum((1, 2))
     contrast = projection.gather(2, best[:, None, None].expand(-1, 3, 1))[..., 0]  # [n, 3]
 
-    palette = torch.tensor(PALETTE) - torch.tensor(GROUND)
+    palette = torch.tensor(PALETTE, dtype=torch.float32) - torch.tensor(GROUND, dtype=torch.float32)
     alignment = contrast @ F.normalize(palette, dim=1).T  # [n, 4]
     strongest, colour = alignment.max(1)
     nothing = (explained <= _NOISE_SHARE * variance) | (strongest <= 0)
@@ -172,8 +171,9 @@ def classify(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _templates() -> tuple[Tensor, Tensor]:
     """Every shape on a half-pixel grid of places and sizes: [K, 256] masks, [K] shapes."""
-    offsets = torch.arange(-_CENTRE_JITTER, _CENTRE_JITTER + 0.25, 0.5)
-    radii = torch.arange(_RADIUS[0], _RADIUS[1] + 0.25, 0.5)
+    jitter = _CENTRE_JITTER
+    offsets = torch.arange(-jitter, jitter + 0.25, 0.5, dtype=torch.float32)
+    radii = torch.arange(_RADIUS[0], _RADIUS[1] + 0.25, 0.5, dtype=torch.float32)
     grid = torch.cartesian_prod(offsets, offsets, radii)
     masks = shape_masks(grid[:, :2], grid[:, 2]).flatten(2)  # [4, k, 256]
     shapes = torch.arange(len(SHAPES)).repeat_interleave(len(grid))

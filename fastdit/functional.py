@@ -58,6 +58,7 @@ def gated_residual_layer_norm_modulate(
     Source: Peebles & Xie 2023, figure 3 (adaLN-Zero).
     """
     _check_tokens("x", x)
+    _check_tokens("y", y)
     if y.shape != x.shape:
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     _check_modulation(x, gate=gate, scale=scale, shift=shift)
@@ -81,6 +82,8 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
     """
     _check_tokens("qkv", qkv)
     B, N, D3 = qkv.shape
+    if n_heads < 1:
+        raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
     if D3 % (3 * n_heads):
         raise ValueError(
             f"qkv: expected a last dimension divisible by 3 * n_heads = {3 * n_heads}, got {D3}"

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdit.checkpoint import atomic_path
+from fastdit.files import atomic_path
 
 PixelArray = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]
 

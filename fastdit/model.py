@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit import functional, reference
 
@@ -86,3 +86,12 @@ class DiT(reference.DiT):
         p = self.cfg.patch_size
         tokens = self.denoise(reference.patchify(x, p), self.modulation(t, y))
         return reference.unpatchify(tokens, p)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or a data-parallel wrapper."""
+    for name in ("_orig_mod", "module"):
+        inner = model._modules.get(name)
+        if inner is not None and len(model._modules) == 1:
+            return unwrap(inner)
+    return model

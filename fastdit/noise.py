@@ -28,9 +28,6 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
-SEED_LIMIT = 2**63
-STREAM_LIMIT = 2**32
-
 # Counters at a time: below 2^16 PyTorch runs the rounds on one thread, above they leave the cache.
 _CPU_BLOCK = 2**16
 
@@ -82,7 +79,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     step = steps[:, None].expand(-1, len(seeds)).reshape(rows, 1)
     pairs = seeds.expand(len(steps), -1, -1).reshape(rows, 2)
     key, stream = pairs[:, :1], pairs[:, 1:]
-    out = torch.empty(rows, n_quads, 4, device=seeds.device)
+    out = torch.empty(rows, n_quads, 4, dtype=torch.float32, device=seeds.device)
     block = max(1, _CPU_BLOCK // n_quads) if seeds.device.type == "cpu" else max(1, rows)
     for i in range(0, rows, block):
         j = slice(i, i + block)

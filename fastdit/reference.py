@@ -196,9 +196,9 @@ class DiT(nn.Module):
     def check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         """Shapes only: values would cost a device sync, and would not trace."""
         B = x.shape[0] if x.dim() else 0
-        expected = [B, *self.cfg.sample_shape]
-        if list(x.shape) != expected:
-            raise ValueError(f"x: expected shape [B, {expected[1:]}], got {list(x.shape)}")
+        C, H, W = self.cfg.sample_shape
+        if x.shape != (B, C, H, W):
+            raise ValueError(f"x: expected shape [B, {C}, {H}, {W}], got {list(x.shape)}")
         if list(t.shape) != [B]:
             raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
         if y is None:
@@ -221,19 +221,7 @@ class DiT(nn.Module):
         return F.silu(c) if self.cfg.modulation_act == "silu" else c
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict the noise in x.
-
-        Args:
-            x: [B, C, H, W] noisy images.
-            t: [B] timesteps.
-            y: [B] int64 class labels; None for no label (the null row where the model has one).
-
-        Returns:
-            [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
-
-        Raises:
-            ValueError: a shape is wrong, or y is given to a model without class conditioning.
-        """
+        """As `fastdit.DiT.forward`: x [B, C, H, W], t [B], y [B] or None -> [B, C or 2C, H, W]."""
         self.check_inputs(x, t, y)
         c = self.conditioning(t, y)  # [B, D]
         h = self.patch_embed(x) + self.pos_embed  # [B, N, D]

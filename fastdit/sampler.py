@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit import reference
-from fastdit.config import unknown_name
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.model import DiT
-from fastdit.noise import SEED_LIMIT, STREAM_LIMIT, normal
+from fastdit.errors import check_range, unknown_name
+from fastdit.model import unwrap
+from fastdit.noise import normal
 from fastdit.solvers import SOLVERS
 
 EXECUTIONS = ("eager",)
@@ -38,6 +38,7 @@ class Sampler:
         model: nn.Module,
         scheduler: DiffusionScheduler,
         solver: str = "ddpm",
+        *,
         execution: str = "auto",
         sample_shape: tuple[int, int, int] | None = None,
     ) -> None:
@@ -47,7 +48,8 @@ class Sampler:
             model: called as `model(x, t, y)` with x [B, C, H, W], t [B] int64 and y [B] int64 or
                 None; returns the predicted noise, like x, or [B, 2C, H, W] with the learned
                 variance. It is called in the mode it is in, on the device and in the dtype of its
-                parameters.
+                first parameter (on the CPU in float32 where it has none). A compiled or data
+                parallel one is recognised.
             scheduler: the diffusion the model was trained on.
             solver: "ddpm" (ancestral, all T steps).
             execution: "eager", or "auto", which picks the fastest there is.
@@ -60,7 +62,8 @@ class Sampler:
             raise unknown_name("solver", solver, SOLVERS)
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
-        cfg = model.cfg if isinstance(model, reference.DiT) else None
+        inner = unwrap(model)
+        cfg = inner.cfg if isinstance(inner, reference.DiT) else None
         shape = cfg.sample_shape if cfg else sample_shape
         if shape is None:
             raise ValueError(
@@ -72,8 +75,7 @@ class Sampler:
         self.solver = SOLVERS[solver](scheduler)
         self.execution = "eager" if execution == "auto" else execution
         self.sample_shape: tuple[int, int, int] = shape
-        self._patch_size = cfg.patch_size if cfg else None
-        self._num_classes = cfg.num_classes if cfg and cfg.use_class_cond else None
+        self._cfg = cfg
 
     @torch.no_grad()
     def __call__(
@@ -106,7 +108,7 @@ class Sampler:
         Raises:
             ValueError: an argument's shape or range is wrong, or a weight is not finite.
         """
-        parameter = next(self.model.parameters())
+        parameter = next(self.model.parameters(), torch.empty(0, dtype=torch.float32))
         device, model_dtype = parameter.device, parameter.dtype
         state_dtype = torch.promote_types(model_dtype, torch.float32)
         y = self._check_labels(labels)
@@ -114,7 +116,9 @@ class Sampler:
         keys = _check_seeds(B, seed, seeds, first_index).to(device)
         self._check_tensor("x_T", x_T, (B, *self.sample_shape))
         self._check_tensor("noise", noise, (len(self.solver.timesteps), B, *self.sample_shape))
-        _check_finite(self.model)
+        _check_finite("x_T", {} if x_T is None else {"it": x_T})
+        _check_finite("noise", {} if noise is None else {"it": noise})
+        _check_finite("model", dict(self.model.named_parameters()))
 
         if y is not None:
             y = y.to(device)
@@ -122,7 +126,7 @@ class Sampler:
         x = x.to(device, state_dtype)
         fresh = self._noise_by_step(keys) if noise is None else iter(noise.to(device))
         timesteps = torch.tensor(self.solver.timesteps, device=device)[:, None].expand(-1, B)
-        steps = tqdm(timesteps, desc="sampling", unit="step", disable=not progress)
+        steps = tqdm(timesteps, desc="sampling", unit="step", leave=None, disable=not progress)
         for k, (t, z) in enumerate(zip(steps, fresh, strict=True)):
             model_out = self.model(x.to(model_dtype), t, y).to(state_dtype)
             self._check_output(model_out, x)
@@ -134,9 +138,9 @@ class Sampler:
         C, H, W = self.sample_shape
         z = normal(keys, steps, C * H * W)
         S, B = z.shape[:2]
-        if self._patch_size is None:
+        if self._cfg is None:
             return z.reshape(S, B, C, H, W)
-        p = self._patch_size
+        p = self._cfg.patch_size
         tokens = z.reshape(S * B, (H // p) * (W // p), p * p * C)
         return reference.unpatchify(tokens, p).view(S, B, C, H, W)
 
@@ -150,21 +154,20 @@ class Sampler:
             yield from self._seeded_noise(keys, steps)
 
     def _check_labels(self, labels: Labels | None) -> Tensor | None:
+        """[B] int64 on the CPU, in range for a model that says its classes."""
         if labels is None:
             return None
-        if isinstance(self.model, DiT) and self._num_classes is None:
+        if self._cfg is not None and not self._cfg.use_class_cond:
             raise ValueError("labels: expected None, since the model has use_class_cond=False")
-        y = torch.as_tensor(labels, device="cpu")
+        expected = "labels: expected a non-empty list of integers, one an image"
+        try:
+            y = torch.as_tensor(labels, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{expected}; got {labels!r}") from error
         if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool or not len(y):
-            raise ValueError(
-                "labels: expected a non-empty list of integers, one an image; got "
-                f"{y.dtype} of shape {list(y.shape)}"
-            )
-        limit = self._num_classes
-        if limit is not None and not 0 <= int(y.min()) <= int(y.max()) < limit:
-            raise ValueError(
-                f"labels: expected values in [0, {limit}), got {int(y.min())} to {int(y.max())}"
-            )
+            raise ValueError(f"{expected}; got {y.dtype} of shape {list(y.shape)}")
+        if self._cfg is not None:
+            check_range("labels", y, self._cfg.num_classes)
         return y.to(torch.int64)
 
     @staticmethod
@@ -184,9 +187,9 @@ class Sampler:
 
 def _batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
     given = y if y is not None else seeds if seeds is not None else x_T
-    if given is None:
+    if given is None or not len(given):
         raise ValueError(
-            "labels: expected labels, or seeds or x_T to tell the batch size, got None"
+            "labels: expected labels, or seeds or x_T to tell the batch size, got none"
         )
     return len(given)
 
@@ -194,32 +197,35 @@ def _batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | Non
 def _check_seeds(B: int, seed: int, seeds: Sequence[int] | None, first_index: int) -> Tensor:
     """[B, 2] int64 rows of (key, stream)."""
     if seeds is None:
-        if not 0 <= first_index <= STREAM_LIMIT - B:
-            raise ValueError(f"first_index: expected a value in [0, 2^32 - {B}], got {first_index}")
-        rows = [(_check_key(seed), first_index + i) for i in range(B)]
+        first = _check_integer("first_index", first_index, bits=32)
+        if first + B > 2**32:
+            raise ValueError(f"first_index: expected at most 2^32 - {B}, got {first}")
+        key = _check_integer("seed", seed, bits=63)
+        rows = [(key, first + i) for i in range(B)]
     elif len(seeds) != B:
         raise ValueError(f"seeds: expected {B}, one an image; got {len(seeds)}")
     elif first_index:
         raise ValueError("first_index: expected 0 where seeds names every image's key")
     else:
-        rows = [(_check_key(key), 0) for key in seeds]
+        rows = [(_check_integer("seeds", key, bits=63), 0) for key in seeds]
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _check_key(seed: int) -> int:
+def _check_integer(name: str, value: int, bits: int) -> int:
     try:
-        key = operator.index(seed)
+        number = operator.index(value)
     except TypeError:
-        key = -1
-    if not 0 <= key < SEED_LIMIT:
-        raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed}")
-    return key
+        number = -1
+    if not 0 <= number < 2**bits:
+        raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
+    return number
 
 
-def _check_finite(model: nn.Module) -> None:
-    """One reduction over all weights and one read-back: a NaN weight would paint every pixel."""
-    parameters = dict(model.named_parameters())
-    finite = torch.stack([p.isfinite().all() for p in parameters.values()])
+def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """One reduction over all of them and one read-back: a NaN would paint every pixel."""
+    if not tensors:
+        return
+    finite = torch.stack([t.isfinite().all() for t in tensors.values()])
     if not finite.all():
-        name = list(parameters)[int((~finite).nonzero()[0])]
-        raise ValueError(f"model: expected finite weights, but {name} holds NaN or Inf")
+        name = list(tensors)[int((~finite).nonzero()[0])]
+        raise ValueError(f"{what}: expected finite values, but {name} holds NaN or Inf")

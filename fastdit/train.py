@@ -11,7 +11,8 @@ import hashlib
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.checkpoint import check_keys, read_tensors, save, write_tensors
-from fastdit.config import DiTConfig, unknown_name
+from fastdit.config import DiTConfig
 from fastdit.data import LABEL_NAMES, coloured_shapes
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import from_options
 from fastdit.model import DiT
 
 # Mean squared error by epoch that the seed's author published for this recipe, on a set that
@@ -64,22 +66,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "T", "per_class"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {self.seed!r}")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Recipe:
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise unknown_name("Recipe option", name, known)
-        return cls(**options)
+        return from_options(cls, options)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class TrainResult:
         model: trained, on the device it was trained on.
         epoch_losses: mean squared error of each epoch.
         images_per_second: over this call's steps but the first; NaN where it took fewer than two.
-        first_step_seconds: the first step's time, which holds the compilation where there is one.
+        first_step_seconds: the first step's time, which holds the compilation where there is one;
+            NaN where no step was left to take.
     """
 
     model: DiT
@@ -126,10 +127,17 @@ class Trainer:
 
         Raises:
             ValueError: the config does not fit the data, or the loss cannot train it.
+            FileExistsError: out already holds weights or a run.
         """
         _check_fits_data(config)
         if save_every < 1:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
+        for file in (RESUME_FILE, WEIGHTS_FILE):
+            if out is not None and (Path(out) / file).exists():
+                raise FileExistsError(
+                    f"out: {out} already holds {file}; continue that run (--resume), or "
+                    "name another folder"
+                )
         self.config, self.recipe = config, recipe
         self.out = None if out is None else Path(out)
         self.save_every = save_every
@@ -140,7 +148,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
         self.total_steps = recipe.epochs * self.steps_per_epoch
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
+            torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(
@@ -150,14 +158,16 @@ class Trainer:
             fused=True,
         )
         self.step = 0
-        self.losses = torch.zeros(self.total_steps, device=self.device)
+        self.losses = torch.zeros(self.total_steps, dtype=torch.float32, device=self.device)
+        self._grad_norm = torch.zeros((), dtype=torch.float32, device=self.device)
+        self._compile = compile
         self._loss = torch.compile(self._loss_of) if compile else self._loss_of
 
     def run(self, progress: bool = False) -> TrainResult:
         """Take every step that is left, and save at the end.
 
         Raises:
-            FloatingPointError: the loss is NaN or Inf; the last save is whole.
+            FloatingPointError: the loss or the gradient is NaN or Inf; the last save is whole.
             OSError: a save failed.
         """
         if self.step == 0:
@@ -190,10 +200,17 @@ class Trainer:
         seconds = time.perf_counter() - start
         return TrainResult(
             self.model,
-            self.losses.view(-1, self.steps_per_epoch).mean(1).tolist(),
+            self._epoch_losses(),
             images_seen / seconds if images_seen else math.nan,
             first_step_seconds,
         )
+
+    def _epoch_losses(self) -> list[float]:
+        """Means over images, not over steps: the last step of an epoch may be short."""
+        sizes = torch.full((self.steps_per_epoch,), float(self.recipe.batch_size))
+        sizes[-1] = len(self.images) - (self.steps_per_epoch - 1) * self.recipe.batch_size
+        by_epoch = self.losses.cpu().view(-1, self.steps_per_epoch)
+        return (by_epoch @ sizes / len(self.images)).tolist()
 
     def train_step(self) -> int:
         """One optimizer step; returns the number of images in it."""
@@ -205,7 +222,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(x_t, t, y, eps)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip, foreach=True)
+        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         self.losses[self.step] = loss.detach()
         self.step += 1
@@ -229,16 +246,16 @@ class Trainer:
         x0, y = self.images[rows], self.labels[rows]
         generator = _generator(self.device, self.recipe.seed, "noise", self.step)
         t = torch.randint(self.recipe.T, (len(rows),), device=self.device, generator=generator)
-        eps = torch.randn(x0.shape, device=self.device, generator=generator)
+        eps = torch.randn(x0.shape, dtype=x0.dtype, device=self.device, generator=generator)
         return self.scheduler.q_sample(x0, t, eps), t, y, eps
 
     def _read_loss(self) -> float:
-        """The last step's loss; waits for the device."""
-        loss = self.losses[self.step - 1].item()
-        if not math.isfinite(loss):
+        """The last step's loss; waits for the device, and stops a run that has gone astray."""
+        loss, norm = torch.stack([self.losses[self.step - 1], self._grad_norm]).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise FloatingPointError(
-                f"loss is {loss} at step {self.step} of {self.total_steps} "
-                f"(seed {self.recipe.seed}, lr {self.recipe.lr}); lower lr or clip"
+                f"loss is {loss}, gradient norm {norm} at step {self.step} of {self.total_steps} "
+                f"(seed {self.recipe.seed}, lr {self.recipe.lr}); lower lr"
             )
         return loss
 
@@ -247,22 +264,20 @@ class Trainer:
         if self.out is None:
             return
         save(self.model, self.out / WEIGHTS_FILE, self.scheduler, LABEL_NAMES)
-        tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
-        tensors |= {f"optimizer.{name}": t for name, t in self._optimizer_tensors().items()}
-        tensors["losses"] = self.losses
         header = {
             "step": self.step,
             "config": self.config.to_dict(),
             "recipe": asdict(self.recipe),
+            "environment": self._environment(),
         }
-        write_tensors(self.out / RESUME_FILE, tensors, header)
+        write_tensors(self.out / RESUME_FILE, self._tensors(), header)
 
     @classmethod
     def resume(cls, out: str | os.PathLike[str], **options: Any) -> Trainer:
         """The run whose files are in `out`, at the step it was last saved at.
 
-        The continuation has the bits of an uninterrupted run on the same machine, with the same
-        number of threads and the same `compile`.
+        The continuation has the bits of an uninterrupted run where torch, the device, the number
+        of threads and `compile` are the same; a warning names what is not.
 
         Args:
             out: the run's folder.
@@ -274,16 +289,21 @@ class Trainer:
         """
         path = Path(out) / RESUME_FILE
         tensors, header = read_tensors(path)
-        if header is None or "recipe" not in header:
-            raise ValueError(f"{path}: expected a resume file of fastdit train")
-        trainer = cls(
-            DiTConfig.from_dict(header["config"]),
-            Recipe.from_dict(header["recipe"]),
-            out,
-            **options,
-        )
+        if not {"step", "config", "recipe", "environment"} <= header.keys():
+            raise ValueError(f"{path}: expected a resume file of fastdit train, got {list(header)}")
+        config, recipe = DiTConfig.from_dict(header["config"]), Recipe.from_dict(header["recipe"])
+        trainer = cls(config, recipe, **options)
+        trainer.out = Path(out)
         trainer.step = header["step"]
         trainer._load(str(path), tensors)
+        for name, now in trainer._environment().items():
+            then = header["environment"].get(name)
+            if then != now:
+                warnings.warn(
+                    f"{name}: the run was saved under {then}, and goes on under {now}; its bits "
+                    "will differ from those of an uninterrupted run",
+                    stacklevel=2,
+                )
         return trainer
 
     def _load(self, source: str, tensors: dict[str, Tensor]) -> None:
@@ -291,20 +311,27 @@ class Trainer:
             for p in self.optimizer.param_groups[0]["params"]:
                 p.grad = torch.zeros_like(p)
             self.optimizer.step()
-        own = {f"model.{name}": p for name, p in self.model.state_dict().items()}
-        own |= {f"optimizer.{name}": t for name, t in self._optimizer_tensors().items()}
-        own["losses"] = self.losses
+        own = self._tensors()
         check_keys(source, own, tensors)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything a resume needs that is a tensor, by its name in the file."""
+        tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            for entry, tensor in self.optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{name}.{entry}"] = tensor
+        return tensors | {"losses": self.losses}
+
+    def _environment(self) -> dict[str, Any]:
+        """What the bits of a step depend on, besides the run itself."""
         return {
-            f"{name}.{entry}": tensor
-            for name, p in self.model.named_parameters()
-            for entry, tensor in state.get(p, {}).items()
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "compile": self._compile,
         }
 
 

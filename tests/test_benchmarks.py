@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -16,8 +17,9 @@ def run(script, *arguments):
 
 
 def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
-    path = tmp_path / "results" / "r.json"
-    done = run("sample_throughput.py", *"--batch 1 2 --steps 3 --rounds 2 --json".split(), path)
+    path, plot = tmp_path / "results" / "r.json", tmp_path / "plots" / "r.png"
+    paths = ("--json", path, "--plot", plot)
+    done = run("sample_throughput.py", *"--batch 1 2 --steps 3 --rounds 2".split(), *paths)
     assert done.returncode == 0, done.stderr
     for word in ("threads", "torch", "reference eager", "reference compiled", "fastdit eager"):
         assert word in done.stdout
@@ -31,7 +33,9 @@ def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
         assert row["error"] > 0
         assert ("compile s" in row) == (way == "reference compiled")
         assert len(row["seconds"]) == 2
-    assert rows["reference compiled", 1]["compile s"] > 1
+    with Image.open(plot) as image:
+        assert image.format == "PNG" and image.size[0] > 300
+    assert rows["reference compiled", 1]["compile s"] > 0
 
 
 def test_sample_throughput_takes_presets_dtypes_and_choices(tmp_path):

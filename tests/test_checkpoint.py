@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -63,6 +62,43 @@ def test_loading_draws_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
     fastdit.load(tmp_path / "m.safetensors")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_file_has_the_mode_of_any_new_file(tmp_path):
+    fastdit.save(make_model(), tmp_path / "m.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_a_kill_left_aside_is_replaced(tmp_path):
+    (tmp_path / ".m.safetensors.tmp").write_bytes(b"half a file")
+    fastdit.save(make_model(), tmp_path / "m.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_compiled_model_saves_under_its_own_keys(tmp_path):
+    model = make_model()
+    fastdit.save(torch.compile(model), tmp_path / "m.safetensors")
+    assert fastdit.load(tmp_path / "m.safetensors").state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match="model: expected a fastdit.DiT, got Linear"):
+        fastdit.save(torch.nn.Linear(1, 1), tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{", "expected JSON in the fastdit header"),
+        ("[]", "expected a JSON object as the fastdit header"),
+        ("{}", "expected a config in the fastdit header"),
+        ('{"recipe": {}, "config": {}}', "got a resume file; the model is beside it"),
+        ('{"config": {"hiden": 3}}', "did you mean 'hidden'?"),
+    ],
+)
+def test_a_broken_header_is_one_clear_error(tmp_path, header, message):
+    save_file({"a": torch.zeros(1)}, tmp_path / "m", metadata={"fastdit": header})
+    with pytest.raises(ValueError) as error:
+        fastdit.load(tmp_path / "m")
+    assert message in str(error.value)
 
 
 def test_missing_file_is_named(tmp_path):
@@ -133,7 +169,8 @@ path, limit = sys.argv[1], int(sys.argv[2])
 model = fastdit.load(path)
 for p in model.parameters():
     p.data.zero_()
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 try:
     fastdit.save(model, path)
 except OSError as error:
@@ -141,7 +178,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs file size limits")
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
     """A limit on the file's size stands for the full disk: the write fails half way."""
     path = tmp_path / "m.safetensors"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from typer.testing import CliRunner
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
-from fastdit.cli import app, parse_labels
+from fastdit.cli import app, parse_labels, print_losses
 from fastdit.data import LABEL_NAMES
 from fastdit.images import to_pixels, write_grid
 from fastdit.testing import randomize
+from fastdit.train import Recipe, TrainResult
 
 SMALL = DiTConfig(hidden=16, n_layers=1, n_heads=1)
 
@@ -42,7 +44,8 @@ def test_train_then_resume_then_sample(tmp_path):
         "resume.safetensors",
         "samples.png",
     }
-    assert "    1   " in done.stdout and "0.9147" in done.stdout
+    assert "epoch   loss" in done.stdout and "    2   0." in done.stdout
+    assert "published" not in done.stdout  # another recipe's figures
     assert "colour accuracy" in done.stdout and "images/s" in done.stdout
     assert "warning: terminal SNR" in done.stderr
     assert "loss " in done.stderr and "img/s" in done.stderr
@@ -50,9 +53,10 @@ def test_train_then_resume_then_sample(tmp_path):
         assert grid.size == ((16 * 17 - 1) * 3, (4 * 17 - 1) * 3)  # one row a colour
 
     again = run("train", *brief)
-    assert again.exit_code == 1 and "already holds a run" in again.stderr
+    assert again.exit_code == 1 and "already holds resume.safetensors" in again.stderr
     resumed = run("train", "--resume", "--out", out)
     assert resumed.exit_code == 0 and "resuming at step 4 of 4" in resumed.stderr
+    assert "nan" not in resumed.stdout
     other = run("train", "--resume", "--out", out, "--epochs", 3)
     assert other.exit_code == 1
     assert "--epochs: the run was started with 2, got 3" in other.stderr
@@ -114,7 +118,8 @@ def test_sample_without_a_checkpoint_says_how_to_make_one(tmp_path, monkeypatch)
         (("--labels", "-1"), "--labels: expected a number in [0, 16) or a name, got '-1'"),
         (("--out", "s.jpg"), "--out: expected a name that ends in .png or .npz, got s.jpg"),
         (("--seed", "-3"), "seed: expected an integer in [0, 2^63), got -3"),
-        (("--device", "tpu9000"), "--device: expected a device such as cpu or cuda, got tpu9000"),
+        (("--device", "tpu9000"), "--device: expected one that is here, got tpu9000"),
+        (("--device", "cuda:99"), "--device: expected one that is here, got cuda:99"),
     ],
 )
 def test_bad_arguments_are_one_line(checkpoint, arguments, message, tmp_path, monkeypatch):
@@ -122,6 +127,23 @@ def test_bad_arguments_are_one_line(checkpoint, arguments, message, tmp_path, mo
     done = run("sample", checkpoint, *arguments)
     assert done.exit_code == 1
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_latents_are_refused_as_png_before_sampling(tmp_path):
+    model = fastdit.DiT(in_channels=4, hidden=16, n_layers=1, n_heads=1)
+    fastdit.save(model, tmp_path / "m", DiffusionScheduler(5, schedule="cosine"))
+    done = run("sample", tmp_path / "m", "--out", tmp_path / "s.png")
+    assert done.exit_code == 1 and "a PNG shows 1 or 3 channels" in done.stderr
+    assert "sampling" not in done.stderr
+
+
+def test_losses_stand_beside_the_published_ones_for_the_default_recipe(capsys):
+    result = TrainResult(fastdit.DiT(), [0.5 - i / 100 for i in range(30)], 100.0, 1.0)
+    print_losses(result, Recipe(seed=3))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "    1   0.5000   0.9147" and lines[-2] == "   30   0.2100   0.1228"
+    print_losses(result, Recipe(lr=1e-3))
+    assert "0.9147" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_schedule_says_so(tmp_path):
@@ -138,6 +160,6 @@ def test_labels_without_names_are_numbers():
 
 
 def test_the_installed_command_answers():
-    command = [sys.executable, "-m", "fastdit.cli", "--help"]
+    command = [Path(sys.executable).with_name("fastdit"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and "sample" in done.stdout

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
-import fastdit
+import fastdit.data
 from fastdit import PRESETS, DiTConfig, reference
+from fastdit.noise import normal
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
 DATA = Path(__file__).parent / "data"
@@ -140,6 +141,26 @@ def test_low_precision_forward_meets_the_error_rule(dtype, batch):
     check_against_oracle(torch.cat(actual), torch.cat(plain), torch.cat(oracle))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_low_precision_gradients_meet_the_error_rule(dtype):
+    """All parameters' gradients as one vector, each scaled by the oracle's norm of it."""
+    oracle_model, _ = make_pair(DiTConfig())
+    models = [oracle_model, *make_pair(DiTConfig(), dtype)]
+    x, t, y = make_inputs(oracle_model.cfg)
+    upstream = torch.randn(x.shape).to(dtype)
+    for model in models:
+        own = model.pos_embed.dtype
+        model(x.to(dtype).to(own), t, y).backward(upstream.to(own))
+    norms = [p.grad.norm() for p in oracle_model.parameters()]
+    oracle, plain, actual = (
+        torch.cat(
+            [p.grad.double().flatten() / n for p, n in zip(m.parameters(), norms, strict=True)]
+        )
+        for m in models
+    )
+    check_against_oracle(actual, plain, oracle)
+
+
 def test_no_label_means_the_null_row_where_there_is_one():
     _, model = make_pair(CONFIGS["null-class"])
     x, t, _ = make_inputs(model.cfg)
@@ -233,7 +254,7 @@ def test_patchify_inverts_unpatchify():
 @pytest.mark.parametrize(
     ("x", "t", "y", "message"),
     [
-        ((2, 3, 16, 8), (2,), (2,), "x: expected shape [B, [3, 16, 16]], got [2, 3, 16, 8]"),
+        ((2, 3, 16, 8), (2,), (2,), "x: expected shape [B, 3, 16, 16], got [2, 3, 16, 8]"),
         ((3, 16, 16), (3,), (3,), "x: expected shape"),
         ((2, 3, 16, 16), (), (2,), "t: expected shape [2], one timestep an image, got []"),
         ((2, 3, 16, 16), (3,), (2,), "t: expected shape [2]"),
@@ -251,6 +272,27 @@ def test_labels_for_an_unconditional_model_are_an_error():
     model = fastdit.DiT(use_class_cond=False)
     with pytest.raises(ValueError, match="y: expected None.*use_class_cond=False"):
         model(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_table_and_no_noise(dtype):
+    """Only the weights of a new model follow torch.set_default_dtype."""
+
+    def products():
+        seeds = torch.tensor([[5, 0]])
+        images, _ = fastdit.data.coloured_shapes(per_class=1)
+        scheduler = fastdit.DiffusionScheduler(50, schedule="cosine")
+        step = fastdit.timestep_embedding(torch.tensor([7]), 8)
+        return normal(seeds, torch.tensor([1]), 64), images, scheduler.betas, step
+
+    expected = products()
+    torch.set_default_dtype(dtype)
+    try:
+        actual = products()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 def test_xavier_init_draws_as_published():

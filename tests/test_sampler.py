@@ -38,6 +38,8 @@ class ConvPredictor(nn.Module):
 
     def forward(self, x, t, y):
         time = (t / 100).to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        if y is not None:
+            time = time + y[:, None, None, None] / 10
         return self.last(torch.tanh(self.first(torch.cat([x, time], dim=1))))
 
 
@@ -111,7 +113,8 @@ def test_it_serves_any_noise_predictor(labels):
     assert images.shape == (3, 2, 5, 6)
     z = normal(torch.tensor([[1, 0], [2, 0], [3, 0]]), torch.arange(STEPS + 1), 60)
     z = z.view(STEPS + 1, 3, 2, 5, 6)
-    plain = reference.sample(model, scheduler, z[0], labels, z[1:])
+    y = None if labels is None else torch.tensor(labels)
+    plain = reference.sample(model, scheduler, z[0], y, z[1:])
     assert relative_error(images, plain) < 1e-5
 
 
@@ -166,7 +169,17 @@ def test_progress_shows_a_bar_only_when_asked(capsys):
         ([0], {"seed": 1.5}, "seed: expected an integer in [0, 2^63), got 1.5"),
         ([0, 1], {"seeds": [1]}, "seeds: expected 2, one an image; got 1"),
         ([0], {"seeds": [1], "first_index": 2}, "first_index: expected 0 where seeds"),
-        ([0], {"first_index": 2**32}, "first_index: expected a value in [0, 2^32 - 1]"),
+        ([0], {"first_index": 2**32}, "first_index: expected an integer in [0, 2^32)"),
+        ([0, 1], {"first_index": 2**32 - 1}, "first_index: expected at most 2^32 - 2, got 4294967"),
+        ([0], {"first_index": 1.5}, "first_index: expected an integer in [0, 2^32), got 1.5"),
+        ([0], {"seeds": [-7]}, "seeds: expected an integer in [0, 2^63), got -7"),
+        (["red"], {}, "labels: expected a non-empty list of integers, one an image; got ['red']"),
+        (None, {"seeds": []}, "labels: expected labels, or seeds or x_T"),
+        (
+            [0],
+            {"x_T": torch.full((1, 3, 16, 16), float("nan"))},
+            "x_T: expected finite values, but it holds NaN or Inf",
+        ),
         ([0], {"x_T": torch.zeros(3, 16, 16)}, "x_T: expected shape [1, 3, 16, 16]"),
         ([0], {"noise": torch.zeros(5, 1, 3, 16, 16)}, "noise: expected shape [20, 1, 3, 16, 16]"),
     ],
@@ -193,6 +206,30 @@ def test_bad_samplers_are_value_errors(options, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
+def test_a_compiled_model_is_seen_through(model_class):
+    """Its noise is counted in token order like the bare model's, and its labels are checked."""
+    torch._dynamo.reset()
+    model = model_class.from_config(CFG)
+    randomize(model)
+    wrapped = torch.compile(model, backend="eager")
+    sampler = Sampler(wrapped, make_scheduler())
+    assert torch.equal(sampler([3], seed=5), Sampler(model, make_scheduler())([3], seed=5))
+    with pytest.raises(ValueError, match="labels: expected values"):
+        sampler([16])
+    with pytest.raises(ValueError, match="use_class_cond=False"):
+        Sampler(model_class(use_class_cond=False), make_scheduler())([0])
+
+
+def test_a_predictor_without_parameters_is_served():
+    class Shrink(nn.Module):
+        def forward(self, x, t, y):
+            return 0.5 * x
+
+    images = Sampler(Shrink(), make_scheduler(), sample_shape=(1, 4, 4))(None, seeds=[0, 1])
+    assert images.shape == (2, 1, 4, 4) and images.isfinite().all()
+
+
 def test_other_predictors_need_a_shape():
     with pytest.raises(ValueError, match=r"sample_shape: expected \(C, H, W\)"):
         Sampler(ConvPredictor(), make_scheduler())
@@ -211,5 +248,5 @@ def test_weights_that_are_not_finite_are_named(bad):
     model = make_model()
     with torch.no_grad():
         model.blocks[1].mlp[2].bias[3] = bad
-    with pytest.raises(ValueError, match=r"finite weights, but blocks\.1\.mlp\.2\.bias holds"):
+    with pytest.raises(ValueError, match=r"finite values, but blocks\.1\.mlp\.2\.bias holds"):
         Sampler(model, make_scheduler())([0])

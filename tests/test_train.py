@@ -166,6 +166,69 @@ def test_a_run_killed_at_random_moments_resumes_bit_for_bit(tmp_path):
         assert same_tensors(ours, theirs), f"{name}: killed at steps after {killed_at}"
 
 
+KILL_IN_A_SAVE = """
+import os, signal, sys
+from fastdit import DiTConfig, files
+from fastdit.train import Recipe, Trainer
+out, kill_before, call = sys.argv[1], sys.argv[2], int(sys.argv[3])
+trainer = Trainer.resume(out)
+trainer.train_step()
+module = os if kill_before == "replace" else files
+original, calls = getattr(module, kill_before), 0
+def counted(*arguments):
+    global calls
+    calls += 1
+    if calls == call:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+setattr(module, kill_before, counted)
+trainer.save()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kill_before", "call"),
+    [("_sync", 1), ("replace", 1), ("_sync", 3), ("replace", 2), ("_sync", 4)],
+    ids=["weights-aside", "weights-unnamed", "resume-aside", "resume-unnamed", "resume-named"],
+)
+def test_a_kill_inside_a_save_leaves_both_files_whole(tmp_path, kill_before, call):
+    """At each place where one of the two files is aside, or one is new and the other old."""
+    whole = Trainer(SMALL, BRIEF).run()
+    first = Trainer(SMALL, BRIEF, tmp_path)
+    first.train_step()
+    first.save()
+    command = [sys.executable, "-W", "ignore", "-c", KILL_IN_A_SAVE, str(tmp_path), kill_before]
+    done = subprocess.run([*command, str(call)])
+    assert done.returncode == -signal.SIGKILL
+    fastdit.load(tmp_path / WEIGHTS_FILE)
+    resumed = Trainer.resume(tmp_path)
+    assert resumed.step == (2 if (kill_before, call) == ("_sync", 4) else 1)
+    assert same_tensors(resumed.run().model.state_dict(), whole.model.state_dict())
+    assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS_FILE, RESUME_FILE}
+
+
+def test_a_changed_environment_is_said_aloud(tmp_path):
+    Trainer(SMALL, BRIEF, tmp_path).save()
+    with pytest.warns(UserWarning, match="compile: the run was saved under False, and goes on und"):
+        Trainer.resume(tmp_path, compile=True)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS_FILE, RESUME_FILE])
+def test_a_new_run_overwrites_nothing(tmp_path, file):
+    (tmp_path / file).write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=f"out: .* already holds {file}; .*--resume"):
+        Trainer(SMALL, BRIEF, tmp_path)
+    assert (tmp_path / file).read_bytes() == b"precious"
+
+
+def test_compiled_steps_equal_eager_ones():
+    torch._dynamo.reset()
+    recipe = Recipe(epochs=1, batch_size=16, per_class=4)
+    eager, compiled = (Trainer(SMALL, recipe, compile=c).run() for c in (False, True))
+    assert compiled.epoch_losses == pytest.approx(eager.epoch_losses, rel=1e-5)
+    assert compiled.first_step_seconds > eager.first_step_seconds
+
+
 def test_resume_refuses_what_it_did_not_write(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         Trainer.resume(tmp_path)
@@ -176,7 +239,7 @@ def test_resume_refuses_what_it_did_not_write(tmp_path):
     with pytest.raises(ValueError, match="truncated"):
         Trainer.resume(tmp_path)
     (tmp_path / WEIGHTS_FILE).rename(path)
-    with pytest.raises(ValueError, match="expected a resume file"):
+    with pytest.raises(ValueError, match="expected a resume file of fastdit train"):
         Trainer.resume(tmp_path)
 
 
@@ -187,7 +250,19 @@ def test_a_loss_that_is_not_finite_stops_before_a_save(tmp_path):
     trainer.step = 1
     with torch.no_grad():
         trainer.model.final_linear.bias[0] = float("nan")
-    with pytest.raises(FloatingPointError, match="loss is nan at step 2 of 6"):
+    with pytest.raises(FloatingPointError, match="loss is nan, gradient norm nan at step 2 of 6"):
+        trainer.run()
+    assert (tmp_path / RESUME_FILE).read_bytes() == before
+
+
+def test_a_gradient_that_is_not_finite_stops_before_a_save(tmp_path):
+    """A finite loss with an infinite gradient: the weights of this very step are lost."""
+    trainer = Trainer(SMALL, BRIEF, tmp_path, save_every=1)
+    trainer.save()
+    before = (tmp_path / RESUME_FILE).read_bytes()
+    trainer.step = 1
+    trainer.model.pos_embed.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(FloatingPointError, match="gradient norm (inf|nan) at step 2 of 6"):
         trainer.run()
     assert (tmp_path / RESUME_FILE).read_bytes() == before
 
@@ -209,10 +284,12 @@ def test_models_that_do_not_fit_the_data_are_an_error(config, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"epochs": 0}, "epochs: expected a positive integer, got 0"),
+        ({"epochs": 2.5}, "epochs: expected a positive integer, got 2.5"),
+        ({"weight_decay": -1.0}, "weight_decay: expected at least 0, got -1.0"),
         ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
         ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
-        ({"seed": -1}, "seed: expected at least 0, got -1"),
+        ({"seed": -1}, "seed: expected an integer in [0, 2^63), got -1"),
         ({"epoch": 3}, "expected one of epochs"),
     ],
 )

@@ -1,0 +1,38 @@
+"""The wording of errors that several modules raise."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def unknown_name(what: str, name: object, known: Iterable[str]) -> ValueError:
+    """The error for a misspelt name: what came, what there is, and the likeliest intent."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ValueError(f"{what}: expected one of {', '.join(known)}; got {name!r}{hint}")
+
+
+def check_range(name: str, values: Tensor, limit: int) -> None:
+    """Raise a ValueError unless 0 <= values < limit; on an accelerator this reads them back."""
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
+        raise ValueError(
+            f"{name}: expected values in [0, {limit}), got {int(values.min())} to "
+            f"{int(values.max())}"
+        )
+
+
+def from_options(cls: type[T], options: dict[str, Any]) -> T:
+    """A dataclass from a plain dict, such as one read from a file; an unknown key is an error."""
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise unknown_name(f"{cls.__name__} option", name, known)
+    return cls(**options)
