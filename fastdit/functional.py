@@ -33,7 +33,9 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e
     """
     _check_tokens("x", x)
     _check_modulation(x, scale=scale, shift=shift)
-    return reference.layer_norm_modulate(x, scale, shift, eps)
+    if x.dtype == torch.float64:
+        return reference.layer_norm_modulate(x, scale, shift, eps)
+    return _layer_norm_modulate(x, scale, shift, eps)
 
 
 def gated_residual_layer_norm_modulate(
@@ -62,7 +64,10 @@ def gated_residual_layer_norm_modulate(
     if y.shape != x.shape:
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     _check_modulation(x, gate=gate, scale=scale, shift=shift)
-    return reference.gated_residual_layer_norm_modulate(x, y, gate, scale, shift, eps)
+    if x.dtype == torch.float64:
+        return reference.gated_residual_layer_norm_modulate(x, y, gate, scale, shift, eps)
+    residual = torch.addcmul(x, gate[:, None], y).to(x.dtype)
+    return residual, _layer_norm_modulate(residual, scale, shift, eps)
 
 
 def attention(qkv: Tensor, n_heads: int) -> Tensor:
@@ -92,6 +97,11 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
         return reference.attention(qkv, n_heads)
     q, k, v = qkv.view(B, N, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D3 // 3)
+
+
+def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(scale.dtype)
 
 
 def _check_tokens(name: str, x: Tensor) -> None:

@@ -12,33 +12,53 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-D{}".format(*s))
 
 
+def inputs_of(op, shape, dtype):
+    """Modulation comes as chunk views of one tensor, as the model makes it."""
+    B, N, D = shape
+    if op == "attention":
+        return [torch.randn(B, N, 3 * D).to(dtype)]
+    x, y = torch.randn(2, B, N, D).to(dtype)
+    gate, scale, shift = torch.randn(B, 3 * D).to(dtype).chunk(3, dim=1)
+    return [x, scale, shift] if op == "layer_norm_modulate" else [x, y, gate, scale, shift]
+
+
+def outputs_and_gradients(module, op, inputs, upstream):
+    """Every output and every input's gradient, flat."""
+    leaves = [i.detach().requires_grad_() for i in inputs]
+    outs = getattr(module, op)(*leaves, 4 if op == "attention" else 1e-5)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    torch.autograd.backward(outs, [upstream] * len(outs))
+    return [t.detach().flatten() for t in (*outs, *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize(
+    "op", ["layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention"]
+)
 @by_shape
 @by_dtype
-def test_attention_and_its_gradient_meet_the_error_rule(shape, dtype):
-    """The LayerNorm ops are still the reference's own: there is nothing to hold them against."""
-    B, N, D = shape
-
-    def run(op, qkv, upstream):
-        leaf = qkv.clone().requires_grad_()
-        out = op(leaf, 4)
-        out.backward(upstream)
-        return out.detach().flatten(), leaf.grad.flatten()
-
-    pooled = {"out": [], "gradient": []}
-    for seed in range(-(-4096 // (B * N * D))):
-        torch.manual_seed(seed)
-        args = torch.randn(B, N, 3 * D).to(dtype), torch.randn(B, N, D).to(dtype)
-        results = (
-            run(functional.attention, *args),
-            run(reference.attention, *args),
-            run(reference.attention, *(a.double() for a in args)),
+def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype):
+    runs = []
+    torch.manual_seed(0)
+    elements = shape[0] * shape[2]  # of the smallest tensor, a modulation's gradient
+    for _ in range(-(-4096 // elements)):
+        inputs, upstream = inputs_of(op, shape, dtype), torch.randn(shape).to(dtype)
+        exact = [i.double() for i in inputs]
+        runs.append(
+            (
+                outputs_and_gradients(functional, op, inputs, upstream),
+                outputs_and_gradients(reference, op, inputs, upstream),
+                outputs_and_gradients(reference, op, exact, upstream.double()),
+            )
         )
-        for name, triple in zip(pooled, zip(*results, strict=True), strict=True):
-            pooled[name].append(triple)
-    if N == 1:  # a softmax over one key is constant: plain ops give its zero gradient exactly
-        del pooled["gradient"]
-    for triples in pooled.values():
-        check_against_oracle(*(torch.cat(column) for column in zip(*triples, strict=True)))
+    actual, plain, oracle = (
+        [torch.cat(pooled) for pooled in zip(*column, strict=True)]
+        for column in zip(*runs, strict=True)
+    )
+    if op == "attention" and shape[1] == 1:
+        # A softmax over one key is constant: its gradient is zero, by plain ops exactly.
+        actual, plain, oracle = actual[:1], plain[:1], oracle[:1]
+    for triple in zip(actual, plain, oracle, strict=True):
+        check_against_oracle(*triple)
 
 
 @pytest.mark.parametrize("n_heads", [1, 3, 8], ids="h{}".format)
