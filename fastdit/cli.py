@@ -104,7 +104,11 @@ def train(
             trainer = _resume(out, given, options)
         else:
             trainer = Trainer(DiTConfig(), Recipe(**given), out, **options)
-        result = trainer.run(progress=True)
+        try:
+            result = trainer.run(progress=True)
+        except KeyboardInterrupt:
+            print(f"interrupted; continue with fastdit train --resume --out {out}", file=sys.stderr)
+            raise typer.Exit(130) from None
         print_losses(result, trainer.recipe)
         _show_samples(out, result, trainer.scheduler)
 

@@ -16,7 +16,7 @@ from fastdit.cli import app, parse_labels, print_losses
 from fastdit.data import LABEL_NAMES
 from fastdit.images import to_pixels, write_grid
 from fastdit.testing import randomize
-from fastdit.train import Recipe, TrainResult
+from fastdit.train import Recipe, Trainer, TrainResult
 
 SMALL = DiTConfig(hidden=16, n_layers=1, n_heads=1)
 
@@ -64,6 +64,19 @@ def test_train_then_resume_then_sample(tmp_path):
     sampled = run("sample", out / "model.safetensors", "--out", tmp_path / "s.png", "--count", 1)
     assert sampled.exit_code == 0, sampled.output
     assert "sampling" in sampled.stderr
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", interrupted)
+        done = run("train", "--out", out, "--per-class", 1, "--epochs", 1)
+    assert done.exit_code == 130
+    assert f"interrupted; continue with fastdit train --resume --out {out}" in done.stderr
+    assert run("train", "--out", out, "--resume").exit_code == 0
 
 
 def test_sample_writes_what_the_sampler_makes(checkpoint, tmp_path):
