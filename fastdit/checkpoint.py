@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastdit import reference
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import from_options
 from fastdit.files import atomic_path
 from fastdit.model import DiT, unwrap
 
@@ -61,14 +62,16 @@ def save(
         labels: names of the classes, one for each of `num_classes`.
 
     Raises:
-        ValueError: the model is no DiT, or the number of labels is not num_classes.
+        ValueError: the model is no DiT, its weights are not those of its config, or the labels are
+            not num_classes strings.
         OSError: the file cannot be written; an older one is left as it was.
     """
     inner = unwrap(model)
     if not isinstance(inner, reference.DiT):
         raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
-    if labels is not None and len(labels) != inner.cfg.num_classes:
-        raise ValueError(f"labels: expected {inner.cfg.num_classes} names, got {len(labels)}")
+    _check_labels("labels", labels, inner.cfg)
+    expected = _empty_model("model", inner.cfg).state_dict()
+    check_keys("model", expected, inner.state_dict())
     header = {
         "config": inner.cfg.to_dict(),
         "diffusion": scheduler and {"T": scheduler.T, "schedule": scheduler.schedule},
@@ -86,10 +89,12 @@ def load(path: str | os.PathLike[str]) -> DiT:
     """
     with _open(path) as file:
         info = _read_info(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    with torch.device("meta"):
-        model = DiT.from_config(info.config)
+        tensors = _get_tensors(file)
+    model = _empty_model(str(path), info.config)
     check_keys(str(path), model.state_dict(), tensors)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: expected float weights, but {name} is {tensor.dtype}")
     model.load_state_dict(tensors, assign=True)
     return model
 
@@ -110,9 +115,13 @@ def write_tensors(
 ) -> None:
     """Write tensors and a JSON header to a safetensors file, atomically."""
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-    metadata = {"format": "pt", _HEADER: json.dumps(header)}
+    try:
+        # One metadata entry: with two, their order in the file, and so its bytes, would vary.
+        content = serialize(contiguous, {_HEADER: json.dumps(header)})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected tensors with memory of their own ({error})") from error
     with atomic_path(path) as aside:
-        aside.write_bytes(serialize(contiguous, metadata))
+        aside.write_bytes(content)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -124,7 +133,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     with _open(path) as file:
         header = _read_header(path, file)
-        return {name: file.get_tensor(name) for name in file.keys()}, header
+        return _get_tensors(file), header
 
 
 def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -168,7 +177,7 @@ def _read_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a fastdit header, got none; {layout}")
     try:
         header = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON in the fastdit header ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path}: expected a JSON object as the fastdit header, got {text[:40]}")
@@ -179,14 +188,38 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
     header = _read_header(path, file)
     if "recipe" in header:
         raise ValueError(f"{path}: expected a model, got a resume file; the model is beside it")
-    if not isinstance(header.get("config"), dict):
+    if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
-    labels = header.get("labels")
-    return CheckpointInfo(
-        config=DiTConfig.from_dict(header["config"]),
-        diffusion=header.get("diffusion"),
-        labels=labels and tuple(labels),
-    )
+    config = from_options(DiTConfig, header["config"], complete=True)
+    diffusion, labels = header.get("diffusion"), header.get("labels")
+    if diffusion is not None and (
+        not isinstance(diffusion, dict) or sorted(diffusion) != ["T", "schedule"]
+    ):
+        raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
+    _check_labels(f"{path}: labels", labels, config)
+    return CheckpointInfo(config, diffusion, None if labels is None else tuple(labels))
+
+
+def _check_labels(what: str, labels: Any, config: DiTConfig) -> None:
+    if labels is None:
+        return
+    names = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)
+    if not names or len(labels) != config.num_classes:
+        raise ValueError(f"{what}: expected {config.num_classes} names, got {labels!r:.80}")
+
+
+def _empty_model(source: str, config: DiTConfig) -> DiT:
+    """The config's model without storage, and without drawing random numbers."""
+    try:
+        with torch.device("meta"):
+            return DiT.from_config(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
+
+
+def _get_tensors(file: Any) -> dict[str, Tensor]:
+    """Copies: a tensor that stays mapped to its file changes, or dies, when the file does."""
+    return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:

@@ -58,9 +58,11 @@ def _plain_errors() -> Iterator[None]:
 def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("meta"):
+        raise ValueError(f"--device: expected one that computes, got {name}")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter is torch built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # as torch's builds differ
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: expected one that is here, got {name} ({reason})") from error
 
@@ -196,11 +198,17 @@ def sample(
         model = load(checkpoint).to(_device(device))
         sampler = Sampler(model, DiffusionScheduler(**info.diffusion))
         rows = [label for label in wanted for _ in range(count)]
+        conditional = info.config.use_class_cond
         batches = []
         with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
             for i in range(0, len(rows), batch_size):
                 batch = rows[i : i + batch_size]
-                batches.append(to_pixels(sampler(batch, seed, first_index=i, progress=True)))
+                if conditional:
+                    images = sampler(batch, seed, first_index=i, progress=True)
+                else:
+                    keys = range(seed + i, seed + i + len(batch))
+                    images = sampler(None, seeds=keys, progress=True)
+                batches.append(to_pixels(images))
                 bar.update(len(batch))
         pixels = np.concatenate(batches)
         if out.suffix == ".npz":
@@ -213,9 +221,15 @@ def sample(
 def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfig) -> list[int]:
     """Class numbers from comma-separated names and numbers; None means every class.
 
+    An unconditional model has one class, 0, that is not named.
+
     Raises:
-        ValueError: a name is unknown or a number out of range.
+        ValueError: a name is unknown or a number out of range, or the model has no classes.
     """
+    if not config.use_class_cond:
+        if text is not None:
+            raise ValueError("--labels: expected none, since the model is unconditional")
+        return [0]
     if text is None:
         return list(range(config.num_classes))
     by_name = {name.lower(): i for i, name in enumerate(names or ())}

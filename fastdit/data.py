@@ -29,6 +29,7 @@ _EDGE = 0.5  # pixels over which an edge fades: antialiasing
 
 # Share of white noise's variance that its best template explains: at most 0.045 in 100,000 images.
 _NOISE_SHARE = 0.05
+_FLAT_VARIANCE = (2 / 255) ** 2  # a pixel's, where all differ by about one displayed level
 
 
 class ShapesData(NamedTuple):
@@ -136,8 +137,8 @@ def classify(images: Tensor) -> tuple[Tensor, Tensor]:
     Template matching in closed form: for every shape, place and size the image is fitted as
     `ground + mask * contrast` by least squares, with ground and contrast free in each channel. The
     mask that explains most of the image's variance gives the shape; the direction of its contrast
-    gives the colour, as the palette's entry at the smallest angle. An image whose best mask
-    explains no more than it would of noise shows nothing.
+    gives the colour, as the palette's entry at the smallest angle. A flat image, or one
+    whose best mask explains no more than it would of noise, shows nothing.
 
     Args:
         images: [n, 3, 16, 16].
@@ -150,21 +151,25 @@ def classify(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     if images.dim() != 4 or list(images.shape[1:]) != [3, IMG_SIZE, IMG_SIZE]:
         raise ValueError(f"images: expected shape [n, 3, 16, 16], got {list(images.shape)}")
-    pixels = images.detach().to("cpu", torch.float32).flatten(2)  # [n, 3, 256]
+    pixels = images.detach().to("cpu", torch.float64).flatten(2)  # [n, 3, 256]
     if not pixels.isfinite().all():
         raise ValueError("images: expected finite pixels, got NaN or Inf")
+    pixels = pixels.clamp(-1, 1)  # as they are shown
+    pixels = pixels - pixels.mean(2, keepdim=True)
     masks, shape_of_mask = _templates()  # [K, 256], [K]
     centred = masks - masks.mean(1, keepdim=True)
     norm = centred.norm(dim=1)
     projection = pixels @ (centred / norm[:, None]).T  # [n, 3, K]
     explained, best = projection.square().sum(1).max(1)  # [n]
-    variance = (pixels - pixels.mean(2, keepdim=True)).square().sum((1, 2))
+    variance = pixels.square().sum((1, 2))
     contrast = projection.gather(2, best[:, None, None].expand(-1, 3, 1))[..., 0]  # [n, 3]
 
-    palette = torch.tensor(PALETTE, dtype=torch.float32) - torch.tensor(GROUND, dtype=torch.float32)
+    ground = torch.tensor(GROUND, dtype=torch.float64)
+    palette = torch.tensor(PALETTE, dtype=torch.float64) - ground
     alignment = contrast @ F.normalize(palette, dim=1).T  # [n, 4]
     strongest, colour = alignment.max(1)
-    nothing = (explained <= _NOISE_SHARE * variance) | (strongest <= 0)
+    flat = variance <= _FLAT_VARIANCE * pixels[0].numel()
+    nothing = flat | (explained <= _NOISE_SHARE * variance) | (strongest <= 0)
     shape = shape_of_mask[best]
     return colour.masked_fill(nothing, -1), shape.masked_fill(nothing, -1)
 
@@ -177,4 +182,4 @@ def _templates() -> tuple[Tensor, Tensor]:
     grid = torch.cartesian_prod(offsets, offsets, radii)
     masks = shape_masks(grid[:, :2], grid[:, 2]).flatten(2)  # [4, k, 256]
     shapes = torch.arange(len(SHAPES)).repeat_interleave(len(grid))
-    return masks.flatten(0, 1), shapes
+    return masks.flatten(0, 1).double(), shapes

@@ -153,7 +153,7 @@ class DiffusionScheduler:
 
         Args:
             x0: [B, ...] clean images, any float dtype.
-            t: [B] int64 in [0, T). On an accelerator its range is not read back, since that
+            t: [B] integers in [0, T). On an accelerator its range is not read back, since that
                 would stall the stream at every training step.
             eps: standard normal noise of x0's shape.
 
@@ -161,14 +161,19 @@ class DiffusionScheduler:
             x_t, of x0's shape and dtype.
 
         Raises:
-            ValueError: shapes differ, or t is out of range.
+            ValueError: shapes differ, x0 is no float, or t is no integer or out of range.
 
         Source: Ho et al. 2020, equation 4.
         """
+        if not x0.is_floating_point():
+            raise ValueError(f"x0: expected a float dtype, got {x0.dtype}")
         if eps.shape != x0.shape:
             raise ValueError(f"eps: expected x0's shape {list(x0.shape)}, got {list(eps.shape)}")
         if t.shape != x0.shape[:1]:
             raise ValueError(f"t: expected shape [{x0.shape[0]}], got {list(t.shape)}")
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(f"t: expected integers, got {t.dtype}")
+        t = t.long()
         if t.device.type == "cpu":
             check_range("t", t, self.T)
         per_image = (-1,) + (1,) * (x0.dim() - 1)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -22,6 +23,8 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> ValueError:
 
 def check_range(name: str, values: Tensor, limit: int) -> None:
     """Raise a ValueError unless 0 <= values < limit; on an accelerator this reads them back."""
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise ValueError(f"{name}: expected integers, got {values.dtype}")
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
         raise ValueError(
             f"{name}: expected values in [0, {limit}), got {int(values.min())} to "
@@ -29,9 +32,18 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
         )
 
 
-def from_options(cls: type[T], options: dict[str, Any]) -> T:
-    """A dataclass from a plain dict, such as one read from a file; an unknown key is an error."""
+def from_options(cls: type[T], options: Any, complete: bool = False) -> T:
+    """A dataclass from a plain dict; an unknown key is an error.
+
+    With `complete`, as for a dict read from a file, so is a missing one: a default must not stand
+    in for what the file's writer meant.
+    """
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(options, dict):
+        raise ValueError(f"{cls.__name__}: expected a dict of options, got {options!r}")
+    missing = [name for name in known if name not in options]
+    if complete and missing:
+        raise ValueError(f"{cls.__name__}: expected every option, {', '.join(missing)} missing")
     for name in options:
         if name not in known:
             raise unknown_name(f"{cls.__name__} option", name, known)

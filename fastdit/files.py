@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP)
@@ -15,30 +17,51 @@ _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP)
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which becomes `path` once all of it is on disk.
 
-    Whatever stops the writing, a full disk or a kill, `path` is the old file or the new one. What a
-    kill leaves aside has one name, so that the next write replaces it.
+    Whatever stops the writing, a full disk or a kill, `path` is the old file or a new one, whole.
+    Each writer has an aside of its own; those that killed processes left are removed. A link is
+    followed.
 
     Raises:
         OSError: writing failed; what was written aside is removed.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        aside.unlink(missing_ok=True)
         yield aside
         _sync(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path}: not written ({error}); an older file is as it was") from error
-    except BaseException:
-        aside.unlink(missing_ok=True)
+        os.replace(aside, target)
+    except BaseException as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            message = f"{path}: not written ({error}); an older file is as it was"
+            raise OSError(message) from error
         raise
     try:
-        _sync(path.parent)  # so that the new name survives a power cut
+        _sync(target.parent)  # so that the new name survives a power cut
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:  # some file systems cannot sync a folder
             raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*-*.tmp"):
+        pid = leftover.name.removeprefix(f".{target.name}.").split("-")[0]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            leftover.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _sync(path: Path) -> None:

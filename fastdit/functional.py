@@ -95,7 +95,8 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
         )
     if qkv.dtype == torch.float64:
         return reference.attention(qkv, n_heads)
-    q, k, v = qkv.view(B, N, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
+    d = D3 // (3 * n_heads)
+    q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D3 // 3)
 
 

@@ -90,8 +90,9 @@ class DiT(reference.DiT):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's or a data-parallel wrapper."""
-    for name in ("_orig_mod", "module"):
-        inner = model._modules.get(name)
-        if inner is not None and len(model._modules) == 1:
-            return unwrap(inner)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrap(model.module)
+    # By name: importing the class would import torch._dynamo, a second of start-up.
+    if type(model).__name__ == "OptimizedModule":
+        return unwrap(model.get_submodule("_orig_mod"))
     return model

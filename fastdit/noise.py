@@ -74,6 +74,8 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     Returns:
         [S, B, elements] float32 on seeds' device.
     """
+    if elements < 1:
+        raise ValueError(f"elements: expected at least 1, got {elements}")
     n_quads = -(-elements // 4)
     rows = len(steps) * len(seeds)
     step = steps[:, None].expand(-1, len(seeds)).reshape(rows, 1)
@@ -84,7 +86,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     for i in range(0, rows, block):
         j = slice(i, i + block)
         _fill_normal(out[j], key[j], step[j], stream[j])
-    return out.view(len(steps), len(seeds), -1)[..., :elements]
+    return out.view(len(steps), len(seeds), 4 * n_quads)[..., :elements]
 
 
 def _fill_normal(out: Tensor, key: Tensor, step: Tensor, stream: Tensor) -> None:

@@ -33,8 +33,9 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
     """[B, N, p*p*C] tokens of a square image -> [B, C, H, W]; the inverse of patchify."""
     B, N, F_ = x.shape
     h = int(N**0.5)
-    x = x.view(B, h, h, p, p, F_ // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
-    return x.reshape(B, -1, h * p, h * p)
+    C = F_ // (p * p)
+    x = x.view(B, h, h, p, p, C).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return x.reshape(B, C, h * p, h * p)
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -54,7 +55,8 @@ def gated_residual_layer_norm_modulate(
 def attention(qkv: Tensor, n_heads: int) -> Tensor:
     """Softmax attention without mask on packed qkv [B, N, 3D] -> [B, N, D]."""
     B, N, D3 = qkv.shape
-    q, k, v = qkv.view(B, N, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
+    d = D3 // (3 * n_heads)
+    q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
     return (weights @ v).transpose(1, 2).reshape(B, N, D3 // 3)
 

@@ -69,6 +69,8 @@ class Sampler:
             raise ValueError(
                 "sample_shape: expected (C, H, W), since the model is no DiT, got None"
             )
+        if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ValueError(f"sample_shape: expected three positive integers, got {shape}")
         if sample_shape not in (None, shape):
             raise ValueError(f"sample_shape: expected the model's {shape}, got {sample_shape}")
         self.model = model
@@ -107,6 +109,7 @@ class Sampler:
 
         Raises:
             ValueError: an argument's shape or range is wrong, or a weight is not finite.
+            FloatingPointError: the model's predictions were not finite.
         """
         parameter = next(self.model.parameters(), torch.empty(0, dtype=torch.float32))
         device, model_dtype = parameter.device, parameter.dtype
@@ -131,6 +134,11 @@ class Sampler:
             model_out = self.model(x.to(model_dtype), t, y).to(state_dtype)
             self._check_output(model_out, x)
             x = self.solver.step(k, x, model_out, z.to(state_dtype))
+        if not x.isfinite().all():
+            raise FloatingPointError(
+                f"model: expected finite predictions, but images hold NaN or Inf; {model_dtype} "
+                "may be too narrow for it"
+            )
         return x
 
     def _seeded_noise(self, keys: Tensor, steps: Tensor) -> Tensor:
@@ -164,11 +172,13 @@ class Sampler:
             y = torch.as_tensor(labels, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{expected}; got {labels!r}") from error
-        if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool or not len(y):
+        numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+        if y.dim() != 1 or not numbers or not len(y):
             raise ValueError(f"{expected}; got {y.dtype} of shape {list(y.shape)}")
+        y = y.to(torch.int64)
         if self._cfg is not None:
             check_range("labels", y, self._cfg.num_classes)
-        return y.to(torch.int64)
+        return y
 
     @staticmethod
     def _check_output(model_out: Tensor, x: Tensor) -> None:
@@ -181,7 +191,12 @@ class Sampler:
 
     @staticmethod
     def _check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-        if value is not None and value.shape != shape:
+        if value is None:
+            return
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name}: expected a float tensor, got {got}")
+        if value.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
 
 

@@ -67,14 +67,15 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "T", "per_class"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise ValueError(f"{name}: expected a positive integer below 2^31, got {value!r}")
         for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if type(self.weight_decay) not in (int, float) or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {self.seed!r}")
 
     @classmethod
@@ -132,12 +133,12 @@ class Trainer:
         _check_fits_data(config)
         if save_every < 1:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
-        for file in (RESUME_FILE, WEIGHTS_FILE):
+        for file, remedy in (
+            (RESUME_FILE, "continue that run (--resume), or name another folder"),
+            (WEIGHTS_FILE, "name another folder"),
+        ):
             if out is not None and (Path(out) / file).exists():
-                raise FileExistsError(
-                    f"out: {out} already holds {file}; continue that run (--resume), or "
-                    "name another folder"
-                )
+                raise FileExistsError(f"out: {out} already holds {file}; {remedy}")
         self.config, self.recipe = config, recipe
         self.out = None if out is None else Path(out)
         self.save_every = save_every
@@ -150,7 +151,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
-        self.model.to(self.device)
+        self.model.to(self.device, torch.float32)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=recipe.lr,
@@ -207,7 +208,7 @@ class Trainer:
 
     def _epoch_losses(self) -> list[float]:
         """Means over images, not over steps: the last step of an epoch may be short."""
-        sizes = torch.full((self.steps_per_epoch,), float(self.recipe.batch_size))
+        sizes = torch.full((self.steps_per_epoch,), self.recipe.batch_size, dtype=torch.float32)
         sizes[-1] = len(self.images) - (self.steps_per_epoch - 1) * self.recipe.batch_size
         by_epoch = self.losses.cpu().view(-1, self.steps_per_epoch)
         return (by_epoch @ sizes / len(self.images)).tolist()
@@ -263,14 +264,15 @@ class Trainer:
         """Write the weights for users, and beside them all that `resume` needs."""
         if self.out is None:
             return
-        save(self.model, self.out / WEIGHTS_FILE, self.scheduler, LABEL_NAMES)
         header = {
             "step": self.step,
             "config": self.config.to_dict(),
             "recipe": asdict(self.recipe),
             "environment": self._environment(),
         }
+        # This order: a kill between the two leaves a run that resumes.
         write_tensors(self.out / RESUME_FILE, self._tensors(), header)
+        save(self.model, self.out / WEIGHTS_FILE, self.scheduler, LABEL_NAMES)
 
     @classmethod
     def resume(cls, out: str | os.PathLike[str], **options: Any) -> Trainer:
@@ -291,13 +293,18 @@ class Trainer:
         tensors, header = read_tensors(path)
         if not {"step", "config", "recipe", "environment"} <= header.keys():
             raise ValueError(f"{path}: expected a resume file of fastdit train, got {list(header)}")
-        config, recipe = DiTConfig.from_dict(header["config"]), Recipe.from_dict(header["recipe"])
+        config = from_options(DiTConfig, header["config"], complete=True)
+        recipe = from_options(Recipe, header["recipe"], complete=True)
         trainer = cls(config, recipe, **options)
         trainer.out = Path(out)
         trainer.step = header["step"]
+        if type(trainer.step) is not int or not 0 <= trainer.step <= trainer.total_steps:
+            raise ValueError(
+                f"{path}: expected a step in [0, {trainer.total_steps}], got {trainer.step!r}"
+            )
         trainer._load(str(path), tensors)
         for name, now in trainer._environment().items():
-            then = header["environment"].get(name)
+            then = dict(header["environment"] or {}).get(name)
             if then != now:
                 warnings.warn(
                     f"{name}: the run was saved under {then}, and goes on under {now}; its bits "
@@ -316,6 +323,11 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
+        taken = {int(t) for name, t in own.items() if name.endswith(".step")} or {0}
+        if taken != {self.step}:
+            raise ValueError(
+                f"{source}: the optimizer took {taken} steps, the header says {self.step}"
+            )
 
     def _tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs that is a tensor, by its name in the file."""

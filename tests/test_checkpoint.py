@@ -1,5 +1,6 @@
 """Weights come back as they went, a file is whole or old, and a foreign one is named."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -12,10 +13,16 @@ from safetensors.torch import save_file
 
 import fastdit
 from fastdit import PRESETS, DiffusionScheduler, DiTConfig
-from fastdit.checkpoint import CheckpointInfo, inspect
+from fastdit.checkpoint import CheckpointInfo, inspect, write_tensors
+from fastdit.model import unwrap
 from fastdit.testing import randomize
 
 SMALL = DiTConfig(hidden=32, n_layers=1, n_heads=2)
+
+
+def header_with(diffusion=None, labels=None, **options):
+    config = SMALL.to_dict() | options
+    return json.dumps({"config": config, "diffusion": diffusion, "labels": labels})
 
 
 def make_model(cfg=SMALL):
@@ -53,7 +60,7 @@ def test_header_carries_schedule_and_labels(tmp_path):
 
 
 def test_label_names_must_be_as_many_as_classes(tmp_path):
-    with pytest.raises(ValueError, match="labels: expected 16 names, got 2"):
+    with pytest.raises(ValueError, match="labels: expected 16 names, got ..a., .b.."):
         fastdit.save(make_model(), tmp_path / "m.safetensors", labels=["a", "b"])
 
 
@@ -70,10 +77,87 @@ def test_a_file_has_the_mode_of_any_new_file(tmp_path):
     assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_what_a_kill_left_aside_is_replaced(tmp_path):
-    (tmp_path / ".m.safetensors.tmp").write_bytes(b"half a file")
+def test_what_a_killed_process_left_aside_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    leftover = tmp_path / f".m.safetensors.{dead.pid}-1.tmp"
+    alive = tmp_path / f".m.safetensors.{os.getppid()}-1.tmp"
+    for aside in (leftover, alive):
+        aside.write_bytes(b"half a file")
     fastdit.save(make_model(), tmp_path / "m.safetensors")
+    assert {p.name for p in tmp_path.iterdir()} == {"m.safetensors", alive.name}
+
+
+SAVE_AGAIN_AND_AGAIN = """
+import sys, fastdit
+model = fastdit.load(sys.argv[1])
+for p in model.parameters():
+    p.data.fill_(float(sys.argv[2]))
+for _ in range(60):
+    fastdit.save(model, sys.argv[1])
+"""
+
+
+def test_two_writers_and_a_reader_never_see_half_a_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    fastdit.save(make_model(), path)
+    command = [sys.executable, "-c", SAVE_AGAIN_AND_AGAIN, str(path)]
+    writers = [subprocess.Popen([*command, value]) for value in ("1", "2")]
+    loads = 0
+    while any(w.poll() is None for w in writers):
+        fastdit.load(path)
+        loads += 1
+    assert [w.returncode for w in writers] == [0, 0] and loads > 10
+    assert fastdit.load(path).pos_embed.unique().item() in (1.0, 2.0)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "m").symlink_to(tmp_path / "there" / "m")
+    fastdit.save(make_model(), tmp_path / "m")
+    assert (tmp_path / "m").is_symlink() and (tmp_path / "there" / "m").is_file()
+
+
+def test_a_loaded_model_outlives_its_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    fastdit.save(make_model(), path)
+    model = fastdit.load(path)
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    with open(path, "r+b") as file:
+        file.write(b"\0" * path.stat().st_size)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    model, files = make_model(), []
+    for i in range(8):
+        fastdit.save(model, tmp_path / str(i), DiffusionScheduler(5, schedule="cosine"))
+        files.append((tmp_path / str(i)).read_bytes())
+    assert len(set(files)) == 1
+
+
+def test_what_load_would_refuse_is_not_saved(tmp_path):
+    model = make_model()
+    model.extra = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="unexpected extra.weight, extra.bias"):
+        fastdit.save(model, tmp_path / "m")
+    model = make_model(DiTConfig(hidden=32, n_layers=2, n_heads=2))
+    model.blocks[1].mlp = model.blocks[0].mlp
+    with pytest.raises(ValueError, match="expected tensors with memory of their own"):
+        fastdit.save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_only_holds_a_dit_is_not_taken_for_it():
+    class Latent(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = make_model()
+
+    latent, model = Latent(), make_model()
+    assert unwrap(latent) is latent
+    assert unwrap(torch.nn.DataParallel(torch.compile(model))) is model
 
 
 def test_a_compiled_model_saves_under_its_own_keys(tmp_path):
@@ -91,7 +175,14 @@ def test_a_compiled_model_saves_under_its_own_keys(tmp_path):
         ("[]", "expected a JSON object as the fastdit header"),
         ("{}", "expected a config in the fastdit header"),
         ('{"recipe": {}, "config": {}}', "got a resume file; the model is beside it"),
-        ('{"config": {"hiden": 3}}', "did you mean 'hidden'?"),
+        ('{"config": {"hidden": 3}}', "DiTConfig: expected every option, img_size"),
+        ('{"config": 5}', "DiTConfig: expected a dict of options, got 5"),
+        ("[" * 100_000, "expected JSON in the fastdit header"),
+        (header_with(diffusion={"q": 1}), "expected a diffusion of T and schedule"),
+        (header_with(labels=5), "labels: expected 16 names, got 5"),
+        (header_with(labels=list(range(16))), "labels: expected 16 names, got [0, 1"),
+        (header_with(hidden=10**12, n_heads=1), "a model of this config cannot be built"),
+        (header_with(hidden=10**30, n_heads=1), "a model of this config cannot be built"),
     ],
 )
 def test_a_broken_header_is_one_clear_error(tmp_path, header, message):
@@ -147,12 +238,10 @@ def test_a_foreign_file_is_told_by_its_keys(tmp_path, keys, message):
 
 
 def test_keys_that_do_not_fit_are_listed(tmp_path):
-    model = make_model()
-    state = dict(model.state_dict())
+    state = dict(make_model().state_dict())
     state["extra.weight"] = state.pop("final_mod.bias")
     state["pos_embed"] = torch.zeros(1, 4, 32)
-    model.state_dict = lambda: state
-    fastdit.save(model, tmp_path / "m.safetensors")
+    write_tensors(tmp_path / "m.safetensors", state, {"config": SMALL.to_dict()})
     with pytest.raises(ValueError) as error:
         fastdit.load(tmp_path / "m.safetensors")
     for part in (
@@ -161,6 +250,13 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
         "pos_embed: expected shape [1, 16, 32], got [1, 4, 32]",
     ):
         assert part in str(error.value)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    state = dict(make_model().state_dict()) | {"pos_embed": torch.zeros(1, 16, 32).int()}
+    write_tensors(tmp_path / "m", state, {"config": SMALL.to_dict()})
+    with pytest.raises(ValueError, match="expected float weights, but pos_embed is torch.int32"):
+        fastdit.load(tmp_path / "m")
 
 
 WRITE_UNDER_A_LIMIT = """

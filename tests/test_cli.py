@@ -132,6 +132,7 @@ def test_sample_without_a_checkpoint_says_how_to_make_one(tmp_path, monkeypatch)
         (("--out", "s.jpg"), "--out: expected a name that ends in .png or .npz, got s.jpg"),
         (("--seed", "-3"), "seed: expected an integer in [0, 2^63), got -3"),
         (("--device", "tpu9000"), "--device: expected one that is here, got tpu9000"),
+        (("--device", "meta"), "--device: expected one that computes, got meta"),
         (("--device", "cuda:99"), "--device: expected one that is here, got cuda:99"),
     ],
 )
@@ -140,6 +141,20 @@ def test_bad_arguments_are_one_line(checkpoint, arguments, message, tmp_path, mo
     done = run("sample", checkpoint, *arguments)
     assert done.exit_code == 1
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_unconditional_model_is_sampled_without_labels(tmp_path):
+    model = fastdit.DiT(use_class_cond=False, hidden=16, n_layers=1, n_heads=1)
+    randomize(model)
+    fastdit.save(model, tmp_path / "m", DiffusionScheduler(5, schedule="cosine"))
+    out = tmp_path / "s.npz"
+    done = run("sample", tmp_path / "m", "--count", 3, "--batch-size", 2, "--out", out)
+    assert done.exit_code == 0, done.output
+    with np.load(out) as archive:
+        pixels = archive["arr_0"]
+    assert pixels.shape == (3, 16, 16, 3) and len({p.tobytes() for p in pixels}) == 3
+    done = run("sample", tmp_path / "m", "--labels", "0")
+    assert done.exit_code == 1 and "--labels: expected none" in done.stderr
 
 
 def test_latents_are_refused_as_png_before_sampling(tmp_path):

@@ -68,12 +68,15 @@ def test_the_judge_sees_each_wrong_label(clean):
     assert judge(images, shuffled).shape == pytest.approx(0.25, abs=0.04)
 
 
-@pytest.mark.parametrize("nothing", ["noise", "blank", "inverted"])
+@pytest.mark.parametrize("nothing", ["noise", "blank", "inverted", "flat", "too-bright", "faint"])
 def test_the_judge_sees_nothing_where_there_is_nothing(clean, nothing):
     images = {
         "noise": add_noise(torch.zeros_like(clean.images), 1.0),
         "blank": torch.full_like(clean.images, -0.9),
         "inverted": -clean.images,
+        "flat": torch.rand(len(clean.images), 3, 1, 1).mul(2).sub(1).expand_as(clean.images),
+        "too-bright": clean.images + 5,
+        "faint": 0.5 + 1e-5 * clean.images,
     }[nothing]
     colour, shape = classify(images)
     assert (colour == -1).all() and (shape == -1).all()
@@ -101,6 +104,12 @@ def test_bad_input_is_a_value_error(images, labels, message):
     with pytest.raises(ValueError) as error:
         judge(images, torch.tensor(labels, dtype=torch.int64))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([-0.5]), torch.tensor([True])])
+def test_labels_that_are_no_integers_are_an_error(clean, labels):
+    with pytest.raises(ValueError, match="labels: expected integers, got torch"):
+        judge(clean.images[:1], labels)
 
 
 def test_an_empty_set_is_an_error():

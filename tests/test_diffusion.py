@@ -131,6 +131,27 @@ def test_q_sample_checks_its_arguments(t, eps, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("x0", "t", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2).long(), "x0: expected a float dtype"),
+        (torch.zeros(2, 3), torch.zeros(2), "t: expected integers, got torch.float32"),
+        (torch.zeros(2, 3), torch.zeros(2).bool(), "t: expected integers, got torch.bool"),
+    ],
+)
+def test_q_sample_checks_dtypes(x0, t, message):
+    with pytest.raises(ValueError) as error:
+        DiffusionScheduler().q_sample(x0, t, torch.zeros(2, 3))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_q_sample_takes_any_integer_timesteps(dtype):
+    scheduler, t = DiffusionScheduler(), torch.tensor([5, 5])
+    x0, eps = torch.randn(2, 2, 3)
+    assert torch.equal(scheduler.q_sample(x0, t.to(dtype), eps), scheduler.q_sample(x0, t, eps))
+
+
 @pytest.mark.parametrize("dim", [1, 2, 7, 256])
 def test_timestep_embedding_is_its_formula(dim):
     t = torch.tensor([0, 1, 37, 999])

@@ -178,6 +178,14 @@ def test_no_label_means_no_class_term_where_there_is_no_null_row():
     assert torch.equal(model(x, t), before)
 
 
+@pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_empty_batch_gives_an_empty_batch(model_class, dtype):
+    model = model_class().to(dtype)
+    x, t, y = make_inputs(model.cfg, 0, dtype)
+    assert model(x, t, y).shape == (0, 3, 16, 16)
+
+
 def test_every_sample_has_its_own_modulation():
     """Three images alone and together: a wrong row-to-sample index passes only at B = 1."""
     _, model = make_pair(DiTConfig(img_size=20, patch_size=4))

@@ -177,6 +177,11 @@ def test_progress_shows_a_bar_only_when_asked(capsys):
         (None, {"seeds": []}, "labels: expected labels, or seeds or x_T"),
         (
             [0],
+            {"x_T": torch.zeros(1, 3, 16, 16, dtype=torch.complex64)},
+            "x_T: expected a float tensor, got torch.complex64",
+        ),
+        (
+            [0],
             {"x_T": torch.full((1, 3, 16, 16), float("nan"))},
             "x_T: expected finite values, but it holds NaN or Inf",
         ),
@@ -228,6 +233,28 @@ def test_a_predictor_without_parameters_is_served():
 
     images = Sampler(Shrink(), make_scheduler(), sample_shape=(1, 4, 4))(None, seeds=[0, 1])
     assert images.shape == (2, 1, 4, 4) and images.isfinite().all()
+
+
+def test_predictions_that_are_not_finite_are_an_error():
+    class Overflow(nn.Module):
+        def forward(self, x, t, y):
+            return x / 0
+
+    sampler = Sampler(Overflow(), make_scheduler(), sample_shape=(1, 4, 4))
+    with pytest.raises(FloatingPointError, match="model: expected finite predictions"):
+        sampler(None, seeds=[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint64])
+def test_labels_come_in_any_integer_dtype(dtype):
+    sampler = Sampler(make_model(), make_scheduler())
+    assert torch.equal(sampler(torch.tensor([3, 5], dtype=dtype)), sampler([3, 5]))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4, 4), (3, -1, 4), (3.0, 4, 4)])
+def test_a_nonsensical_shape_is_an_error(shape):
+    with pytest.raises(ValueError, match="sample_shape: expected three positive integers"):
+        Sampler(ConvPredictor(), make_scheduler(), sample_shape=shape)
 
 
 def test_other_predictors_need_a_shape():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, reference
+from fastdit.checkpoint import read_tensors, write_tensors
 from fastdit.data import LABEL_NAMES, coloured_shapes
 from fastdit.train import RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer
 
@@ -189,7 +190,7 @@ trainer.save()
 @pytest.mark.parametrize(
     ("kill_before", "call"),
     [("_sync", 1), ("replace", 1), ("_sync", 3), ("replace", 2), ("_sync", 4)],
-    ids=["weights-aside", "weights-unnamed", "resume-aside", "resume-unnamed", "resume-named"],
+    ids=["resume-aside", "resume-unnamed", "weights-aside", "weights-unnamed", "weights-named"],
 )
 def test_a_kill_inside_a_save_leaves_both_files_whole(tmp_path, kill_before, call):
     """At each place where one of the two files is aside, or one is new and the other old."""
@@ -202,7 +203,7 @@ def test_a_kill_inside_a_save_leaves_both_files_whole(tmp_path, kill_before, cal
     assert done.returncode == -signal.SIGKILL
     fastdit.load(tmp_path / WEIGHTS_FILE)
     resumed = Trainer.resume(tmp_path)
-    assert resumed.step == (2 if (kill_before, call) == ("_sync", 4) else 1)
+    assert resumed.step == (1 if call == 1 else 2)
     assert same_tensors(resumed.run().model.state_dict(), whole.model.state_dict())
     assert {p.name for p in tmp_path.iterdir()} == {WEIGHTS_FILE, RESUME_FILE}
 
@@ -213,10 +214,12 @@ def test_a_changed_environment_is_said_aloud(tmp_path):
         Trainer.resume(tmp_path, compile=True)
 
 
-@pytest.mark.parametrize("file", [WEIGHTS_FILE, RESUME_FILE])
-def test_a_new_run_overwrites_nothing(tmp_path, file):
+@pytest.mark.parametrize(
+    ("file", "remedy"), [(WEIGHTS_FILE, "name another"), (RESUME_FILE, "continue .*--resume")]
+)
+def test_a_new_run_overwrites_nothing(tmp_path, file, remedy):
     (tmp_path / file).write_bytes(b"precious")
-    with pytest.raises(FileExistsError, match=f"out: .* already holds {file}; .*--resume"):
+    with pytest.raises(FileExistsError, match=f"out: .* already holds {file}; {remedy}"):
         Trainer(SMALL, BRIEF, tmp_path)
     assert (tmp_path / file).read_bytes() == b"precious"
 
@@ -241,6 +244,47 @@ def test_resume_refuses_what_it_did_not_write(tmp_path):
     (tmp_path / WEIGHTS_FILE).rename(path)
     with pytest.raises(ValueError, match="expected a resume file of fastdit train"):
         Trainer.resume(tmp_path)
+
+
+def edit_header(path, **changes):
+    tensors, header = read_tensors(path)
+    write_tensors(path, tensors, header | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 7}, "expected a step in [0, 6], got 7"),
+        ({"step": -1}, "expected a step in [0, 6], got -1"),
+        ({"step": "3"}, "expected a step in [0, 6], got '3'"),
+        ({"step": True}, "expected a step in [0, 6], got True"),
+        ({"step": 5}, "the optimizer took {3} steps, the header says 5"),
+        ({"recipe": {"epochs": 2}}, "Recipe: expected every option, batch_size, lr"),
+        ({"recipe": None}, "Recipe: expected a dict of options, got None"),
+        ({"config": {}}, "DiTConfig: expected every option, img_size"),
+    ],
+)
+def test_a_tampered_resume_file_is_one_clear_error(tmp_path, changes, message):
+    trainer = Trainer(SMALL, BRIEF, tmp_path)
+    for _ in range(3):
+        trainer.train_step()
+    trainer.save()
+    edit_header(tmp_path / RESUME_FILE, **changes)
+    with pytest.raises(ValueError) as error:
+        Trainer.resume(tmp_path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_reach_a_run(dtype):
+    expected = Trainer(SMALL, BRIEF).run()
+    torch.set_default_dtype(dtype)
+    try:
+        actual = Trainer(SMALL, BRIEF).run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == torch.float32 for p in actual.model.parameters())
+    assert actual.epoch_losses == pytest.approx(expected.epoch_losses, rel=0.05)
 
 
 def test_a_loss_that_is_not_finite_stops_before_a_save(tmp_path):
@@ -284,8 +328,11 @@ def test_models_that_do_not_fit_the_data_are_an_error(config, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs: expected a positive integer, got 0"),
-        ({"epochs": 2.5}, "epochs: expected a positive integer, got 2.5"),
+        ({"epochs": 0}, "epochs: expected a positive integer below 2^31, got 0"),
+        ({"epochs": 2.5}, "epochs: expected a positive integer below 2^31, got 2.5"),
+        ({"batch_size": 10**400}, "batch_size: expected a positive integer below 2^31"),
+        ({"lr": True}, "lr: expected a positive number, got True"),
+        ({"lr": "x"}, "lr: expected a positive number, got 'x'"),
         ({"weight_decay": -1.0}, "weight_decay: expected at least 0, got -1.0"),
         ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
         ({"clip": float("nan")}, "clip: expected a positive number, got nan"),
