@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Sampler
+from fastdit import DiffusionScheduler, DiTConfig, Sampler, cli
 from fastdit.cli import app, parse_labels, print_losses
 from fastdit.data import LABEL_NAMES
 from fastdit.images import to_pixels, write_grid
@@ -34,7 +34,13 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_train_then_resume_then_sample(tmp_path):
+@pytest.fixture
+def judged_briefly(monkeypatch):
+    """Four samples a class instead of ten: the grid shows four, and the suite has to end."""
+    monkeypatch.setattr(cli, "JUDGED_PER_CLASS", cli.SHOWN_PER_CLASS)
+
+
+def test_train_then_resume_then_sample(tmp_path, judged_briefly):
     out = tmp_path / "run"
     brief = ("--epochs", 2, "--per-class", 2, "--batch-size", 16, "--out", out)
     done = run("train", *brief)
@@ -66,7 +72,7 @@ def test_train_then_resume_then_sample(tmp_path):
     assert "sampling" in sampled.stderr
 
 
-def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch):
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, judged_briefly):
     def interrupted(self):
         raise KeyboardInterrupt
 
