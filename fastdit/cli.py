@@ -33,6 +33,7 @@ SHOWN_PER_CLASS = 4
 app = typer.Typer(
     help="Train and sample Diffusion Transformers.",
     no_args_is_help=True,
+    rich_markup_mode=None,  # it would read "[linear]" in a help text as markup
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -137,7 +138,7 @@ def print_losses(result: TrainResult, recipe: Recipe) -> None:
         if epoch <= last:
             beside = f"   {PUBLISHED_LOSS[epoch]:.4f}" if comparable else ""
             print(f"{epoch:5d}   {result.epoch_losses[epoch - 1]:.4f}{beside}")
-    if not math.isnan(result.first_step_seconds):
+    if not math.isnan(result.images_per_second):
         print(
             f"{result.images_per_second:.0f} images/s after a first step of "
             f"{result.first_step_seconds:.1f} s"

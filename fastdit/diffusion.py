@@ -143,7 +143,7 @@ class DiffusionScheduler:
                 f"terminal SNR is {snr:.3g} (alpha_bar_T = {alpha_bar:.3g}): at t = T - 1 training "
                 f"still shows the model {math.sqrt(alpha_bar):.0%} of the image's amplitude, but "
                 "sampling starts from pure noise, so samples drift in brightness and layout; "
-                "schedule='linear-scaled' or 'cosine' ends near zero",
+                "schedule='linear-scaled' ends near zero",
                 TerminalSNRWarning,
                 stacklevel=3,
             )
