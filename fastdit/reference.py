@@ -9,7 +9,7 @@ Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastdit.config import MLP_RATIO, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
+from fastdit.noise import normal
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,6 +60,78 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
     q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, dim=-1)
     return (weights @ v).transpose(1, 2).reshape(B, N, D3 // 3)
+
+
+class Coefficients(NamedTuple):
+    """One step of a solver as `sampler_update` takes it: its columns, in order."""
+
+    x0_x: Tensor  # x0 = clamp(x0_x * x + x0_eps * eps, -x0_limit, x0_limit)
+    x0_eps: Tensor
+    x0_limit: Tensor  # inf: no clipping
+    x: Tensor  # x_next = x * x + eps * eps + x0 * x0 + x0_prev * x0_prev + sigma * z
+    eps: Tensor
+    x0: Tensor
+    x0_prev: Tensor
+    sigma: Tensor  # 0: nothing is added for z, and the next two are not used
+    log_sigma_low: Tensor  # learned range: sigma where v = -1
+    log_sigma_high: Tensor  # and where v = 1
+
+
+COEFFICIENTS = Coefficients._fields
+
+
+class _Guidance(Protocol):
+    """`fastdit.solvers.Guidance`, which this file may not import."""
+
+    @property
+    def scale(self) -> float: ...
+
+    @property
+    def channels(self) -> int | None: ...
+
+
+def sampler_update(
+    x: Tensor,
+    model_out: Tensor,
+    coefficients: Tensor,
+    step: Tensor,
+    x0_prev: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance: _Guidance | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Guidance, one solver step and its noise: as `functional.sampler_update` documents it.
+
+    x [B, P, C] or [B, C, H, W] -> (x_next, x0), both like x.
+    """
+    dim = 1 if x.dim() == 4 else 2  # of the channels
+    B, C = x.shape[0], x.shape[dim]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Selected on the device: indexing by a tensor would wait for its value.
+    c = Coefficients(*coefficients.index_select(0, step.reshape(1))[0].to(wide))
+    x_t, eps = x.to(wide), model_out.to(wide)
+    v = None
+    if model_out.shape[dim] == 2 * C:
+        eps, v = eps.chunk(2, dim=dim)
+    if guidance is not None:
+        n = C if guidance.channels is None else guidance.channels
+        eps_cond, eps_null = eps[:B], eps[B:]
+        guided = eps_null + guidance.scale * (eps_cond - eps_null)
+        eps = torch.cat([guided.narrow(dim, 0, n), eps_cond.narrow(dim, n, C - n)], dim=dim)
+
+    x0 = torch.clamp(c.x0_x * x_t + c.x0_eps * eps, -c.x0_limit, c.x0_limit)
+    x_next = c.x * x_t + c.eps * eps + c.x0 * x0
+    if x0_prev is not None:
+        x_next = x_next + c.x0_prev * x0_prev.to(wide)
+    if seeds is not None:
+        noise = normal(seeds, step.reshape(1) + 1, x.shape[1:].numel())[0].reshape(x.shape)
+    if noise is not None:
+        sigma = c.sigma
+        if v is not None:
+            low, high = c.log_sigma_low, c.log_sigma_high
+            sigma = torch.exp(low + (v[:B] + 1) / 2 * (high - low))
+        x_next = torch.where(c.sigma == 0, x_next, x_next + sigma * noise.to(wide))
+    return x_next.to(x.dtype), x0.to(x.dtype)
 
 
 def sincos_pos_embed(hidden: int, grid: int) -> Tensor:

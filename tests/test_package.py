@@ -69,6 +69,7 @@ LAYERS = [
     {"config", "files", "data"},
     {"diffusion", "noise", "images", "testing"},
     {"reference", "solvers"},
+    {"ops"},
     {"functional"},
     {"model"},
     {"checkpoint", "sampler"},

@@ -1,0 +1,277 @@
+"""The Triton kernels as PyTorch ops: schema, shapes, gradients.
+
+`torch.ops.fastdit.*` is what `fastdit.functional` calls for `backend="triton"`. One op is one
+boundary: it traces under `torch.compile(fullgraph=True)`, and Triton is first imported when
+one of them runs. Arguments are checked in `functional`, not here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_define = torch.library.define
+
+
+def _no_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError(
+        "fastdit's Triton ops have no second derivative, and sampler_update has no first; "
+        "use backend='reference' for it"
+    )
+
+
+def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a launch for every device, made on the one its first tensor is on."""
+
+    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(launch)
+        def on_its_device(*args: Any) -> Any:
+            first = next(a for a in args if isinstance(a, Tensor))
+            with torch.cuda.device_of(first):  # Triton launches on the current one
+                return launch(*args)
+
+        torch.library.impl(name, "default", on_its_device)
+        return launch
+
+    return register
+
+
+_define(
+    "fastdit::layer_norm_modulate",
+    "(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor h, Tensor mean, Tensor rstd)",
+)
+_define(
+    "fastdit::layer_norm_modulate_backward",
+    "(Tensor dh, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
+    " -> (Tensor dx, Tensor dscale, Tensor dshift)",
+)
+_define(
+    "fastdit::gated_residual_layer_norm_modulate",
+    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps)"
+    " -> (Tensor r, Tensor h, Tensor mean, Tensor rstd)",
+)
+_define(
+    "fastdit::gated_residual_layer_norm_modulate_backward",
+    "(Tensor? dr, Tensor dh, Tensor r, Tensor y, Tensor gate, Tensor scale, Tensor mean,"
+    " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
+)
+_define("fastdit::attention", "(Tensor qkv, int n_heads) -> (Tensor out, Tensor lse)")
+_define(
+    "fastdit::attention_backward",
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_heads) -> Tensor dqkv",
+)
+_define(
+    "fastdit::sampler_update",
+    "(Tensor x, Tensor model_out, Tensor coefficients, Tensor step, Tensor? x0_prev,"
+    " Tensor? seeds, Tensor? noise, float? scale, int? channels) -> (Tensor x_next, Tensor x0)",
+)
+
+
+@_implements("fastdit::layer_norm_modulate")
+def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+    from fastdit.kernels import adaln
+
+    return adaln.layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
+
+
+@torch.library.register_fake("fastdit::layer_norm_modulate")
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+    return (x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
+
+
+@_implements("fastdit::layer_norm_modulate_backward")
+def _layer_norm_modulate_backward(
+    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> Any:
+    from fastdit.kernels import adaln
+
+    dx, _, _, dscale, dshift = adaln.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
+    return dx, dscale, dshift
+
+
+@torch.library.register_fake("fastdit::layer_norm_modulate_backward")
+def _(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> Any:
+    return _fresh(x), _fresh(scale), _fresh(scale)
+
+
+def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
+    x, scale, _, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, mean, rstd)
+
+
+def _layer_norm_gradients(ctx: Any, dh: Tensor | None, *_: None) -> Any:
+    if dh is None:
+        return None, None, None, None
+    return *torch.ops.fastdit.layer_norm_modulate_backward(dh, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd(
+    "fastdit::layer_norm_modulate", _layer_norm_gradients, setup_context=_save_layer_norm
+)
+torch.library.register_autograd("fastdit::layer_norm_modulate_backward", _no_derivative)
+
+
+@_implements("fastdit::gated_residual_layer_norm_modulate")
+def _gated(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+    from fastdit.kernels import adaln
+
+    return adaln.layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
+
+
+@torch.library.register_fake("fastdit::gated_residual_layer_norm_modulate")
+def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+    return (_fresh(x), x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
+
+
+@_implements("fastdit::gated_residual_layer_norm_modulate_backward")
+def _gated_backward(
+    dr: Tensor | None,
+    dh: Tensor,
+    r: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Any:
+    from fastdit.kernels import adaln
+
+    return adaln.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
+
+
+@torch.library.register_fake("fastdit::gated_residual_layer_norm_modulate_backward")
+def _(
+    dr: Tensor | None,
+    dh: Tensor,
+    r: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Any:
+    return tuple(_fresh(t) for t in (r, y, gate, scale, scale))
+
+
+def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
+    _, y, gate, scale, _, _ = inputs
+    r, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(r, y, gate, scale, mean, rstd)
+
+
+def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -> Any:
+    r, y, gate, scale, mean, rstd = ctx.saved_tensors
+    if dh is None:  # the modulated output went unused
+        if dr is None:
+            return (None,) * 6
+        dh = torch.zeros_like(r, dtype=scale.dtype)
+    backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward
+    return *backward(dr, dh, r, y, gate, scale, mean, rstd), None
+
+
+torch.library.register_autograd(
+    "fastdit::gated_residual_layer_norm_modulate", _gated_gradients, setup_context=_save_gated
+)
+torch.library.register_autograd(
+    "fastdit::gated_residual_layer_norm_modulate_backward", _no_derivative
+)
+
+
+@_implements("fastdit::attention")
+def _attention(qkv: Tensor, n_heads: int) -> Any:
+    from fastdit.kernels import attention
+
+    return attention.attention_fwd(qkv, n_heads)
+
+
+@torch.library.register_fake("fastdit::attention")
+def _(qkv: Tensor, n_heads: int) -> Any:
+    B, N, D3 = qkv.shape
+    lse = qkv.new_empty((B, n_heads, N), dtype=torch.float32)
+    return qkv.new_empty((B, N, D3 // 3)), lse
+
+
+@_implements("fastdit::attention_backward")
+def _attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int
+) -> Tensor:
+    from fastdit.kernels import attention
+
+    return attention.attention_bwd(dout, qkv, out, lse, n_heads)
+
+
+@torch.library.register_fake("fastdit::attention_backward")
+def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> Tensor:
+    return _fresh(qkv)
+
+
+def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
+    qkv, ctx.n_heads = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse)
+
+
+def _attention_gradients(ctx: Any, dout: Tensor | None, _: None) -> Any:
+    if dout is None:
+        return None, None
+    return torch.ops.fastdit.attention_backward(dout, *ctx.saved_tensors, ctx.n_heads), None
+
+
+torch.library.register_autograd(
+    "fastdit::attention", _attention_gradients, setup_context=_save_attention
+)
+torch.library.register_autograd("fastdit::attention_backward", _no_derivative)
+
+
+@_implements("fastdit::sampler_update")
+def _sampler_update(
+    x: Tensor,
+    model_out: Tensor,
+    coefficients: Tensor,
+    step: Tensor,
+    x0_prev: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    scale: float | None,
+    channels: int | None,
+) -> Any:
+    from fastdit.kernels import sampling
+
+    guidance = None if scale is None else (scale, channels)
+    return sampling.sampler_update(
+        x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
+    )
+
+
+@torch.library.register_fake("fastdit::sampler_update")
+def _(x: Tensor, *_: Any) -> Any:
+    return _fresh(x), _fresh(x)
+
+
+torch.library.register_autograd("fastdit::sampler_update", _no_derivative)
+
+layer_norm_modulate = torch.ops.fastdit.layer_norm_modulate.default
+gated_residual_layer_norm_modulate = torch.ops.fastdit.gated_residual_layer_norm_modulate.default
+attention = torch.ops.fastdit.attention.default
+sampler_update = torch.ops.fastdit.sampler_update.default
+
+
+def _fresh(like: Tensor) -> Tensor:
+    """What the launchers allocate: contiguous, of like's shape and dtype."""
+    return like.new_empty(like.shape)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return mean, rstd

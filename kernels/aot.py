@@ -1,0 +1,299 @@
+"""Compile Triton launches ahead of time, without a GPU, and read what the machine code is made of.
+
+`record` runs a launcher on "meta" tensors and keeps its launches instead of making them;
+`compile_launch` sends one through Triton's own specialisation and compiler. So no signature is
+kept by hand, and what is judged is what would run.
+
+Two counts of matrix work, because each is blind to what the other sees. `dot_flop` sums 2 M N K
+over the `tt.dot`s of the TTIR, each loop body once: it is the same for every architecture and shows
+how far the source pads its tiles. `matrix_flop` sums the shapes of the matrix instructions: it
+shows work repeated by a tile too small for its warps, but also iterations peeled by the software
+pipeliner (measured: 3x on gfx942 and 2x on sm_100 for a plain matmul loop) and loops unrolled, so
+it equals `dot_flop` only where code is straight. Judge padding by the first, and use the second as
+a check.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+TARGETS: dict[str, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# Bytes of shared memory one block may use: CUDA C++ Programming Guide, "Technical Specifications
+# per Compute Capability" (163, 227, 227 KB); AMD CDNA3 ISA guide, "Local Data Share" (64 KB).
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+
+# Columns of tensor memory on a multiprocessor (PTX ISA, "tcgen05"); only sm_100 has it.
+TENSOR_MEMORY_LIMIT = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One launch: the kernel, its arguments by name, its compile options, its grid."""
+
+    kernel: JITFunction
+    args: dict[str, Any]
+    options: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a compiled kernel's machine code is made of; counts are static, as the code is written.
+
+    Attributes:
+        registers: 32-bit registers a thread; on gfx942 VGPRs with AGPRs.
+        spills: STL and LDL instructions; on gfx942 the VGPRs spilled.
+        sgpr_spills: scalar registers spilled on gfx942, which may go to VGPR lanes.
+        stack: bytes of stack and local memory a thread.
+        shared: bytes of shared memory a block.
+        tensor_memory: columns of tensor memory; 0 but on sm_100.
+        loads, stores: instructions on global memory by width in bits; cp.async counts as a load,
+            and a bulk (TMA) copy as 128 bits.
+        matrix: matrix instructions by family: HMMA, HGMMA, UTCHMMA, v_mfma.
+        dot_flop: FLOP a block asks for with `tt.dot`, each loop body once.
+        matrix_flop: FLOP of the block's matrix instructions, each once; UTC*MMA by the TTGIR.
+    """
+
+    kernel: str
+    arch: str
+    num_warps: int
+    registers: int
+    spills: int
+    sgpr_spills: int
+    stack: int
+    shared: int
+    tensor_memory: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    matrix: dict[str, int]
+    dot_flop: int
+    matrix_flop: int
+
+    @property
+    def load_bits(self) -> int:
+        """The widest load from global memory; 0 where there is none."""
+        return max(self.loads, default=0)
+
+
+def record(call: Callable[[], object]) -> list[Launch]:
+    """The launches `call()` makes, recorded and not made; not thread-safe while it runs.
+
+    Tensors on "meta" suffice: their addresses are their storage offsets, so a misaligned view is
+    specialised as it would be on a GPU. Kernels under `triton.autotune` need one configuration.
+
+    Args:
+        call: runs a launcher on tensors.
+
+    Returns:
+        The launches in order.
+
+    Raises:
+        RuntimeError: if kernels are interpreted, or if nothing was launched.
+    """
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("interpreted kernels have no machine code: unset TRITON_INTERPRET")
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = {name: kwargs.pop(name) for name in self.arg_names if name in kwargs}
+        bound = self.signature.bind(*args, **named)
+        bound.apply_defaults()
+        shape = grid(bound.arguments) if callable(grid) else grid
+        launches.append(Launch(self, dict(bound.arguments), kwargs, tuple(shape)))
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    if not launches:
+        raise RuntimeError("the call launched no Triton kernel")
+    return launches
+
+
+def compile_launch(launch: Launch, arch: str) -> Machine:
+    """Compile a recorded launch as Triton's JIT would on `arch`, and read the result.
+
+    Args:
+        launch: an entry of `record`'s list.
+        arch: a key of `TARGETS`.
+
+    Raises:
+        ValueError: if arch is unknown. What the compiler raises is passed on.
+    """
+    if arch not in TARGETS:
+        raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
+    kernel, knobs = launch.kernel, triton.knobs
+    backend = make_backend(TARGETS[arch])
+    # The same steps as `JITFunction.run`, with the target given where it asks the driver.
+    given = {
+        **launch.options,
+        "debug": launch.options.get("debug", kernel.debug) or knobs.runtime.debug,
+        "instrumentation_mode": knobs.compilation.instrumentation_mode,
+    }
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments, specialization, _ = binder(**launch.args, **given)
+    options, signature, constexprs, attrs = kernel._pack_args(
+        backend, given, arguments, specialization, None
+    )
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attrs),
+        target=TARGETS[arch],
+        options=options.__dict__,
+    )
+    warps = compiled.metadata.num_warps
+    if TARGETS[arch].backend == "cuda":
+        code = _read_nvidia(compiled.asm["cubin"], compiled.asm["ttgir"], warps)
+    else:
+        code = _read_amd(compiled.asm["amdgcn"], warps)
+    return Machine(
+        kernel=kernel.__name__,
+        arch=arch,
+        num_warps=warps,
+        shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        dot_flop=_dot_flop(compiled.asm["ttir"], r"tt\.dot "),
+        **code,
+    )
+
+
+_JOBS: list[tuple[str, Launch, str]] = []
+
+
+def compile_all(
+    jobs: Iterable[tuple[str, Callable[[], object], str]], processes: int
+) -> list[tuple[str, Machine | RuntimeError]]:
+    """Compile many launches in forked processes, which inherit the kernels they cannot be sent.
+
+    Args:
+        jobs: (label, call, arch) each; a call may launch several kernels.
+        processes: how many compile at a time.
+
+    Returns:
+        (label, machine) for every launch in the jobs' order, (label, error) where one failed.
+    """
+    _JOBS[:] = [(label, launch, arch) for label, call, arch in jobs for launch in record(call)]
+    context = multiprocessing.get_context("fork")
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            results = list(pool.map(_compile_job, range(len(_JOBS))))
+        return [(job[0], result) for job, result in zip(_JOBS, results, strict=True)]
+    finally:
+        _JOBS.clear()
+
+
+def _compile_job(index: int) -> Machine | RuntimeError:
+    label, launch, arch = _JOBS[index]
+    try:
+        return compile_launch(launch, arch)
+    except Exception as error:  # Triton's own exceptions do not survive pickling.
+        return RuntimeError(f"{label} on {arch}: {type(error).__name__}: {error}")
+
+
+def _dot_flop(ir: str, op: str) -> int:
+    """2 M N K over an operation's occurrences, from the types of its two operands."""
+    total = 0
+    for types in re.findall(rf"{op}.*? : (.*)", ir):
+        a, b = re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", types)[:2]
+        m_k, k_n = ([int(n) for n in dims.split("x")[:-1]] for dims in (a, b))
+        total += 2 * math.prod(m_k) * k_n[-1]
+    return total
+
+
+# Opcodes that touch global memory, with the bits of one that names no width.
+_NVIDIA_LOADS = {"LDG": 32, "LDGSTS": 32, "UTMALDG": 128}
+_NVIDIA_STORES = {"STG": 32, "UTMASTG": 128}
+_NVIDIA_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+def _read_nvidia(cubin: bytes, ttgir: str, warps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)]
+        text = subprocess.check_output(command, stderr=subprocess.STDOUT, text=True)
+
+    def usage(name: str) -> int:
+        return max(map(int, re.findall(rf"\b{name}:(\d+)", text)))
+
+    # "/*0a30*/   @!P0 LDG.E.128 R4, ..." with or without the predicate
+    opcodes = [
+        opcode.split(".")
+        for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text)
+    ]
+
+    def widths(moves: dict[str, int]) -> dict[int, int]:
+        return Counter(
+            next((_NVIDIA_BITS[s] for s in suffixes if s in _NVIDIA_BITS), moves[name])
+            for name, *suffixes in opcodes
+            if name in moves
+        )
+
+    matrix = [opcode for opcode in opcodes if opcode[0].endswith("MMA")]
+    return {
+        "registers": usage("REG"),
+        "spills": sum(name in ("STL", "LDL") for name, *_ in opcodes),
+        "sgpr_spills": 0,
+        "stack": usage("STACK") + usage("LOCAL"),
+        "loads": widths(_NVIDIA_LOADS),
+        "stores": widths(_NVIDIA_STORES),
+        "matrix": Counter(name for name, *_ in matrix),
+        "matrix_flop": _dot_flop(ttgir, r"ttng\.tc_gen5_mma ")
+        + sum(_nvidia_flop(name, suffixes, warps) for name, *suffixes in matrix),
+    }
+
+
+def _nvidia_flop(name: str, suffixes: list[str], warps: int) -> int:
+    if name.startswith("UTC"):
+        return 0  # its shape is in a descriptor, counted from the TTGIR
+    shape = re.fullmatch(r"(64)x(\d+)x(\d+)|(16)(8)(\d+)", suffixes[0])
+    if shape is None:
+        raise ValueError(f"{name}.{suffixes[0]}: a matrix instruction of unknown shape")
+    # HGMMA.64x72x16 is the work of four warps, HMMA.16816 of one
+    return 2 * math.prod(int(n) for n in shape.groups() if n) * warps // (4 if shape[1] else 1)
+
+
+def _read_amd(text: str, warps: int) -> dict[str, Any]:
+    def field(name: str) -> int:
+        return max(map(int, re.findall(rf"\.{name}:\s+(\d+)", text)))
+
+    bits = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+
+    def widths(way: str) -> dict[int, int]:
+        opcode = rf"^\s+(?:global|buffer|flat)_{way}_(?:lds_)?[us]?(dword(?:x\d)?|short|byte)"
+        return Counter(bits[width] for width in re.findall(opcode, text, re.MULTILINE))
+
+    # v_mfma_f32_32x32x8_bf16, or v_mfma_f32_32x32x4_2b_bf16 for two blocks at a time
+    mfma = re.findall(r"^\s+v_mfma_\w+?_(\d+)x(\d+)x(\d+)_(?:(\d+)b_)?", text, re.MULTILINE)
+    return {
+        "registers": field("vgpr_count"),
+        "spills": field("vgpr_spill_count"),
+        "sgpr_spills": field("sgpr_spill_count"),
+        "stack": field("private_segment_fixed_size"),
+        "loads": widths("load"),
+        "stores": widths("store"),
+        "matrix": Counter("v_mfma" for _ in mfma),
+        "matrix_flop": sum(2 * math.prod(int(n or 1) for n in dims) for dims in mfma) * warps,
+    }

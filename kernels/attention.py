@@ -1,0 +1,507 @@
+"""Softmax attention without mask, straight from packed queries, keys and values.
+
+For one head, with c = log2(e) / sqrt(d) folded into the exponent (Vaswani et al. 2017, equation 1;
+Dao 2023, "FlashAttention-2", algorithms 1 and 2):
+
+    S = Q K^T,  P = 2^(c S - lse),  lse = log2(sum 2^(c S)) by row,  O = P V
+
+    delta = sum(O * dO) by row,  dS = P * (dO V^T - delta)
+    dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d),  dV = P^T dO
+
+Head dims that are no power of two are held as two pieces, 72 = 64 + 16 with 8 columns masked:
+matrix instructions take 16 columns at the least, and one piece of 128 would waste 44% of them.
+Nothing is summed by atomics: dQ has its own pass, which also leaves delta for that of dK and dV.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdit.kernels.common import INTERPRET, arch
+
+MAX_HEAD_DIM = 128
+ONE_PASS = 256  # tokens up to which a head's keys and values are held whole
+
+_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _tile(p, s, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D, EVEN, DOT):
+    """Columns FIRST to FIRST + WIDTH of a head's next ROWS rows, of which `rows` exist."""
+    o_n = tl.arange(0, ROWS)[:, None]
+    o_d = FIRST + tl.arange(0, WIDTH)[None, :]
+    p += o_n * s + o_d
+    if FIRST + WIDTH <= D:
+        if EVEN:
+            return tl.load(p).to(DOT)
+        return tl.load(p, mask=o_n < rows, other=0.0).to(DOT)
+    if EVEN:
+        return tl.load(p, mask=o_d < D, other=0.0).to(DOT)
+    return tl.load(p, mask=(o_n < rows) & (o_d < D), other=0.0).to(DOT)
+
+
+@triton.jit
+def _store(p, s, rows, b, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D):
+    o_n = tl.arange(0, ROWS)[:, None]
+    o_d = FIRST + tl.arange(0, WIDTH)[None, :]
+    tl.store(p + o_n * s + o_d, b.to(p.dtype.element_ty), mask=(o_n < rows) & (o_d < D))
+
+
+@triton.jit
+def attention_fwd_kernel(
+    p_qkv,  # [B, N, 3, h, D] by s_b, s_n
+    p_out,  # [B, N, h, D] out
+    p_lse,  # [B, h, N] out, to the base 2
+    s_b,
+    s_n,
+    N,
+    n_heads,
+    scale_log2,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    EVEN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One program: BM queries of a head, over its keys BN at a time with a running softmax."""
+    tiles = tl.cdiv(N, BM)
+    i_bh = tl.program_id(0) // tiles
+    i_m = tl.program_id(0) % tiles * BM
+    i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
+    p_q = p_qkv + i_b * s_b + i_h * D
+    p_k = p_q + n_heads * D
+    p_v = p_k + n_heads * D
+    p_q += i_m.to(tl.int64) * s_n
+    b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    if D1:
+        b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
+
+    b_max = tl.full([BM], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_o0 = tl.zeros([BM, D0], tl.float32)
+    b_o1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)
+    for i_n in range(0, N, BN):
+        b_k0 = _tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+        b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
+        if D1:
+            b_k1 = _tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+            b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
+        if not EVEN:
+            b_s = tl.where(i_n + tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s * scale_log2 - (b_new_max * scale_log2)[:, None])
+        b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        b_max = b_new_max
+        b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+        b_o0 = tl.dot(b_p.to(DOT), b_v0, b_o0 * b_decay[:, None], input_precision=PRECISION)
+        if D1:
+            b_v1 = _tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+            b_o1 = tl.dot(b_p.to(DOT), b_v1, b_o1 * b_decay[:, None], input_precision=PRECISION)
+        p_k += BN * s_n.to(tl.int64)
+        p_v += BN * s_n.to(tl.int64)
+
+    o_m = i_m + tl.arange(0, BM)
+    b_lse = b_max * scale_log2 + tl.log2(b_sum)
+    tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_lse, mask=o_m < N)
+    p_out += ((i_b * N + i_m) * n_heads + i_h) * D
+    _store(p_out, n_heads * D, N - i_m, b_o0 / b_sum[:, None], 0, D0, BM, D)
+    if D1:
+        _store(p_out, n_heads * D, N - i_m, b_o1 / b_sum[:, None], D0, D1, BM, D)
+
+
+@triton.jit
+def attention_one_pass_fwd_kernel(
+    p_qkv,  # [B, N, 3, h, D] by s_b, s_n
+    p_out,  # [B, N, h, D] out
+    p_lse,  # [B, h, N] out, to the base 2
+    s_b,
+    s_n,
+    N,
+    n_heads,
+    scale_log2,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    EVEN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One program: BM queries of a head of N <= BN tokens against all its keys at once."""
+    tiles = tl.cdiv(N, BM)
+    i_bh = tl.program_id(0) // tiles
+    i_m = tl.program_id(0) % tiles * BM
+    i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
+    p_q = p_qkv + i_b * s_b + i_h * D
+    p_k = p_q + n_heads * D
+    p_v = p_k + n_heads * D
+    p_q += i_m.to(tl.int64) * s_n
+    b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    b_k0 = _tile(p_k, s_n, N, 0, D0, BN, D, EVEN, DOT)
+    b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
+    if D1:
+        b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
+        b_k1 = _tile(p_k, s_n, N, D0, D1, BN, D, EVEN, DOT)
+        b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
+    if not EVEN:
+        b_s = tl.where(tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
+    b_max = tl.max(b_s, 1) * scale_log2
+    b_p = tl.exp2(b_s * scale_log2 - b_max[:, None])
+    b_sum = tl.sum(b_p, 1)
+
+    o_m = i_m + tl.arange(0, BM)
+    tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
+    p_out += ((i_b * N + i_m) * n_heads + i_h) * D
+    b_v0 = _tile(p_v, s_n, N, 0, D0, BN, D, EVEN, DOT)
+    b_o0 = tl.dot(b_p.to(DOT), b_v0, input_precision=PRECISION) / b_sum[:, None]
+    _store(p_out, n_heads * D, N - i_m, b_o0, 0, D0, BM, D)
+    if D1:
+        b_v1 = _tile(p_v, s_n, N, D0, D1, BN, D, EVEN, DOT)
+        b_o1 = tl.dot(b_p.to(DOT), b_v1, input_precision=PRECISION) / b_sum[:, None]
+        _store(p_out, n_heads * D, N - i_m, b_o1, D0, D1, BM, D)
+
+
+@triton.jit
+def attention_dq_bwd_kernel(
+    p_qkv,  # [B, N, 3, h, D] by s_b, s_n
+    p_out,  # [B, N, h, D]
+    p_dout,  # [B, N, h, D]
+    p_lse,  # [B, h, N]
+    p_delta,  # [B, h, N] out
+    p_dqkv,  # [B, N, 3, h, D] out
+    s_b,
+    s_n,
+    N,
+    n_heads,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    EVEN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One program: dQ and delta of BM queries of a head, over its keys BN at a time."""
+    tiles = tl.cdiv(N, BM)
+    i_bh = tl.program_id(0) // tiles
+    i_m = tl.program_id(0) % tiles * BM
+    i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
+    width = n_heads * D
+    o_out = ((i_b * N + i_m) * n_heads + i_h) * D
+    p_q = p_qkv + i_b * s_b + i_h * D
+    p_k = p_q + width
+    p_v = p_k + width
+    p_q += i_m.to(tl.int64) * s_n
+    b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    b_do0 = _tile(p_dout + o_out, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    b_o0 = _tile(p_out + o_out, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    b_delta = tl.sum(b_o0.to(tl.float32) * b_do0.to(tl.float32), 1)
+    if D1:
+        b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
+        b_do1 = _tile(p_dout + o_out, width, N - i_m, D0, D1, BM, D, EVEN, DOT)
+        b_o1 = _tile(p_out + o_out, width, N - i_m, D0, D1, BM, D, EVEN, DOT)
+        b_delta += tl.sum(b_o1.to(tl.float32) * b_do1.to(tl.float32), 1)
+    o_m = i_m + tl.arange(0, BM)
+    o_lse = i_bh.to(tl.int64) * N + o_m
+    b_lse = tl.load(p_lse + o_lse, mask=o_m < N, other=float("inf"))
+    tl.store(p_delta + o_lse, b_delta, mask=o_m < N)
+
+    b_dq0 = tl.zeros([BM, D0], tl.float32)
+    b_dq1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)
+    for i_n in range(0, N, BN):
+        b_k0 = _tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+        b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+        b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
+        b_dp = tl.dot(b_do0, b_v0.T, input_precision=PRECISION)
+        if D1:
+            b_k1 = _tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+            b_v1 = _tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+            b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
+            b_dp = tl.dot(b_do1, b_v1.T, b_dp, input_precision=PRECISION)
+        if not EVEN:
+            b_s = tl.where(i_n + tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(DOT)
+        b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=PRECISION)
+        if D1:
+            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
+        p_k += BN * s_n.to(tl.int64)
+        p_v += BN * s_n.to(tl.int64)
+
+    p_dqkv += (i_b * N + i_m) * 3 * width + i_h * D
+    _store(p_dqkv, 3 * width, N - i_m, b_dq0 * scale, 0, D0, BM, D)
+    if D1:
+        _store(p_dqkv, 3 * width, N - i_m, b_dq1 * scale, D0, D1, BM, D)
+
+
+@triton.jit
+def attention_dkv_bwd_kernel(
+    p_qkv,  # [B, N, 3, h, D] by s_b, s_n
+    p_dout,  # [B, N, h, D]
+    p_lse,  # [B, h, N]
+    p_delta,  # [B, h, N]
+    p_dqkv,  # [B, N, 3, h, D] out
+    s_b,
+    s_n,
+    N,
+    n_heads,
+    scale,
+    scale_log2,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    EVEN: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One program: dK and dV of BN keys of a head, over its queries BM at a time, transposed."""
+    tiles = tl.cdiv(N, BN)
+    i_bh = tl.program_id(0) // tiles
+    i_n = tl.program_id(0) % tiles * BN
+    i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
+    width = n_heads * D
+    p_q = p_qkv + i_b * s_b + i_h * D
+    p_k = p_q + width + i_n.to(tl.int64) * s_n
+    p_v = p_k + width
+    p_dout += (i_b * N * n_heads + i_h) * D
+    p_lse += i_bh.to(tl.int64) * N
+    p_delta += i_bh.to(tl.int64) * N
+    b_k0 = _tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+    b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+    if D1:
+        b_k1 = _tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+        b_v1 = _tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+
+    b_dk0, b_dv0 = tl.zeros([BN, D0], tl.float32), tl.zeros([BN, D0], tl.float32)
+    b_dk1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
+    b_dv1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
+    for i_m in range(0, N, BM):
+        o_m = i_m + tl.arange(0, BM)
+        b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
+        b_do0 = _tile(p_dout, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
+        # Queries that do not exist weigh nothing: 2^(0 - inf).
+        b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=float("inf"))[None, :]
+        b_delta = tl.load(p_delta + o_m, mask=o_m < N, other=0.0)[None, :]
+        b_s = tl.dot(b_k0, b_q0.T, input_precision=PRECISION)
+        b_dp = tl.dot(b_v0, b_do0.T, input_precision=PRECISION)
+        if D1:
+            b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
+            b_do1 = _tile(p_dout, width, N - i_m, D0, D1, BM, D, EVEN, DOT)
+            b_s = tl.dot(b_k1, b_q1.T, b_s, input_precision=PRECISION)
+            b_dp = tl.dot(b_v1, b_do1.T, b_dp, input_precision=PRECISION)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse)
+        b_ds = (b_p * (b_dp - b_delta)).to(DOT)
+        b_dv0 = tl.dot(b_p.to(DOT), b_do0, b_dv0, input_precision=PRECISION)
+        b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision=PRECISION)
+        if D1:
+            b_dv1 = tl.dot(b_p.to(DOT), b_do1, b_dv1, input_precision=PRECISION)
+            b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=PRECISION)
+        p_q += BM * s_n.to(tl.int64)
+        p_dout += BM * width
+
+    p_dqkv += (i_b * N + i_n) * 3 * width + width + i_h * D
+    _store(p_dqkv, 3 * width, N - i_n, b_dk0 * scale, 0, D0, BN, D)
+    _store(p_dqkv + width, 3 * width, N - i_n, b_dv0, 0, D0, BN, D)
+    if D1:
+        _store(p_dqkv, 3 * width, N - i_n, b_dk1 * scale, D0, D1, BN, D)
+        _store(p_dqkv + width, 3 * width, N - i_n, b_dv1, D0, D1, BN, D)
+
+
+def head_pieces(d: int) -> tuple[int, int]:
+    """Powers of two, at least 16, that cover a head dim; the second is 0 where one is as good."""
+    first = max(16, 1 << d.bit_length() - 1)
+    if first >= d:
+        return first, 0
+    second = max(16, triton.next_power_of_2(d - first))
+    return (2 * first, 0) if second == first else (first, second)
+
+
+# (rows a program owns, rows it steps over, warps, stages), the default first. NVIDIA warps own 16
+# rows and AMD's 32: fewer rows a warp repeat matrix work. All compile without spills at head dims
+# to 128, lengths that divide nothing included, which the ahead-of-time gate holds; none of the
+# defaults has been measured on a GPU yet.
+_Sizes = list[tuple[int, int, int, int]]
+_FWD: dict[str, _Sizes] = {
+    "sm_80": [(128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)],
+    "sm_90": [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)],
+    "sm_100": [(128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 3)],
+    "gfx942": [(128, 64, 4, 1), (128, 64, 4, 2), (128, 32, 4, 1), (64, 64, 2, 1)],
+}
+_DQ: dict[str, _Sizes] = {
+    "sm_80": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+    "sm_90": [(64, 64, 4, 2), (128, 64, 8, 1), (64, 32, 4, 2), (128, 32, 8, 2)],
+    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    "gfx942": [(64, 32, 2, 1), (128, 32, 4, 1), (64, 64, 2, 1)],
+}
+_DKV: dict[str, _Sizes] = {
+    "sm_80": [(64, 32, 4, 2), (128, 32, 8, 2)],
+    "sm_90": [(64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 4, 1)],
+    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    "gfx942": [(64, 32, 2, 1), (128, 32, 4, 1)],
+}
+# float32 has no tensor cores but for TF32, and twice the bytes.
+_FLOAT32: _Sizes = [(32, 32, 4, 1), (16, 32, 4, 1)]
+
+
+def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
+    """Launch configurations, the default first; one that holds all N keys takes one pass."""
+    rows = _padded(N)
+    if dtype == torch.float32:
+        return _configs(_FLOAT32, rows, ("BM", "BN"))
+    family = _family(arch)
+    sizes = _FWD[family]
+    own = 32 if family == "gfx942" else 16
+    if rows <= 128:
+        sizes = [(min(64, rows), rows, 64 // own, 1), *sizes]
+    elif rows <= ONE_PASS and family != "sm_80":  # there its scores spill
+        sizes = [*sizes, (128, rows, 128 // own, 1)]
+    return _configs(sizes, rows, ("BM", "BN"))
+
+
+def attention_dq_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
+    """Launch configurations, the default first."""
+    sizes = _FLOAT32 if dtype == torch.float32 else _DQ[_family(arch)]
+    return _configs(sizes, _padded(N), ("BM", "BN"))
+
+
+def attention_dkv_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
+    """Launch configurations, the default first."""
+    sizes = _FLOAT32 if dtype == torch.float32 else _DKV[_family(arch)]
+    return _configs(sizes, _padded(N), ("BN", "BM"))
+
+
+def attention_fwd(
+    qkv: Tensor, n_heads: int, config: triton.Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward.
+
+    Args:
+        qkv: [B, N, 3 * h * d], d up to 128.
+        n_heads: h.
+        config: one of `attention_fwd_configs`; None for the default.
+
+    Returns:
+        (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32 to the base 2).
+    """
+    qkv = _unit_stride(qkv)
+    B, N, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    d = width // n_heads
+    out = qkv.new_empty(B, N, width)
+    lse = qkv.new_empty((B, n_heads, N), dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    config = config or attention_fwd_configs(N, qkv.dtype, arch(qkv.device))[0]
+    one_pass = N <= config.kwargs["BN"]
+    kernel = attention_one_pass_fwd_kernel if one_pass else attention_fwd_kernel
+    kernel[(B * n_heads * triton.cdiv(N, config.kwargs["BM"]),)](
+        *(qkv, out, lse, qkv.stride(0), qkv.stride(1), N, n_heads),
+        d**-0.5 * math.log2(math.e),
+        **_constants(qkv, d, config),
+    )
+    return out, lse
+
+
+def attention_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    n_heads: int,
+    dq: triton.Config | None = None,
+    dkv: triton.Config | None = None,
+) -> Tensor:
+    """Launch the backward.
+
+    Args:
+        dout: [B, N, h * d], gradient of out.
+        qkv: [B, N, 3 * h * d], d up to 128.
+        out: [B, N, h * d], of the forward.
+        lse: [B, h, N] float32, of the forward.
+        n_heads: h.
+        dq: one of `attention_dq_bwd_configs`; None for the default.
+        dkv: one of `attention_dkv_bwd_configs`; None for the default.
+
+    Returns:
+        dqkv [B, N, 3 * h * d] in qkv's dtype.
+    """
+    qkv, dout = _unit_stride(qkv), dout.contiguous()
+    B, N, width = dout.shape
+    d = width // n_heads
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if not dqkv.numel():
+        return dqkv
+    delta = torch.empty_like(lse)
+    target = (N, qkv.dtype, arch(qkv.device))
+    dq = dq or attention_dq_bwd_configs(*target)[0]
+    dkv = dkv or attention_dkv_bwd_configs(*target)[0]
+    scale = d**-0.5
+    sizes = (qkv.stride(0), qkv.stride(1), N, n_heads, scale, scale * math.log2(math.e))
+    attention_dq_bwd_kernel[(B * n_heads * triton.cdiv(N, dq.kwargs["BM"]),)](
+        *(qkv, out, dout, lse, delta, dqkv), *sizes, **_constants(qkv, d, dq)
+    )
+    attention_dkv_bwd_kernel[(B * n_heads * triton.cdiv(N, dkv.kwargs["BN"]),)](
+        *(qkv, dout, lse, delta, dqkv), *sizes, **_constants(qkv, d, dkv)
+    )
+    return dqkv
+
+
+def _constants(qkv: Tensor, d: int, config: triton.Config) -> dict[str, Any]:
+    D0, D1 = head_pieces(d)
+    N, BM, BN = qkv.shape[1], config.kwargs["BM"], config.kwargs["BN"]
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return dict(
+        D=d,
+        D0=D0,
+        D1=D1,
+        EVEN=N % BM == 0 and N % BN == 0,
+        # The interpreter has no bfloat16 arithmetic.
+        DOT=tl.float32 if INTERPRET else _DOT_DTYPES[qkv.dtype],
+        PRECISION="tf32" if tf32 else "ieee",
+        **config.all_kwargs(),
+    )
+
+
+def _unit_stride(qkv: Tensor) -> Tensor:
+    """[B, N, 3D] whose channels lie side by side; batches and rows may lie anywhere."""
+    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+
+
+def _padded(N: int) -> int:
+    return max(16, triton.next_power_of_2(N))
+
+
+def _family(arch: str) -> str:
+    """The tested architecture whose matrix instructions another one has."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    if arch in ("sm_90", "interpreter"):
+        return "sm_90"
+    return "sm_100" if arch in ("sm_100", "sm_103") else "sm_80"
+
+
+def _configs(sizes: _Sizes, rows: int, names: tuple[str, str]) -> list[triton.Config]:
+    """Sizes cut to a head of `rows` padded rows, the warps with them."""
+    cut = dict.fromkeys(
+        (min(own, rows), min(step, rows), max(1, warps * min(own, rows) // own), stages)
+        for own, step, warps, stages in sizes
+    )
+    return [
+        triton.Config({names[0]: own, names[1]: step}, num_warps=warps, num_stages=stages)
+        for own, step, warps, stages in cut
+    ]

@@ -1,0 +1,31 @@
+"""What the kernel files share: the target a launch is tuned for, and a few scalar helpers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+INTERPRET: bool = triton.knobs.runtime.interpret
+
+
+@functools.cache
+def arch(device: torch.device) -> str:
+    """The name of a device's machine code: "sm_90", "gfx942", or "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def power_of_two_pieces(n: int, smallest: int = 1) -> tuple[int, int]:
+    """Two powers of two that cover n columns: the largest below n, and enough for the rest.
+
+    `tl.arange` takes powers of two only; a row of 1152 as 1024 + 128 has no idle lanes, where one
+    piece of 2048 would leave 44% of them idle.
+    """
+    first = max(smallest, 1 << max(0, (n - 1).bit_length() - 1))
+    return first, max(smallest, triton.next_power_of_2(max(1, n - first)))

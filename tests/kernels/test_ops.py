@@ -1,0 +1,213 @@
+"""What the Triton ops promise besides their numbers: tracing, autocast, gradients, launches."""
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+import fastdit
+from fastdit import functional, ops, reference
+from fastdit.kernels import adaln, attention, common
+from fastdit.testing import randomize, relative_error
+
+
+def inputs_of(op, device, B=2, N=5, D=48, requires_grad=False):
+    if op is ops.attention:
+        tensors, last = [torch.randn(B, N, 3 * D)], 2
+    else:
+        x, y = torch.randn(2, B, N, D)
+        gate, scale, shift = torch.randn(3, B, D).bfloat16()
+        gated = op is ops.gated_residual_layer_norm_modulate
+        tensors, last = [x, y, gate, scale, shift] if gated else [x, scale, shift], 1e-5
+    return [*(t.to(device).requires_grad_(requires_grad) for t in tensors), last]
+
+
+FORWARD = {
+    "layer_norm_modulate": ops.layer_norm_modulate,
+    "gated_residual_layer_norm_modulate": ops.gated_residual_layer_norm_modulate,
+    "attention": ops.attention,
+}
+by_op = pytest.mark.parametrize("op", FORWARD.values(), ids=FORWARD.keys())
+
+
+@by_op
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_opcheck_is_clean(op, requires_grad, device):
+    opcheck(op, inputs_of(op, device, requires_grad=requires_grad))
+
+
+def test_opcheck_is_clean_for_the_backwards(device):
+    x, scale, shift, eps = inputs_of(ops.layer_norm_modulate, device)
+    h, mean, rstd = ops.layer_norm_modulate(x, scale, shift, eps)
+    backwards = torch.ops.fastdit
+    opcheck(backwards.layer_norm_modulate_backward.default, (h, x, scale, mean, rstd))
+    gated = inputs_of(ops.gated_residual_layer_norm_modulate, device)
+    r, h, mean, rstd = ops.gated_residual_layer_norm_modulate(*gated)
+    for dr in (None, torch.randn_like(r)):
+        arguments = (dr, h, r, *gated[1:4], mean, rstd)
+        opcheck(backwards.gated_residual_layer_norm_modulate_backward.default, arguments)
+    qkv, n_heads = inputs_of(ops.attention, device)
+    out, lse = ops.attention(qkv, n_heads)
+    opcheck(backwards.attention_backward.default, (out, qkv, out, lse, n_heads))
+
+
+@by_op
+def test_a_second_derivative_is_refused(op, device):
+    *tensors, last = inputs_of(op, device, requires_grad=True)
+    out = op(*tensors, last)[0]
+    (gradient,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("used", ["residual", "modulated"])
+def test_one_output_unused_has_the_gradients_of_the_other(used, device):
+    *tensors, eps = inputs_of(ops.gated_residual_layer_norm_modulate, device, requires_grad=True)
+    index = ["residual", "modulated"].index(used)
+    gradients = []
+    for backend in ("triton", "reference"):
+        outs = functional.gated_residual_layer_norm_modulate(*tensors, eps, backend=backend)
+        loss = outs[index].float().square().sum()
+        gradients.append(torch.autograd.grad(loss, tensors, materialize_grads=True))
+    for actual, plain in zip(*gradients, strict=True):
+        assert torch.allclose(
+            actual.float(), plain.float(), rtol=0.02, atol=0.02 * plain.abs().max()
+        )
+
+
+@by_op
+def test_an_empty_batch_is_an_empty_result(op, device):
+    *tensors, last = inputs_of(op, device, B=0, requires_grad=True)
+    out = op(*tensors, last)[0]
+    out.sum().backward()
+    assert out.shape[0] == 0 and all(t.grad.shape == t.shape for t in tensors)
+
+
+@pytest.fixture
+def models(device):
+    """fastdit's model and the plain one, with the same weights."""
+    plain = reference.DiT(img_size=8, hidden=32, n_layers=2, n_heads=2)
+    randomize(plain)
+    model = fastdit.DiT.from_config(plain.cfg)
+    model.load_state_dict(plain.state_dict())
+    return model.to(device), plain.to(device)
+
+
+def batch(B, device):
+    x, t, y = torch.randn(B, 3, 8, 8), torch.randint(1000, (B,)), torch.randint(16, (B,))
+    return x.to(device), t.to(device), y.to(device)
+
+
+def gradients(model, call, inputs):
+    model.zero_grad()
+    call(*inputs).float().square().mean().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_the_model_runs_the_kernels(models, device):
+    model, _ = models
+    with torch.profiler.profile() as profile:
+        model(*batch(2, device))
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["fastdit::layer_norm_modulate"] == 1
+    assert calls["fastdit::gated_residual_layer_norm_modulate"] == 4
+    assert calls["fastdit::attention"] == 2
+
+
+def test_the_model_compiles_whole_with_a_dynamic_batch(models, device):
+    model, plain = models
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for B in (7, 2, 5):  # 3 would be one symbol with the channels
+            inputs = batch(B, device)
+            expected = gradients(plain, plain, inputs)
+            assert relative_error(gradients(model, compiled, inputs), expected) < 1e-5
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for B in (7, 2, 5):
+            inputs = batch(B, device)
+            assert relative_error(compiled(*inputs), plain(*inputs)) < 1e-5
+
+
+def test_inductor_compiles_the_model(models, device):
+    model, plain = models
+    inputs = batch(3, device)
+    compiled = torch.compile(model, fullgraph=True)
+    expected = gradients(plain, plain, inputs)
+    assert relative_error(gradients(model, compiled, inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_the_model_trains_under_autocast(models, dtype, compiled, device):
+    """No further from float32 than twice what plain ops under autocast are."""
+    model, plain = models
+    inputs = batch(3, device)
+    exact = gradients(plain, plain, inputs)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.autocast(device.type, dtype):
+        assert model(*inputs).dtype == dtype
+        expected = relative_error(gradients(plain, plain, inputs), exact)
+        assert relative_error(gradients(model, call, inputs), exact) < 2 * expected
+
+
+def test_attention_under_autocast_has_its_dtype(device):
+    with torch.autocast(device.type, torch.bfloat16):
+        out = functional.attention(torch.randn(2, 4, 48, device=device), 2, backend="triton")
+    assert out.dtype == torch.bfloat16
+
+
+def test_the_model_can_be_checkpointed(models, device):
+    model, plain = models
+    inputs = batch(2, device)
+    expected = gradients(plain, plain, inputs)
+    recomputed = gradients(model, lambda *a: checkpoint(model, *a, use_reentrant=False), inputs)
+    assert relative_error(recomputed, expected) < 1e-5
+
+
+def test_attention_of_one_token_is_its_value(device):
+    qkv = torch.randn(3, 1, 96, device=device, requires_grad=True)
+    out = functional.attention(qkv, 2, backend="triton")
+    out.sum().backward()
+    assert torch.equal(out, qkv[..., 64:])
+    assert not qkv.grad[..., :64].any() and (qkv.grad[..., 64:] == 1).all()
+
+
+ATTENTION_N = [1, 17, 40, 70]
+
+
+@pytest.mark.parametrize("N", ATTENTION_N, ids="N{}".format)
+def test_every_attention_configuration_computes_the_same(N, device):
+    """All that the tuner may choose, one pass and running softmax alike."""
+    arch = common.arch(device)
+    qkv, dout = torch.randn(2, N, 3 * 2 * 40), torch.randn(2, N, 2 * 40)
+    exact = qkv.double().requires_grad_()
+    expected = reference.attention(exact, 2)
+    expected.backward(dout.double())
+    qkv, dout = qkv.to(device), dout.to(device)
+    for config in attention.attention_fwd_configs(N, torch.bfloat16, arch):
+        out, lse = attention.attention_fwd(qkv, 2, config)
+        assert relative_error(out, expected) < 1e-6, config
+    for dq in attention.attention_dq_bwd_configs(N, torch.bfloat16, arch):
+        gradient = attention.attention_bwd(dout, qkv, out, lse, 2, dq=dq)
+        assert relative_error(gradient, exact.grad) < 1e-6, dq
+    for dkv in attention.attention_dkv_bwd_configs(N, torch.bfloat16, arch):
+        gradient = attention.attention_bwd(dout, qkv, out, lse, 2, dkv=dkv)
+        assert relative_error(gradient, exact.grad) < 1e-6, dkv
+
+
+@pytest.mark.parametrize("D", [64, 72, 1152, 3000], ids="D{}".format)
+def test_every_layer_norm_configuration_computes_the_same(D, device):
+    x, y, dh = torch.randn(3, 2, 35, D)
+    gate, scale, shift = torch.randn(3, 2, D)
+    leaves = [t.double().requires_grad_() for t in (x, y, gate, scale, shift)]
+    expected = reference.gated_residual_layer_norm_modulate(*leaves, 1e-5)
+    expected[1].backward(dh.double())
+    x, y, gate, scale, shift, dh = (t.to(device) for t in (x, y, gate, scale, shift, dh))
+    for config in adaln.layer_norm_modulate_fwd_configs(D):
+        r, h, mean, rstd = adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-5, y, gate, config)
+        assert max(map(relative_error, (r, h), expected)) < 1e-6, config
+    for config in adaln.layer_norm_modulate_bwd_configs(D):
+        got = adaln.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (None, y, gate), config)
+        for actual, leaf in zip(got, leaves, strict=True):
+            assert relative_error(actual, leaf.grad) < 1e-6, config

@@ -1,0 +1,177 @@
+"""Every op by Triton, forward and backward, against the float64 oracle by the error rule.
+
+On a GPU the full cross of dtypes, sizes and views runs; under the interpreter a cover of it in
+which every pair of choices occurs.
+"""
+
+import itertools
+from dataclasses import astuple, dataclass
+
+import pytest
+import torch
+
+from fastdit import functional, reference
+from fastdit.testing import check_against_oracle
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADS = {64: 1, 72: 1, 384: 4, 1152: 16}  # head dims 64, 72, 96, 72
+OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention")
+
+
+@dataclass(frozen=True)
+class Case:
+    dtype: str
+    B: int
+    N: int
+    D: int
+    view: str
+
+    def __str__(self):
+        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}"
+
+    @property
+    def seeds(self):
+        """Pooled so that the smallest tensor judged, a modulation's gradient, has 4096 elements."""
+        return -(-4096 // (self.B * self.D))
+
+
+CROSS = [
+    Case(*choices)
+    for choices in itertools.product(
+        DTYPES, (1, 3), (1, 5, 16, 63, 256, 300), HEADS, ("contiguous", "strided", "offset")
+    )
+]
+
+
+def pairs(case):
+    return set(itertools.combinations(enumerate(astuple(case)), 2))
+
+
+def pairwise_cover():
+    """Cases that hold every pair of choices, by how many new pairs a second of them brings."""
+    left = set().union(*map(pairs, CROSS))
+    chosen = []
+    while left:
+        best = max(
+            CROSS, key=lambda c: len(pairs(c) & left) / (1 + c.seeds * c.B * c.N * c.D / 30_000)
+        )
+        chosen.append(best)
+        left -= pairs(best)
+    return chosen
+
+
+COVER = pairwise_cover()
+ALL = [pytest.param(c, marks=() if c in COVER else pytest.mark.gpu, id=str(c)) for c in CROSS]
+
+
+def lay_out(t, view):
+    """The same values with rows further apart than they are long, or at an odd address."""
+    if view == "contiguous":
+        return t
+    if view == "strided":
+        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 8), float("nan"))
+        wide[..., : t.shape[-1]] = t
+        return wide[..., : t.shape[-1]]
+    flat = t.new_full((t.numel() + 1,), float("nan"))
+    flat[1:] = t.flatten()
+    return flat[1:].view(t.shape)
+
+
+def make_tensors(op, B, N, D):
+    """The inputs, then the upstream gradient of each output."""
+    if op == "attention":
+        return [torch.randn(B, N, 3 * D), torch.randn(B, N, D)]
+    gate, scale, shift = torch.randn(3, B, D)
+    x, y, dr, dh = torch.randn(4, B, N, D)
+    return [x, scale, shift, dh] if op == OPS[0] else [x, y, gate, scale, shift, dr, dh]
+
+
+def run(module, op, tensors, n_heads, **backend):
+    """Every output and every input's gradient, flat."""
+    count = {"attention": 1, OPS[0]: 3, OPS[1]: 5}[op]
+    leaves = [t.detach().requires_grad_() for t in tensors[:count]]
+    outs = getattr(module, op)(*leaves, n_heads if op == "attention" else 1e-5, **backend)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    torch.autograd.backward(outs, tensors[count:])
+    return [t.detach().flatten().cpu() for t in (*outs, *(leaf.grad for leaf in leaves))]
+
+
+def check(op, batches, n_heads=1):
+    """Hold the Triton op, pooled over batches of tensors, to the error rule."""
+    runs = [
+        (
+            run(functional, op, tensors, n_heads, backend="triton"),
+            run(reference, op, tensors, n_heads),
+            run(reference, op, [t.double() for t in tensors], n_heads),
+        )
+        for tensors in batches
+    ]
+    actual, plain, oracle = (
+        [torch.cat(pooled) for pooled in zip(*column, strict=True)]
+        for column in zip(*runs, strict=True)
+    )
+    for triple in zip(actual, plain, oracle, strict=True):
+        check_against_oracle(*triple)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", ALL)
+def test_ops_and_their_gradients_meet_the_error_rule(op, case, device):
+    dtype = DTYPES[case.dtype]
+    batches = [
+        [lay_out(t.to(device, dtype), case.view) for t in make_tensors(op, case.B, case.N, case.D)]
+        for _ in range(case.seeds)
+    ]
+    check(op, batches, HEADS[case.D])
+
+
+@pytest.mark.parametrize(
+    "head_dim", [8, 16, 21, 32, 40, 48, 80, 88, 96, 112, 128], ids="d{}".format
+)
+def test_attention_takes_any_head_dim(head_dim, device):
+    batches = [[t.to(device) for t in make_tensors("attention", 2, 21, 3 * head_dim)]]
+    batches *= -(-4096 // batches[0][1].numel())
+    check("attention", batches, n_heads=3)
+
+
+def test_attention_survives_scores_that_overflow_an_exponential(device):
+    qkv, dout = make_tensors("attention", 2, 40, 128)
+    qkv[..., :256] *= 30  # scores in the thousands: exp(x) without its maximum is infinite
+    check("attention", [[qkv.to(device), dout.to(device)]], n_heads=2)
+
+
+@pytest.mark.parametrize("D", [33, 96, 600, 2048, 4096], ids="D{}".format)
+@pytest.mark.parametrize("op", OPS[:2])
+def test_layer_norm_takes_any_width(op, D, device):
+    seeds = -(-4096 // (3 * D))
+    check(op, [[t.to(device) for t in make_tensors(op, 3, 3, D)] for _ in range(seeds)])
+
+
+def test_a_large_mean_does_not_cancel(device):
+    """E[x^2] - mean^2 in one pass would lose every digit here."""
+    batches = [[t.to(device) for t in make_tensors(OPS[0], 3, 5, 384)] for _ in range(4)]
+    for x, *_ in batches:
+        x += 1000
+    check(OPS[0], batches)
+
+
+def test_mixed_dtypes_keep_a_float32_residual(device):
+    """As under bfloat16 autocast: x in float32, the branch and the modulation in bfloat16."""
+    batches = []
+    for _ in range(8):
+        x, *rest, dr, dh = make_tensors(OPS[1], 3, 7, 192)
+        batches.append([x, *(t.bfloat16() for t in rest), dr, dh.bfloat16()])
+    check(OPS[1], [[t.to(device) for t in tensors] for tensors in batches])
+
+
+def test_channels_may_lie_apart(device):
+    """Transposed activations and modulation: no unit stride anywhere."""
+    batches = [
+        [
+            t.to(device).transpose(0, -1).contiguous().transpose(0, -1)
+            for t in make_tensors(OPS[1], 3, 7, 72)
+        ]
+        for _ in range(19)
+    ]
+    assert all(t.stride(-1) > 1 for t in batches[0])
+    check(OPS[1], batches)
