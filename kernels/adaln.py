@@ -221,8 +221,7 @@ def layer_norm_modulate_fwd_configs(D: int) -> list[triton.Config]:
     warps = max(1, width // 2048)
     # A warp owns its rows, so that no sum crosses warps; 2048 channels are 64 registers a thread.
     rows = _power_of_two_below(min(16, 2048 // width))
-    sizes = [(rows, warps), (max(1, rows // 2), warps), (rows, 2 * warps), (2 * rows, 4 * warps)]
-    return _configs(sizes)
+    return _configs([(rows, warps), (max(1, rows // 2), warps), (rows, 2 * warps)])
 
 
 def layer_norm_modulate_bwd_configs(D: int) -> list[triton.Config]:
@@ -231,7 +230,7 @@ def layer_norm_modulate_bwd_configs(D: int) -> list[triton.Config]:
     warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
     # Three sums and four inputs of a tile at once: 18 channels of it a thread is what fits.
     rows = _power_of_two_below(min(_TOKENS, 18 * 32 * warps // width))
-    return _configs([(rows, warps), (max(1, rows // 2), warps), (rows, 2 * warps)])
+    return _configs([(rows, warps), (max(1, rows // 2), warps)])
 
 
 def layer_norm_modulate_fwd(

@@ -340,35 +340,39 @@ _Sizes = list[tuple[int, int, int, int]]
 _FWD: dict[str, _Sizes] = {
     "sm_80": [(128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3)],
     "sm_90": [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)],
-    "sm_100": [(128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 3)],
+    "sm_100": [(128, 128, 8, 2), (128, 128, 8, 3), (64, 32, 4, 3)],
     "gfx942": [(128, 64, 4, 1), (128, 64, 4, 2), (128, 32, 4, 1), (64, 64, 2, 1)],
 }
 _DQ: dict[str, _Sizes] = {
-    "sm_80": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+    "sm_80": [(64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
     "sm_90": [(64, 64, 4, 2), (128, 64, 8, 1), (64, 32, 4, 2), (128, 32, 8, 2)],
-    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2)],
     "gfx942": [(64, 32, 2, 1), (128, 32, 4, 1), (64, 64, 2, 1)],
 }
 _DKV: dict[str, _Sizes] = {
-    "sm_80": [(64, 32, 4, 2), (128, 32, 8, 2)],
-    "sm_90": [(64, 32, 4, 2), (128, 32, 8, 2), (64, 32, 4, 1)],
-    "sm_100": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2)],
+    "sm_80": [(64, 16, 4, 2), (128, 16, 8, 2)],
+    "sm_90": [(64, 32, 4, 2), (128, 32, 8, 2)],
+    "sm_100": [(128, 64, 8, 2), (128, 32, 8, 2)],
     "gfx942": [(64, 32, 2, 1), (128, 32, 4, 1)],
 }
-# float32 has no tensor cores but for TF32, and twice the bytes.
-_FLOAT32: _Sizes = [(32, 32, 4, 1), (16, 32, 4, 1)]
+# float32 runs on the plain cores, or where the caller allows it in TF32; every architecture alike.
+_FLOAT32: dict[str, _Sizes] = {
+    "fwd": [(16, 32, 4, 1), (16, 16, 8, 1)],
+    "dq": [(16, 16, 8, 1)],
+    "dkv": [(16, 32, 4, 1), (16, 16, 4, 1)],
+}
 
 
 def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
     """Launch configurations, the default first; one that holds all N keys takes one pass."""
     rows = _padded(N)
     if dtype == torch.float32:
-        return _configs(_FLOAT32, rows, ("BM", "BN"))
+        return _configs(_FLOAT32["fwd"], rows, ("BM", "BN"))
     family = _family(arch)
     sizes = _FWD[family]
     own = 32 if family == "gfx942" else 16
     if rows <= 128:
-        sizes = [(min(64, rows), rows, 64 // own, 1), *sizes]
+        sizes = [(min(64, rows), rows, max(1, min(64, rows) // own), 1), *sizes]
     elif rows <= ONE_PASS and family != "sm_80":  # there its scores spill
         sizes = [*sizes, (128, rows, 128 // own, 1)]
     return _configs(sizes, rows, ("BM", "BN"))
@@ -376,13 +380,13 @@ def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.
 
 def attention_dq_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
     """Launch configurations, the default first."""
-    sizes = _FLOAT32 if dtype == torch.float32 else _DQ[_family(arch)]
+    sizes = _FLOAT32["dq"] if dtype == torch.float32 else _DQ[_family(arch)]
     return _configs(sizes, _padded(N), ("BM", "BN"))
 
 
 def attention_dkv_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
     """Launch configurations, the default first."""
-    sizes = _FLOAT32 if dtype == torch.float32 else _DKV[_family(arch)]
+    sizes = _FLOAT32["dkv"] if dtype == torch.float32 else _DKV[_family(arch)]
     return _configs(sizes, _padded(N), ("BN", "BM"))
 
 

@@ -5,6 +5,7 @@ which every pair of choices occurs.
 """
 
 import itertools
+import os
 from dataclasses import astuple, dataclass
 
 import pytest
@@ -15,6 +16,7 @@ from fastdit.testing import check_against_oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEADS = {64: 1, 72: 1, 384: 4, 1152: 16}  # head dims 64, 72, 96, 72
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention")
 
 
@@ -31,7 +33,13 @@ class Case:
 
     @property
     def seeds(self):
-        """Pooled so that the smallest tensor judged, a modulation's gradient, has 4096 elements."""
+        """Pooled so that the smallest tensor, a modulation's gradient, has 4096 elements.
+
+        Interpreted, long sums of it are judged at N = 300, D = 1152 alone: elsewhere a long N
+        would take minutes.
+        """
+        if INTERPRETED and (self.N == 256 or (self.N == 300 and self.D < 1152)):
+            return 1
         return -(-4096 // (self.B * self.D))
 
 
@@ -111,7 +119,8 @@ def check(op, batches, n_heads=1):
         for column in zip(*runs, strict=True)
     )
     for triple in zip(actual, plain, oracle, strict=True):
-        check_against_oracle(*triple)
+        if triple[0].numel() >= 4096:
+            check_against_oracle(*triple)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -1,0 +1,186 @@
+"""What every shipped launch must compile to, on every architecture, before any GPU has seen it.
+
+`cases` lists the launches the package may make, `faults` says what is wrong with the machine code
+of one: spills, shared memory past the chip's, no matrix instructions where there is work for
+them, matrix work beyond what the shape needs, narrow loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor
+
+from fastdit.kernels import adaln, attention, sampling
+from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
+
+WIDTHS = (64, 72, 384, 1152)
+HEAD_DIMS = (32, 64, 72, 80, 96, 128)
+LENGTHS = (16, 64, 128, 256, 300)
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+
+# Matrix work at head dim 72 may be 15% above 80/72 of what 72 columns need.
+PADDING = 1.15
+
+_F32, _BF16 = torch.float32, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher on "meta" tensors.
+
+    Attributes:
+        dot_flop: by kernel, the FLOP its `tt.dot`s need, each loop body once, columns padded to
+            pieces; kernels on plain cores have none.
+        rows: rows of a program's own tile; matrix instructions of a warp group take 64.
+    """
+
+    label: str
+    arch: str
+    call: Callable[[], object]
+    dot_flop: dict[str, float] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def cases(arch: str, every: bool = False) -> Iterator[Case]:
+    """The default launch of each kernel and size, or every one the tuner may choose."""
+    yield from _adaln(arch, every)
+    yield from _attention(arch, every)
+    yield from _sampling(arch, every)
+
+
+def faults(case: Case, machine: Machine) -> list[str]:
+    """What is wrong with the machine code; nothing, for a launch that may ship."""
+    found = []
+    if machine.spills or machine.stack:
+        found.append(f"{machine.spills} spills, {machine.stack} bytes of stack")
+    if machine.shared > SHARED_LIMIT[case.arch]:
+        found.append(f"{machine.shared} bytes of shared memory, limit {SHARED_LIMIT[case.arch]}")
+    if machine.tensor_memory > TENSOR_MEMORY_LIMIT:
+        found.append(f"{machine.tensor_memory} columns of tensor memory")
+    needed = case.dot_flop.get(machine.kernel)
+    if needed is None:
+        return found
+    if machine.dot_flop > PADDING * needed:
+        found.append(f"{machine.dot_flop / needed:.2f}x the matrix work the shape needs")
+    # On the others software pipelining copies loop bodies, so that static counts say nothing.
+    straight = case.arch in ("sm_80", "sm_90")
+    if straight and machine.matrix_flop > PADDING * needed:
+        found.append(f"warps repeat matrix work {machine.matrix_flop / needed:.2f} times")
+    # Warp groups take 64 rows, and tensor memory 64 lanes; smaller tiles use the older ones.
+    family = MATRIX[case.arch] if case.rows[machine.kernel] >= 64 else "HMMA"
+    family = "v_mfma" if case.arch == "gfx942" else family
+    if not machine.matrix.get(family):
+        found.append(f"no {family} among {dict(machine.matrix)}")
+    if machine.load_bits < 128:
+        found.append(f"loads of {machine.load_bits} bits")
+    return found
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _chosen(configs: list[triton.Config], every: bool) -> list[triton.Config]:
+    return configs if every else configs[:1]
+
+
+def _name(config: triton.Config) -> str:
+    sizes = "x".join(str(n) for n in config.kwargs.values())
+    return f"{sizes} {config.num_warps}w {config.num_stages}s"
+
+
+def _adaln(arch: str, every: bool) -> Iterator[Case]:
+    """A residual in float32 with branches in bfloat16, and bfloat16 throughout."""
+    B, N = 4, 256
+    for D in WIDTHS:
+        for dtype in (_F32, _BF16) if every else (_F32,):
+            name = f"D{D} {'mixed' if dtype == _F32 else 'bf16'}"
+            r, y = _meta(B, N, D, dtype=dtype), _meta(B, N, D, dtype=_BF16)
+            gate, scale, shift = _meta(B, 3 * D, dtype=_BF16).chunk(3, dim=1)
+            statistics = _meta(B, N, dtype=_F32)
+            for config in _chosen(adaln.layer_norm_modulate_fwd_configs(D), every):
+                for gated in ((y, gate), (None, None)):
+                    yield Case(
+                        f"{name} {'gated' if gated[0] is not None else 'plain'} {_name(config)}",
+                        arch,
+                        lambda r=r, m=(scale, shift), gated=gated, config=config: (
+                            adaln.layer_norm_modulate_fwd(r, *m, 1e-5, *gated, config)
+                        ),
+                    )
+            for config in _chosen(adaln.layer_norm_modulate_bwd_configs(D), every):
+                for residual in ((r, y, gate), None):
+                    yield Case(
+                        f"{name} {'gated' if residual else 'plain'} {_name(config)}",
+                        arch,
+                        lambda a=(y, r, scale, statistics, statistics, residual), config=config: (
+                            adaln.layer_norm_modulate_bwd(*a, config)
+                        ),
+                    )
+
+
+def _attention(arch: str, every: bool) -> Iterator[Case]:
+    B, h = 4, 16
+    for d in HEAD_DIMS:
+        lengths = LENGTHS if every or d == 72 else LENGTHS[-2:]
+        for dtype, N in [(_BF16, N) for N in lengths] + [(_F32, 300)]:
+            qkv, out = _meta(B, N, 3 * h * d, dtype=dtype), _meta(B, N, h * d, dtype=dtype)
+            lse = _meta(B, h, N, dtype=_F32)
+            name = f"d{d} N{N} {'bf16' if dtype == _BF16 else 'fp32'}"
+            for config in _chosen(attention.attention_fwd_configs(N, dtype, arch), every):
+                kernels = dict.fromkeys(
+                    ("attention_fwd_kernel", "attention_one_pass_fwd_kernel"), (config, "BM", 2)
+                )
+                yield Case(
+                    f"{name} {_name(config)}",
+                    arch,
+                    lambda qkv=qkv, config=config: attention.attention_fwd(qkv, h, config),
+                    *_needs(d, dtype, kernels),
+                )
+            dqs = attention.attention_dq_bwd_configs(N, dtype, arch)
+            dkvs = attention.attention_dkv_bwd_configs(N, dtype, arch)
+            for i in range(max(len(dqs), len(dkvs)) if every else 1):
+                dq, dkv = dqs[min(i, len(dqs) - 1)], dkvs[min(i, len(dkvs) - 1)]
+                kernels = {
+                    "attention_dq_bwd_kernel": (dq, "BM", 3),
+                    "attention_dkv_bwd_kernel": (dkv, "BN", 4),
+                }
+                yield Case(
+                    f"{name} {_name(dq)}, {_name(dkv)}",
+                    arch,
+                    lambda a=(out, qkv, out, lse, h, dq, dkv): attention.attention_bwd(*a),
+                    *_needs(d, dtype, kernels),
+                )
+
+
+def _needs(
+    d: int, dtype: torch.dtype, kernels: dict[str, tuple[triton.Config, str, int]]
+) -> tuple[dict[str, float], dict[str, int]]:
+    """(dot_flop, rows) of attention kernels with so many products of a tile with a tile."""
+    if dtype == _F32:
+        return {}, {}
+    width = sum(attention.head_pieces(d))
+    flop = {
+        kernel: 2.0 * products * config.kwargs["BM"] * config.kwargs["BN"] * width
+        for kernel, (config, _, products) in kernels.items()
+    }
+    return flop, {kernel: config.kwargs[own] for kernel, (config, own, _) in kernels.items()}
+
+
+def _sampling(arch: str, every: bool) -> Iterator[Case]:
+    """XL's latents: tokens with guidance and a learned range, plain images."""
+    B, P, C = 4, 1024, 4
+    for dtype in (_F32, _BF16):
+        table, step = _meta(250, 10, dtype=_F32), _meta(dtype=torch.int64)
+        seeds = _meta(B, 2, dtype=torch.int64)
+        tokens, out = _meta(B, P, C, dtype=dtype), _meta(2 * B, P, 2 * C, dtype=_BF16)
+        images = _meta(B, C, 32, 32, dtype=dtype)
+        for config in _chosen(sampling.sampler_update_configs(), every):
+            name = f"{'fp32' if dtype == _F32 else 'bf16'} {_name(config)}"
+            guided = (tokens, out, table, step, None, seeds, None, (4.0, 3), config)
+            plain = (images, images, table, step, images, None, None, None, config)
+            for kind, arguments in (("guided learned", guided), ("two-step", plain)):
+                yield Case(f"{kind} {name}", arch, lambda a=arguments: sampling.sampler_update(*a))
