@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from fastdit.files import atomic_path
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -137,6 +139,7 @@ def table(columns: dict[str, str], rows: list[dict[str, Any]], markdown: bool = 
 def write_json(
     path: Path, facts: dict[str, Any], arguments: dict[str, Any], **results: Any
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Written whole or not at all, so that a benchmark may write after each unit of its work."""
     document = {"machine": facts, "arguments": arguments, **results}
-    path.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    with atomic_path(path) as aside:
+        aside.write_text(json.dumps(document, indent=1, default=str) + "\n")

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdit.kernels import adaln, attention, sampling
+from fastdit.kernels import adaln, attention, attention_configs, sampling
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
 
 WIDTHS = (64, 72, 384, 1152)
@@ -130,7 +130,7 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
             qkv, out = _meta(B, N, 3 * h * d, dtype=dtype), _meta(B, N, h * d, dtype=dtype)
             lse = _meta(B, h, N, dtype=_F32)
             name = f"d{d} N{N} {'bf16' if dtype == _BF16 else 'fp32'}"
-            for config in _chosen(attention.attention_fwd_configs(N, dtype, arch), every):
+            for config in _chosen(attention_configs.attention_fwd_configs(N, dtype, arch), every):
                 kernels = dict.fromkeys(
                     ("attention_fwd_kernel", "attention_one_pass_fwd_kernel"), (config, "BM", 2)
                 )
@@ -140,8 +140,8 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
                     lambda qkv=qkv, config=config: attention.attention_fwd(qkv, h, config),
                     *_needs(d, dtype, kernels),
                 )
-            dqs = attention.attention_dq_bwd_configs(N, dtype, arch)
-            dkvs = attention.attention_dkv_bwd_configs(N, dtype, arch)
+            dqs = attention_configs.attention_dq_bwd_configs(N, dtype, arch)
+            dkvs = attention_configs.attention_dkv_bwd_configs(N, d, dtype, arch)
             for i in range(max(len(dqs), len(dkvs)) if every else 1):
                 dq, dkv = dqs[min(i, len(dqs) - 1)], dkvs[min(i, len(dkvs) - 1)]
                 kernels = {
@@ -162,7 +162,7 @@ def _needs(
     """(dot_flop, rows) of attention kernels with so many products of a tile with a tile."""
     if dtype == _F32:
         return {}, {}
-    width = sum(attention.head_pieces(d))
+    width = sum(attention_configs.head_pieces(d))
     flop = {
         kernel: 2.0 * products * config.kwargs["BM"] * config.kwargs["BN"] * width
         for kernel, (config, _, products) in kernels.items()

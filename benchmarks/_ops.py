@@ -1,0 +1,169 @@
+"""The ops on their shapes, as the benchmarks time them: inputs, ways to run, work to be done."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdit import functional, reference
+from fastdit.solvers import Guidance
+
+OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention", "sampler_update")
+PLAIN_LN, GATED_LN, ATTENTION, UPDATE = OPS
+SDPA = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa math": SDPBackend.MATH,
+}
+# "mixed" is a sampler's: its state in float32, the model's output in bfloat16.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape: (B, N, D), for attention (B, N, h, d), for the update (B, C, H, W)."""
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: str = "bfloat16"
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.size}-{self.dtype}"
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+
+_ROWS = ((64, 256, 1152), (256, 256, 1152), (256, 256, 384), (1024, 64, 64))
+FULL = (
+    *(Case(op, shape) for op in (PLAIN_LN, GATED_LN) for shape in _ROWS),
+    *(Case(op, (64, 256, 1152), "float32") for op in (PLAIN_LN, GATED_LN)),
+    *(Case(ATTENTION, (B, N, 16, 72)) for B, N in ((64, 256), (16, 1024))),
+    *(Case(ATTENTION, shape) for shape in ((64, 256, 16, 64), (16, 1024, 12, 64))),
+    Case(ATTENTION, (64, 256, 16, 64), "float32"),
+    Case(UPDATE, (64, 4, 32, 32), "mixed"),
+    Case(UPDATE, (256, 3, 16, 16), "float32"),
+)
+QUICK = (
+    Case(PLAIN_LN, (2, 16, 72)),
+    Case(GATED_LN, (2, 16, 72), "float32"),
+    Case(ATTENTION, (2, 20, 2, 72)),
+    Case(ATTENTION, (2, 16, 2, 16), "float32"),
+    Case(UPDATE, (3, 4, 8, 8), "mixed"),
+    Case(UPDATE, (3, 3, 8, 8), "float32"),
+)
+
+
+def work(case: Case, backward: bool) -> tuple[int, int]:
+    """(bytes, FLOP) the op must move and multiply: each input read, each output written, once.
+
+    Statistics are left out, since a way may keep or recompute them, and so are the FLOP of ops
+    that multiply no matrices: bytes bound them.
+    """
+    item = 4 if case.dtype == "float32" else 2
+    if case.op == UPDATE:
+        B, E = case.shape[0], math.prod(case.shape[1:])
+        # Read x and eps, write x_next and x0; mixed: guided and learned, so eps twice, and v.
+        return B * E * (3 * 4 + 3 * 2 if case.dtype == "mixed" else 4 * 4), 0
+    if case.op == ATTENTION:
+        B, N, h, d = case.shape
+        D = h * d
+        if backward:  # qkv, out, dout; dqkv. S, dP, dQ, dK, dV are 2 B N^2 D each.
+            return 8 * B * N * D * item, 10 * B * N * N * D
+        return 4 * B * N * D * item, 4 * B * N * N * D  # qkv; out. S and O.
+    B, N, D = case.shape
+    tokens, modulation = {
+        (PLAIN_LN, False): (2, 2),  # x; h. scale, shift
+        (PLAIN_LN, True): (3, 3),  # dh, x; dx. scale; dscale, dshift
+        (GATED_LN, False): (4, 3),  # x, y; r, h. gate, scale, shift
+        (GATED_LN, True): (6, 5),  # dr, dh, r, y; dx, dy. gate, scale; dgate, dscale, dshift
+    }[case.op, backward]
+    return (tokens * B * N * D + modulation * B * D) * item, 0
+
+
+def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """Tensors, positional, and the other arguments by name; none of them zero."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    if case.op == ATTENTION:
+        B, N, h, d = case.shape
+        return [randn(B, N, 3 * h * d)], {"n_heads": h}
+    if case.op == UPDATE:
+        B, C, H, W = case.shape
+        guided = case.dtype == "mixed"
+        x = randn(*case.shape, dtype=torch.float32)
+        out = randn(2 * B, 2 * C, H, W) if guided else randn(*case.shape)
+        row = (1.3, -0.7, 1.25, 0.4, 0.3, 0.5, -0.2, 0.6, -1.5, -0.5)
+        coefficients = torch.tensor([row] * 8, device=device)
+        seeds = torch.arange(2 * B, device=device).view(B, 2) + seed
+        options = {"seeds": seeds, "guidance": Guidance(4.0, 3) if guided else None}
+        return [x, out, coefficients, torch.tensor(5, device=device)], options
+    B, N, D = case.shape
+    modulation = randn(B, 6 * D).chunk(6, dim=1)  # views, as a DiT has them
+    if case.op == PLAIN_LN:
+        return [randn(B, N, D), *modulation[:2]], {"eps": 1e-6}
+    return [randn(B, N, D), randn(B, N, D), *modulation[:3]], {"eps": 1e-6}
+
+
+def ways(case: Case, quick: bool) -> list[str]:
+    return [
+        "eager",
+        "fastdit",
+        *(["compiled"] if not quick or case == _first(case.op) else []),
+        *(SDPA if case.op == ATTENTION else ()),
+    ]
+
+
+def _first(op: str) -> Case:
+    return next(case for case in QUICK if case.op == op)
+
+
+def make(way: str, op: str, device: torch.device) -> Callable[..., Any]:
+    if way in SDPA:
+        return functools.partial(_sdpa, SDPA[way])
+    if way == "fastdit":
+        # Named on a GPU, where the kernels must run or raise; on a CPU plain PyTorch runs.
+        backend = "triton" if device.type == "cuda" else None
+        return functools.partial(getattr(functional, op), backend=backend)
+    plain = getattr(reference, op)
+    return plain if way == "eager" else torch.compile(plain, fullgraph=True, dynamic=False)
+
+
+def _sdpa(backend: SDPBackend, qkv: Tensor, n_heads: int) -> Tensor:
+    B, N, D3 = qkv.shape
+    q, k, v = qkv.view(B, N, 3, n_heads, D3 // (3 * n_heads)).permute(2, 0, 3, 1, 4)
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).reshape(B, N, D3 // 3)
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+@functools.lru_cache(maxsize=1)
+def oracle(case: Case, device: torch.device) -> tuple[Tensor, ...]:
+    tensors, options = inputs(case, device, seed=0)
+    tensors = [t.double() if t.is_floating_point() else t for t in tensors]
+    return tuple(t.cpu() for t in outputs(getattr(reference, case.op)(*tensors, **options)))
+
+
+def copies(moved: int, device: torch.device) -> int:
+    """How many sets of inputs of so many bytes exceed twice the L2 cache; one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, 1 + 2 * cache // moved)
