@@ -31,7 +31,6 @@ from fastdit.kernels.attention_configs import (
 )
 from fastdit.kernels.common import INTERPRET, arch
 
-
 _DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

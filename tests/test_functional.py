@@ -54,9 +54,6 @@ def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype):
         [torch.cat(pooled) for pooled in zip(*column, strict=True)]
         for column in zip(*runs, strict=True)
     )
-    if op == "attention" and shape[1] == 1:
-        # A softmax over one key is constant: its gradient is zero, by plain ops exactly.
-        actual, plain, oracle = actual[:1], plain[:1], oracle[:1]
     for triple in zip(actual, plain, oracle, strict=True):
         check_against_oracle(*triple)
 
@@ -126,6 +123,21 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(gated, leaves(tokens, tokens, vector, vector, vector))
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_one_token_attends_to_itself_alone(backend):
+    qkv = torch.randn(3, 1, 96, requires_grad=True)
+    out = functional.attention(qkv, 2, backend=backend)
+    out.sum().backward()
+    assert torch.equal(out, qkv[..., 64:])
+    assert not qkv.grad[..., :64].any() and (qkv.grad[..., 64:] == 1).all()
+
+
+def test_heads_wider_than_the_kernels_take_run_plainly():
+    qkv = torch.randn(2, 5, 3 * 136)
+    expected = reference.attention(qkv, 1)
+    assert torch.allclose(functional.attention(qkv, 1), expected, atol=1e-5)
+
+
 x, y, m = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), torch.zeros(2, 8)
 
 
@@ -147,6 +159,22 @@ x, y, m = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), torch.zeros(2, 8)
         (lambda: functional.attention(x, 2), "divisible by 3 * n_heads = 6, got 8"),
         (lambda: functional.attention(m, 2), "qkv: expected 3 dimensions"),
         (lambda: functional.attention(x, 0), "n_heads: expected at least 1, got 0"),
+        (
+            lambda: functional.layer_norm_modulate(x, m, m, backend="cuda"),
+            "backend: expected one of reference, triton; got 'cuda'",
+        ),
+        (
+            lambda: functional.attention(torch.zeros(1, 2, 3 * 136), 1, backend="triton"),
+            "qkv: backend 'triton' takes head dims up to 128, got 136",
+        ),
+        (
+            lambda: functional.layer_norm_modulate(x.double(), m, m, backend="triton"),
+            "backend: 'triton' computes in float32, got float64; use backend='reference'",
+        ),
+        (
+            lambda: functional.attention(torch.zeros(1, 1, 48, device="meta"), 1, backend="triton"),
+            "backend: 'triton' expects tensors on CUDA (or TRITON_INTERPRET=1 for the CPU), got",
+        ),
         (
             lambda: functional.gated_residual_layer_norm_modulate(x, y.int(), m, m, m),
             "y: expected a float dtype, got torch.int32",

@@ -99,6 +99,8 @@ def test_imports_run_one_way():
     for layer in LAYERS:
         for module in layer:
             upward = fastdit_imports(ROOT / "fastdit" / f"{module}.py") - below
+            if module == "ops":  # the one door to the kernels
+                upward -= {"kernels"}
             assert not upward, f"{module} imports {upward}"
         below |= layer
 
