@@ -6,10 +6,11 @@
 
 pytest-benchmark does the timing in both spellings, and its clock waits for the device. On a GPU a
 timed call is one of those recorded in a CUDA graph, so that device time is measured without the
-gaps between launches; "alone us" is the same call made from Python, launches and wait included. The
-calls take turns over copies of the inputs that together exceed twice the L2 cache, so that data
-comes from memory; results land in as many places. A backward is timed alone, its graph retained.
-On a CPU the calls are plain calls and the caches are warm.
+gaps between launches (a way that cannot be captured is timed by plain calls, and marked so);
+"alone us" is the same call made from Python, launches and wait included. The calls take turns over
+copies of the inputs that together exceed twice the L2 cache, so that data comes from memory;
+results land in as many places. A backward is timed alone, its graph retained. On a CPU the calls
+are plain calls and the caches are warm.
 
 GB/s and TFLOP/s come from `work`, what the op must move and multiply, whatever a way really does.
 A ceiling is measured in the same run: a copy of like size, the best matrix product of the dtype.
@@ -71,6 +72,7 @@ COLUMNS = {
     "us": ".1f",
     "min": ".1f",
     "max": ".1f",
+    "timed": "",
     "alone us": ".1f",
     "GB/s": ".1f",
     "TFLOP/s": ".2f",
@@ -114,7 +116,13 @@ def measure(benchmark: Any, turns: list, args: argparse.Namespace) -> dict[str, 
     alone = sorted(seconds(turn, device) for turn in itertools.islice(itertools.cycle(turns), 11))
     row: dict[str, Any] = {"copies": len(turns), "alone us": alone[5] * 1e6}
     if device.type == "cuda":
-        replay, held = _graph(turns)
+        try:
+            replay, held = _graph(turns)
+            row["timed"] = "graph"
+        except RuntimeError as error:  # not every rival can be captured: plain calls, then
+            cycle = itertools.cycle(turns)
+            replay, held = lambda: next(cycle)(), 1
+            row |= {"timed": "calls", "reason": str(error).splitlines()[0]}
         iterations = held * math.ceil(max(1.0, 2e-3 / seconds(replay, device)))
         counter = itertools.count(1)
 
@@ -123,6 +131,7 @@ def measure(benchmark: Any, turns: list, args: argparse.Namespace) -> dict[str, 
                 replay()
     else:
         cycle, iterations = itertools.cycle(turns), 1
+        row["timed"] = "calls"
 
         def target() -> None:
             next(cycle)()
@@ -235,8 +244,9 @@ def test_op(case, way, direction, args, benchmark, record_property):
         with warnings.catch_warnings():
             if way in SDPA:
                 warnings.simplefilter("ignore")  # why a kernel cannot run: the row says that
-            with torch.no_grad():
-                result = outputs(function(*tensors, **options))
+            if not backward:
+                with torch.no_grad():
+                    result = outputs(function(*tensors, **options))
             # A compiled backward gives its saved tensors away otherwise, and runs once.
             with torch._functorch.config.patch(donated_buffer=False):
                 turns = calls(case, function, backward, device)
@@ -251,9 +261,8 @@ def test_op(case, way, direction, args, benchmark, record_property):
         record_property("row", row)
         pytest.skip(f"{way}: {row['us']}")
     if not backward:
-        errors = map(testing.relative_error, result, oracle(case, device))
-        row["error"] = max(errors)
-    del result
+        row["error"] = max(map(testing.relative_error, result, oracle(case, device)))
+        del result
     record_property("row", row | measure(benchmark, turns, args))
 
 

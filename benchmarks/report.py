@@ -5,9 +5,9 @@
     python benchmarks/report.py --aot --every         # what each kernel compiles to; needs no GPU
 
 A stage is a row of units. Its file is written after each of them, so that what is there when it
-stops is whole; --limit is when it starts no more, and a minute later it ends those that still
-run. What was left out is named in the file, and --resume does that and no more. Without a GPU
-"tests" and "tune" do nothing, and the others are dry runs on tiny sizes.
+stops is whole; at --limit it starts no more, and soon after ends those that still run. What was
+left out is named in the file, and --resume does that and no more. Without a GPU "tests" and "tune"
+do nothing, and "kernels" and "sample" are dry runs on tiny sizes, into build/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -45,9 +45,11 @@ class Stage:
 
     def __init__(self, name: str, args: argparse.Namespace, facts: dict[str, Any]) -> None:
         self.name, self.args, self.facts = name, args, facts
-        folder = "aot" if name == "aot" else slug(facts["device"])
+        dry = name != "aot" and not torch.cuda.is_available()
+        folder = "dry-run" if dry else "aot" if name == "aot" else slug(facts["device"])
+        out = args.out or (ROOT / "build" if dry else BENCHMARKS / "results")
         files = {"sample": "sample_throughput"}
-        self.path = args.out / folder / f"{files.get(name, name)}.json"
+        self.path = out / folder / f"{files.get(name, name)}.json"
         self.deadline = time.monotonic() + args.limit
         self.units: dict[str, Any] = self._earlier() if args.resume else {}
         self.left_out: list[str] = []
@@ -57,18 +59,25 @@ class Stage:
         if not self.path.exists():
             return {}
         document = json.loads(self.path.read_text())
-        same = all(document["machine"][k] == v for k, v in self.facts.items() if k != "date")
-        return document["units"] if same else {}
+        if any(document["machine"].get(k) != v for k, v in self.facts.items() if k != "date"):
+            return {}
+        rows = iter(document.get("rows", ()))
+        for unit in document["units"].values():
+            if "count" in unit:
+                unit["rows"] = [next(rows) for _ in range(unit.pop("count"))]
+        return {k: unit for k, unit in document["units"].items() if not unit.get("exit status")}
 
     def run(self, units: dict[str, Callable[[], Any]], workers: int = 1) -> None:
         """Run units that are not there yet, so many at a time, until the limit."""
         todo = [name for name in units if name not in self.units]
         self.left_out = list(todo)
         with (
-            tqdm(total=len(todo), desc=self.name, disable=None) as bar,
+            tqdm(total=len(todo), desc=self.name, mininterval=5) as bar,
             ThreadPoolExecutor(workers) as pool,
         ):
-            for name, result in pool.map(lambda name: (name, self._one(units[name])), todo):
+            running = {pool.submit(self._one, units[name]): name for name in todo}
+            for done in as_completed(running):
+                name, result = running[done], done.result()
                 if result is not None:
                     self.units[name] = result
                     self.left_out.remove(name)
@@ -92,7 +101,7 @@ class Stage:
             results |= {"units": units, "rows": rows}
         write_json(self.path, self.facts, vars(self.args), **results)
 
-    def call(self, *command: Any) -> tuple[int, str]:
+    def call(self, *command: Any, **environment: str) -> tuple[int, str]:
         """A Python script's exit status and output; 124 where it was ended after the limit."""
         left = max(1.0, self.deadline + GRACE - time.monotonic())
         try:
@@ -103,6 +112,7 @@ class Stage:
                 stderr=subprocess.STDOUT,
                 text=True,
                 timeout=left,
+                env=os.environ | {"TQDM_DISABLE": "1"} | environment,
             )
         except subprocess.TimeoutExpired as stopped:
             output = stopped.stdout or b""
@@ -142,37 +152,32 @@ def tests(stage: Stage) -> None:
             print(f"\n{failure['test']}\n{failure['tail'][-800:]}")
 
 
-def _pytest(stage: Stage, names: list[str]) -> dict[str, Any]:
+def _pytest(stage: Stage, names: list[str]) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder, "junit.xml")
-        code, output = stage.call(
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={xml}",
-            *names,
-        )
-        if not xml.exists():  # a crash or the limit: none of them has been seen to pass
+        options = ["-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={xml}"]
+        threads = max(1, len(os.sched_getaffinity(0)) // stage.args.processes)
+        command = ("-m", "pytest", *options, *names)
+        code, output = stage.call(*command, OMP_NUM_THREADS=str(threads))
+        if code == 124:
+            return None
+        if code not in (0, 1) or not xml.exists():  # a crash: none has been seen to pass
             failure = {"test": f"exit status {code}", "tail": output[-2000:]}
             return {"passed": 0, "failed": len(names), "skipped": 0, "failures": [failure]}
         cases = list(ElementTree.parse(xml).iter("testcase"))
-    outcomes = {"failed": ("failure", "error"), "skipped": ("skipped",)}
-    found = {
-        k: [c for c in cases if any(c.find(t) is not None for t in v)] for k, v in outcomes.items()
-    }
-    tails = []
-    for case in found["failed"]:
-        reason = next(e for e in (case.find("failure"), case.find("error")) if e is not None)
-        tails.append({"test": case.get("name"), "tail": (reason.text or "")[-2000:]})
-    failed, skipped = len(found["failed"]), len(found["skipped"])
+    failures = [
+        {"test": f"{case.get('classname')}::{case.get('name')}", "tail": (e.text or "")[-2000:]}
+        for case in cases
+        for e in case
+        if e.tag in ("failure", "error")
+    ]
+    failed = sum(any(e.tag in ("failure", "error") for e in case) for case in cases)
+    skipped = sum(any(e.tag == "skipped" for e in case) for case in cases)
     return {
         "passed": len(cases) - failed - skipped,
         "failed": failed,
         "skipped": skipped,
-        "failures": tails,
+        "failures": failures,
     }
 
 
@@ -291,7 +296,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--stage", nargs="+", choices=STAGES, help=f"default here: {' '.join(default)}"
     )
-    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default benchmarks/results; dry runs: build"
+    )
     parser.add_argument("--limit", type=float, default=520, metavar="SECONDS", help="of a stage")
     parser.add_argument("--resume", action="store_true", help="only units a file lacks")
     processes = max(1, min(8, len(os.sched_getaffinity(0))))

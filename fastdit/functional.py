@@ -6,7 +6,7 @@ dtypes a residual keeps x's dtype and a modulated output takes scale's.
 Every op takes `backend`: "triton" runs the fused kernels, on CUDA or ROCm, or on the CPU where
 TRITON_INTERPRET=1 was set before the import; it runs them or raises. "reference" is plain PyTorch,
 which a compiler sees through. None, the default, is "triton" where it can run, and "reference"
-elsewhere: on other devices, in float64, for heads wider than 128, on GPUs before Ampere.
+elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ BACKENDS = ("reference", "triton")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_HEAD_DIM = 128
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layer_norm_modulate(
@@ -51,6 +52,7 @@ def layer_norm_modulate(
     """
     _check_tokens("x", x)
     _check_modulation(x, scale=scale, shift=shift)
+    _check_device(x, scale=scale, shift=shift)
     if _runs_triton(backend, x, scale, shift):
         return ops.layer_norm_modulate(x, scale, shift, eps)[0]
     if x.dtype == torch.float64:
@@ -91,6 +93,7 @@ def gated_residual_layer_norm_modulate(
     if y.shape != x.shape:
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     _check_modulation(x, gate=gate, scale=scale, shift=shift)
+    _check_device(x, y=y, gate=gate, scale=scale, shift=shift)
     if _runs_triton(backend, x, y, gate, scale, shift):
         residual, modulated, _, _ = ops.gated_residual_layer_norm_modulate(
             x, y, gate, scale, shift, eps
@@ -115,7 +118,7 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
         backend: one of BACKENDS, or None.
 
     Returns:
-        [B, N, D] in qkv's dtype.
+        [B, N, D] in qkv's dtype, or autocast's.
 
     Raises:
         ValueError: the shape or dtype does not fit.
@@ -139,11 +142,11 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
             )
         backend = "reference"
     triton = _runs_triton(backend, qkv)
+    if qkv.dtype != torch.float64 and torch.is_autocast_enabled(qkv.device.type):
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if N == 1 and qkv.dtype != torch.float64:
         return qkv[..., 2 * d * n_heads :].clone()
     if triton:
-        if torch.is_autocast_enabled(qkv.device.type):
-            qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
         return ops.attention(qkv, n_heads)[0]
     if qkv.dtype == torch.float64:
         return reference.attention(qkv, n_heads)
@@ -183,8 +186,8 @@ def sampler_update(
         step: [] int64 on x's device, or an int: the row, and the noise's step less one (x_T is
             step 0).
         x0_prev: like x, the x0 of the step before; None for 0.
-        seeds: [B, 2] int64 (key, stream): z is `fastdit.noise.normal` of them, its elements
-            counted in the order of x's own.
+        seeds: [B, 2] int64 (key, stream in [0, 2^32)): z is `fastdit.noise.normal` of them, its
+            elements counted in the order of x's own.
         noise: z itself, like x. With neither seeds nor noise z is 0.
         guidance: scale, and how many channels it holds for.
         backend: one of BACKENDS, or None.
@@ -249,7 +252,7 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
 def _check_tokens(name: str, x: Tensor) -> None:
     if x.dim() != 3:
         raise ValueError(f"{name}: expected 3 dimensions [B, N, channels], got {list(x.shape)}")
-    if not x.is_floating_point():
+    if x.dtype not in _DTYPES:
         raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
 
 
@@ -258,7 +261,7 @@ def _check_modulation(x: Tensor, **modulation: Tensor) -> None:
     for name, value in modulation.items():
         if value.shape != expected:
             raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
-        if not value.is_floating_point():
+        if value.dtype not in _DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
 
 
@@ -269,7 +272,7 @@ def _check_update_tensors(
         raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(x.shape)}")
     given = {name: value for name, value in like_x.items() if value is not None}
     for name, value in {"x": x, "model_out": model_out, **given}.items():
-        if not value.is_floating_point():
+        if value.dtype not in _DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
     for name, value in given.items():
         if value.shape != x.shape:
@@ -294,7 +297,7 @@ def _check_update_tensors(
 def _check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
     """Returns step as a tensor."""
     S, columns = coefficients.shape[0] if coefficients.dim() else 0, len(reference.COEFFICIENTS)
-    if coefficients.shape != (S, columns) or not coefficients.is_floating_point():
+    if coefficients.shape != (S, columns) or coefficients.dtype not in _DTYPES:
         raise ValueError(
             f"coefficients: expected floats of shape [S, {columns}], got {coefficients.dtype} of "
             f"{list(coefficients.shape)}"

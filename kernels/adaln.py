@@ -218,7 +218,7 @@ def sum_partials_kernel(
 def layer_norm_modulate_fwd_configs(D: int) -> list[triton.Config]:
     """Launch configurations for D channels, the default first."""
     width = sum(power_of_two_pieces(D))
-    warps = max(1, width // 2048)
+    warps = min(16, _power_of_two_below(width // 2048))
     # A warp owns its rows, so that no sum crosses warps; 2048 channels are 64 registers a thread.
     rows = _power_of_two_below(min(16, 2048 // width))
     return _configs([(rows, warps), (max(1, rows // 2), warps), (rows, 2 * warps)])

@@ -8,7 +8,7 @@ Dao 2023, "FlashAttention-2", algorithms 1 and 2):
     delta = sum(O * dO) by row,  dS = P * (dO V^T - delta)
     dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d),  dV = P^T dO
 
-Head dims that are no power of two are held as two pieces, 72 = 64 + 16 with 8 columns masked:
+Head dims between powers of two are held as two pieces, 72 = 64 + 16 with 8 columns masked:
 matrix instructions take 16 columns at the least, and one piece of 128 would waste 44% of them.
 Nothing is summed by atomics: dQ has its own pass, which also leaves delta for that of dK and dV.
 """
@@ -101,8 +101,10 @@ def attention_fwd_kernel(
         if not EVEN:
             b_s = tl.where(i_n + tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        b_p = tl.exp2(b_s * scale_log2 - (b_new_max * scale_log2)[:, None])
-        b_decay = tl.exp2((b_max - b_new_max) * scale_log2)
+        # Where all keys so far score -inf: -inf - -inf is no number, -inf - 0 weighs nothing.
+        b_top = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_p = tl.exp2(b_s * scale_log2 - (b_top * scale_log2)[:, None])
+        b_decay = tl.exp2((b_max - b_top) * scale_log2)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
         b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
@@ -405,6 +407,8 @@ def _constants(qkv: Tensor, d: int, config: triton.Config) -> dict[str, Any]:
     D0, D1 = head_pieces(d)
     N, BM, BN = qkv.shape[1], config.kwargs["BM"], config.kwargs["BN"]
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if torch.version.hip and arch(qkv.device) != "gfx942":
+        tf32 = False  # the only one of AMD's that has it
     return dict(
         D=d,
         D0=D0,
@@ -418,5 +422,10 @@ def _constants(qkv: Tensor, d: int, config: triton.Config) -> dict[str, Any]:
 
 
 def _unit_stride(qkv: Tensor) -> Tensor:
-    """[B, N, 3D] whose channels lie side by side; batches and rows may lie anywhere."""
-    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    """[B, N, 3D] whose channels lie side by side; batches and rows may lie anywhere.
+
+    But not one element apart, which Triton takes for a constant, nor so far that the offsets of a
+    tile's rows, 256 at most, leave 32 bits.
+    """
+    fits = qkv.stride(2) == 1 and qkv.stride(1) != 1 and qkv.stride(1) < 2**23
+    return qkv if fits else qkv.clone(memory_format=torch.contiguous_format)

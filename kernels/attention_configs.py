@@ -50,7 +50,7 @@ _DKV: dict[str, _Sizes] = {
 _FLOAT32: dict[str, _Sizes] = {
     "fwd": [(16, 32, 4, 1), (16, 16, 8, 1)],
     "dq": [(16, 16, 8, 1)],
-    "dkv": [(16, 32, 4, 1), (16, 16, 4, 1)],
+    "dkv": [(16, 16, 4, 1)],
 }
 
 
@@ -79,6 +79,8 @@ def attention_dkv_bwd_configs(N: int, d: int, dtype: torch.dtype, arch: str) -> 
     """Launch configurations, the default first."""
     family = _family(arch)
     sizes = _DKV.get(f"{family} d{sum(head_pieces(d))}", _DKV[family])
+    if family == "sm_100" and _padded(N) <= 64:
+        sizes = sizes[1:]  # 64 x 64 spills
     sizes = _FLOAT32["dkv"] if dtype == torch.float32 else sizes
     return _configs(sizes, _padded(N), ("BN", "BM"))
 
@@ -103,7 +105,7 @@ def _configs(sizes: _Sizes, rows: int, names: tuple[str, str]) -> list[triton.Co
             min(own, rows),
             min(step, rows),
             max(1, warps * min(own, rows) // own),
-            stages if step < rows else 1,  # a single step has nothing to overlap with
+            stages,
         )
         for own, step, warps, stages in sizes
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import triton
@@ -36,6 +37,7 @@ class Case:
         dot_flop: by kernel, the FLOP its `tt.dot`s need, each loop body once, columns padded to
             pieces; kernels on plain cores have none.
         rows: rows of a program's own tile; matrix instructions of a warp group take 64.
+        wide_loads: whether the widest load must be 128 bits; float32 attention is not bound by it.
     """
 
     label: str
@@ -43,6 +45,7 @@ class Case:
     call: Callable[[], object]
     dot_flop: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    wide_loads: bool = True
 
 
 def cases(arch: str, every: bool = False) -> Iterator[Case]:
@@ -61,6 +64,8 @@ def faults(case: Case, machine: Machine) -> list[str]:
         found.append(f"{machine.shared} bytes of shared memory, limit {SHARED_LIMIT[case.arch]}")
     if machine.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"{machine.tensor_memory} columns of tensor memory")
+    if case.wide_loads and machine.load_bits < 128:
+        found.append(f"loads of {machine.load_bits} bits")
     needed = case.dot_flop.get(machine.kernel)
     if needed is None:
         return found
@@ -75,8 +80,6 @@ def faults(case: Case, machine: Machine) -> list[str]:
     family = "v_mfma" if case.arch == "gfx942" else family
     if not machine.matrix.get(family):
         found.append(f"no {family} among {dict(machine.matrix)}")
-    if machine.load_bits < 128:
-        found.append(f"loads of {machine.load_bits} bits")
     return found
 
 
@@ -107,8 +110,8 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
                     yield Case(
                         f"{name} {'gated' if gated[0] is not None else 'plain'} {_name(config)}",
                         arch,
-                        lambda r=r, m=(scale, shift), gated=gated, config=config: (
-                            adaln.layer_norm_modulate_fwd(r, *m, 1e-5, *gated, config)
+                        partial(
+                            adaln.layer_norm_modulate_fwd, r, scale, shift, 1e-5, *gated, config
                         ),
                     )
             for config in _chosen(adaln.layer_norm_modulate_bwd_configs(D), every):
@@ -116,8 +119,9 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
                     yield Case(
                         f"{name} {'gated' if residual else 'plain'} {_name(config)}",
                         arch,
-                        lambda a=(y, r, scale, statistics, statistics, residual), config=config: (
-                            adaln.layer_norm_modulate_bwd(*a, config)
+                        partial(
+                            adaln.layer_norm_modulate_bwd,
+                            *(y, r, scale, statistics, statistics, residual, config),
                         ),
                     )
 
@@ -126,10 +130,14 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
     B, h = 4, 16
     for d in HEAD_DIMS:
         lengths = LENGTHS if every or d == 72 else LENGTHS[-2:]
-        for dtype, N in [(_BF16, N) for N in lengths] + [(_F32, 300)]:
+        sizes = [("bf16", N) for N in lengths] + [("fp32", 300)]
+        sizes += [("tf32", 300)] if every or d == 72 else []
+        for kind, N in sizes:
+            dtype = _BF16 if kind == "bf16" else _F32
             qkv, out = _meta(B, N, 3 * h * d, dtype=dtype), _meta(B, N, h * d, dtype=dtype)
             lse = _meta(B, h, N, dtype=_F32)
-            name = f"d{d} N{N} {'bf16' if dtype == _BF16 else 'fp32'}"
+            name = f"d{d} N{N} {kind}"
+            precision = "tf32" if kind == "tf32" else "ieee"
             for config in _chosen(attention_configs.attention_fwd_configs(N, dtype, arch), every):
                 kernels = dict.fromkeys(
                     ("attention_fwd_kernel", "attention_one_pass_fwd_kernel"), (config, "BM", 2)
@@ -137,8 +145,9 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
                 yield Case(
                     f"{name} {_name(config)}",
                     arch,
-                    lambda qkv=qkv, config=config: attention.attention_fwd(qkv, h, config),
+                    partial(_at, precision, attention.attention_fwd, qkv, h, config),
                     *_needs(d, dtype, kernels),
+                    wide_loads=dtype == _BF16,
                 )
             dqs = attention_configs.attention_dq_bwd_configs(N, dtype, arch)
             dkvs = attention_configs.attention_dkv_bwd_configs(N, d, dtype, arch)
@@ -151,9 +160,22 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
                 yield Case(
                     f"{name} {_name(dq)}, {_name(dkv)}",
                     arch,
-                    lambda a=(out, qkv, out, lse, h, dq, dkv): attention.attention_bwd(*a),
+                    partial(
+                        _at, precision, attention.attention_bwd, out, qkv, out, lse, h, dq, dkv
+                    ),
                     *_needs(d, dtype, kernels),
+                    wide_loads=dtype == _BF16,
                 )
+
+
+def _at(precision: str, launch: Callable[..., object], *arguments: object) -> object:
+    """Launch where the caller has chosen how float32 products are computed."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, precision
+    try:
+        return launch(*arguments)
+    finally:
+        matmul.fp32_precision = before
 
 
 def _needs(

@@ -72,6 +72,12 @@ def _load(p, o, m):
 
 
 @triton.jit
+def _coefficient(p, known):
+    """NaN for a step that is not in the table, rather than another tensor's memory."""
+    return tl.load(p, mask=known, other=float("nan"))
+
+
+@triton.jit
 def sampler_update_kernel(
     p_x,  # [B, E]
     p_model_out,  # [B or 2B, E or 2E]: conditional rows, then null rows
@@ -83,6 +89,7 @@ def sampler_update_kernel(
     p_x_next,  # [B, E] out
     p_x0,  # [B, E] out
     scale,
+    S,
     B,
     E,
     SPACE,
@@ -113,26 +120,31 @@ def sampler_update_kernel(
         b_eps = tl.where(o // SPACE % CHANNELS < GUIDED, b_guided, b_eps)
 
     step = tl.load(p_step)
+    known = (step >= 0) & (step < S)
     p_c = p_coefficients + step * 10
-    limit = tl.load(p_c + 2)
-    b_x0 = tl.load(p_c) * b_x + tl.load(p_c + 1) * b_eps
+    limit = _coefficient(p_c + 2, known)
+    b_x0 = _coefficient(p_c, known) * b_x + _coefficient(p_c + 1, known) * b_eps
     b_x0 = tl.where(b_x0 > limit, limit, tl.where(b_x0 < -limit, -limit, b_x0))  # NaN stays NaN
     tl.store(p_x0 + i_b * E + o, b_x0.to(p_x0.dtype.element_ty), mask=m)
 
-    b_next = tl.load(p_c + 3) * b_x + tl.load(p_c + 4) * b_eps + tl.load(p_c + 5) * b_x0
+    b_next = (
+        _coefficient(p_c + 3, known) * b_x
+        + _coefficient(p_c + 4, known) * b_eps
+        + _coefficient(p_c + 5, known) * b_x0
+    )
     if HAS_PREV:
-        b_next += tl.load(p_c + 6) * _load(p_x0_prev + i_b * E, o, m)
+        b_next += _coefficient(p_c + 6, known) * _load(p_x0_prev + i_b * E, o, m)
     if NOISE == 2:
         b_z = _load(p_noise + i_b * E, o, m)
     if NOISE != 0:
-        sigma = tl.load(p_c + 7)
+        sigma = _coefficient(p_c + 7, known)
         if sigma != 0:
             if NOISE == 1:
                 key, stream = tl.load(p_seeds + i_b * 2), tl.load(p_seeds + i_b * 2 + 1)
                 quads = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
                 b_z = philox_normals(key, step + 1, stream, quads)
             if LEARNED:
-                low, high = tl.load(p_c + 8), tl.load(p_c + 9)
+                low, high = _coefficient(p_c + 8, known), _coefficient(p_c + 9, known)
                 b_next += tl.exp(low + (b_v + 1) * 0.5 * (high - low)) * b_z
             else:
                 b_next += sigma * b_z
@@ -185,7 +197,15 @@ def sampler_update(
         config = config or sampler_update_configs()[0]
         sampler_update_kernel[(B * triton.cdiv(E, config.kwargs["BLOCK"]),)](
             *(x, model_out, coefficients, step, x0_prev, seeds, noise, x_next, x0),
-            *(float(scale), B, E, space, C, C if channels is None else channels),
+            *(
+                float(scale),
+                coefficients.shape[0],
+                B,
+                E,
+                space,
+                C,
+                C if channels is None else channels,
+            ),
             *(model_out.shape[channel] == 2 * C, x0_prev is not None, mode),
             **config.all_kwargs(),
         )

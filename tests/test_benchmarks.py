@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -76,3 +77,90 @@ def test_train_throughput_times_both_loops_and_judges(tmp_path):
         (1, 2)
     ] * 2
     assert all(0 < row["final loss"] < 2 for row in learned)
+
+
+def test_kernels_times_each_way_both_directions_and_gives_the_error(tmp_path):
+    path = tmp_path / "k.json"
+    done = run("kernels.py", *"--quick --op attention --rounds 3 --json".split(), path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert torch.cuda.is_available() or "PyTorch's own ops, since this is a CPU" in done.stdout
+    document = json.loads(path.read_text())
+    assert {"device", "threads", "torch", "commit"} <= document["machine"].keys()
+    ceilings = [row for row in document["rows"] if row["pass"] == "ceiling"]
+    assert {row["op"] for row in ceilings} == {"copy", "matmul"}
+    rows = [row for row in document["rows"] if row["op"] == "attention"]
+    assert {row["way"] for row in rows} >= {"eager", "fastdit", "compiled", "sdpa math"}
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    for row in rows:
+        if row["us"] == "not available":
+            assert row["way"].startswith("sdpa") and row["reason"]
+            continue
+        assert 0 < row["min"] <= row["us"] <= row["max"] and row["share"] > 0
+        assert ("error" in row) == (row["pass"] == "forward")
+        assert 0 < row.get("error", 1e-7) < (0.02 if row["dtype"] == "bfloat16" else 1e-5)
+        assert row["way"] != "eager" or row["ratio"] == 1
+    (forward,) = (
+        row
+        for row in rows
+        if row["way"] == "eager" and row["pass"] == "forward" and row["dtype"] == "float32"
+    )
+    # qkv read, out written; two products of 2 B N^2 D: (B, N, h, d) = (2, 16, 2, 16).
+    assert forward["bytes"] == 4 * (2 * 16 * 3 * 32 + 2 * 16 * 32)
+    assert forward["flop"] == 2 * (2 * 2 * 16 * 16 * 32)
+    assert forward["GB/s"] == pytest.approx(forward["bytes"] / forward["us"] / 1e3)
+
+
+def test_kernels_runs_under_pytest_too(tmp_path):
+    chosen = ("-k", "sampler_update and not compiled", "--benchmark-json", tmp_path / "p.json")
+    command = [sys.executable, "-m", "pytest", BENCHMARKS / "kernels.py", "--benchmark-enable"]
+    command += ["-p", "no:cacheprovider", *chosen]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=BENCHMARKS.parent
+    )
+    assert done.returncode == 0, done.stdout
+    timed = json.loads((tmp_path / "p.json").read_text())["benchmarks"]
+    assert len(timed) == 4 and all(b["stats"]["median"] > 0 for b in timed)
+
+
+def test_report_says_what_kernels_compile_to_and_resumes(tmp_path):
+    arguments = "--aot --arch sm_90 --match sampler_update --processes 2 --resume --out"
+    done = run("report.py", *arguments.split(), tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 launches, 0 with faults" in done.stdout
+    path = tmp_path / "aot" / "aot.json"
+    document = json.loads(path.read_text())
+    assert document["left_out"] == []
+    for row in document["rows"]:
+        assert (row["kernel"], row["arch"]) == ("sampler_update_kernel", "sm_90")
+        assert row["registers"] > 0 and row["spills"] == 0 and row["load bits"] == 128
+
+    document["rows"][0]["registers"] = -1  # compiled anew, it would be gone
+    path.write_text(json.dumps(document))
+    again = run("report.py", *arguments.split(), tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(path.read_text())["rows"][0]["registers"] == -1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_report_does_not_pretend_to_have_a_gpu(tmp_path):
+    done = run("report.py", "--stage", "tests", "tune", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for stage in ("tests", "tune"):
+        assert f"{stage}: not measured on a GPU" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "status", "message"),
+    [
+        ("kernels.py", "--op gelu", 2, "invalid choice: 'gelu'"),
+        ("kernels.py", "--rounds 0", 2, "--rounds: expected at least 1, got 0"),
+        ("report.py", "--stage speed", 2, "invalid choice: 'speed'"),
+        ("report.py", "--aot --arch sm_70", 2, "invalid choice: 'sm_70'"),
+        ("report.py", "--limit 0", 2, "--limit: expected at least 1, got 0"),
+        ("report.py", "--aot --match gelu", 1, "no kernel or case has 'gelu' in its name"),
+    ],
+)
+def test_kernels_and_report_refuse_bad_arguments(script, arguments, status, message):
+    done = run(script, *arguments.split())
+    assert done.returncode == status and message in done.stderr

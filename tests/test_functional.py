@@ -160,6 +160,14 @@ x, y, m = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), torch.zeros(2, 8)
         (lambda: functional.attention(m, 2), "qkv: expected 3 dimensions"),
         (lambda: functional.attention(x, 0), "n_heads: expected at least 1, got 0"),
         (
+            lambda: functional.layer_norm_modulate(x, m.to("meta"), m),
+            "scale: expected x's device cpu, got meta",
+        ),
+        (
+            lambda: functional.attention(torch.zeros(1, 2, 48).to(torch.float8_e4m3fn), 2),
+            "qkv: expected a float dtype, got torch.float8_e4m3fn",
+        ),
+        (
             lambda: functional.layer_norm_modulate(x, m, m, backend="cuda"),
             "backend: expected one of reference, triton; got 'cuda'",
         ),

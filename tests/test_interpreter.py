@@ -22,10 +22,12 @@ def test_kernels_pass_their_suite_under_the_interpreter():
         )
         for chosen in ("error_rule", "not error_rule")
     ]
-    passed = 0
-    for half in halves:
-        output, _ = half.communicate()
+    try:
+        outputs = [half.communicate(timeout=1800)[0] for half in halves]
+    finally:
+        for half in halves:
+            half.kill()
+    for half, output in zip(halves, outputs, strict=True):
         print(output)
         assert half.returncode == 0, output
-        passed += int(re.search(r"(\d+) passed", output)[1])
-    assert passed > 150
+    assert sum(int(re.search(r"(\d+) passed", output)[1]) for output in outputs) > 150

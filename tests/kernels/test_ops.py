@@ -211,3 +211,58 @@ def test_every_layer_norm_configuration_computes_the_same(D, device):
         got = adaln.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (None, y, gate), config)
         for actual, leaf in zip(got, leaves, strict=True):
             assert relative_error(actual, leaf.grad) < 1e-6, config
+
+
+def test_a_first_tile_of_keys_without_weight_is_finite(device):
+    """Every key so far scores -inf: a running softmax must not make -inf - -inf of it."""
+    qkv = torch.ones(1, 300, 3, device=device)
+    qkv[0, :, 0] = 1e25
+    qkv[0, :128, 1] = -1e25
+    qkv[0, :, 2] = torch.randn(300)
+    actual = functional.attention(qkv, 1, backend="triton")
+    assert relative_error(actual, reference.attention(qkv, 1)) < 1e-5
+
+
+VIEWS = {
+    "sequence-first": lambda qkv: qkv.transpose(0, 1).contiguous().transpose(0, 1),
+    "overlapping": lambda qkv: torch.randn(2, 200).to(qkv).unfold(1, 72, 1)[:, :40],
+    "one-row-expanded": lambda qkv: qkv[:, :1].expand_as(qkv),
+    "one-image-expanded": lambda qkv: qkv[:1].expand_as(qkv),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_attention_reads_any_view(view, device):
+    qkv = view(torch.randn(2, 40, 72, device=device))
+    out, lse = attention.attention_fwd(qkv, 1)
+    assert relative_error(out, reference.attention(qkv, 1)) < 1e-5
+    plain = qkv.double().clone().requires_grad_()
+    dout = torch.randn(2, 40, 24, device=device)
+    reference.attention(plain, 1).backward(dout.double())
+    assert relative_error(attention.attention_bwd(dout, qkv, out, lse, 1), plain.grad) < 1e-5
+
+
+def test_any_width_has_launchable_configurations():
+    for D in range(1, 20_000, 7):
+        for configs in (
+            adaln.layer_norm_modulate_fwd_configs,
+            adaln.layer_norm_modulate_bwd_configs,
+        ):
+            for config in configs(D):
+                warps, rows = config.num_warps, config.kwargs["ROWS"]
+                assert warps in (1, 2, 4, 8, 16, 32) and rows == 1 << rows.bit_length() - 1
+
+
+def test_a_step_that_is_not_in_the_table_gives_nan(device):
+    x = torch.randn(2, 16, 4, device=device)
+    table = torch.rand(3, 10, device=device)
+    for step in (-1, 3):
+        step = torch.tensor(step, device=device)
+        out = functional.sampler_update(x, x, table, step, backend="triton")
+        assert all(t.isnan().all() for t in out)
+
+
+def test_one_token_under_autocast_has_its_dtype(device):
+    with torch.autocast(device.type, torch.bfloat16):
+        out = functional.attention(torch.randn(2, 1, 48, device=device), 2, backend="triton")
+    assert out.dtype == torch.bfloat16

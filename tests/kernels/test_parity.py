@@ -147,8 +147,10 @@ def test_ops_and_their_gradients_meet_the_error_rule(op, case, device):
     "head_dim", [8, 16, 21, 32, 40, 48, 80, 88, 96, 112, 128], ids="d{}".format
 )
 def test_attention_takes_any_head_dim(head_dim, device):
-    batches = [[t.to(device) for t in make_tensors("attention", 2, 21, 3 * head_dim)]]
-    batches *= -(-4096 // batches[0][1].numel())
+    seeds = -(-4096 // (2 * 21 * 3 * head_dim))
+    batches = [
+        [t.to(device) for t in make_tensors("attention", 2, 21, 3 * head_dim)] for _ in range(seeds)
+    ]
     check("attention", batches, n_heads=3)
 
 

@@ -265,5 +265,16 @@ def test_a_launch_can_be_recorded_without_data(monkeypatch):
     sampling.sampler_update(**meta, guidance=(4.0, 3))
     ((grid, positional, options),) = launches
     assert grid == (6,)
-    assert positional[9:] == (4.0, 3, 1372, 1, 4, 3, True, False, 1)
+    assert positional[9:] == (
+        4.0,
+        arguments["coefficients"].shape[0],
+        3,
+        1372,
+        1,
+        4,
+        3,
+        True,
+        False,
+        1,
+    )
     assert options["BLOCK"] == 1024
