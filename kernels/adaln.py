@@ -319,8 +319,8 @@ def layer_norm_modulate_bwd(
         *(D, D0, D1, gate is not None, dr is not None, _TOKENS),
         **config.all_kwargs(),
     )
-    sum_partials_kernel[(B, triton.cdiv(D, 128))](
-        *(partial, dscale, dshift, dgate, chunks, D, gate is not None, 128), num_warps=1
+    sum_partials_kernel[(B, triton.cdiv(D, 256))](
+        *(partial, dscale, dshift, dgate, chunks, D, gate is not None, 256), num_warps=1
     )
     return dx, dy, dgate, dscale, dshift
 

@@ -37,7 +37,8 @@ class Case:
         dot_flop: by kernel, the FLOP its `tt.dot`s need, each loop body once, columns padded to
             pieces; kernels on plain cores have none.
         rows: rows of a program's own tile; matrix instructions of a warp group take 64.
-        wide_loads: whether the widest load must be 128 bits; float32 attention is not bound by it.
+        wide_loads: whether the widest load must be 128 bits; float32 attention is not bound
+            by them, and a pixel's 4 latent channels in 16 bits are 64.
     """
 
     label: str
