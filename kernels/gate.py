@@ -206,4 +206,5 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
             guided = (tokens, out, table, step, None, seeds, None, (4.0, 3), config)
             plain = (images, images, table, step, images, None, None, None, config)
             for kind, arguments in (("guided learned", guided), ("two-step", plain)):
-                yield Case(f"{kind} {name}", arch, lambda a=arguments: sampling.sampler_update(*a))
+                call = partial(sampling.sampler_update, *arguments)
+                yield Case(f"{kind} {name}", arch, call, wide_loads=False)
