@@ -230,7 +230,9 @@ def layer_norm_modulate_bwd_configs(D: int) -> list[triton.Config]:
     warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
     # Three sums and four inputs of a tile at once: 18 channels of it a thread is what fits.
     rows = _power_of_two_below(min(_TOKENS, 18 * 32 * warps // width))
-    return _configs([(rows, warps), (max(1, rows // 2), warps)])
+    half = rows // 2
+    wide = half * power_of_two_pieces(D)[0] >= 8 * 32 * warps  # loads of 8 channels a thread
+    return _configs([(rows, warps), (half, warps)] if wide else [(rows, warps)])
 
 
 def layer_norm_modulate_fwd(
