@@ -266,3 +266,20 @@ def test_one_token_under_autocast_has_its_dtype(device):
     with torch.autocast(device.type, torch.bfloat16):
         out = functional.attention(torch.randn(2, 1, 48, device=device), 2, backend="triton")
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_opcheck_is_clean_for_the_sampler_update(requires_grad, device):
+    """Which has no gradient: what comes out of it under training refuses to be differentiated."""
+    x = torch.randn(2, 16, 4, device=device, requires_grad=requires_grad)
+    model_out = torch.randn(4, 16, 8, device=device)
+    table, step = torch.rand(3, 10, device=device), torch.tensor(1, device=device)
+    seeds = torch.tensor([[7, 0], [7, 1]], device=device)
+    arguments = (x, model_out, table, step, None, seeds, None, 4.0, 3)
+    if not requires_grad:
+        opcheck(ops.sampler_update, arguments)
+        return
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(ops.sampler_update, arguments, test_utils=checks)
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        ops.sampler_update(*arguments)[0].sum().backward()
