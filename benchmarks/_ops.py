@@ -109,7 +109,7 @@ def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], d
         row = (1.3, -0.7, 1.25, 0.4, 0.3, 0.5, -0.2, 0.6, -1.5, -0.5)
         coefficients = torch.tensor([row] * 8, device=device)
         seeds = torch.arange(2 * B, device=device).view(B, 2) + seed
-        options = {"seeds": seeds, "guidance": Guidance(4.0, 3) if guided else None}
+        options = {"seeds": seeds, "guidance": Guidance(4.0, channels=3) if guided else None}
         return [x, out, coefficients, torch.tensor(5, device=device)], options
     B, N, D = case.shape
     modulation = randn(B, 6 * D).chunk(6, dim=1)  # views, as a DiT has them

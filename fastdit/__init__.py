@@ -11,6 +11,7 @@ from fastdit.config import PRESETS, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.model import DiT
 from fastdit.sampler import Sampler
+from fastdit.solvers import Guidance
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "DiffusionScheduler",
+    "Guidance",
     "Sampler",
     "load",
     "save",

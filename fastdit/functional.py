@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +217,11 @@ def sampler_update(
     )
 
 
+def default_backend(*tensors: Tensor) -> str:
+    """The backend that None stands for on these tensors."""
+    return "triton" if _obstacle(tensors) is None else "reference"
+
+
 def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(scale.dtype)
@@ -233,7 +239,7 @@ def _runs_triton(backend: str | None, *tensors: Tensor) -> bool:
     return obstacle is None
 
 
-def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
+def _obstacle(tensors: Sequence[Tensor]) -> str | None:
     """Why Triton cannot run on these, or None."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "computes in float32, got float64"

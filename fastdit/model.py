@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import functional, reference
-
-
-class Modulation(NamedTuple):
-    """Everything the conditioning contributes to one forward."""
-
-    blocks: list[Tensor]  # n_layers of [B, 6D]: scale1, shift1, gate1, scale2, shift2, gate2
-    final: Tensor  # [B, 2D]: scale, shift
 
 
 class DiT(reference.DiT):
@@ -29,18 +21,31 @@ class DiT(reference.DiT):
         eps = model(x, t, y)  # x [B, C, H, W], t [B], y [B] or None
     """
 
-    def modulation(self, t: Tensor, y: Tensor | None = None) -> Modulation:
-        """The modulation of every layer for timesteps t [B] and labels y [B] or None."""
-        c = self.conditioning(t, y)
-        blocks = [block.adaLN_modulation(c) for block in self.blocks]
-        return Modulation(blocks, self.final_mod(c))
+    @property
+    def modulation_layers(self) -> list[nn.Linear]:
+        """The linears that read the conditioning, in `modulation`'s order."""
+        return [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
 
-    def denoise(self, tokens: Tensor, modulation: Modulation) -> Tensor:
+    def modulation(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """All that the conditioning contributes to a forward.
+
+        Args:
+            t: [B] timesteps.
+            y: [B] int64 labels; None for no label.
+
+        Returns:
+            [B, (6 n_layers + 2) D], side by side: scale1, shift1, gate1, scale2, shift2, gate2 of
+            each block, then scale and shift of the final layer.
+        """
+        c = self.conditioning(t, y)
+        return torch.cat([layer(c) for layer in self.modulation_layers], dim=-1)
+
+    def denoise(self, tokens: Tensor, modulation: Tensor) -> Tensor:
         """Predict the noise of patch tokens.
 
         Args:
             tokens: [B, N, p*p*C], as `reference.patchify` lays them out.
-            modulation: of the same B.
+            modulation: [B, (6 n_layers + 2) D], as `modulation` returns it.
 
         Returns:
             [B, N, p*p*C_out].
@@ -50,10 +55,10 @@ class DiT(reference.DiT):
         weight = patch.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p*p*C], as the tokens lie
         residual = F.linear(tokens, weight, patch.bias) + self.pos_embed  # [B, N, D]
 
-        chunks = [m.chunk(6, dim=-1) for m in modulation.blocks]
-        final_scale, final_shift = modulation.final.chunk(2, dim=-1)
+        parts = modulation.split(self.cfg.hidden, dim=-1)  # each [B, D]
+        chunks = [parts[i : i + 6] for i in range(0, len(parts) - 2, 6)]
         # The (scale, shift) that opens each block; the final layer's closes the last one.
-        opening = [(m[0], m[1]) for m in chunks] + [(final_scale, final_shift)]
+        opening = [(chunk[0], chunk[1]) for chunk in chunks] + [(parts[-2], parts[-1])]
 
         h = functional.layer_norm_modulate(residual, *opening[0], eps)
         for i, (block, (_, _, gate1, scale2, shift2, gate2)) in enumerate(

@@ -82,16 +82,21 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     pairs = seeds.expand(len(steps), -1, -1).reshape(rows, 2)
     key, stream = pairs[:, :1], pairs[:, 1:]
     out = torch.empty(rows, n_quads, 4, dtype=torch.float32, device=seeds.device)
-    block = max(1, _CPU_BLOCK // n_quads) if seeds.device.type == "cpu" else max(1, rows)
-    for i in range(0, rows, block):
-        j = slice(i, i + block)
-        _fill_normal(out[j], key[j], step[j], stream[j])
+    if seeds.device.type == "cpu" and not torch.compiler.is_compiling():
+        block = max(1, _CPU_BLOCK // n_quads)
+        for i in range(0, rows, block):
+            j = slice(i, i + block)
+            _fill_normal(out[j], key[j], step[j], stream[j])
+    else:
+        _fill_normal(out, key, step, stream)
     return out.view(len(steps), len(seeds), 4 * n_quads)[..., :elements]
 
 
 def _fill_normal(out: Tensor, key: Tensor, step: Tensor, stream: Tensor) -> None:
     """Fill out [R, Q, 4] for R rows of (key, step, stream), each [R, 1]."""
-    quads = torch.arange(out.shape[1], device=out.device)
+    # The sum with a loaded value changes nothing but this: of a bare arange Inductor makes an index
+    # expression, and multiplies it in 32 bits.
+    quads = torch.arange(out.shape[1], device=out.device) + (key & 0)
     r0, r1, r2, r3 = philox4x32((quads, step, stream, torch.zeros_like(stream)), key)
     torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1, out=out)
 

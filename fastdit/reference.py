@@ -89,6 +89,8 @@ class _Guidance(Protocol):
     @property
     def channels(self) -> int | None: ...
 
+    def active(self, t: int) -> bool: ...
+
 
 def sampler_update(
     x: Tensor,
@@ -283,16 +285,24 @@ class DiT(nn.Module):
         if list(y.shape) != [B]:
             raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
 
-    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """The vector every modulation is made from: t [B], y [B] or None -> [B, D]."""
+    def time_conditioning(self, t: Tensor) -> Tensor:
+        """The timestep's part of the conditioning: t [B] -> [B, D]."""
         first = self.t_embed[0]
         assert isinstance(first, nn.Linear)
         embedding = timestep_embedding(t, first.in_features)
-        c: Tensor = self.t_embed(embedding.to(first.weight.dtype))
-        if y is None and self.cfg.null_class:
-            y = torch.full_like(t, self.cfg.num_classes, dtype=torch.int64)
+        return self.t_embed(embedding.to(first.weight.dtype))
+
+    def label_conditioning(self, y: Tensor | None) -> Tensor | None:
+        """The label's part: y [B] -> [B, D]; without labels the null row [D], or None."""
         if y is not None:
-            c = c + self.y_embed(y)
+            return self.y_embed(y)
+        return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
+
+    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """The vector every modulation is made from: t [B], y [B] or None -> [B, D]."""
+        c, of_label = self.time_conditioning(t), self.label_conditioning(y)
+        if of_label is not None:
+            c = c + of_label
         return F.silu(c) if self.cfg.modulation_act == "silu" else c
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -320,6 +330,7 @@ def sample(
     x_T: Tensor,
     labels: Tensor | None = None,
     noise: Sequence[Tensor] | Tensor | None = None,
+    guidance: _Guidance | None = None,
 ) -> Tensor:
     """Ancestral sampling, line by line as Ho et al. 2020, algorithm 2.
 
@@ -327,24 +338,32 @@ def sample(
     2021, equation 15; else it is the posterior's.
 
     Args:
-        model: noise predictor, called as `model(x, t, labels)`.
+        model: noise predictor, called as `model(x, t, labels)`; with guidance also as
+            `model(x, t, None)`, which must be its prediction without a label.
         scheduler: its tables are used in x_T's dtype.
         x_T: [B, C, H, W] standard normal noise to start from.
         labels: [B] int64, or None.
         noise: T tensors of x_T's shape; the k-th update uses noise[k]. None draws from
             PyTorch's global generator.
+        guidance: `fastdit.Guidance`: Ho & Salimans 2022, equation 6.
 
     Returns:
         [B, C, H, W] in x_T's dtype.
     """
     table = {name: v.to(x_T.device, x_T.dtype) for name, v in scheduler.tables.items()}
-    x = x_T
+    x, C = x_T, x_T.shape[1]
     for k, t in enumerate(reversed(range(scheduler.T))):
         beta, posterior_var = table["betas"][t], table["posterior_var"][t]
-        eps = model(x, torch.full((len(x),), t, device=x.device), labels)
+        t_B = torch.full((len(x),), t, device=x.device)
+        out = model(x, t_B, labels)
+        eps, v = out[:, :C], out[:, C:]  # v has C channels, or none
+        if guidance is not None and guidance.active(t):
+            null = model(x, t_B, None)[:, :C]
+            guided = null + guidance.scale * (eps - null)
+            n = C if guidance.channels is None else guidance.channels
+            eps = torch.cat([guided[:, :n], eps[:, n:]], dim=1)
         variance = posterior_var
-        if eps.shape[1] == 2 * x.shape[1]:
-            eps, v = eps.chunk(2, dim=1)
+        if v.shape[1]:
             share = (v + 1) / 2
             variance = torch.exp(share * beta.log() + (1 - share) * posterior_var.log())
         x = (x - beta / table["sqrt_one_minus_alpha_bars"][t] * eps) / table["alphas"][t].sqrt()

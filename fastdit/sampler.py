@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastdit import reference
+from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.engine import EXECUTIONS, Batch, Engine, Progress
 from fastdit.errors import check_range, unknown_name
-from fastdit.model import unwrap
-from fastdit.noise import normal
-from fastdit.solvers import SOLVERS
+from fastdit.model import DiT, unwrap
+from fastdit.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout
+from fastdit.solvers import SOLVERS, Guidance
 
-EXECUTIONS = ("eager",)
-
-_NOISE_CHUNK = 2**18  # normals made at a time: a small batch's steps are made together
-
-Labels = Sequence[int] | Tensor
+Labels: TypeAlias = Sequence[int] | Tensor
 
 
 class Sampler:
@@ -30,7 +29,12 @@ class Sampler:
         images = sampler([0, 5, 10], seed=7)
 
     Noise is counted, not drawn (`fastdit.noise`): image i of `seed=7` is the same image in a batch
-    of one, in a batch of a thousand, and on any device, up to the arithmetic of the forward.
+    of one, in a batch of a thousand, on any device and in any execution, up to the arithmetic of
+    the forward.
+
+    For a `fastdit.DiT` nothing is in the loop that need not be: every step's modulation is
+    computed before it, weights are cast once a call, the state stays in tokens, and guidance, the
+    solver's update and its noise are one op. Changes of the weights between two calls are seen.
     """
 
     def __init__(
@@ -39,7 +43,10 @@ class Sampler:
         scheduler: DiffusionScheduler,
         solver: str = "ddpm",
         *,
+        guidance: Guidance | None = None,
+        dtype: torch.dtype | None = None,
         execution: str = "auto",
+        table_bytes: int = 2**30,
         sample_shape: tuple[int, int, int] | None = None,
     ) -> None:
         """Prepare to sample.
@@ -47,12 +54,21 @@ class Sampler:
         Args:
             model: called as `model(x, t, y)` with x [B, C, H, W], t [B] int64 and y [B] int64 or
                 None; returns the predicted noise, like x, or [B, 2C, H, W] with the learned
-                variance. It is called in the mode it is in, on the device and in the dtype of its
-                first parameter (on the CPU in float32 where it has none). A compiled or data
-                parallel one is recognised.
+                variance. It stays in the mode it is in, on the device of its first parameter (on
+                the CPU where it has none). A compiled or data parallel `fastdit.DiT` is unwrapped:
+                `execution` says how it runs.
             scheduler: the diffusion the model was trained on.
             solver: "ddpm" (ancestral, all T steps).
-            execution: "eager", or "auto", which picks the fastest there is.
+            guidance: classifier-free guidance; needs a DiT with `null_class`.
+            dtype: of the forward, its residual stream included; None is the model's own, or
+                autocast's inside autocast. Other than its own needs a `fastdit.DiT`. The sampler's
+                state is at least float32 whatever it is.
+            execution: "eager"; "compile", the step as one graph of torch.compile, which pays back
+                after some hundred steps; "graph", the step replayed as a CUDA graph. The latter
+                two need a `fastdit.DiT` and keep a copy of its weights. "auto" is "graph" for a
+                `fastdit.DiT` on CUDA and "eager" elsewhere.
+            table_bytes: bound of the memory of the modulation tables, which are made for as many
+                steps at a time as fit.
             sample_shape: (C, H, W) of one image, for models other than DiT.
 
         Raises:
@@ -63,21 +79,18 @@ class Sampler:
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
         inner = unwrap(model)
-        cfg = inner.cfg if isinstance(inner, reference.DiT) else None
-        shape = cfg.sample_shape if cfg else sample_shape
-        if shape is None:
-            raise ValueError(
-                "sample_shape: expected (C, H, W), since the model is no DiT, got None"
-            )
-        if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ValueError(f"sample_shape: expected three positive integers, got {shape}")
-        if sample_shape not in (None, shape):
-            raise ValueError(f"sample_shape: expected the model's {shape}, got {sample_shape}")
-        self.model = model
+        self.model = inner if isinstance(inner, DiT) else model
+        self._cfg = inner.cfg if isinstance(inner, reference.DiT) else None
+        self.sample_shape = _check_shape(sample_shape, self._cfg)
         self.solver = SOLVERS[solver](scheduler)
-        self.execution = "eager" if execution == "auto" else execution
-        self.sample_shape: tuple[int, int, int] = shape
-        self._cfg = cfg
+        self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
+        self._check_guidance()
+        self._check_dtype()
+        if not isinstance(table_bytes, int) or table_bytes < 1:
+            raise ValueError(f"table_bytes: expected a positive integer, got {table_bytes!r}")
+        self.execution = self._choose(execution)
+        self._engine: Engine | None = None
+        self._turn = threading.Lock()
 
     @torch.no_grad()
     def __call__(
@@ -89,7 +102,7 @@ class Sampler:
         first_index: int = 0,
         x_T: Tensor | None = None,
         noise: Tensor | None = None,
-        progress: bool = False,
+        progress: Progress = False,
     ) -> Tensor:
         """Sample one image a label.
 
@@ -102,64 +115,113 @@ class Sampler:
             x_T: [B, C, H, W] to start from, instead of the seed's.
             noise: [S, B, C, H, W] to add, instead of the seed's: the k-th of S updates uses
                 noise[k] (the last update adds none).
-            progress: show a progress bar on stderr.
+            progress: True shows a progress bar on stderr; a function is called after each step
+                as `progress(k, x0)`, with k from 0 and the image predicted so far [B, C, H, W].
 
         Returns:
             [B, C, H, W] on the model's device: float32, or float64 for a float64 model.
 
         Raises:
-            ValueError: an argument's shape or range is wrong, or a weight is not finite.
+            ValueError: an argument's shape or range is wrong, or a weight is not finite; or under
+                "graph" the model has moved to another device or dtype.
             FloatingPointError: the model's predictions were not finite.
         """
-        parameter = next(self.model.parameters(), torch.empty(0, dtype=torch.float32))
-        device, model_dtype = parameter.device, parameter.dtype
-        state_dtype = torch.promote_types(model_dtype, torch.float32)
         y = self._check_labels(labels)
         B = _batch_size(y, seeds, x_T)
-        keys = _check_seeds(B, seed, seeds, first_index).to(device)
+        keys = _check_seeds(B, seed, seeds, first_index)
         self._check_tensor("x_T", x_T, (B, *self.sample_shape))
         self._check_tensor("noise", noise, (len(self.solver.timesteps), B, *self.sample_shape))
         _check_finite("x_T", {} if x_T is None else {"it": x_T})
         _check_finite("noise", {} if noise is None else {"it": noise})
         _check_finite("model", dict(self.model.named_parameters()))
+        with self._turn:
+            engine = self._current_engine()
+            batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
+            images = engine.sample(batch, self.solver, self.guidance, self.table_bytes, progress)
+            if not images.isfinite().all():
+                raise FloatingPointError(
+                    "model: expected finite predictions, but images hold NaN or Inf; "
+                    f"{engine.dtype} may be too narrow for it"
+                )
+        return images
 
-        if y is not None:
-            y = y.to(device)
-        x = self._seeded_noise(keys, torch.tensor([0], device=device))[0] if x_T is None else x_T
-        x = x.to(device, state_dtype)
-        fresh = self._noise_by_step(keys) if noise is None else iter(noise.to(device))
-        timesteps = torch.tensor(self.solver.timesteps, device=device)[:, None].expand(-1, B)
-        steps = tqdm(timesteps, desc="sampling", unit="step", leave=None, disable=not progress)
-        for k, (t, z) in enumerate(zip(steps, fresh, strict=True)):
-            model_out = self.model(x.to(model_dtype), t, y).to(state_dtype)
-            self._check_output(model_out, x)
-            x = self.solver.step(k, x, model_out, z.to(state_dtype))
-        if not x.isfinite().all():
-            raise FloatingPointError(
-                f"model: expected finite predictions, but images hold NaN or Inf; {model_dtype} "
-                "may be too narrow for it"
+    def _check_guidance(self) -> None:
+        guidance, cfg = self.guidance, self._cfg
+        if guidance is None:
+            return
+        if not isinstance(guidance, Guidance):
+            raise ValueError(f"guidance: expected fastdit.Guidance(scale), got {guidance!r}")
+        if cfg is None or not cfg.null_class:
+            raise ValueError("guidance: expected None, since the model is no DiT with null_class")
+        if guidance.channels is not None and guidance.channels > cfg.in_channels:
+            raise ValueError(
+                f"guidance: expected at most the model's {cfg.in_channels} channels, got "
+                f"{guidance.channels}"
             )
-        return x
 
-    def _seeded_noise(self, keys: Tensor, steps: Tensor) -> Tensor:
-        """[S, B, C, H, W] float32; elements are counted in the model's own token order."""
-        C, H, W = self.sample_shape
-        z = normal(keys, steps, C * H * W)
-        S, B = z.shape[:2]
-        if self._cfg is None:
-            return z.reshape(S, B, C, H, W)
-        p = self._cfg.patch_size
-        tokens = z.reshape(S * B, (H // p) * (W // p), p * p * C)
-        return reference.unpatchify(tokens, p).view(S, B, C, H, W)
+    def _check_dtype(self) -> None:
+        dtype, own = self.dtype, self._device_and_dtype()[1]
+        if dtype is None:
+            return
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a float dtype, got {dtype}")
+        if dtype != own and not isinstance(self.model, DiT):
+            raise ValueError(
+                f"dtype: expected {own} or None, since the model is no fastdit.DiT, got {dtype}"
+            )
 
-    def _noise_by_step(self, keys: Tensor) -> Iterator[Tensor]:
-        """The noise of each update, [B, C, H, W]; the k-th update (from 1) counts as step k."""
-        C, H, W = self.sample_shape
-        S = len(self.solver.timesteps)
-        chunk = max(1, _NOISE_CHUNK // (len(keys) * C * H * W))
-        for first in range(1, S + 1, chunk):
-            steps = torch.arange(first, min(first + chunk, S + 1), device=keys.device)
-            yield from self._seeded_noise(keys, steps)
+    def _choose(self, execution: str) -> str:
+        """The execution to use; raises for one that cannot be."""
+        device, hoists = self._device_and_dtype()[0], isinstance(self.model, DiT)
+        if execution == "auto":
+            return "graph" if hoists and device.type == "cuda" else "eager"
+        if execution != "eager" and not hoists:
+            raise ValueError(
+                f"execution: {execution!r} needs a fastdit.DiT, got "
+                f"{type(unwrap(self.model)).__name__}; use 'eager'"
+            )
+        if execution == "graph" and device.type != "cuda":
+            raise ValueError(f"execution: 'graph' needs a model on CUDA, got one on {device}")
+        return execution
+
+    def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        first = next(self.model.parameters(), torch.empty(0, dtype=torch.float32))
+        return first.device, first.dtype
+
+    def _current_engine(self) -> Engine:
+        """An engine for the device and the dtype of now; under "graph" always the first one."""
+        device, own = self._device_and_dtype()
+        dtype, hoists = self.dtype or own, isinstance(self.model, DiT)
+        if self.dtype is None and hoists and own != torch.float64:
+            if torch.is_autocast_enabled(device.type):
+                dtype = torch.get_autocast_dtype(device.type)
+        engine = self._engine
+        if engine is not None and (engine.device, engine.dtype) == (device, dtype):
+            return engine
+        if self.execution == "graph" and (engine is not None or device.type != "cuda"):
+            was = f"{engine.dtype} on {engine.device}" if engine else "one on CUDA"
+            raise ValueError(
+                f"model: expected {was}, as when this Sampler was made, got {dtype} on {device}; "
+                "make a new Sampler"
+            )
+        predictor: HoistedDiT | AnyPredictor
+        if isinstance(self.model, DiT):
+            twin = self.execution != "eager" or dtype != own
+            predictor = HoistedDiT(self.model, dtype, twin)
+        else:
+            layout = TokenLayout(self._cfg) if self._cfg else ImageLayout(self.sample_shape)
+            predictor = AnyPredictor(self.model, dtype, layout)
+        self._engine = Engine(predictor, device, dtype, self.execution)
+        return self._engine
+
+    def _with_null(self, y: Tensor | None) -> list[int] | None:
+        """The labels as the engine takes them: where there is guidance, as many null ones more."""
+        if self.guidance is None:
+            return None if y is None else y.tolist()
+        assert self._cfg is not None
+        if y is None:
+            raise ValueError("labels: guidance needs some, got None")
+        return y.tolist() + [self._cfg.num_classes] * len(y)
 
     def _check_labels(self, labels: Labels | None) -> Tensor | None:
         """[B] int64 on the CPU, in range for a model that says its classes."""
@@ -181,15 +243,6 @@ class Sampler:
         return y
 
     @staticmethod
-    def _check_output(model_out: Tensor, x: Tensor) -> None:
-        B, C, H, W = x.shape
-        if model_out.shape not in ((B, C, H, W), (B, 2 * C, H, W)):
-            raise ValueError(
-                f"model: expected an output of shape {[B, C, H, W]} or {[B, 2 * C, H, W]}, got "
-                f"{list(model_out.shape)}"
-            )
-
-    @staticmethod
     def _check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
         if value is None:
             return
@@ -198,6 +251,19 @@ class Sampler:
             raise ValueError(f"{name}: expected a float tensor, got {got}")
         if value.shape != shape:
             raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+
+
+def _check_shape(
+    sample_shape: tuple[int, int, int] | None, cfg: DiTConfig | None
+) -> tuple[int, int, int]:
+    shape = cfg.sample_shape if cfg else sample_shape
+    if shape is None:
+        raise ValueError("sample_shape: expected (C, H, W), since the model is no DiT, got None")
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"sample_shape: expected three positive integers, got {shape}")
+    if sample_shape not in (None, shape):
+        raise ValueError(f"sample_shape: expected the model's {shape}, got {sample_shape}")
+    return shape
 
 
 def _batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:

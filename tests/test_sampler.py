@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Sampler, reference
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, reference
 from fastdit.noise import normal
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
@@ -201,7 +201,12 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
     ("options", "message"),
     [
         ({"solver": "ddmp"}, "solver: expected one of ddpm; got 'ddmp'; did you mean 'ddpm'?"),
-        ({"execution": "graph"}, "execution: expected one of auto, eager; got 'graph'"),
+        ({"execution": "grpah"}, "got 'grpah'; did you mean 'graph'?"),
+        ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
+        ({"guidance": Guidance(4.0)}, "guidance: expected None, since the model is no DiT with nu"),
+        ({"dtype": torch.int64}, "dtype: expected a float dtype, got torch.int64"),
+        ({"dtype": "bf16"}, "dtype: expected a float dtype, got bf16"),
+        ({"table_bytes": 0}, "table_bytes: expected a positive integer, got 0"),
         ({"sample_shape": (3, 8, 8)}, "sample_shape: expected the model's (3, 16, 16)"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from fastdit import functional, reference
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.noise import normal
-from fastdit.solvers import AncestralDDPM, Guidance
+from fastdit.solvers import Guidance, ancestral_ddpm
 
 SHAPES = {"tokens": (2, 15, 3), "images": (2, 3, 5, 3)}
 by_layout = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -35,24 +35,6 @@ def assert_equal(actual, expected):
     assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def ancestral_table(scheduler):
-    rows = []
-    for t in reversed(range(scheduler.T)):
-        c = {name: values[t] for name, values in scheduler.tables.items()}
-        rows.append(
-            dict(
-                x0_x=c["alpha_bars"] ** -0.5,
-                x0_eps=-((1 / c["alpha_bars"] - 1) ** 0.5),
-                x=c["alphas"] ** -0.5,
-                eps=-c["betas"] / (1 - c["alpha_bars"]).sqrt() / c["alphas"].sqrt(),
-                sigma=c["posterior_var"].sqrt(),
-                log_sigma_low=c["posterior_var"].log() / 2,
-                log_sigma_high=c["betas"].log() / 2,
-            )
-        )
-    return table(*rows)
-
-
 @pytest.mark.parametrize("learned", [False, True], ids=["posterior", "learned-range"])
 def test_a_loop_of_ancestral_rows_is_ancestral_sampling(learned):
     scheduler, shape = DiffusionScheduler(T=8), (2, 3, 4, 5)
@@ -62,13 +44,11 @@ def test_a_loop_of_ancestral_rows_is_ancestral_sampling(learned):
         eps = torch.sin(2 * x) + t[:, None, None, None] / 10
         return torch.cat([eps, torch.cos(3 * x)], dim=1) if learned else eps
 
-    x, coefficients, solver = x_T, ancestral_table(scheduler), AncestralDDPM(scheduler)
+    x, solver = x_T, ancestral_ddpm(scheduler)
+    assert solver.timesteps == [7, 6, 5, 4, 3, 2, 1, 0]
     for k, t in enumerate(solver.timesteps):
         model_out = model(x, torch.full((2,), t), None)
-        expected = solver.step(k, x, model_out, noise[k])
-        step = torch.tensor(k)
-        x, _ = functional.sampler_update(x, model_out, coefficients, step, noise=noise[k])
-        assert_equal(x, expected)
+        x, _ = functional.sampler_update(x, model_out, solver.coefficients, k, noise=noise[k])
     assert_equal(x, reference.sample(model, scheduler, x_T, noise=noise))
 
 
@@ -134,7 +114,7 @@ def test_guidance_mixes_the_first_channels_and_leaves_the_rest_conditional(
         model_out = torch.cat([model_out, torch.cat([v_cond, v_null])], dim=dim)
     row = dict(x0_eps=1, eps=1, sigma=0.5, log_sigma_low=-2, log_sigma_high=-1)
     x_next, x0 = functional.sampler_update(
-        randn(*shape), model_out, table(row), 0, noise=z, guidance=Guidance(4.0, channels)
+        randn(*shape), model_out, table(row), 0, noise=z, guidance=Guidance(4.0, channels=channels)
     )
     for i in range(3):
         c, n, out = (t.select(dim, i) for t in (cond, null, x0))
@@ -165,7 +145,7 @@ def test_tokens_and_images_are_the_same_update(learned):
     model_out = randn(2 * B, 2 * C if learned else C, 8, 8)
     values = (1.3, -0.8, 1, 0.5, 0.3, 0.2, 0.1, 0.7, -2, -1)
     row = dict(zip(reference.COEFFICIENTS, values, strict=True))
-    guidance = Guidance(2.5, 2)
+    guidance = Guidance(2.5, channels=2)
 
     def tokens(image):
         return reference.patchify(image, p).reshape(image.shape[0], 64, image.shape[1])
@@ -240,7 +220,7 @@ update = functional.sampler_update
             "guidance), got [2, 6, 3]",
         ),
         (
-            lambda: update(x, m, c, s, guidance=Guidance(2.0, 4)),
+            lambda: update(x, m, c, s, guidance=Guidance(2.0, channels=4)),
             "guidance: expected 1 to 3 channels, got 4",
         ),
         (
@@ -270,8 +250,10 @@ update = functional.sampler_update
         (lambda: update(x, x, c.to("meta"), s), "coefficients: expected x's device cpu, got meta"),
         (lambda: update(x, x, c, s.to("meta")), "step: expected x's device cpu, got meta"),
         (lambda: update(x, x.to("meta"), c, s), "model_out: expected x's device cpu, got meta"),
+        (lambda: Guidance(2.0, (5, 5)), "interval: expected 0 <= low < high, got (5, 5)"),
+        (lambda: Guidance(2.0, (-1, 5)), "interval: expected 0 <= low < high, got (-1, 5)"),
         (lambda: Guidance(math.nan), "scale: expected a finite number, got nan"),
-        (lambda: Guidance(2.0, 0), "channels: expected at least 1, or None, got 0"),
+        (lambda: Guidance(2.0, channels=0), "channels: expected at least 1, or None, got 0"),
     ],
 )
 def test_bad_arguments_are_value_errors_that_name_them(call, message):

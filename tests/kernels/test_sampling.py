@@ -72,7 +72,7 @@ class Case:
 
     @property
     def guidance(self):
-        return None if self.guided is None else Guidance(3.5, self.guided or None)
+        return None if self.guided is None else Guidance(3.5, channels=self.guided or None)
 
 
 def launch(arguments, guidance=None, **options):

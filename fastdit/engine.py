@@ -1,0 +1,115 @@
+"""The sampling loop: a predictor on one device, in one dtype, and the way its steps run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdit import functional
+from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
+from fastdit.noise import normal
+from fastdit.predictors import AnyPredictor, HoistedDiT
+from fastdit.solvers import Guidance, Solver
+
+EXECUTIONS: dict[str, Callable[[], Step]] = {
+    "eager": lambda: advance,
+    "compile": Compiled,
+    "graph": Graphed,
+}
+Progress: TypeAlias = bool | Callable[[int, Tensor], None]
+
+_NOISE_CHUNK = 2**18  # normals made at a time: a small batch's steps are made together
+
+
+class Batch(NamedTuple):
+    """What to sample: arguments of `Sampler.__call__` that have been checked."""
+
+    labels: list[int] | None  # B, or 2B with the null label's last
+    keys: Tensor  # [B, 2] int64 (key, stream)
+    x_T: Tensor | None  # [B, C, H, W]
+    noise: Tensor | None  # [S, B, C, H, W]
+
+
+class Engine:
+    """Runs batches through one model; the copy of its weights and its graphs are kept."""
+
+    def __init__(
+        self,
+        predictor: HoistedDiT | AnyPredictor,
+        device: torch.device,
+        dtype: torch.dtype,
+        execution: str,
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self._predictor, self._layout = predictor, predictor.layout
+        self._execution, self._step = execution, EXECUTIONS[execution]()
+
+    def sample(
+        self,
+        batch: Batch,
+        solver: Solver,
+        guidance: Guidance | None,
+        table_bytes: int,
+        progress: Progress,
+    ) -> Tensor:
+        """[B, C, H, W] in float32, or float64 for that dtype; the model's weights as they are now.
+
+        Nothing in the loop waits for the device.
+        """
+        predictor, B = self._predictor, len(batch.keys)
+        predictor.refresh()
+        guided = [guidance is not None and guidance.active(t) for t in solver.timesteps]
+        with self._without_autocast():
+            conditioning = predictor.begin(solver.timesteps, batch.labels, table_bytes)
+            state, coefficients = self._start(batch, solver)
+            noise = self._noise(batch, state.x, len(solver.timesteps))
+            bar = tqdm(
+                guided, desc="sampling", unit="step", leave=None, disable=progress is not True
+            )
+            for k, (is_guided, (z, seeds)) in enumerate(zip(bar, noise, strict=True)):
+                needed = conditioning(k, 2 * B if is_guided else B)
+                inputs = Inputs(needed, z, seeds, coefficients)
+                state = self._step(predictor, state, inputs, guidance if is_guided else None)
+                if callable(progress):
+                    progress(k, self._layout.to_images(state.x0).clone())
+            return self._layout.to_images(state.x).clone()  # what a graph wrote, it overwrites
+
+    def _without_autocast(self) -> contextlib.AbstractContextManager:
+        """A model that is called as it is keeps its caller's autocast."""
+        if isinstance(self._predictor, AnyPredictor):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _start(self, batch: Batch, solver: Solver) -> tuple[State, Tensor]:
+        """The state before the first step, and the solver's coefficients."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if batch.x_T is None:
+            x = self._seeded(batch.keys, torch.zeros_like(batch.keys[0, :1]))[0]
+        else:
+            x = self._layout.to_state(batch.x_T.to(self.device))
+        x = x.to(dtype)
+        state = State(x, torch.zeros_like(x), torch.zeros_like(batch.keys[0, 0]))
+        return state, solver.coefficients.to(self.device, dtype)
+
+    def _seeded(self, keys: Tensor, steps: Tensor) -> Tensor:
+        """Noise of some steps, each like the state; elements are counted in the state's order."""
+        z = normal(keys, steps, self._layout.shape.numel())
+        return z.view(*z.shape[:2], *self._layout.shape)
+
+    def _noise(self, batch: Batch, x: Tensor, S: int) -> Iterator[tuple[Tensor | None, ...]]:
+        """Each step's noise and seeds: one of them is None; the k-th step (from 1) is step k."""
+        if batch.noise is not None:
+            noise = batch.noise.to(self.device)
+            yield from ((self._layout.to_state(z).to(x.dtype), None) for z in noise)
+        elif self._execution != "eager" or functional.default_backend(x) == "triton":
+            yield from [(None, batch.keys)] * S
+        else:
+            chunk = max(1, _NOISE_CHUNK // x.numel())
+            for first in range(1, S + 1, chunk):
+                steps = torch.arange(first, min(first + chunk, S + 1), device=self.device)
+                yield from ((z.to(x.dtype), None) for z in self._seeded(batch.keys, steps))

@@ -1,0 +1,182 @@
+"""How the steps of a sampling loop run: eagerly, compiled, or as a replayed CUDA graph.
+
+All three run `advance`, and are called like it; they differ in nothing but where it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fastdit import functional
+from fastdit.predictors import AnyPredictor, HoistedDiT
+from fastdit.solvers import Guidance
+
+MAX_GRAPHS = 16
+
+
+class State(NamedTuple):
+    """What a step hands to the next."""
+
+    x: Tensor  # [B, P, C] tokens or [B, C, H, W] images
+    x0: Tensor  # the predicted x0 of the step before, like x
+    step: Tensor  # [] int64 on the device: how many steps have been taken
+
+
+class Inputs(NamedTuple):
+    """What a step is given besides; the last two are the same at every step of a loop."""
+
+    conditioning: Tensor  # B rows, or 2B with the null label's last
+    noise: Tensor | None  # like x, where it is not made in the step
+    seeds: Tensor | None  # [B, 2] int64, where it is
+    coefficients: Tensor  # [S, 10]
+
+
+Step: TypeAlias = Callable[[Any, State, Inputs, Guidance | None], State]  # as `advance`
+
+
+def advance(
+    predictor: HoistedDiT | AnyPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+) -> State:
+    """One step of the loop: the model, then guidance, the solver and its noise in one op."""
+    x, x0 = functional.sampler_update(
+        state.x,
+        predictor(state.x, inputs.conditioning),
+        inputs.coefficients,
+        state.step,
+        x0_prev=state.x0,
+        seeds=inputs.seeds,
+        noise=inputs.noise,
+        guidance=guidance,
+    )
+    return State(x, x0, state.step + 1)
+
+
+class Compiled:
+    """`advance` as one graph of torch.compile.
+
+    Batches of two and more share a dynamic graph; a single image has one of its own, since
+    PyTorch always specialises on a size of one.
+    """
+
+    def __call__(
+        self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
+    ) -> State:
+        kind = (predictor.cfg, predictor.dtype, state.x.device, guidance, inputs.noise is None)
+        if len(state.x) > 1:
+            for t in (state.x, state.x0, inputs.conditioning, inputs.noise, inputs.seeds):
+                if t is not None:
+                    torch._dynamo.mark_dynamic(t, 0)
+        return _compiled_advance(kind)(predictor, state, inputs, guidance)
+
+
+@functools.cache
+def _compiled_advance(kind: Hashable) -> Step:
+    """The compiled step that all samplers of one kind share.
+
+    PyTorch counts recompilations by code object, and gives up at eight: each kind has its own.
+    """
+    own = types.FunctionType(advance.__code__.replace(), advance.__globals__)
+    return torch.compile(own, fullgraph=True)
+
+
+class Graphed:
+    """`advance` captured in CUDA graphs: one launch a step, and no wait of host for device.
+
+    There is a graph for each batch size, set of active rows (with or without null rows) and way
+    of making noise; of more than `max_graphs` the one that was used longest ago is dropped. All
+    take their memory from one pool: one runs at a time, and what a step leaves behind lies outside
+    of it. Calls from several threads must take turns.
+    """
+
+    def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
+        self._max_graphs = max_graphs
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._dropped: set[Hashable] = set()
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(
+        self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
+    ) -> State:
+        """Returns the graph's own tensors, which the next step overwrites."""
+        given = (*state, *inputs)
+        key = (guidance, *(None if t is None else (t.shape, t.dtype) for t in given))
+        with torch.cuda.device_of(state.x):
+            if key not in self._graphs:
+                self._make_room(key, len(state.x))
+                self._graphs[key] = self._capture(predictor, state, inputs, guidance)
+            self._graphs.move_to_end(key)
+            return self._graphs[key].replay(state, inputs)
+
+    def _make_room(self, key: Hashable, batch: int) -> None:
+        if key in self._dropped:
+            warnings.warn(
+                f"execution='graph': the graph for a batch of {batch} is captured again, since "
+                f"{self._max_graphs} others came between; sample in fewer batch sizes",
+                stacklevel=4,
+            )
+        while len(self._graphs) >= self._max_graphs:
+            self._dropped.add(self._graphs.popitem(last=False)[0])
+
+    def _capture(
+        self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
+    ) -> _Captured:
+        state, inputs = State(*map(_clone, state)), Inputs(*map(_clone, inputs))
+        if self._stream is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with _CAPTURING:
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # kernels are compiled and workspaces made outside of a capture
+                    advance(predictor, state, inputs, guidance)
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                for own, new in zip(
+                    state, advance(predictor, state, inputs, guidance), strict=True
+                ):
+                    own.copy_(new)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return _Captured(graph, state, inputs)
+
+
+def _clone(t: Any) -> Any:
+    return None if t is None else t.clone()
+
+
+# Captures in two threads are legal, but what one of them frees can invalidate the other.
+_CAPTURING = threading.Lock()
+
+
+class _Captured:
+    """A graph, and the tensors that it reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, state: State, inputs: Inputs) -> None:
+        self._graph, self._state, self._inputs = graph, state, inputs
+        self._loaded: tuple[Tensor | None, ...] = (None, None)
+
+    def replay(self, state: State, inputs: Inputs) -> State:
+        _load(self._state, state)
+        _load(self._inputs[:2], inputs[:2])
+        constant = inputs[2:]
+        if any(new is not old for new, old in zip(constant, self._loaded, strict=True)):
+            _load(self._inputs[2:], constant)
+            self._loaded = constant  # held, so that no later tensor can be taken for one of them
+        self._graph.replay()
+        return self._state
+
+
+def _load(own: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> None:
+    for to, source in zip(own, new, strict=True):
+        if to is not None and source is not None and to is not source:
+            to.copy_(source)

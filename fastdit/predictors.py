@@ -1,0 +1,143 @@
+"""Noise predictors as a sampling loop sees them: what it repeats, and what is done before it.
+
+Both kinds have the same members. `layout` says how images lie in the loop's state; `begin` does
+for a batch what its steps need not repeat, and returns `conditioning(k, rows)`, what step k needs
+beside the state; `predictor(x, conditioning)` is the model's output. Of 2B rows of conditioning
+the last B are those of the null label.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import reference
+from fastdit.conditioning import ModulationTables
+from fastdit.config import DiTConfig
+from fastdit.model import DiT
+
+
+class ImageLayout:
+    """The state is images: [B, C, H, W]."""
+
+    def __init__(self, sample_shape: tuple[int, int, int]) -> None:
+        self.shape = torch.Size(sample_shape)
+
+    def to_state(self, images: Tensor) -> Tensor:
+        return images
+
+    def to_images(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TokenLayout:
+    """The state is [B, H*W, C], all pixels in the order in which patch tokens hold them."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        self.shape = torch.Size((cfg.img_size**2, cfg.in_channels))
+        self._cfg = cfg
+
+    def to_state(self, images: Tensor) -> Tensor:
+        tokens = reference.patchify(images, self._cfg.patch_size)
+        return tokens.view(len(images), -1, images.shape[1])
+
+    def to_images(self, x: Tensor) -> Tensor:
+        tokens = x.view(len(x), self._cfg.n_tokens, -1)
+        return reference.unpatchify(tokens, self._cfg.patch_size)
+
+
+class HoistedDiT:
+    """A `fastdit.DiT`, whose conditioning is rows of modulation, computed before the loop.
+
+    Its weights are the model's own, or with `twin` a copy in a dtype of its own that `refresh`
+    fills anew: in the same buffers, as a captured graph needs it, and out of the reach of
+    whatever happens to the model's parameters meanwhile.
+    """
+
+    def __init__(self, model: DiT, dtype: torch.dtype, twin: bool) -> None:
+        self.cfg, self.dtype, self.layout = model.cfg, dtype, TokenLayout(model.cfg)
+        self.model = _twin(model, dtype) if twin else model
+        self._source = model
+
+    def refresh(self) -> None:
+        """Copy the weights: nothing tells whether they have changed.
+
+        Raises:
+            ValueError: the model's parameters are other ones than when it was copied.
+        """
+        if self.model is self._source:
+            return
+        own, new = self.model.state_dict(), self._source.state_dict()
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in new.items()}:
+            raise ValueError(
+                "model: its parameters have other names or shapes than when this Sampler copied "
+                "them; make a new Sampler"
+            )
+        torch._foreach_copy_(list(own.values()), [new[name] for name in own])
+
+    def begin(
+        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+    ) -> Callable[[int, int], Tensor]:
+        return ModulationTables(self.model, timesteps, labels, table_bytes).rows
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        B, P, _ = x.shape
+        tokens = x.to(self.dtype).view(B, self.cfg.n_tokens, -1)
+        if len(modulation) != B:
+            tokens = torch.cat([tokens, tokens])
+        return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)
+
+
+class AnyPredictor:
+    """A model called as it is, `model(x, t, y)`; the conditioning is [rows, 2], t and y.
+
+    Without labels it is [rows, 1].
+    """
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, layout: ImageLayout | TokenLayout
+    ) -> None:
+        self.model, self.dtype, self.layout = model, dtype, layout
+
+    def refresh(self) -> None:
+        """Its weights are the model's own."""
+
+    def begin(
+        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+    ) -> Callable[[int, int], Tensor]:
+        device = next(self.model.parameters(), torch.empty(0)).device
+        t = torch.tensor(timesteps, device=device)
+        y = [] if labels is None else [torch.tensor(labels, device=device)]
+        return lambda k, rows: torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1)
+
+    def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        t, y = conditioning[:, 0], conditioning[:, 1] if conditioning.shape[1] == 2 else None
+        images = self.layout.to_images(x).to(self.dtype)
+        if len(t) != len(x):
+            images = torch.cat([images, images])
+        out: Tensor = self.model(images, t, y)
+        B, C, H, W = images.shape
+        if out.shape not in ((B, C, H, W), (B, 2 * C, H, W)):
+            raise ValueError(
+                f"model: expected an output of shape {[B, C, H, W]} or {[B, 2 * C, H, W]}, got "
+                f"{list(out.shape)}"
+            )
+        return self.layout.to_state(out)
+
+
+def _twin(model: DiT, dtype: torch.dtype) -> DiT:
+    """The same modules with storage of their own, not yet filled."""
+
+    def storage(t: Tensor) -> Tensor:
+        # Its channels fastest, a convolution's weight is the matrix that patch tokens meet.
+        layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
+        kind = dtype if t.is_floating_point() else t.dtype
+        empty = torch.empty_like(t, dtype=kind, memory_format=layout)
+        return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+
+    # deepcopy takes what stands in its memo for the copy, so that no weight is held a third time.
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(t): storage(t) for t in tensors}).eval()

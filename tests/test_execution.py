@@ -1,0 +1,328 @@
+"""Every execution makes the reference loop's images, and sees the weights as they are."""
+
+import functools
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, execution, reference
+from fastdit.solvers import SOLVERS
+from fastdit.testing import check_against_oracle, randomize, relative_error
+
+STEPS = 12
+SEED = DiTConfig(hidden=32, n_layers=2, n_heads=2)
+PUBLISHED = DiTConfig(
+    in_channels=4,
+    hidden=32,
+    n_layers=2,
+    n_heads=2,
+    num_classes=10,
+    null_class=True,
+    modulation_act="silu",
+    gelu="tanh",
+    ln_eps=1e-6,
+    pos_embed="sincos",
+    t_embed_width=64,
+    t_embed_act="silu",
+    learn_sigma=True,
+)
+NULL = DiTConfig(hidden=32, n_layers=2, n_heads=2, null_class=True)
+EXECUTIONS = [
+    "eager",
+    "compile",
+    pytest.param("graph", marks=pytest.mark.gpu),
+]
+by_execution = pytest.mark.parametrize("execution", EXECUTIONS)
+CASES = {
+    "seed": (SEED, None),
+    "null-class": (NULL, Guidance(3.0)),
+    "published": (PUBLISHED, None),
+    "published-guided": (PUBLISHED, Guidance(3.0, channels=3)),
+    "published-interval": (PUBLISHED, Guidance(3.0, interval=(3, 8))),
+}
+
+
+def device_of(execution):
+    return "cuda" if execution == "graph" or torch.cuda.is_available() else "cpu"
+
+
+def make_model(cfg=SEED, device="cpu"):
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    return model.to(device)
+
+
+def make_scheduler():
+    return DiffusionScheduler(STEPS, schedule="cosine")
+
+
+def recorded(batch, cfg):
+    z = torch.randn(STEPS + 1, batch, *cfg.sample_shape, generator=torch.Generator().manual_seed(1))
+    return z[0], z[1:]
+
+
+class In(nn.Module):
+    """The plain model in a dtype, its input and output in the state's."""
+
+    def __init__(self, cfg, dtype, device):
+        super().__init__()
+        self.inner = reference.DiT.from_config(cfg)
+        randomize(self.inner)
+        self.inner.to(device, dtype)
+
+    def forward(self, x, t, y):
+        dtype = self.inner.pos_embed.dtype
+        return self.inner(x.to(dtype), t, y).to(torch.promote_types(dtype, torch.float32))
+
+
+@by_execution
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("cfg", "guidance"), CASES.values(), ids=CASES.keys())
+def test_every_execution_obeys_the_error_rule(cfg, guidance, dtype, solver, execution):
+    """Against the plain loop in float64 with the same noise; it has one solver, "ddpm"."""
+    device, scheduler = device_of(execution), make_scheduler()
+    labels = torch.tensor([3, 0, 9, 3, 5, 1, 2])
+    x_T, noise = recorded(7, cfg)
+    x_T, noise = x_T.to(device), noise.to(device)
+
+    def loop(dtype):
+        state = torch.promote_types(dtype, torch.float32)
+        model = In(cfg, dtype, device)
+        return reference.sample(
+            model, scheduler, x_T.to(state), labels.to(device), noise.to(state), guidance
+        )
+
+    model = make_model(cfg, device)
+    sampler = Sampler(model, scheduler, solver, guidance=guidance, dtype=dtype, execution=execution)
+    images = sampler(labels, x_T=x_T, noise=noise)
+    assert images.dtype == torch.float32
+    check_against_oracle(images, loop(dtype), loop(torch.float64))
+
+
+@by_execution
+@pytest.mark.parametrize(
+    ("cfg", "guidance"), [CASES["seed"], CASES["published-interval"]], ids=["seed", "interval"]
+)
+def test_an_image_does_not_depend_on_batch_order_or_execution(cfg, guidance, execution):
+    device = device_of(execution)
+    model, scheduler = make_model(cfg, device), make_scheduler()
+    sampler = Sampler(model, scheduler, guidance=guidance, execution=execution)
+    labels, keys = [0, 5, 9, 7, 3, 3, 7], [2**40, 1, 2, 3, 4, 5, 0]
+    together = sampler(labels, seeds=keys)
+    assert relative_error(sampler(labels[::-1], seeds=keys[::-1]).flip(0), together) < 1e-5
+    for i in (0, 4):
+        alone = sampler(labels[i : i + 1], seeds=keys[i : i + 1])
+        assert relative_error(alone[0], together[i]) < 1e-5
+    eager = Sampler(model, scheduler, guidance=guidance, execution="eager")
+    assert relative_error(together, eager(labels, seeds=keys)) < 1e-5
+    assert relative_error(together[4], together[5]) > 0.1  # one label, two keys
+
+
+@by_execution
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own-dtype", "bfloat16"])
+def test_changed_weights_are_seen(execution, dtype):
+    """By a fused optimizer, by .data, by assignment: none of which a version counter shows."""
+    model = make_model(device=device_of(execution))
+    sampler = Sampler(model, make_scheduler(), dtype=dtype, execution=execution)
+
+    def check(change):
+        before = sampler([1, 2])
+        change()
+        after = sampler([1, 2])
+        fresh = Sampler(model, make_scheduler(), dtype=dtype, execution=execution)([1, 2])
+        assert relative_error(after, before) > 1e-3
+        assert relative_error(after, fresh) < 1e-6
+
+    def fused_adamw():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    def data():
+        model.final_linear.weight.data = 2 * model.final_linear.weight.data
+
+    def assign():
+        other = {name: 1.5 * p for name, p in model.state_dict().items()}
+        model.load_state_dict(other, assign=True)
+
+    for change in (fused_adamw, data, assign):
+        check(change)
+
+
+def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch):
+    """One for a single image, one for more; no step and no second sampler compiles anew."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(execution, "_compiled_advance", functools.cache(counted_advance))
+    for seed in (0, 1):
+        model = make_model()
+        randomize(model, seed)
+        sampler = Sampler(model, make_scheduler(), execution="compile")
+        for labels in ([1, 2], [3], [4, 5, 6], [7], [1] * 8):
+            assert sampler(labels).isfinite().all()
+        assert len(COMPILED) == 2
+
+
+COMPILED: list[int] = []
+
+
+def counted_advance(kind):
+    def count(graph, inputs):
+        COMPILED.append(len(inputs))
+        return graph.forward
+
+    return torch.compile(execution.advance, backend=count, fullgraph=True)
+
+
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+def test_two_samplers_in_two_threads_do_not_disturb_one_another(execution):
+    def make(seed, cfg, guidance):
+        model = make_model(cfg)
+        randomize(model, seed)
+        return Sampler(model, make_scheduler(), guidance=guidance, execution=execution)
+
+    def both():
+        return make(0, SEED, None), make(1, PUBLISHED, Guidance(2.0, interval=(2, 9)))
+
+    alone = [sampler([1, 2, 3], seed=i) for i, sampler in enumerate(both())]
+    together: list = [[], []]
+    start = threading.Barrier(2)
+
+    def work(i, sampler):
+        start.wait()
+        for _ in range(4):
+            together[i].append(sampler([1, 2, 3], seed=i))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(both())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, results in zip(alone, together, strict=True):
+        assert len(results) == 4
+        assert all(torch.equal(result, expected) for result in results)
+
+
+def test_one_sampler_in_two_threads_takes_turns():
+    sampler = Sampler(make_model(), make_scheduler(), dtype=torch.bfloat16)
+    alone = [sampler([1, 2], seed=i) for i in range(2)]
+    results = [None, None]
+
+    def work(i):
+        results[i] = sampler([1, 2], seed=i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, results, alone))
+
+
+@by_execution
+def test_a_function_gets_each_step_and_the_image_predicted(execution):
+    device = device_of(execution)
+    model, scheduler = make_model(device=device), make_scheduler()
+    sampler, seen = Sampler(model, scheduler, execution=execution), []
+    images = sampler([1, 2], seed=3, progress=lambda k, x0: seen.append((k, x0)))
+    assert torch.equal(images, sampler([1, 2], seed=3))
+    assert [k for k, _ in seen] == list(range(STEPS))
+    assert all(x0.shape == images.shape for _, x0 in seen)
+    # At t = 0 nothing is added, and the mean of the posterior is the predicted image.
+    assert relative_error(seen[-1][1], images) < 1e-5
+    assert relative_error(seen[0][1], images) > 0.01
+
+
+def test_null_rows_are_not_computed_outside_the_interval():
+    model = make_model(PUBLISHED)
+    rows = []
+    denoise = model.denoise
+    model.denoise = lambda tokens, m: rows.append(len(tokens)) or denoise(tokens, m)
+    guidance = Guidance(2.0, interval=(3, 8))
+    Sampler(model, make_scheduler(), guidance=guidance)([1, 2, 3])
+    assert rows == [6 if 3 <= t < 8 else 3 for t in reversed(range(STEPS))]
+
+
+def test_guidance_at_scale_one_is_no_guidance():
+    model, scheduler = make_model(PUBLISHED), make_scheduler()
+    guided = Sampler(model, scheduler, guidance=Guidance(1.0))([1, 2])
+    assert relative_error(guided, Sampler(model, scheduler)([1, 2])) < 1e-5
+
+
+def test_guidance_of_a_plain_reference_model_is_the_same():
+    """It is called as it is, with the null rows behind the conditional ones."""
+    plain = reference.DiT.from_config(PUBLISHED)
+    randomize(plain)
+    guidance = Guidance(3.0, interval=(3, 8), channels=3)
+    by_call = Sampler(plain, make_scheduler(), guidance=guidance)([1, 2], seed=5)
+    hoisted = Sampler(make_model(PUBLISHED), make_scheduler(), guidance=guidance)([1, 2], seed=5)
+    assert relative_error(hoisted, by_call) < 1e-5
+
+
+def test_guidance_needs_labels():
+    sampler = Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0))
+    with pytest.raises(ValueError, match="labels: guidance needs some, got None"):
+        sampler(None, seeds=[1])
+
+
+def test_guidance_of_more_channels_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="guidance: expected at most the model's 4 channels, got"):
+        Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0, channels=5))
+
+
+def test_autocast_names_the_dtype_of_the_forward():
+    model, scheduler = make_model(), make_scheduler()
+    sampler = Sampler(model, scheduler)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = sampler([1, 2])
+    assert torch.equal(under_autocast, Sampler(model, scheduler, dtype=torch.bfloat16)([1, 2]))
+    assert not torch.equal(under_autocast, sampler([1, 2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = Sampler(model, scheduler, dtype=torch.float32)([1, 2])
+    assert torch.equal(kept, sampler([1, 2]))
+
+
+def test_an_eager_sampler_follows_its_model():
+    model = make_model()
+    sampler = Sampler(model, make_scheduler())
+    single = sampler([1, 2])
+    model.double()
+    double = sampler([1, 2])
+    assert double.dtype == torch.float64 and 0 < relative_error(single, double) < 1e-5
+
+
+def test_a_copy_refuses_a_model_of_another_shape():
+    model = make_model()
+    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
+    sampler([1])
+    model.final_mod = nn.Linear(32, 96)
+    with pytest.raises(ValueError, match="model: its parameters have other names or shapes"):
+        sampler([1])
+
+
+@pytest.mark.parametrize("name", ["compile", "graph"])
+def test_executions_of_a_dit_refuse_other_models(name):
+    plain = reference.DiT.from_config(SEED)
+    with pytest.raises(ValueError, match=f"execution: '{name}' needs a fastdit.DiT, got DiT"):
+        Sampler(plain, make_scheduler(), execution=name)
+    with pytest.raises(ValueError, match="dtype: expected torch.float32 or None"):
+        Sampler(plain, make_scheduler(), dtype=torch.bfloat16)
+
+
+def test_graph_asks_for_cuda():
+    with pytest.raises(ValueError, match="execution: 'graph' needs a model on CUDA, got one on"):
+        Sampler(make_model(), make_scheduler(), execution="graph")
+
+
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_images_and_progress_own_their_memory(patch_size):
+    """A graph's tensors are written again by the next step: nothing returned may be one."""
+    model = make_model(DiTConfig(img_size=4, patch_size=patch_size, in_channels=1, n_layers=1))
+    sampler, kept = Sampler(model, make_scheduler()), []
+    engine_images = sampler([1], progress=lambda k, x0: kept.append(x0))
+    pointers = {x0.untyped_storage().data_ptr() for x0 in [*kept, engine_images]}
+    assert len(pointers) == STEPS + 1
