@@ -178,10 +178,10 @@ def counted_advance(kind):
     return torch.compile(execution.advance, backend=count, fullgraph=True)
 
 
-@pytest.mark.parametrize("execution", ["eager", "compile"])
+@by_execution
 def test_two_samplers_in_two_threads_do_not_disturb_one_another(execution):
     def make(seed, cfg, guidance):
-        model = make_model(cfg)
+        model = make_model(cfg, device_of(execution))
         randomize(model, seed)
         return Sampler(model, make_scheduler(), guidance=guidance, execution=execution)
 

@@ -1,0 +1,103 @@
+"""Hoisted modulation: the model's own, for distinct rows only, under a bound of memory."""
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import DiTConfig
+from fastdit.conditioning import ModulationTables
+from fastdit.testing import randomize, relative_error
+
+SMALL = dict(hidden=16, n_layers=2, n_heads=2)
+CONFIGS = {
+    "split": DiTConfig(**SMALL),
+    "split-null": DiTConfig(**SMALL, null_class=True),
+    "silu": DiTConfig(**SMALL, modulation_act="silu"),
+    "silu-null": DiTConfig(**SMALL, modulation_act="silu", null_class=True),
+    "unconditional": DiTConfig(**SMALL, use_class_cond=False),
+}
+TIMESTEPS = [900, 500, 499, 7, 0]
+WIDTH = (6 * 2 + 2) * 16
+
+
+def make(cfg, dtype=torch.float64):
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    return model.to(dtype)
+
+
+def row_bytes(labels=1, dtype=torch.float64):
+    """Of a table, with the widest layer's product beside it."""
+    return labels * (WIDTH + 6 * 16) * dtype.itemsize
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [None, [3, 1, 3, 0]], ids=["no-labels", "labels"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_are_the_models_modulation(name, labels):
+    cfg = CONFIGS[name]
+    if labels and not cfg.use_class_cond:
+        labels = None
+    model = make(cfg)
+    tables = ModulationTables(model, TIMESTEPS, labels, 2**20)
+    y = None if labels is None else torch.tensor(labels)
+    for k, t in enumerate(TIMESTEPS):
+        expected = model.modulation(torch.full((4,), t), y)
+        assert relative_error(tables.rows(k, 4), expected) < 1e-12
+        assert relative_error(tables.rows(k, 2), expected[:2]) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["split", "silu"])
+def test_a_forward_is_the_same_code_with_tables_of_one_step(name):
+    model = make(CONFIGS[name])
+    x, t, y = torch.randn(4, 3, 16, 16).double(), torch.full((4,), 7), torch.tensor([3, 1, 3, 0])
+    tokens = fastdit.reference.patchify(x, 4)
+    out = model.denoise(tokens, ModulationTables(model, [7], y.tolist(), 2**20).rows(0, 4))
+    assert relative_error(fastdit.reference.unpatchify(out, 4), model(x, t, y)) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize(("name", "labels"), [("split", 3), ("silu", 3), ("silu-null", 1)])
+def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
+    """A bound for so many steps makes chunks of so many; the last one may be shorter."""
+    model, wanted = make(CONFIGS[name]), [3, 1, 3, 0] if labels == 3 else None
+    y = None if wanted is None else torch.tensor(wanted)
+    bound = row_bytes(labels) * steps
+    if name == "split":
+        bound = row_bytes(labels) + row_bytes() * steps
+    tables = ModulationTables(model, TIMESTEPS, wanted, bound)
+    filled = []
+    fill = tables._fill
+    tables._fill = lambda k: filled.append(k) or fill(k)
+    for k, t in enumerate(TIMESTEPS):
+        expected = model.modulation(torch.full((4,), t), y)
+        assert relative_error(tables.rows(k, 4), expected) < 1e-12
+        assert 0 < tables.nbytes <= bound
+    assert filled == list(range(0, 5, steps))
+    assert relative_error(tables.rows(0, 4), model.modulation(torch.full((4,), 900), y)) < 1e-12
+
+
+def test_a_bound_below_one_step_is_an_error():
+    model = make(CONFIGS["silu"])
+    ModulationTables(model, TIMESTEPS, [1, 2], row_bytes(2))
+    with pytest.raises(ValueError, match=r"table_bytes: one step of 2 distinct labels takes"):
+        ModulationTables(model, TIMESTEPS, [1, 2], row_bytes(2) - 1)
+    model = make(CONFIGS["split"])
+    with pytest.raises(ValueError, match=f"takes {row_bytes(3)} bytes, got 100"):
+        ModulationTables(model, TIMESTEPS, [1, 2, 2], 100)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "rows"), [("split", 5), ("silu", 10)])
+def test_only_distinct_rows_are_computed(name, rows):
+    """Five steps of six images with two labels: with SiLU ten rows, without it five and two."""
+    model, seen = make(CONFIGS[name]), []
+    model.final_mod.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
+    tables = ModulationTables(model, TIMESTEPS, [4, 9, 4, 4, 9, 9], 2**20)
+    for k in range(5):
+        tables.rows(k, 6)
+    assert seen == [rows]
+    labels = 2 if name == "split" else 0
+    assert tables.nbytes == (rows + labels) * WIDTH * 8
