@@ -20,6 +20,7 @@ import torch
 
 from fastdit.files import atomic_path
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ROOT = Path(__file__).resolve().parent.parent
 
 

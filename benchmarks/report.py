@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 BENCHMARKS = ROOT / "benchmarks"
 GPU_ONLY = "not measured on a GPU: there is none here"
-PRESETS = ("DiT-XL/2", "DiT-B/2", "DiT-S/2", "toy")
+PRESETS = ("DiT-XL/2", "DiT-B/2", "DiT-S/2")
 GRACE = 40  # seconds a unit may run on after the limit
 SHARD = 40  # tests a process: starting one takes seconds, and their kernels minutes to compile
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -122,7 +122,7 @@ class Stage:
 
 def slug(device: str) -> str:
     """A folder's name for a device: "NVIDIA H200" is nvidia-h200."""
-    name, _, cpus = device.partition(" (")
+    name, _, cpus = device.replace("(R)", "").partition(" (")
     cpus = re.sub(r"\D", "", cpus)
     words = re.findall(r"[a-z0-9]+", name.split(",")[0].lower())
     return "-".join(words + ([f"{cpus}cpu"] if cpus else []))
@@ -192,17 +192,26 @@ def kernels(stage: Stage) -> None:
 
 def sample(stage: Stage) -> None:
     """One preset a unit, the main job first; DiTs in bfloat16, the toy in float32."""
-    tiny = "--batch 2 --steps 2 --rounds 1 --execution eager".split()
+    units = {
+        preset: ("--preset", preset, "--dtype", "bfloat16", "--batch", 2, 32, 128)
+        for preset in PRESETS
+    }
+    # What 250 steps hold at once, beside the sum of its parts.
+    memory = ("--steps", 250, "--rounds", 1, "--batch", 8, "--way", "fastdit graph")
+    units["DiT-XL/2 memory"] = ("--preset", "DiT-XL/2", "--dtype", "bfloat16", *memory)
+    units["toy"] = ("--preset", "toy")
+    if not torch.cuda.is_available():
+        tiny = ("--batch", 2, "--steps", 2, "--rounds", 1, "--way", "fastdit eager")
+        units = {"toy": (*units["toy"], *tiny)}
+    stage.run(
+        {
+            name: lambda options=options: _script(stage, "sample_throughput.py", *options)
+            for name, options in units.items()
+        }
+    )
 
-    def options(preset: str) -> list[str]:
-        dtype = "float32" if preset == "toy" else "bfloat16"
-        return ["--preset", preset, "--dtype", dtype, *([] if torch.cuda.is_available() else tiny)]
 
-    presets = PRESETS if torch.cuda.is_available() else ("toy",)
-    stage.run({p: lambda p=p: _script(stage, "sample_throughput.py", *options(p)) for p in presets})
-
-
-def _script(stage: Stage, script: str, *options: str) -> dict[str, Any]:
+def _script(stage: Stage, script: str, *options: Any) -> dict[str, Any]:
     """Another benchmark's rows; those it had when it ended early or failed, and its last words."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")

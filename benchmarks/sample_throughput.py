@@ -7,21 +7,28 @@ The ways are timed in turn, round by round, in one process; figures are medians 
 ratios are medians of the rounds' ratios. Before the rounds each way samples once with recorded
 noise, and that result is held against the reference in float64 with the same noise. Weights are
 random and none is zero: a fresh DiT returns zeros, and neither speed nor error would mean much.
+The share is that of the floor of `roofline.py`, whose ceilings are measured in the same process.
+
+Ways: the plain model in the plain loop, eager, compiled for each batch size, or (on CUDA) compiled
+with max-autotune and CUDA graphs; diffusers' DiT of the same sizes with its DDPM scheduler, which
+is another network and has no error here; fastdit in each of its executions.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import roofline
 import torch
 from _harness import (
+    DTYPES,
     fresh_compile_cache,
     machine,
     median_ratio,
@@ -36,12 +43,9 @@ from tqdm import tqdm
 import fastdit
 from fastdit import reference, testing
 from fastdit.diffusion import TerminalSNRWarning
-from fastdit.sampler import EXECUTIONS
 
 BASELINE = "reference eager"
-COMPILED = "reference compiled"
-REFERENCE_WAYS = {BASELINE: "eager", COMPILED: "compiled"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+COMPILED = ("reference compiled", "reference max-autotune", "fastdit compile")
 COLUMNS = {
     "way": "",
     "batch": "d",
@@ -50,9 +54,11 @@ COLUMNS = {
     "max": ".1f",
     "ms/step": ".2f",
     "ratio": ".2f",
+    "share": ".2f",
     "error": ".1e",
     "compile s": ".1f",
 }
+MEMORY_COLUMNS = {"peak MiB": ".0f", "parts MiB": ".0f"}  # what a way adds to the model; on CUDA
 
 
 @dataclass
@@ -65,12 +71,16 @@ class Case:
     dtype: torch.dtype
     device: torch.device
     plain: reference.DiT = field(init=False)
+    own: fastdit.DiT = field(init=False)
 
     def __post_init__(self) -> None:
         self.plain = reference.DiT.from_config(self.model.cfg).to(self.device)
         self.plain.load_state_dict(self.model.state_dict())
         if self.dtype == torch.float64:
             self.plain.double()
+        self.own = fastdit.DiT.from_config(self.model.cfg).to(self.device)
+        self.own.load_state_dict(self.model.state_dict())
+        self.own.to(self.dtype)
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -90,12 +100,12 @@ class Case:
 Way = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def reference_way(case: Case, compiled: bool) -> Way:
+def reference_way(case: Case, **compile_options: Any) -> Way:
     """The plain loop; in 16 bits under autocast, as its users run it."""
     model: nn.Module = case.plain
-    if compiled:
+    if compile_options:
         # One graph a batch size is the fastest it gets; fullgraph: it never falls back unseen.
-        model = torch.compile(model, dynamic=False, fullgraph=True)
+        model = torch.compile(model, dynamic=False, fullgraph=True, **compile_options)
 
     def sample(labels: Tensor, x_T: Tensor | None, noise: Tensor | None) -> Tensor:
         if x_T is None:
@@ -109,10 +119,41 @@ def reference_way(case: Case, compiled: bool) -> Way:
     return sample
 
 
+def diffusers_way(case: Case) -> Way:
+    """diffusers' transformer and scheduler in the loop of its DiTPipeline, without guidance."""
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+    cfg = case.model.cfg
+    model = DiTTransformer2DModel(
+        num_attention_heads=cfg.n_heads,
+        attention_head_dim=cfg.head_dim,
+        in_channels=cfg.in_channels,
+        out_channels=cfg.out_channels,
+        num_layers=cfg.n_layers,
+        sample_size=cfg.img_size,
+        patch_size=cfg.patch_size,
+        num_embeds_ada_norm=cfg.num_classes,
+    )
+    model = model.to(case.device).eval()
+    if case.dtype != torch.float32:
+        model = model.to(case.dtype)
+    betas = case.scheduler.tables["betas"].numpy()
+    scheduler = DDPMScheduler(case.scheduler.T, trained_betas=betas, clip_sample=False)
+    scheduler.set_timesteps(case.scheduler.T)
+
+    @torch.no_grad()
+    def sample(labels: Tensor, x_T: Tensor | None, noise: Tensor | None) -> Tensor:
+        x = torch.randn(len(labels), *cfg.sample_shape, device=case.device, dtype=case.dtype)
+        for t in scheduler.timesteps:
+            out = model(x, timestep=t.to(x.device).expand(len(x)), class_labels=labels).sample
+            x = scheduler.step(out[:, : cfg.in_channels], t, x).prev_sample
+        return x
+
+    return sample
+
+
 def fastdit_way(case: Case, execution: str) -> Way:
-    model = fastdit.DiT.from_config(case.model.cfg).to(case.device)
-    model.load_state_dict(case.model.state_dict())
-    sampler = fastdit.Sampler(model.to(case.dtype), case.scheduler, execution=execution)
+    sampler = fastdit.Sampler(case.own, case.scheduler, execution=execution)
 
     def sample(labels: Tensor, x_T: Tensor | None, noise: Tensor | None) -> Tensor:
         return sampler(labels, x_T=x_T, noise=noise)
@@ -120,10 +161,30 @@ def fastdit_way(case: Case, execution: str) -> Way:
     return sample
 
 
+WAYS: dict[str, Callable[[Case], Way]] = {
+    BASELINE: reference_way,
+    "reference compiled": lambda case: reference_way(case, mode="default"),
+    "reference max-autotune": lambda case: reference_way(case, mode="max-autotune"),
+    "diffusers eager": diffusers_way,
+    "fastdit eager": lambda case: fastdit_way(case, "eager"),
+    "fastdit compile": lambda case: fastdit_way(case, "compile"),
+    "fastdit graph": lambda case: fastdit_way(case, "graph"),
+}
+
+
+def obstacle(way: str, device: str) -> str | None:
+    """Why a way cannot be timed here, or None."""
+    if way in ("reference max-autotune", "fastdit graph") and not device.startswith("cuda"):
+        return "needs CUDA"
+    if way.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
+        return "needs diffusers; pip install 'fastdit[test]'"
+    return None
+
+
 def measure(
     case: Case, ways: dict[str, Way], batch: int, rounds: int, bar: tqdm
-) -> list[dict[str, Any]]:
-    """One row a way."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row a way, and the floor of a step."""
     labels = case.labels(batch)
     x_T, noise = case.recorded(batch)
     bar.set_description(f"batch {batch}, float64 oracle")
@@ -133,23 +194,18 @@ def measure(
     del exact
     bar.update()
 
+    bar.set_description(f"batch {batch}, floor")
+    floor = roofline.measure(case.model.cfg, batch, case.dtype, case.device)
+    bar.update()
+
     rows: dict[str, dict[str, Any]] = {}
     for name, sample in ways.items():
         bar.set_description(f"batch {batch}, {name}, first run")
         rows[name] = {"preset": case.preset, "way": name, "batch": batch}
-        start = time.perf_counter()
-        try:
-            result = sample(labels, x_T, noise)
-            rows[name]["error"] = testing.relative_error(result, oracle)
-            rows[name]["first run s"] = time.perf_counter() - start
-        except torch.cuda.OutOfMemoryError:
-            rows[name]["images/s"] = "out of memory"
-        except torch._dynamo.exc.TorchDynamoException as error:
-            rows[name]["images/s"] = "did not compile"
-            print(f"{name}, batch {batch}: {str(error).splitlines()[0]}")
+        rows[name] |= first_run(case, name, sample, (labels, x_T, noise), oracle)
         bar.update()
 
-    timed = {name: way for name, way in ways.items() if "error" in rows[name]}
+    timed = {name: way for name, way in ways.items() if "first run s" in rows[name]}
     times: dict[str, list[float]] = {name: [] for name in timed}
     for i in range(rounds):
         for name, sample in timed.items():
@@ -159,9 +215,36 @@ def measure(
     for name, row in rows.items():
         if name in times:
             row |= figures(case, batch, times[name], times.get(BASELINE))
-            if name == COMPILED:
+            row["share"] = floor["floor s"] * 1e3 / row["ms/step"]
+            if name in COMPILED:
                 row["compile s"] = row["first run s"] - statistics.median(times[name])
-    return list(rows.values())
+    return list(rows.values()), {"preset": case.preset} | floor
+
+
+def first_run(
+    case: Case, name: str, sample: Way, given: tuple[Tensor, Tensor, Tensor], oracle: Tensor
+) -> dict[str, Any]:
+    """How long a first run takes and, on CUDA, what it holds; then the error, with given noise."""
+    row: dict[str, Any] = {}
+    on_gpu, labels = case.device.type == "cuda", given[0]
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    try:
+        row["first run s"] = seconds(lambda: sample(labels, None, None), case.device)
+        if on_gpu:
+            row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        if not name.startswith("diffusers"):
+            row["error"] = testing.relative_error(sample(*given), oracle)
+    except torch.cuda.OutOfMemoryError:
+        return {"images/s": "out of memory"}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"{name}, batch {len(labels)}: {str(error).splitlines()[0]}")
+        return {"images/s": "did not compile"}
+    if on_gpu and name == "fastdit graph":
+        parts = roofline.memory_parts(case.model.cfg, len(labels), case.dtype, case.scheduler.T)
+        row |= {"parts": parts, "parts MiB": sum(parts.values()) / 2**20}
+    return row
 
 
 def figures(
@@ -178,24 +261,23 @@ def figures(
     }
 
 
-def run(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    ways = {
-        name: reference_way(case, compiled=name == COMPILED)
-        for name, execution in REFERENCE_WAYS.items()
-        if execution in args.execution or name == BASELINE
-    }
-    ways |= {f"fastdit {e}": fastdit_way(case, e) for e in EXECUTIONS if e in args.execution}
+def run(case: Case, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """The rows and the floors of a preset."""
+    ways = {name: WAYS[name](case) for name in args.way}
     print(
         f"\n{case.preset}: {case.scheduler.T} steps, {args.dtype}; error is against the float64 "
-        f"reference with the same noise; ratio is to {BASELINE}"
+        f"reference with the same noise; ratio is to {BASELINE}, share that of the floor"
     )
-    rows = []
-    total = len(args.batch) * (1 + len(ways) * (1 + args.rounds))
+    rows, floors = [], []
+    total = len(args.batch) * (2 + len(ways) * (1 + args.rounds))
     with tqdm(total=total, leave=False) as bar:
         for batch in args.batch:
-            rows += measure(case, ways, batch, args.rounds, bar)
-    print(table(COLUMNS, rows))
-    return rows
+            own, floor = measure(case, ways, batch, args.rounds, bar)
+            rows += own
+            floors.append(floor)
+    memory = MEMORY_COLUMNS if case.device.type == "cuda" else {}
+    print(table(COLUMNS | memory, rows))
+    return rows, floors
 
 
 def build(preset: str, args: argparse.Namespace, device: torch.device) -> Case:
@@ -249,13 +331,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64], metavar="B")
     parser.add_argument("--steps", type=int, help="default: 200 for the toy, 50 for the others")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    executions = ["compiled", *EXECUTIONS]
     parser.add_argument(
-        "--execution",
+        "--way",
         nargs="+",
-        choices=executions,
-        default=executions,
-        help="ways to time besides the reference eager; 'compiled' is the reference's",
+        choices=WAYS,
+        metavar="NAME",
+        help=f"one or more of {', '.join(WAYS)}; default: all that can run here",
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each way")
     parser.add_argument("--json", type=Path, metavar="PATH")
@@ -265,15 +346,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"--{name}: expected at least 1, got {value}")
-    if args.plot and not _has_matplotlib():
+    obstacles = {way: obstacle(way, args.device) for way in WAYS}
+    for way in args.way or ():
+        if obstacles[way]:
+            parser.error(f"--way: {way!r} {obstacles[way]}")
+    chosen = args.way or [way for way in WAYS if not obstacles[way]]
+    args.way = [way for way in WAYS if way in chosen or way == BASELINE]
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot: needs matplotlib; pip install 'fastdit[plots]'")
     return args
-
-
-def _has_matplotlib() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def main() -> None:
@@ -281,16 +362,18 @@ def main() -> None:
     device = torch.device(args.device)
     facts = machine(device)
     print_machine(facts)
-    rows = []
+    rows, floors = [], []
     with fresh_compile_cache():
         for preset in args.preset:
             torch._dynamo.reset()
             try:
-                rows += run(build(preset, args, device), args)
+                of_preset = run(build(preset, args, device), args)
+                rows += of_preset[0]
+                floors += of_preset[1]
             except torch.cuda.OutOfMemoryError as error:
                 print(f"{preset}: does not fit ({str(error).splitlines()[0]})")
     if args.json:
-        write_json(args.json, facts, vars(args), rows=rows)
+        write_json(args.json, facts, vars(args), rows=rows, floors=floors)
     if args.plot:
         plot(args.plot, facts, rows)
 

@@ -16,19 +16,21 @@ import torch
 import typer
 from tqdm import tqdm
 
-from fastdit.checkpoint import inspect, load
+from fastdit.checkpoint import CheckpointInfo, inspect, load
 from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.images import to_pixels, write_grid, write_npz
 from fastdit.sampler import Sampler
+from fastdit.solvers import Guidance
 from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
 
 DEFAULT_OUT = Path("runs/toy")
 GRID_FILE = "samples.png"
 JUDGED_PER_CLASS = 10
 SHOWN_PER_CLASS = 4
+DTYPES = ("float32", "bfloat16", "float16")
 
 app = typer.Typer(
     help="Train and sample Diffusion Transformers.",
@@ -173,31 +175,30 @@ def sample(
         "samples.png"
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.")] = 64,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; needs a null class.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16.  [the checkpoint's]")
+    ] = None,
+    execution: Annotated[
+        str, typer.Option(help="eager, compile, graph, or auto: graph on CUDA, else eager.")
+    ] = "auto",
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
     with _plain_errors():
-        if out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
-        if not checkpoint.is_file():
-            raise ValueError(
-                f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "
-                f"on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
-            )
-        info = inspect(checkpoint)
-        if info.diffusion is None:
-            raise ValueError(
-                f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
-                "with fastdit.save(model, path, scheduler=...)"
-            )
-        if out.suffix == ".png" and info.config.in_channels not in (1, 3):
-            raise ValueError(
-                f"--out: a PNG shows 1 or 3 channels, the model makes {info.config.in_channels}; "
-                "expected a name that ends in .npz"
-            )
+        info, diffusion = _inspect(checkpoint, out)
         wanted = parse_labels(labels, info.labels, info.config)
-        model = load(checkpoint).to(_device(device))
-        sampler = Sampler(model, DiffusionScheduler(**info.diffusion))
+        if dtype is not None and dtype not in DTYPES:
+            raise unknown_name("--dtype", dtype, DTYPES)
+        sampler = Sampler(
+            load(checkpoint).to(_device(device)),
+            DiffusionScheduler(**diffusion),
+            guidance=None if guidance_scale is None else Guidance(guidance_scale),
+            dtype=None if dtype is None else getattr(torch, dtype),
+            execution=execution,
+        )
         rows = [label for label in wanted for _ in range(count)]
         conditional = info.config.use_class_cond
         batches = []
@@ -217,6 +218,29 @@ def sample(
         else:
             write_grid(out, pixels, columns=count, zoom=max(1, 64 // info.config.img_size))
         print(f"wrote {len(rows)} images to {out}")
+
+
+def _inspect(checkpoint: Path, out: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """What the checkpoint says of itself, and its diffusion, where its samples can go to `out`."""
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
+    if not checkpoint.is_file():
+        raise ValueError(
+            f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "
+            f"on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
+        )
+    info = inspect(checkpoint)
+    if info.diffusion is None:
+        raise ValueError(
+            f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
+            "with fastdit.save(model, path, scheduler=...)"
+        )
+    if out.suffix == ".png" and info.config.in_channels not in (1, 3):
+        raise ValueError(
+            f"--out: a PNG shows 1 or 3 channels, the model makes {info.config.in_channels}; "
+            "expected a name that ends in .npz"
+        )
+    return info, info.diffusion
 
 
 def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfig) -> list[int]:

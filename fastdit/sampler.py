@@ -19,6 +19,8 @@ from fastdit.model import DiT, unwrap
 from fastdit.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout
 from fastdit.solvers import SOLVERS, Guidance
 
+TABLE_BYTES = 2**30
+
 Labels: TypeAlias = Sequence[int] | Tensor
 
 
@@ -46,7 +48,7 @@ class Sampler:
         guidance: Guidance | None = None,
         dtype: torch.dtype | None = None,
         execution: str = "auto",
-        table_bytes: int = 2**30,
+        table_bytes: int = TABLE_BYTES,
         sample_shape: tuple[int, int, int] | None = None,
     ) -> None:
         """Prepare to sample.

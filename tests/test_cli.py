@@ -197,3 +197,32 @@ def test_the_installed_command_answers():
     command = [Path(sys.executable).with_name("fastdit"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "train" in done.stdout and "sample" in done.stdout
+
+
+def test_sample_takes_guidance_dtype_and_execution(tmp_path):
+    model = fastdit.DiT(hidden=16, n_layers=1, n_heads=1, null_class=True)
+    randomize(model)
+    scheduler = DiffusionScheduler(5, schedule="cosine")
+    path, out = tmp_path / "m.safetensors", tmp_path / "s.npz"
+    fastdit.save(model, path, scheduler)
+    chosen = ("--labels", "3, 5", "--count", 1, "--seed", 4, "--out", out)
+    done = run("sample", path, *chosen, "--guidance-scale", 2.5, "--dtype", "bfloat16")
+    assert done.exit_code == 0, done.output
+    sampler = Sampler(model, scheduler, guidance=fastdit.Guidance(2.5), dtype=torch.bfloat16)
+    with np.load(out) as file:
+        assert np.array_equal(file["arr_0"], to_pixels(sampler([3, 5], seed=4)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--guidance-scale", 2), "error: guidance: expected None, since the model is no DiT with"),
+        (("--dtype", "bf16"), "error: --dtype: expected one of float32, bfloat16, float16; got"),
+        (("--execution", "grahp"), "did you mean 'graph'?"),
+        (("--execution", "graph", "--device", "cpu"), "error: execution: 'graph' needs a model on"),
+    ],
+)
+def test_sample_options_that_cannot_be_are_one_line(checkpoint, arguments, message):
+    done = run("sample", checkpoint, *arguments)
+    assert done.exit_code == 1 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
