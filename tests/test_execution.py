@@ -170,7 +170,7 @@ def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch
 COMPILED: list[int] = []
 
 
-def counted_advance(kind):
+def counted_advance(device, kind):
     def count(graph, inputs):
         COMPILED.append(len(inputs))
         return graph.forward
