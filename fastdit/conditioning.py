@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.model import DiT
@@ -36,37 +35,38 @@ class ModulationTables:
             model: its weights must stay as they are while the tables are in use.
             timesteps: one for each step of the loop, in order.
             labels: one for each row of the batch; None for a batch without labels.
-            max_bytes: bound of the tables, the widest product that fills them included.
+            max_bytes: bound of the tables and of the product that fills them; the rows that a
+                step picks, and the conditioning itself, are not counted.
 
         Raises:
             ValueError: the tables of a single step exceed the bound.
         """
-        self._model = model
-        weight = model.final_mod.weight
+        self._model, cfg = model, model.cfg
+        device, itemsize = model.final_mod.weight.device, model.final_mod.weight.element_size()
         distinct = [] if labels is None else sorted(set(labels))
         position = {label: i for i, label in enumerate(distinct)}
         rows = [0] if labels is None else [position[label] for label in labels]
-        self._row = torch.tensor(rows, device=weight.device)
-        self._labels = torch.tensor(distinct, device=weight.device) if distinct else None
-        self._timesteps = torch.tensor(timesteps, device=weight.device)
-        self._width = sum(layer.out_features for layer in model.modulation_layers)
-        self._split = model.cfg.modulation_act == "none"
+        self._row = torch.tensor(rows, device=device)
+        self._labels = torch.tensor(distinct, device=device) if distinct else None
+        self._timesteps = torch.tensor(timesteps, device=device)
+        self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
+        self._split = cfg.modulation_act == "none"
 
         # While a table is filled, one layer's product stands beside it.
-        row_bytes = (self._width + 6 * model.cfg.hidden) * weight.element_size()
+        row_bytes = (sum(self._columns) + 6 * cfg.hidden) * itemsize
         label_rows = max(1, len(distinct))
-        fixed = (label_rows if self._split else 0) * row_bytes
-        step_bytes = (1 if self._split else label_rows) * row_bytes
+        fixed = label_rows * row_bytes if self._split else 0
+        step_bytes = row_bytes if self._split else label_rows * row_bytes
         self._chunk = min((max_bytes - fixed) // step_bytes, len(timesteps))
         if self._chunk < 1:
             raise ValueError(
                 f"table_bytes: one step of {label_rows} distinct labels takes "
                 f"{fixed + step_bytes} bytes, got {max_bytes}"
             )
-        self._first = 0
+        self._by_label = self._label_table() if self._split else None  # [labels, width]
         self._storage: Tensor | None = None
         self._steps: Tensor | None = None  # [steps of a chunk, labels or 1, width]
-        self._by_label = self._label_table() if self._split else None  # [labels, width]
+        self._first = 0  # of the chunk
 
     @property
     def nbytes(self) -> int:
@@ -77,36 +77,45 @@ class ModulationTables:
     def rows(self, k: int, count: int) -> Tensor:
         """The modulation at step k of the batch's first `count` rows: [count, width]."""
         if self._steps is None or not 0 <= k - self._first < len(self._steps):
-            self._fill(k)
-        assert self._steps is not None
+            self._steps, self._first = self._chunk_from(k), k
         by_label = self._steps[k - self._first]  # [labels or 1, width]
         if self._by_label is not None:
             by_label = by_label + self._by_label
         row = self._row[:count] if self._labels is not None else self._row.expand(count)
         return by_label.index_select(0, row)
 
-    def _fill(self, k: int) -> None:
-        """Compute the steps from k on, as many as fit, where the last chunk was."""
-        t = self._timesteps[k : k + self._chunk]
+    def _chunk_from(self, k: int) -> Tensor:
+        """The steps from k on, as many as fit, where the last chunk was."""
+        t, labels = self._timesteps[k : k + self._chunk], self._labels
         if self._split:
-            c, labels = self._model.time_conditioning(t), 1
+            c, per_step = self._model.time_conditioning(t), 1
         else:
-            labels = 1 if self._labels is None else len(self._labels)
-            y = None if self._labels is None else self._labels.repeat(len(t))
-            c = self._model.conditioning(t.repeat_interleave(labels), y)
+            per_step = 1 if labels is None else len(labels)
+            y = None if labels is None else labels.repeat(len(t))
+            c = self._model.conditioning(t.repeat_interleave(per_step), y)
         if self._storage is None:
-            self._storage = c.new_empty(self._chunk, labels, self._width)
-        self._first, self._steps = k, self._storage[: len(t)]
-        out = self._steps.view(len(c), self._width)
-        sizes = [layer.out_features for layer in self._model.modulation_layers]
-        for layer, columns in zip(
-            self._model.modulation_layers, out.split(sizes, dim=-1), strict=True
-        ):
-            columns.copy_(layer(c))
+            self._storage = c.new_empty(self._chunk, per_step, sum(self._columns))
+        steps = self._storage[: len(t)]
+        self._project(c, steps.view(len(c), -1))
+        return steps
 
     def _label_table(self) -> Tensor | None:
+        """`W e_y`, as what the layers give beyond their bias."""
         e_y = self._model.label_conditioning(self._labels)
         if e_y is None:
             return None
-        layers = self._model.modulation_layers
-        return torch.cat([F.linear(e_y, layer.weight) for layer in layers], dim=-1)
+        e_y = e_y.view(-1, e_y.shape[-1])  # the null row alone is [D]
+        table = e_y.new_empty(len(e_y), sum(self._columns))
+        self._project(e_y, table)
+        for part, columns in self._parts(torch.zeros_like(e_y[:1]), table):
+            columns.sub_(part)
+        return table
+
+    def _project(self, c: Tensor, out: Tensor) -> None:
+        """All layers' modulation of c [R, D], side by side into out [R, width]."""
+        for part, columns in self._parts(c, out):
+            columns.copy_(part)
+
+    def _parts(self, c: Tensor, table: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each layer's modulation of c, and the columns that it has in a table."""
+        return zip(self._model.modulation_parts(c), table.split(self._columns, dim=-1), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -59,7 +59,7 @@ class Engine:
     ) -> Tensor:
         """[B, C, H, W] in float32, or float64 for that dtype; the model's weights as they are now.
 
-        Nothing in the loop waits for the device.
+        Nothing in the loop waits for the device, so that progress counts steps that were launched.
         """
         predictor, B = self._predictor, len(batch.keys)
         predictor.refresh()
@@ -89,27 +89,29 @@ class Engine:
         """The state before the first step, and the solver's coefficients."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         if batch.x_T is None:
-            x = self._seeded(batch.keys, torch.zeros_like(batch.keys[0, :1]))[0]
+            x = self._seeded(batch.keys, torch.zeros(1, dtype=torch.int64, device=self.device))[0]
         else:
             x = self._layout.to_state(batch.x_T.to(self.device))
         x = x.to(dtype)
-        state = State(x, torch.zeros_like(x), torch.zeros_like(batch.keys[0, 0]))
-        return state, solver.coefficients.to(self.device, dtype)
+        step = torch.zeros((), dtype=torch.int64, device=self.device)
+        return State(x, torch.zeros_like(x), step), solver.coefficients.to(self.device, dtype)
 
     def _seeded(self, keys: Tensor, steps: Tensor) -> Tensor:
         """Noise of some steps, each like the state; elements are counted in the state's order."""
         z = normal(keys, steps, self._layout.shape.numel())
         return z.view(*z.shape[:2], *self._layout.shape)
 
-    def _noise(self, batch: Batch, x: Tensor, S: int) -> Iterator[tuple[Tensor | None, ...]]:
-        """Each step's noise and seeds: one of them is None; the k-th step (from 1) is step k."""
+    def _noise(self, batch: Batch, x: Tensor, S: int) -> Iterable[tuple[Tensor | None, ...]]:
+        """Each step's noise and seeds, one of them None; the k-th step (from 1) is step k."""
         if batch.noise is not None:
             noise = batch.noise.to(self.device)
-            yield from ((self._layout.to_state(z).to(x.dtype), None) for z in noise)
-        elif self._execution != "eager" or functional.default_backend(x) == "triton":
-            yield from [(None, batch.keys)] * S
-        else:
-            chunk = max(1, _NOISE_CHUNK // x.numel())
-            for first in range(1, S + 1, chunk):
-                steps = torch.arange(first, min(first + chunk, S + 1), device=self.device)
-                yield from ((z.to(x.dtype), None) for z in self._seeded(batch.keys, steps))
+            return ((self._layout.to_state(z).to(x.dtype), None) for z in noise)
+        if self._execution != "eager" or functional.default_backend(x) == "triton":
+            return [(None, batch.keys)] * S
+        return ((z.to(x.dtype), None) for z in self._seeded_steps(batch.keys, S))
+
+    def _seeded_steps(self, keys: Tensor, S: int) -> Iterator[Tensor]:
+        chunk = max(1, _NOISE_CHUNK // (len(keys) * self._layout.shape.numel()))
+        for first in range(1, S + 1, chunk):
+            steps = torch.arange(first, min(first + chunk, S + 1), device=self.device)
+            yield from self._seeded(keys, steps)

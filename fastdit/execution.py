@@ -70,7 +70,9 @@ class Compiled:
     def __call__(
         self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
     ) -> State:
-        kind = (predictor.cfg, predictor.dtype, guidance, inputs.noise is None)
+        channels = 0 if guidance is None else guidance.channels
+        kind = (predictor.cfg, predictor.dtype, channels, inputs.noise is None)
+        torch._dynamo.mark_dynamic(inputs.coefficients, 0)  # schedulers of any length
         if len(state.x) > 1:
             for t in (state.x, state.x0, inputs.conditioning, inputs.noise, inputs.seeds):
                 if t is not None:
@@ -94,61 +96,64 @@ def _compiled_advance(device: str, kind: Hashable) -> Step:
 class Graphed:
     """`advance` captured in CUDA graphs: one launch a step, and no wait of host for device.
 
-    There is a graph for each batch size, set of active rows (with or without null rows) and way
-    of making noise; of more than `max_graphs` the one that was used longest ago is dropped. All
-    take their memory from one pool: one runs at a time, and what a step leaves behind lies outside
-    of it. Calls from several threads must take turns.
+    There is a graph for each batch size, set of active rows (with or without null rows), way of
+    making noise and float32 precision of matrix products; of more than `max_graphs` the one that
+    was used longest ago is dropped. All take their memory from one pool: one runs at a time, and
+    what a step leaves behind lies outside of it. Calls from several threads must take turns.
     """
 
     def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
         self._max_graphs = max_graphs
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
-        self._dropped: set[Hashable] = set()
-        self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def __call__(
         self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
     ) -> State:
         """Returns the graph's own tensors, which the next step overwrites."""
         given = (*state, *inputs)
-        key = (guidance, *(None if t is None else (t.shape, t.dtype) for t in given))
+        shapes = (None if t is None else (t.shape, t.dtype) for t in given)
+        key = (guidance, torch.backends.cuda.matmul.fp32_precision, *shapes)
         with torch.cuda.device_of(state.x):
             if key not in self._graphs:
-                self._make_room(key, len(state.x))
+                self._make_room()
                 self._graphs[key] = self._capture(predictor, state, inputs, guidance)
             self._graphs.move_to_end(key)
             return self._graphs[key].replay(state, inputs)
 
-    def _make_room(self, key: Hashable, batch: int) -> None:
-        if key in self._dropped:
+    def _make_room(self) -> None:
+        if len(self._graphs) == self._max_graphs:
             warnings.warn(
-                f"execution='graph': the graph for a batch of {batch} is captured again, since "
-                f"{self._max_graphs} others came between; sample in fewer batch sizes",
-                stacklevel=4,
+                f"execution='graph': more than {self._max_graphs} kinds of batches; the graph used "
+                "longest ago is dropped, and captured again if its kind comes back. Sample in "
+                "fewer batch sizes",
+                stacklevel=7,  # the caller of the sampler
             )
-        while len(self._graphs) >= self._max_graphs:
-            self._dropped.add(self._graphs.popitem(last=False)[0])
+            self._graphs.popitem(last=False)
 
     def _capture(
         self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
     ) -> _Captured:
         state, inputs = State(*map(_clone, state)), Inputs(*map(_clone, inputs))
         if self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self._stream = torch.cuda.Stream()
+        if not self._graphs:  # a pool does not outlive its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with _CAPTURING:
-            with torch.cuda.stream(self._stream):
-                for _ in range(2):  # kernels are compiled and workspaces made outside of a capture
-                    advance(predictor, state, inputs, guidance)
+        with _CAPTURING, torch.cuda.stream(self._stream):
+            advance(predictor, state, inputs, guidance)  # compiles kernels, which a capture may not
+            # What cuBLAS keeps between calls is freed with any graph of its stream: a graph's
+            # must lie in the pool, and nowhere else.
+            torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                for own, new in zip(
-                    state, advance(predictor, state, inputs, guidance), strict=True
-                ):
+                after = advance(predictor, state, inputs, guidance)
+                for own, new in zip(state, after, strict=True):
                     own.copy_(new)
+            torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.current_stream().wait_stream(self._stream)
         return _Captured(graph, state, inputs)
 
@@ -166,15 +171,15 @@ class _Captured:
 
     def __init__(self, graph: torch.cuda.CUDAGraph, state: State, inputs: Inputs) -> None:
         self._graph, self._state, self._inputs = graph, state, inputs
-        self._loaded: tuple[Tensor | None, ...] = (None, None)
+        self._constant: tuple[Tensor | None, ...] = (None, None)
 
     def replay(self, state: State, inputs: Inputs) -> State:
         _load(self._state, state)
         _load(self._inputs[:2], inputs[:2])
-        constant = inputs[2:]
-        if any(new is not old for new, old in zip(constant, self._loaded, strict=True)):
-            _load(self._inputs[2:], constant)
-            self._loaded = constant  # held, so that no later tensor can be taken for one of them
+        constant = (inputs.seeds, inputs.coefficients)
+        if any(new is not old for new, old in zip(constant, self._constant, strict=True)):
+            _load((self._inputs.seeds, self._inputs.coefficients), constant)
+            self._constant = constant  # held, so that no later tensor can be taken for one of them
         self._graph.replay()
         return self._state
 

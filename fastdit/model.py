@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,10 +23,15 @@ class DiT(reference.DiT):
         eps = model(x, t, y)  # x [B, C, H, W], t [B], y [B] or None
     """
 
-    @property
-    def modulation_layers(self) -> list[nn.Linear]:
-        """The linears that read the conditioning, in `modulation`'s order."""
-        return [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
+    def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
+        """Of conditioning c [R, D], layer by layer: [R, 6D] for each block, [R, 2D] for the last.
+
+        A layer is asked for its own when its turn comes, so that a caller can make do with the
+        memory of one.
+        """
+        for block in self.blocks:
+            yield block.adaLN_modulation(c)
+        yield self.final_mod(c)
 
     def modulation(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """All that the conditioning contributes to a forward.
@@ -37,8 +44,7 @@ class DiT(reference.DiT):
             [B, (6 n_layers + 2) D], side by side: scale1, shift1, gate1, scale2, shift2, gate2 of
             each block, then scale and shift of the final layer.
         """
-        c = self.conditioning(t, y)
-        return torch.cat([layer(c) for layer in self.modulation_layers], dim=-1)
+        return torch.cat(list(self.modulation_parts(self.conditioning(t, y))), dim=-1)
 
     def denoise(self, tokens: Tensor, modulation: Tensor) -> Tensor:
         """Predict the noise of patch tokens.

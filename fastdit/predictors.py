@@ -76,7 +76,11 @@ class HoistedDiT:
                 "model: its parameters have other names or shapes than when this Sampler copied "
                 "them; make a new Sampler"
             )
-        torch._foreach_copy_(list(own.values()), [new[name] for name in own])
+        # One call for all that lie alike: a pair that does not would take the others' fast path.
+        alike = [name for name in own if own[name].stride() == new[name].stride()]
+        torch._foreach_copy_([own[name] for name in alike], [new[name] for name in alike])
+        for name in own.keys() - alike:
+            own[name].copy_(new[name])
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
@@ -98,9 +102,13 @@ class AnyPredictor:
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, layout: ImageLayout | TokenLayout
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: ImageLayout | TokenLayout,
     ) -> None:
-        self.model, self.dtype, self.layout = model, dtype, layout
+        self.model, self.device, self.dtype, self.layout = model, device, dtype, layout
 
     def refresh(self) -> None:
         """Its weights are the model's own."""
@@ -108,9 +116,8 @@ class AnyPredictor:
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
     ) -> Callable[[int, int], Tensor]:
-        device = next(self.model.parameters(), torch.empty(0)).device
-        t = torch.tensor(timesteps, device=device)
-        y = [] if labels is None else [torch.tensor(labels, device=device)]
+        t = torch.tensor(timesteps, device=self.device)
+        y = [] if labels is None else [torch.tensor(labels, device=self.device)]
         return lambda k, rows: torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1)
 
     def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:

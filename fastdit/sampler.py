@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -91,9 +92,12 @@ class Sampler:
         if not isinstance(table_bytes, int) or table_bytes < 1:
             raise ValueError(f"table_bytes: expected a positive integer, got {table_bytes!r}")
         self.execution = self._choose(execution)
-        self._engine: Engine | None = None
+        self._engines: dict[torch.dtype, Engine] = {}
+        self._built_for = self._device_and_dtype()
         self._turn = threading.Lock()
+        self._whose_turn: int | None = None
 
+    @torch.inference_mode(False)  # what a call keeps for the next one must be writable there
     @torch.no_grad()
     def __call__(
         self,
@@ -119,6 +123,7 @@ class Sampler:
                 noise[k] (the last update adds none).
             progress: True shows a progress bar on stderr; a function is called after each step
                 as `progress(k, x0)`, with k from 0 and the image predicted so far [B, C, H, W].
+                On CUDA both run ahead of the device, which works on what was launched.
 
         Returns:
             [B, C, H, W] on the model's device: float32, or float64 for a float64 model.
@@ -127,6 +132,7 @@ class Sampler:
             ValueError: an argument's shape or range is wrong, or a weight is not finite; or under
                 "graph" the model has moved to another device or dtype.
             FloatingPointError: the model's predictions were not finite.
+            RuntimeError: `progress` called the sampler that calls it.
         """
         y = self._check_labels(labels)
         B = _batch_size(y, seeds, x_T)
@@ -136,7 +142,7 @@ class Sampler:
         _check_finite("x_T", {} if x_T is None else {"it": x_T})
         _check_finite("noise", {} if noise is None else {"it": noise})
         _check_finite("model", dict(self.model.named_parameters()))
-        with self._turn:
+        with self._taking_turns():
             engine = self._current_engine()
             batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
             images = engine.sample(batch, self.solver, self.guidance, self.table_bytes, progress)
@@ -146,6 +152,20 @@ class Sampler:
                     f"{engine.dtype} may be too narrow for it"
                 )
         return images
+
+    @contextmanager
+    def _taking_turns(self) -> Iterator[None]:
+        """Calls from several threads wait; one from within another would wait for ever."""
+        if self._whose_turn == threading.get_ident():
+            raise RuntimeError(
+                "progress: a sampler cannot sample within its own call; use another Sampler there"
+            )
+        with self._turn:
+            self._whose_turn = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._whose_turn = None
 
     def _check_guidance(self) -> None:
         guidance, cfg = self.guidance, self._cfg
@@ -191,30 +211,30 @@ class Sampler:
         return first.device, first.dtype
 
     def _current_engine(self) -> Engine:
-        """An engine for the device and the dtype of now; under "graph" always the first one."""
+        """An engine for the model's device and dtype of now; one more for each autocast dtype."""
         device, own = self._device_and_dtype()
         dtype, hoists = self.dtype or own, isinstance(self.model, DiT)
         if self.dtype is None and hoists and own != torch.float64:
             if torch.is_autocast_enabled(device.type):
                 dtype = torch.get_autocast_dtype(device.type)
-        engine = self._engine
-        if engine is not None and (engine.device, engine.dtype) == (device, dtype):
-            return engine
-        if self.execution == "graph" and (engine is not None or device.type != "cuda"):
-            was = f"{engine.dtype} on {engine.device}" if engine else "one on CUDA"
-            raise ValueError(
-                f"model: expected {was}, as when this Sampler was made, got {dtype} on {device}; "
-                "make a new Sampler"
-            )
-        predictor: HoistedDiT | AnyPredictor
-        if isinstance(self.model, DiT):
-            twin = self.execution != "eager" or dtype != own
-            predictor = HoistedDiT(self.model, dtype, twin)
-        else:
-            layout = TokenLayout(self._cfg) if self._cfg else ImageLayout(self.sample_shape)
-            predictor = AnyPredictor(self.model, dtype, layout)
-        self._engine = Engine(predictor, device, dtype, self.execution)
-        return self._engine
+        if (device, own) != self._built_for:
+            if self.execution == "graph":
+                raise ValueError(
+                    f"model: expected {self._built_for[1]} on {self._built_for[0]}, as when this "
+                    f"Sampler was made, got {own} on {device}; make a new Sampler"
+                )
+            self._engines.clear()
+            self._built_for = device, own
+        if dtype not in self._engines:
+            predictor: HoistedDiT | AnyPredictor
+            if isinstance(self.model, DiT):
+                twin = self.execution != "eager" or dtype != own
+                predictor = HoistedDiT(self.model, dtype, twin)
+            else:
+                layout = TokenLayout(self._cfg) if self._cfg else ImageLayout(self.sample_shape)
+                predictor = AnyPredictor(self.model, device, dtype, layout)
+            self._engines[dtype] = Engine(predictor, device, dtype, self.execution)
+        return self._engines[dtype]
 
     def _with_null(self, y: Tensor | None) -> list[int] | None:
         """The labels as the engine takes them: where there is guidance, as many null ones more."""
@@ -305,10 +325,13 @@ def _check_integer(name: str, value: int, bits: int) -> int:
 
 
 def _check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """One reduction over all of them and one read-back: a NaN would paint every pixel."""
+    """A NaN would paint every pixel. One reduction and one read-back where all is well."""
     if not tensors:
         return
-    finite = torch.stack([t.isfinite().all() for t in tensors.values()])
-    if not finite.all():
-        name = list(tensors)[int((~finite).nonzero()[0])]
-        raise ValueError(f"{what}: expected finite values, but {name} holds NaN or Inf")
+    # A value that is not finite leaves no sum finite; a sum that overflows is looked at again.
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
+    if sums.isfinite().all():
+        return
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"{what}: expected finite values, but {name} holds NaN or Inf")

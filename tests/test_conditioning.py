@@ -69,8 +69,8 @@ def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
         bound = row_bytes(labels) + row_bytes() * steps
     tables = ModulationTables(model, TIMESTEPS, wanted, bound)
     filled = []
-    fill = tables._fill
-    tables._fill = lambda k: filled.append(k) or fill(k)
+    chunk_from = tables._chunk_from
+    tables._chunk_from = lambda k: filled.append(k) or chunk_from(k)
     for k, t in enumerate(TIMESTEPS):
         expected = model.modulation(torch.full((4,), t), y)
         assert relative_error(tables.rows(k, 4), expected) < 1e-12
@@ -90,14 +90,31 @@ def test_a_bound_below_one_step_is_an_error():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "rows"), [("split", 5), ("silu", 10)])
+@pytest.mark.parametrize(("name", "rows"), [("split", [2, 1, 5]), ("silu", [10])])
 def test_only_distinct_rows_are_computed(name, rows):
-    """Five steps of six images with two labels: with SiLU ten rows, without it five and two."""
+    """Five steps of six images with two labels: ten rows, or two, one of zeros, and five."""
     model, seen = make(CONFIGS[name]), []
     model.final_mod.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
     tables = ModulationTables(model, TIMESTEPS, [4, 9, 4, 4, 9, 9], 2**20)
     for k in range(5):
         tables.rows(k, 6)
-    assert seen == [rows]
-    labels = 2 if name == "split" else 0
-    assert tables.nbytes == (rows + labels) * WIDTH * 8
+    assert seen == rows
+    assert tables.nbytes == (7 if name == "split" else 10) * WIDTH * 8
+
+
+@torch.no_grad()
+def test_layers_that_are_more_than_a_matrix_keep_what_they_add():
+    """A low-rank update beside a layer, as adapters make it, counts in both tables."""
+
+    class LowRank(torch.nn.Linear):
+        def forward(self, c):
+            return super().forward(c) + c[..., :1]
+
+    model = make(CONFIGS["split"])
+    layer = LowRank(16, 32).double()
+    layer.load_state_dict(model.final_mod.state_dict())
+    model.final_mod = layer
+    y = torch.tensor([3, 1])
+    tables = ModulationTables(model, TIMESTEPS, y.tolist(), 2**20)
+    expected = model.modulation(torch.full((2,), 500), y)
+    assert relative_error(tables.rows(1, 2), expected) < 1e-12

@@ -156,6 +156,7 @@ def test_changed_weights_are_seen(execution, dtype):
 
 def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch):
     """One for a single image, one for more; no step and no second sampler compiles anew."""
+    COMPILED.clear()
     torch._dynamo.reset()
     monkeypatch.setattr(execution, "_compiled_advance", functools.cache(counted_advance))
     for seed in (0, 1):
@@ -165,6 +166,24 @@ def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch
         for labels in ([1, 2], [3], [4, 5, 6], [7], [1] * 8):
             assert sampler(labels).isfinite().all()
         assert len(COMPILED) == 2
+    for T in (5, 9):
+        Sampler(model, DiffusionScheduler(T), execution="compile")([1, 2])
+    assert len(COMPILED) == 2
+
+
+def test_compile_serves_any_guidance_scale_after_two(monkeypatch):
+    COMPILED.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(execution, "_compiled_advance", functools.cache(counted_advance))
+    model, counts = make_model(PUBLISHED), []
+    for scale in (1.5, 2.0, 3.0, 4.0, 7.5):
+        guidance = Guidance(scale, interval=(3, 8))
+        sampler = Sampler(model, make_scheduler(), guidance=guidance, execution="compile")
+        eager = Sampler(model, make_scheduler(), guidance=guidance, execution="eager")
+        for labels in ([1, 2], [3]):
+            assert relative_error(sampler(labels), eager(labels)) < 1e-5
+        counts.append(len(COMPILED))
+    assert counts[1] < 12 and counts[1:] == [counts[1]] * 4
 
 
 COMPILED: list[int] = []
@@ -235,6 +254,26 @@ def test_a_function_gets_each_step_and_the_image_predicted(execution):
     # At t = 0 nothing is added, and the mean of the posterior is the predicted image.
     assert relative_error(seen[-1][1], images) < 1e-5
     assert relative_error(seen[0][1], images) > 0.01
+
+
+@by_execution
+def test_a_sampler_made_in_inference_mode_works_outside(execution):
+    sampler = Sampler(
+        make_model(device=device_of(execution)),
+        make_scheduler(),
+        dtype=torch.bfloat16,
+        execution=execution,
+    )
+    with torch.inference_mode():
+        inside = sampler([3, 1])
+    assert torch.equal(sampler([3, 1]), inside)
+
+
+def test_a_sampler_within_its_own_call_is_an_error_not_a_wait():
+    sampler = Sampler(make_model(), make_scheduler())
+    with pytest.raises(RuntimeError, match="progress: a sampler cannot sample within its own call"):
+        sampler([0], progress=lambda k, x0: sampler([0]))
+    assert sampler([0]).isfinite().all()
 
 
 def test_null_rows_are_not_computed_outside_the_interval():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, execution
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, engine, execution
 from fastdit.testing import randomize, relative_error
 
 STEPS = 12
@@ -35,7 +35,7 @@ class FakeGraph:
 
 @pytest.fixture
 def graphs_without_cuda(monkeypatch):
-    """Captures counted by batch size; all else of the graph execution is the real one."""
+    """Captures counted by rows; all else of the graph execution is the real one."""
     captured = []
 
     def capture(self, predictor, state, inputs, guidance):
@@ -46,22 +46,15 @@ def graphs_without_cuda(monkeypatch):
         return execution._Captured(graph, state, inputs)
 
     monkeypatch.setattr(execution.Graphed, "_capture", capture)
+    monkeypatch.setitem(engine.EXECUTIONS, "graph", execution.Graphed)
     monkeypatch.setattr(Sampler, "_choose", lambda self, name: name)
     return captured
-
-
-def without_cuda(sampler):
-    """A sampler of the graph execution for a model on the CPU."""
-    sampler.execution = "compile"
-    engine = sampler._current_engine()
-    engine._step = execution.Graphed(max_graphs=4)
-    return sampler
 
 
 def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
     """Captured once for a batch size and a set of active rows, loaded with what is new."""
     model, scheduler = make_model(), make_scheduler()
-    sampler = without_cuda(Sampler(model, scheduler, guidance=GUIDANCE, execution="graph"))
+    sampler = Sampler(model, scheduler, guidance=GUIDANCE, execution="graph")
     eager = Sampler(model, scheduler, guidance=GUIDANCE, execution="eager")
     first = sampler([1, 2, 3], seed=5)
     kept = first.clone()
@@ -78,15 +71,20 @@ def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
     assert graphs_without_cuda[4:] == [3, 6]  # brought noise is read, not made
 
 
-def test_graphs_are_dropped_when_others_come_and_captured_again_with_a_warning(
-    graphs_without_cuda,
+def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
+    graphs_without_cuda, monkeypatch, recwarn
 ):
-    sampler = without_cuda(Sampler(make_model(), make_scheduler(), execution="graph"))
-    for batch in (1, 2, 3, 4, 1, 5):  # the one of 2 is the one used longest ago
+    monkeypatch.setitem(engine.EXECUTIONS, "graph", lambda: execution.Graphed(max_graphs=4))
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    for batch in (1, 2, 3, 4, 1):
         sampler([0] * batch)
-    assert graphs_without_cuda == [1, 2, 3, 4, 5]
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="more than 4 kinds of batches") as warned:
+        sampler([0] * 5)  # instead of the graph for two
+    assert warned[0].filename == __file__
     sampler([0])
-    with pytest.warns(UserWarning, match="the graph for a batch of 2 is captured again, since 4 "):
+    assert graphs_without_cuda == [1, 2, 3, 4, 5]
+    with pytest.warns(UserWarning, match="more than 4 kinds of batches"):
         sampler([0, 0])
     assert graphs_without_cuda == [1, 2, 3, 4, 5, 2]
 
@@ -94,13 +92,29 @@ def test_graphs_are_dropped_when_others_come_and_captured_again_with_a_warning(
 def test_a_graph_sampler_refuses_a_model_that_moved(graphs_without_cuda):
     model = make_model()
     sampler = Sampler(model, make_scheduler(), execution="graph")
-    with pytest.raises(ValueError, match="model: expected one on CUDA.*got torch.float32 on cpu"):
-        sampler([0])
-    without_cuda(sampler)([0])
-    sampler.execution = "graph"
+    sampler([0])
     model.bfloat16()
     with pytest.raises(ValueError, match="model: expected torch.float32 on cpu.*make a new Samp"):
         sampler([0])
+
+
+def test_a_graph_belongs_to_a_dtype_of_autocast(graphs_without_cuda):
+    """Coming and going of autocast neither fails nor captures anew."""
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    plain = sampler([0])
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = sampler([0])
+    assert torch.equal(sampler([0]), plain) and not torch.equal(narrow, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler([0]), narrow)
+    assert graphs_without_cuda == [1, 1]
+
+
+def test_a_graph_made_in_inference_mode_runs_outside(graphs_without_cuda):
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    with torch.inference_mode():
+        inside = sampler([3])
+    assert torch.equal(sampler([3]), inside)
 
 
 @pytest.mark.gpu
@@ -132,9 +146,58 @@ def test_the_loop_never_waits_for_the_device(noise):
 def test_graphs_of_all_batch_sizes_share_their_memory():
     """What a smaller batch's graph adds is its own state and inputs, not another pool."""
     sampler = Sampler(make_model("cuda"), make_scheduler())
+
+    def reserved():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
     sampler([0] * 256)
-    before = torch.cuda.memory_reserved()
+    before = reserved()
     for batch in (255, 254, 253):
         sampler([0] * batch)
     state = 3 * 256 * 3 * 16 * 16 * 4 + 256 * (6 * 2 + 2) * 32 * 4
-    assert torch.cuda.memory_reserved() - before <= 3 * 2 * state + 3 * 2**21
+    assert reserved() - before <= 3 * 2 * state + 3 * 2**21
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_others_and_what_they_free(monkeypatch):
+    """Workspaces and pools: graphs are dropped, caches emptied, freed memory is poisoned."""
+    monkeypatch.setitem(engine.EXECUTIONS, "graph", lambda: execution.Graphed(max_graphs=2))
+    model = make_model("cuda")
+    sampler = Sampler(model, make_scheduler())
+    eager = Sampler(model, make_scheduler(), execution="eager")
+    with pytest.warns(UserWarning, match="more than 2 kinds"):
+        for batch in (64, 32, 48):
+            sampler([0] * batch)
+    torch._dynamo.reset()
+    other = torch.compile(torch.nn.Linear(64, 64).cuda(), mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):
+            other(torch.randn(8, 64, device="cuda"))
+    torch.cuda.empty_cache()
+    poison = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(256)]
+    for batch in (32, 48):
+        assert relative_error(sampler([0] * batch), eager([0] * batch)) < 1e-5
+    assert all(p.isnan().all() for p in poison)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_a_sampler_that_works(monkeypatch):
+    model = make_model("cuda")
+    sampler = Sampler(model, make_scheduler())
+    denoise, calls = fastdit.DiT.denoise, []
+
+    def failing(self, tokens, modulation):
+        calls.append(0)
+        if len(calls) == 2:  # the first is the warm-up
+            raise RuntimeError("in a capture")
+        return denoise(self, tokens, modulation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastdit.DiT, "denoise", failing)
+        with pytest.raises(RuntimeError, match="in a capture"):
+            sampler([0])
+    eager = Sampler(model, make_scheduler(), execution="eager")
+    assert relative_error(sampler([0]), eager([0])) < 1e-5
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -3,13 +3,19 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastdit
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2cpu"
+RESULTS = ROOT / "benchmarks" / "results"
+SAMPLING = RESULTS / "intel-xeon-processor-2cpu" / "sample_throughput.json"
+TRAINING = RESULTS / "amd-epyc-2cpu" / "train_throughput.json"
 
 
 @pytest.fixture
@@ -20,13 +26,17 @@ def benchmark_modules(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def read(name):
-    return json.loads((RESULTS / name).read_text())
+def read(path):
+    return json.loads(path.read_text())
 
 
-def test_the_example_runs(tmp_path, monkeypatch, recwarn):
+def examples():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_example_runs(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    code = examples()[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     names = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -34,11 +44,20 @@ def test_the_example_runs(tmp_path, monkeypatch, recwarn):
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_the_sampling_example_runs():
+    cfg = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2)
+    model = fastdit.DiT.from_config(cfg)
+    scheduler = fastdit.DiffusionScheduler(T=4, schedule="cosine")
+    names = {"fastdit": fastdit, "torch": torch, "model": model, "scheduler": scheduler}
+    exec(compile(examples()[1], "README.md", "exec"), names)
+    assert names["images"].shape == (2, 4, 32, 32)
+
+
 def test_the_sampling_table_is_the_measured_one(benchmark_modules):
     from _harness import table
     from sample_throughput import COLUMNS
 
-    document = read("sample_throughput.json")
+    document = read(SAMPLING)
     assert table(COLUMNS, document["rows"], markdown=True) in README
 
 
@@ -46,14 +65,14 @@ def test_the_training_tables_are_the_measured_ones(benchmark_modules):
     from _harness import table
     from train_throughput import QUALITY_COLUMNS, RATE_COLUMNS
 
-    document = read("train_throughput.json")
+    document = read(TRAINING)
     assert table(RATE_COLUMNS, document["rates"], markdown=True) in README
     assert table(QUALITY_COLUMNS, document["learned"], markdown=True) in README
 
 
-@pytest.mark.parametrize("name", ["sample_throughput.json", "train_throughput.json"])
-def test_results_name_their_machine_and_come_from_a_commit(name):
-    machine = read(name)["machine"]
+@pytest.mark.parametrize("path", [SAMPLING, TRAINING], ids=["sampling", "training"])
+def test_results_name_their_machine_and_come_from_a_commit(path):
+    machine = read(path)["machine"]
     assert machine["device"] in README and f"torch {machine['torch']}" in README
     assert re.fullmatch(r"[0-9a-f]{10}", machine["commit"])
 

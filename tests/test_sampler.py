@@ -282,3 +282,11 @@ def test_weights_that_are_not_finite_are_named(bad):
         model.blocks[1].mlp[2].bias[3] = bad
     with pytest.raises(ValueError, match=r"finite values, but blocks\.1\.mlp\.2\.bias holds"):
         Sampler(model, make_scheduler())([0])
+
+
+def test_large_finite_weights_are_no_error():
+    """Their sum overflows; each of them is a number."""
+    model = make_model()
+    with torch.no_grad():
+        model.y_embed.weight[9:] = 3e38
+    assert Sampler(model, make_scheduler())([0]).isfinite().all()
