@@ -11,10 +11,11 @@ of the loop. Its floor is the sum of
 - the two passes a block that LayerNorm, modulation, gate and residual need, at the rate of a copy
   of one of their tensors: residual and branch read, residual and modulated written.
 
-GELU, biases and the solver's update are free: they can ride in what is counted. On a GPU products
-take turns over copies that exceed the L2 cache, as a model's layers do, and are timed inside a
-CUDA graph; on a CPU caches are warm, and what calling PyTorch costs is in each figure, so that
-code which does not pay for that can run below the floor.
+GELU, biases and the solver's update are free: they can ride in what is counted. On a GPU the
+weights of a product take turns over copies that exceed the L2 cache, as a model's layers do, while
+activations stay where they fit; products and copies are timed inside a CUDA graph. On a CPU what
+calling PyTorch costs is in each figure, and for a small model is most of it: there this is a
+yardstick, and code that does not pay for calls can run below it.
 """
 
 from __future__ import annotations
@@ -86,8 +87,11 @@ def attention_work(cfg: DiTConfig, rows: int, itemsize: int) -> tuple[int, int]:
 
 
 def pass_bytes(cfg: DiTConfig, rows: int, itemsize: int) -> int:
-    """Bytes of a forward's fused LayerNorm passes: four tensors each, and two for the first."""
-    return (cfg.n_layers * 2 * 4 + 2) * rows * cfg.n_tokens * cfg.hidden * itemsize
+    """Bytes of a forward's fused LayerNorm passes: four tensors each, two for the first.
+
+    The last need not write its residual.
+    """
+    return (cfg.n_layers * 2 * 4 + 2 - 1) * rows * cfg.n_tokens * cfg.hidden * itemsize
 
 
 def flop(cfg: DiTConfig, rows: int) -> int:
@@ -98,29 +102,23 @@ def flop(cfg: DiTConfig, rows: int) -> int:
 
 def measure(cfg: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """The floor of a step in seconds, and what it is made of."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
     timed = []
     for product in products(cfg, rows):
-        a, b, out = (
-            (product.rows, product.inner),
-            (product.inner, product.columns),
-            (product.rows, product.columns),
-        )
-        moved = sum(x * y for x, y in (a, b, out)) * dtype.itemsize
-        sets = [
-            tuple(torch.randn(shape, device=device).to(dtype) for shape in (a, b[::-1], out))
-            for _ in range(copies(moved, device))
-        ]
-        calls = [lambda s=s: torch.mm(s[0], s[1].t(), out=s[2]) for s in sets]
+        a, out = randn(product.rows, product.inner), randn(product.rows, product.columns)
+        count = copies(product.inner * product.columns * dtype.itemsize, device)
+        weights = [randn(product.columns, product.inner) for _ in range(min(count, cfg.n_layers))]
+        calls = [lambda w=w, a=a, out=out: torch.mm(a, w.t(), out=out) for w in weights]
         timed.append((product, _time(calls, device)))
-    residual = rows * cfg.n_tokens * cfg.hidden
-    pairs = [
-        torch.randn(2, residual, device=device).to(dtype)
-        for _ in range(copies(2 * residual * dtype.itemsize, device))
-    ]
-    copy = _time([lambda p=p: p[1].copy_(p[0]) for p in pairs], device)
+    source = randn(rows * cfg.n_tokens, cfg.hidden)
+    target = torch.empty_like(source)
+    copy = _time([lambda: target.copy_(source)], device)
 
     rate = max(product.flop / took for product, took in timed)
-    copy_rate = 2 * residual * dtype.itemsize / copy
+    copy_rate = 2 * source.nbytes / copy
     attention_flop, attention_bytes = attention_work(cfg, rows, dtype.itemsize)
     products_s = sum(product.times * took for product, took in timed)
     attention_s = max(attention_flop / rate, attention_bytes / copy_rate)

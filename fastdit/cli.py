@@ -178,6 +178,9 @@ def sample(
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; needs a null class.")
     ] = None,
+    guidance_channels: Annotated[
+        int | None, typer.Option(min=1, help="Guide so many channels; published DiTs: 3.  [all]")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16.  [the checkpoint's]")
     ] = None,
@@ -192,10 +195,15 @@ def sample(
         wanted = parse_labels(labels, info.labels, info.config)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
+        guidance = None
+        if guidance_scale is not None:
+            guidance = Guidance(guidance_scale, channels=guidance_channels)
+        elif guidance_channels is not None:
+            raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
         sampler = Sampler(
             load(checkpoint).to(_device(device)),
             DiffusionScheduler(**diffusion),
-            guidance=None if guidance_scale is None else Guidance(guidance_scale),
+            guidance=guidance,
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,
         )

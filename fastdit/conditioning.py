@@ -42,7 +42,7 @@ class ModulationTables:
             ValueError: the tables of a single step exceed the bound.
         """
         self._model, cfg = model, model.cfg
-        device, itemsize = model.final_mod.weight.device, model.final_mod.weight.element_size()
+        device, itemsize = model.pos_embed.device, model.pos_embed.element_size()
         distinct = [] if labels is None else sorted(set(labels))
         position = {label: i for i, label in enumerate(distinct)}
         rows = [0] if labels is None else [position[label] for label in labels]

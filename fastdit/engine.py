@@ -92,7 +92,9 @@ class Engine:
             x = self._seeded(batch.keys, torch.zeros(1, dtype=torch.int64, device=self.device))[0]
         else:
             x = self._layout.to_state(batch.x_T.to(self.device))
-        x = x.to(dtype)
+        # A copy, since the caller's x_T stays as it is, and no view, since a compiled step would
+        # tell the first state from the later ones by it.
+        x = x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         step = torch.zeros((), dtype=torch.int64, device=self.device)
         return State(x, torch.zeros_like(x), step), solver.coefficients.to(self.device, dtype)
 
@@ -105,7 +107,7 @@ class Engine:
         """Each step's noise and seeds, one of them None; the k-th step (from 1) is step k."""
         if batch.noise is not None:
             noise = batch.noise.to(self.device)
-            return ((self._layout.to_state(z).to(x.dtype), None) for z in noise)
+            return ((self._layout.to_state(z).to(x.dtype, copy=True), None) for z in noise)
         if self._execution != "eager" or functional.default_backend(x) == "triton":
             return [(None, batch.keys)] * S
         return ((z.to(x.dtype), None) for z in self._seeded_steps(batch.keys, S))

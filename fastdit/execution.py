@@ -63,25 +63,37 @@ def advance(
 class Compiled:
     """`advance` as one graph of torch.compile.
 
-    Batches of two and more share a dynamic graph; a single image has one of its own, since
-    PyTorch always specialises on a size of one.
+    Batches of two and more share a dynamic graph, whatever the number of steps; a single image
+    has one of its own, since PyTorch always specialises on a size of one. The first guidance scale
+    compiles a graph and the second one for all scales.
     """
 
     def __call__(
         self, predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
     ) -> State:
-        channels = 0 if guidance is None else guidance.channels
-        kind = (predictor.cfg, predictor.dtype, channels, inputs.noise is None)
-        torch._dynamo.mark_dynamic(inputs.coefficients, 0)  # schedulers of any length
-        if len(state.x) > 1:
+        B, S = len(state.x), len(inputs.coefficients)
+        if S > 1:
+            torch._dynamo.mark_dynamic(inputs.coefficients, 0)
+        if B > 1:
             for t in (state.x, state.x0, inputs.conditioning, inputs.noise, inputs.seeds):
                 if t is not None:
                     torch._dynamo.mark_dynamic(t, 0)
-        return _compiled_advance(state.x.device.type, kind)(predictor, state, inputs, guidance)
+        return _compiled_advance(
+            state.x.device.type,
+            predictor.cfg,
+            predictor.dtype,
+            (B > 1, S > 1, inputs.noise is None, guidance and (guidance.channels,)),
+            # What else PyTorch guards a graph with, and a program may change between two calls.
+            (
+                torch.get_num_threads(),
+                torch.are_deterministic_algorithms_enabled(),
+                torch.get_default_dtype(),
+            ),
+        )(predictor, state, inputs, guidance)
 
 
-@functools.cache
-def _compiled_advance(device: str, kind: Hashable) -> Step:
+@functools.lru_cache(maxsize=64)
+def _compiled_advance(device: str, *kind: Hashable) -> Step:
     """The compiled step that all samplers of one kind share.
 
     PyTorch counts recompilations by code object, and gives up at eight: each kind has its own.

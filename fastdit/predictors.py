@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,17 +50,29 @@ class TokenLayout:
         return reference.unpatchify(tokens, self._cfg.patch_size)
 
 
+def hoists(model: nn.Module) -> TypeGuard[DiT]:
+    """Whether calling a model is what `fastdit.DiT.forward` does, with nothing before or after."""
+    own = ("forward", "modulation", "conditioning")
+    return (
+        isinstance(model, DiT)
+        and all(getattr(type(model), name) is getattr(DiT, name) for name in own)
+        and not (model._forward_hooks or model._forward_pre_hooks)
+    )
+
+
 class HoistedDiT:
     """A `fastdit.DiT`, whose conditioning is rows of modulation, computed before the loop.
 
     Its weights are the model's own, or with `twin` a copy in a dtype of its own that `refresh`
     fills anew: in the same buffers, as a captured graph needs it, and out of the reach of
-    whatever happens to the model's parameters meanwhile.
+    whatever happens to the model's parameters meanwhile. All else of the copy, such as hooks and
+    exchanged modules, is as it was when it was made.
     """
 
     def __init__(self, model: DiT, dtype: torch.dtype, twin: bool) -> None:
         self.cfg, self.dtype, self.layout = model.cfg, dtype, TokenLayout(model.cfg)
-        self.model = _twin(model, dtype) if twin else model
+        floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self.model = _twin(model, dtype) if twin or floats != {dtype} else model
         self._source = model
 
     def refresh(self) -> None:
@@ -70,7 +83,7 @@ class HoistedDiT:
         """
         if self.model is self._source:
             return
-        own, new = self.model.state_dict(), self._source.state_dict()
+        own, new = _tensors(self.model), _tensors(self._source)
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in new.items()}:
             raise ValueError(
                 "model: its parameters have other names or shapes than when this Sampler copied "
@@ -125,14 +138,19 @@ class AnyPredictor:
         images = self.layout.to_images(x).to(self.dtype)
         if len(t) != len(x):
             images = torch.cat([images, images])
-        out: Tensor = self.model(images, t, y)
+        out = self.model(images, t, y)
         B, C, H, W = images.shape
-        if out.shape not in ((B, C, H, W), (B, 2 * C, H, W)):
+        if not isinstance(out, Tensor) or out.shape not in ((B, C, H, W), (B, 2 * C, H, W)):
             raise ValueError(
                 f"model: expected an output of shape {[B, C, H, W]} or {[B, 2 * C, H, W]}, got "
-                f"{list(out.shape)}"
+                f"{list(out.shape) if isinstance(out, Tensor) else type(out).__name__}"
             )
         return self.layout.to_state(out)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, saved ones and others, by name."""
+    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _twin(model: DiT, dtype: torch.dtype) -> DiT:
@@ -146,5 +164,11 @@ def _twin(model: DiT, dtype: torch.dtype) -> DiT:
         return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 
     # deepcopy takes what stands in its memo for the copy, so that no weight is held a third time.
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(t): storage(t) for t in tensors}).eval()
+    memo = {id(t): storage(t) for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"model: this execution or dtype needs a copy of it, which failed ({error}); use "
+            "execution='eager' and the model's own dtype"
+        ) from error

@@ -6,8 +6,9 @@ import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,13 +17,14 @@ from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.engine import EXECUTIONS, Batch, Engine, Progress
 from fastdit.errors import check_range, unknown_name
-from fastdit.model import DiT, unwrap
-from fastdit.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout
+from fastdit.model import unwrap
+from fastdit.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout, hoists
 from fastdit.solvers import SOLVERS, Guidance
 
 TABLE_BYTES = 2**30
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Labels: TypeAlias = Sequence[int] | Tensor
+Labels: TypeAlias = Sequence[int] | Tensor | np.ndarray
 
 
 class Sampler:
@@ -68,8 +70,9 @@ class Sampler:
                 state is at least float32 whatever it is.
             execution: "eager"; "compile", the step as one graph of torch.compile, which pays back
                 after some hundred steps; "graph", the step replayed as a CUDA graph. The latter
-                two need a `fastdit.DiT` and keep a copy of its weights. "auto" is "graph" for a
-                `fastdit.DiT` on CUDA and "eager" elsewhere.
+                two need a `fastdit.DiT` and copy it, as another dtype does: later calls see its
+                weights as they are then, but not modules that were exchanged or hooks that came.
+                "auto" is "graph" for a `fastdit.DiT` on CUDA and "eager" elsewhere.
             table_bytes: bound of the memory of the modulation tables, which are made for as many
                 steps at a time as fit.
             sample_shape: (C, H, W) of one image, for models other than DiT.
@@ -82,7 +85,7 @@ class Sampler:
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
         inner = unwrap(model)
-        self.model = inner if isinstance(inner, DiT) else model
+        self.model = inner if hoists(inner) else model
         self._cfg = inner.cfg if isinstance(inner, reference.DiT) else None
         self.sample_shape = _check_shape(sample_shape, self._cfg)
         self.solver = SOLVERS[solver](scheduler)
@@ -142,6 +145,8 @@ class Sampler:
         _check_finite("x_T", {} if x_T is None else {"it": x_T})
         _check_finite("noise", {} if noise is None else {"it": noise})
         _check_finite("model", dict(self.model.named_parameters()))
+        if not (isinstance(progress, bool) or callable(progress)):
+            raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
         with self._taking_turns():
             engine = self._current_engine()
             batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
@@ -152,6 +157,13 @@ class Sampler:
                     f"{engine.dtype} may be too narrow for it"
                 )
         return images
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what cannot be copied or sent, and is made anew."""
+        return self.__dict__ | {"_engines": {}, "_turn": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_turn": threading.Lock()}
 
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
@@ -185,36 +197,37 @@ class Sampler:
         dtype, own = self.dtype, self._device_and_dtype()[1]
         if dtype is None:
             return
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a float dtype, got {dtype}")
-        if dtype != own and not isinstance(self.model, DiT):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if dtype != own and not hoists(self.model):
             raise ValueError(
                 f"dtype: expected {own} or None, since the model is no fastdit.DiT, got {dtype}"
             )
 
     def _choose(self, execution: str) -> str:
         """The execution to use; raises for one that cannot be."""
-        device, hoists = self._device_and_dtype()[0], isinstance(self.model, DiT)
+        device, hoisted = self._device_and_dtype()[0], hoists(self.model)
         if execution == "auto":
-            return "graph" if hoists and device.type == "cuda" else "eager"
-        if execution != "eager" and not hoists:
+            return "graph" if hoisted and device.type == "cuda" else "eager"
+        if execution != "eager" and not hoisted:
             raise ValueError(
-                f"execution: {execution!r} needs a fastdit.DiT, got "
-                f"{type(unwrap(self.model)).__name__}; use 'eager'"
+                f"execution: {execution!r} needs a fastdit.DiT whose forward is its own, without "
+                f"hooks, got {type(unwrap(self.model)).__name__}; use 'eager'"
             )
         if execution == "graph" and device.type != "cuda":
             raise ValueError(f"execution: 'graph' needs a model on CUDA, got one on {device}")
         return execution
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        first = next(self.model.parameters(), torch.empty(0, dtype=torch.float32))
+        floats = (p for p in self.model.parameters() if p.is_floating_point())
+        first = next(floats, torch.empty(0, dtype=torch.float32))
         return first.device, first.dtype
 
     def _current_engine(self) -> Engine:
         """An engine for the model's device and dtype of now; one more for each autocast dtype."""
         device, own = self._device_and_dtype()
-        dtype, hoists = self.dtype or own, isinstance(self.model, DiT)
-        if self.dtype is None and hoists and own != torch.float64:
+        dtype = self.dtype or own
+        if self.dtype is None and hoists(self.model) and own != torch.float64:
             if torch.is_autocast_enabled(device.type):
                 dtype = torch.get_autocast_dtype(device.type)
         if (device, own) != self._built_for:
@@ -227,9 +240,8 @@ class Sampler:
             self._built_for = device, own
         if dtype not in self._engines:
             predictor: HoistedDiT | AnyPredictor
-            if isinstance(self.model, DiT):
-                twin = self.execution != "eager" or dtype != own
-                predictor = HoistedDiT(self.model, dtype, twin)
+            if hoists(self.model):
+                predictor = HoistedDiT(self.model, dtype, twin=self.execution != "eager")
             else:
                 layout = TokenLayout(self._cfg) if self._cfg else ImageLayout(self.sample_shape)
                 predictor = AnyPredictor(self.model, device, dtype, layout)
@@ -252,6 +264,8 @@ class Sampler:
         if self._cfg is not None and not self._cfg.use_class_cond:
             raise ValueError("labels: expected None, since the model has use_class_cond=False")
         expected = "labels: expected a non-empty list of integers, one an image"
+        if isinstance(labels, np.ndarray):
+            labels = labels.tolist()  # of any strides
         try:
             y = torch.as_tensor(labels, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -278,6 +292,8 @@ class Sampler:
 def _check_shape(
     sample_shape: tuple[int, int, int] | None, cfg: DiTConfig | None
 ) -> tuple[int, int, int]:
+    if sample_shape is not None:
+        sample_shape = tuple(sample_shape)  # type: ignore[assignment]
     shape = cfg.sample_shape if cfg else sample_shape
     if shape is None:
         raise ValueError("sample_shape: expected (C, H, W), since the model is no DiT, got None")
@@ -289,6 +305,8 @@ def _check_shape(
 
 
 def _batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
+    if seeds is not None and not isinstance(seeds, Sequence | Tensor | np.ndarray):
+        raise ValueError(f"seeds: expected a sequence of integers, got {type(seeds).__name__}")
     given = y if y is not None else seeds if seeds is not None else x_T
     if given is None or not len(given):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,14 +35,34 @@ class Guidance:
     channels: int | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number, got {self.scale}")
+        # Plain numbers, whatever they came as: guidance is compared, hashed and compiled against.
+        try:
+            scale = float(self.scale)
+        except (TypeError, ValueError):
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {self.scale!r}")
+        object.__setattr__(self, "scale", scale)
         if self.interval is not None:
-            low, high = self.interval
+            try:
+                low, high = map(operator.index, self.interval)
+            except (TypeError, ValueError):
+                low, high = 0, 0
             if not 0 <= low < high:
-                raise ValueError(f"interval: expected 0 <= low < high, got {self.interval}")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"channels: expected at least 1, or None, got {self.channels}")
+                raise ValueError(
+                    f"interval: expected integers 0 <= low < high, got {self.interval!r}"
+                )
+            object.__setattr__(self, "interval", (low, high))
+        if self.channels is not None:
+            try:
+                channels = operator.index(self.channels)
+            except TypeError:
+                channels = 0
+            if channels < 1:
+                raise ValueError(
+                    f"channels: expected an integer of at least 1, or None, got {self.channels!r}"
+                )
+            object.__setattr__(self, "channels", channels)
 
     def active(self, t: int) -> bool:
         """Whether timestep t is guided."""

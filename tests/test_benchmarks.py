@@ -34,7 +34,7 @@ def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
     if importlib.util.find_spec("diffusers"):
         ways.append("diffusers eager")
     assert set(rows) == {(way, batch) for way in ways for batch in (1, 2)}
-    for (way, batch), row in rows.items():
+    for (way, _), row in rows.items():
         assert way in done.stdout
         assert row["images/s"] > 0 and row["min"] <= row["images/s"] <= row["max"]
         assert row["share"] > 0
@@ -42,8 +42,9 @@ def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
         assert 0 < row.get("error", 1e-6) < 1e-5, "float32 against float64"
         assert ("compile s" in row) == way.endswith(("compiled", "compile", "max-autotune"))
         assert len(row["seconds"]) == 2
-        # A first run compiles all that the timed ones need: none of those is slow.
-        assert max(row["seconds"]) < 2, f"{way}, batch {batch}"
+        # A first run compiles all that the timed ones need.
+        assert "compile s" not in row or max(row["seconds"]) < row["first run s"]
+        assert row["to compiled"] > 0 and row["ratio"] > 0
     with Image.open(plot) as image:
         assert image.format == "PNG" and image.size[0] > 300
     assert rows["reference compiled", 1]["compile s"] > 0

@@ -206,9 +206,21 @@ def test_sample_takes_guidance_dtype_and_execution(tmp_path):
     path, out = tmp_path / "m.safetensors", tmp_path / "s.npz"
     fastdit.save(model, path, scheduler)
     chosen = ("--labels", "3, 5", "--count", 1, "--seed", 4, "--out", out)
-    done = run("sample", path, *chosen, "--guidance-scale", 2.5, "--dtype", "bfloat16")
+    done = run(
+        "sample",
+        path,
+        *chosen,
+        "--guidance-scale",
+        2.5,
+        "--guidance-channels",
+        2,
+        "--dtype",
+        "bfloat16",
+    )
     assert done.exit_code == 0, done.output
-    sampler = Sampler(model, scheduler, guidance=fastdit.Guidance(2.5), dtype=torch.bfloat16)
+    sampler = Sampler(
+        model, scheduler, guidance=fastdit.Guidance(2.5, channels=2), dtype=torch.bfloat16
+    )
     with np.load(out) as file:
         assert np.array_equal(file["arr_0"], to_pixels(sampler([3, 5], seed=4)))
 
@@ -217,6 +229,7 @@ def test_sample_takes_guidance_dtype_and_execution(tmp_path):
     ("arguments", "message"),
     [
         (("--guidance-scale", 2), "error: guidance: expected None, since the model is no DiT with"),
+        (("--guidance-channels", 2), "error: --guidance-channels: expected --guidance-scale besi"),
         (("--dtype", "bf16"), "error: --dtype: expected one of float32, bfloat16, float16; got"),
         (("--execution", "grahp"), "did you mean 'graph'?"),
         (("--execution", "graph", "--device", "cpu"), "error: execution: 'graph' needs a model on"),

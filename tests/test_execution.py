@@ -1,7 +1,10 @@
 """Every execution makes the reference loop's images, and sees the weights as they are."""
 
+import copy
 import functools
+import pickle
 import threading
+import types
 
 import pytest
 import torch
@@ -163,12 +166,28 @@ def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch
         model = make_model()
         randomize(model, seed)
         sampler = Sampler(model, make_scheduler(), execution="compile")
-        for labels in ([1, 2], [3], [4, 5, 6], [7], [1] * 8):
+        for labels in ([3], [1, 2], [4, 5, 6], [7], [1] * 8):
             assert sampler(labels).isfinite().all()
+        sampler([1, 2], x_T=torch.randn(2, *SEED.sample_shape, requires_grad=True))
         assert len(COMPILED) == 2
     for T in (5, 9):
         Sampler(model, DiffusionScheduler(T), execution="compile")([1, 2])
     assert len(COMPILED) == 2
+
+
+def test_compile_survives_changes_of_the_global_state(monkeypatch):
+    """PyTorch guards graphs with it, and gives a function up after eight recompilations."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(execution, "_compiled_advance", functools.cache(counted_advance))
+    sampler, threads = Sampler(make_model(), make_scheduler(), execution="compile"), []
+    images, before = sampler([1, 2], seed=3), torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10):
+            torch.set_num_threads(n)
+            threads.append(sampler([1, 2], seed=3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(relative_error(other, images) < 1e-5 for other in threads)
 
 
 def test_compile_serves_any_guidance_scale_after_two(monkeypatch):
@@ -183,18 +202,21 @@ def test_compile_serves_any_guidance_scale_after_two(monkeypatch):
         for labels in ([1, 2], [3]):
             assert relative_error(sampler(labels), eager(labels)) < 1e-5
         counts.append(len(COMPILED))
-    assert counts[1] < 12 and counts[1:] == [counts[1]] * 4
+    assert counts == [4, 6, 6, 6, 6]  # guided or not, one image or more; guided for any scale
 
 
 COMPILED: list[int] = []
 
 
-def counted_advance(device, kind):
+def counted_advance(*kind):
+    """The step compiled by a backend that only counts, each kind by itself as in the real one."""
+
     def count(graph, inputs):
         COMPILED.append(len(inputs))
         return graph.forward
 
-    return torch.compile(execution.advance, backend=count, fullgraph=True)
+    own = types.FunctionType(execution.advance.__code__.replace(), execution.advance.__globals__)
+    return torch.compile(own, backend=count, fullgraph=True)
 
 
 @by_execution
@@ -334,6 +356,82 @@ def test_an_eager_sampler_follows_its_model():
     assert double.dtype == torch.float64 and 0 < relative_error(single, double) < 1e-5
 
 
+@by_execution
+def test_a_model_that_is_cast_after_a_call_is_followed_or_refused(execution):
+    """Also where the forward's dtype was named, and was the model's own."""
+    model = make_model(device=device_of(execution))
+    sampler = Sampler(model, make_scheduler(), dtype=torch.float32, execution=execution)
+    before = sampler([1, 2])
+    model.double()
+    if execution == "graph":
+        with pytest.raises(ValueError, match="make a new Sampler"):
+            sampler([1, 2])
+    else:
+        assert relative_error(sampler([1, 2]), before) < 1e-6
+
+
+def test_a_copy_has_all_tensors_of_the_model_and_follows_them():
+    class Scaled(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = make_model()
+    layer = Scaled(32, 96)
+    layer.load_state_dict(model.blocks[0].attn.qkv.state_dict())
+    model.blocks[0].attn.qkv = layer
+    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
+    for value in (2.0, 0.5):
+        layer.scale.fill_(value)
+        assert relative_error(sampler([1, 2]), Sampler(model, make_scheduler())([1, 2])) < 0.02
+
+
+def test_a_model_in_two_dtypes_is_made_one():
+    model, mixed = make_model(), make_model()
+    mixed.blocks.bfloat16()
+    single = Sampler(mixed, make_scheduler(), dtype=torch.float32)([1, 2])
+    assert relative_error(single, Sampler(model, make_scheduler())([1, 2])) < 0.02
+
+
+def test_a_forward_of_ones_own_is_called():
+    """A subclass's, or one with a hook: nothing is hoisted past it."""
+
+    class Halved(fastdit.DiT):
+        def forward(self, x, t, y=None):
+            return 0.5 * super().forward(x, t, y)
+
+    own, hooked = Halved.from_config(SEED), make_model()
+    randomize(own)
+    hooked.register_forward_hook(lambda module, inputs, out: 0.5 * out)
+    plain = make_model()
+    with torch.no_grad():
+        plain.final_linear.weight.mul_(0.5)
+        plain.final_linear.bias.mul_(0.5)
+    expected = Sampler(plain, make_scheduler())([1, 2])
+    for model in (own, hooked):
+        assert relative_error(Sampler(model, make_scheduler())([1, 2]), expected) < 1e-5
+        with pytest.raises(ValueError, match="execution: 'compile' needs a fastdit.DiT whose forw"):
+            Sampler(model, make_scheduler(), execution="compile")
+
+
+def test_a_sampler_can_be_copied_and_sent():
+    sampler = Sampler(make_model(), make_scheduler(), dtype=torch.bfloat16)
+    images = sampler([1, 2])
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert torch.equal(other([1, 2]), images)
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    model = make_model()
+    model.lock = threading.Lock()
+    assert Sampler(model, make_scheduler())([1]).isfinite().all()
+    with pytest.raises(ValueError, match="model: this execution or dtype needs a copy of it"):
+        Sampler(model, make_scheduler(), dtype=torch.bfloat16)([1])
+
+
 def test_a_copy_refuses_a_model_of_another_shape():
     model = make_model()
     sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
@@ -346,7 +444,7 @@ def test_a_copy_refuses_a_model_of_another_shape():
 @pytest.mark.parametrize("name", ["compile", "graph"])
 def test_executions_of_a_dit_refuse_other_models(name):
     plain = reference.DiT.from_config(SEED)
-    with pytest.raises(ValueError, match=f"execution: '{name}' needs a fastdit.DiT, got DiT"):
+    with pytest.raises(ValueError, match=f"execution: '{name}' needs a fastdit.DiT.*got DiT"):
         Sampler(plain, make_scheduler(), execution=name)
     with pytest.raises(ValueError, match="dtype: expected torch.float32 or None"):
         Sampler(plain, make_scheduler(), dtype=torch.bfloat16)

@@ -1,5 +1,6 @@
 """Sampling: the reference loop's images, whatever the batch, for any noise predictor."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -173,6 +174,9 @@ def test_progress_shows_a_bar_only_when_asked(capsys):
         ([0, 1], {"first_index": 2**32 - 1}, "first_index: expected at most 2^32 - 2, got 4294967"),
         ([0], {"first_index": 1.5}, "first_index: expected an integer in [0, 2^32), got 1.5"),
         ([0], {"seeds": [-7]}, "seeds: expected an integer in [0, 2^63), got -7"),
+        ([0], {"seeds": 3}, "seeds: expected a sequence of integers, got int"),
+        ([0], {"seeds": {3}}, "seeds: expected a sequence of integers, got set"),
+        ([0], {"progress": "bar"}, "progress: expected True, False or a function, got 'bar'"),
         (["red"], {}, "labels: expected a non-empty list of integers, one an image; got ['red']"),
         (None, {"seeds": []}, "labels: expected labels, or seeds or x_T"),
         (
@@ -204,8 +208,8 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
         ({"execution": "grpah"}, "got 'grpah'; did you mean 'graph'?"),
         ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
         ({"guidance": Guidance(4.0)}, "guidance: expected None, since the model is no DiT with nu"),
-        ({"dtype": torch.int64}, "dtype: expected a float dtype, got torch.int64"),
-        ({"dtype": "bf16"}, "dtype: expected a float dtype, got bf16"),
+        ({"dtype": torch.int64}, "got torch.int64"),
+        ({"dtype": "bf16"}, "dtype: expected one of torch.float16, torch.bfloat16, torch.float32"),
         ({"table_bytes": 0}, "table_bytes: expected a positive integer, got 0"),
         ({"sample_shape": (3, 8, 8)}, "sample_shape: expected the model's (3, 16, 16)"),
     ],
@@ -290,3 +294,41 @@ def test_large_finite_weights_are_no_error():
     with torch.no_grad():
         model.y_embed.weight[9:] = 3e38
     assert Sampler(model, make_scheduler())([0]).isfinite().all()
+
+
+def test_labels_come_as_any_array_and_keys_too():
+    sampler = Sampler(make_model(), make_scheduler())
+    expected = sampler([7, 5], seeds=[1, 2])
+    assert torch.equal(sampler(np.array([5, 7])[::-1], seeds=np.array([2, 1])[::-1]), expected)
+    assert torch.equal(sampler(np.array([7, 5], dtype=object), seeds=range(1, 3)), expected)
+
+
+def test_a_predictor_that_writes_to_its_input_leaves_the_callers_alone():
+    class InPlace(nn.Module):
+        def forward(self, x, t, y):
+            return x.mul_(0.5)
+
+    x_T = torch.ones(1, 1, 4, 4)
+    Sampler(InPlace(), make_scheduler(), sample_shape=[1, 4, 4])(None, x_T=x_T)
+    assert torch.equal(x_T, torch.ones(1, 1, 4, 4))
+
+
+def test_a_predictor_of_codes_computes_in_its_first_float():
+    class Coded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t, y):
+            assert x.dtype == torch.float32
+            return self.scale * x
+
+    assert Sampler(Coded(), make_scheduler(), sample_shape=(1, 4, 4))(None, seeds=[1]).std() > 0
+
+
+def test_a_predictor_of_another_kind_is_named():
+    model = nn.Module()
+    model.forward = lambda x, t, y: (x, x)
+    with pytest.raises(ValueError, match=r"model: expected an output of shape .*, got tuple"):
+        Sampler(model, make_scheduler(), sample_shape=(1, 4, 4))(None, seeds=[1])

@@ -250,10 +250,16 @@ update = functional.sampler_update
         (lambda: update(x, x, c.to("meta"), s), "coefficients: expected x's device cpu, got meta"),
         (lambda: update(x, x, c, s.to("meta")), "step: expected x's device cpu, got meta"),
         (lambda: update(x, x.to("meta"), c, s), "model_out: expected x's device cpu, got meta"),
-        (lambda: Guidance(2.0, (5, 5)), "interval: expected 0 <= low < high, got (5, 5)"),
-        (lambda: Guidance(2.0, (-1, 5)), "interval: expected 0 <= low < high, got (-1, 5)"),
+        (lambda: Guidance(2.0, (5, 5)), "interval: expected integers 0 <= low < high, got (5, 5)"),
+        (
+            lambda: Guidance(2.0, (-1, 5)),
+            "interval: expected integers 0 <= low < high, got (-1, 5)",
+        ),
         (lambda: Guidance(math.nan), "scale: expected a finite number, got nan"),
-        (lambda: Guidance(2.0, channels=0), "channels: expected at least 1, or None, got 0"),
+        (lambda: Guidance(2.0, 5), "interval: expected integers 0 <= low < high, got 5"),
+        (lambda: Guidance("much"), "scale: expected a finite number, got 'much'"),
+        (lambda: Guidance(2.0, channels=0), "channels: expected an integer of at least 1, or N"),
+        (lambda: Guidance(2.0, channels=2.0), "channels: expected an integer of at least 1, or N"),
     ],
 )
 def test_bad_arguments_are_value_errors_that_name_them(call, message):
@@ -271,3 +277,9 @@ def test_it_traces_as_one_graph_with_a_step_on_the_device():
         compiled(*arguments), functional.sampler_update(*arguments), strict=True
     ):
         assert torch.equal(out, expected)
+
+
+def test_guidance_is_plain_numbers_whatever_it_came_as():
+    numpy_like = torch.tensor(3), torch.tensor(8)
+    guidance = Guidance(torch.tensor(2.5), list(numpy_like), torch.tensor(3))
+    assert guidance == Guidance(2.5, (3, 8), 3) and hash(guidance) == hash(Guidance(2.5, (3, 8), 3))
