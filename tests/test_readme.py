@@ -13,9 +13,8 @@ import fastdit
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results"
-SAMPLING = RESULTS / "intel-xeon-processor-2cpu" / "sample_throughput.json"
-TRAINING = RESULTS / "amd-epyc-2cpu" / "train_throughput.json"
+RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
+SAMPLING, TRAINING = RESULTS / "sample_throughput.json", RESULTS / "train_throughput.json"
 
 
 @pytest.fixture
