@@ -25,6 +25,8 @@ from fastdit.model import DiT, unwrap
 _HEADER = "fastdit"  # the metadata entry that holds the JSON below
 _SHOWN_KEYS = 4
 
+_DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
+
 _LAYOUTS = {
     "patch_embed.": "fastdit",
     "x_embedder.": "facebookresearch/DiT",
@@ -74,7 +76,7 @@ def save(
     check_keys("model", expected, inner.state_dict())
     header = {
         "config": inner.cfg.to_dict(),
-        "diffusion": scheduler and {"T": scheduler.T, "schedule": scheduler.schedule},
+        "diffusion": scheduler and scheduler.options,
         "labels": labels and list(labels),
     }
     write_tensors(path, inner.state_dict(), header)
@@ -192,10 +194,13 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
     config = from_options(DiTConfig, header["config"], complete=True)
     diffusion, labels = header.get("diffusion"), header.get("labels")
-    if diffusion is not None and (
-        not isinstance(diffusion, dict) or sorted(diffusion) != ["T", "schedule"]
-    ):
-        raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
+    if diffusion is not None:
+        if (
+            not isinstance(diffusion, dict)
+            or not {"T", "schedule"} <= diffusion.keys() <= _DIFFUSION
+        ):
+            raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
+        diffusion = {"prediction": "epsilon"} | diffusion  # the only one there was at first
     _check_labels(f"{path}: labels", labels, config)
     return CheckpointInfo(config, diffusion, None if labels is None else tuple(labels))
 

@@ -23,7 +23,7 @@ from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.images import to_pixels, write_grid, write_npz
 from fastdit.sampler import Sampler
-from fastdit.solvers import Guidance
+from fastdit.solvers import SOLVERS, Guidance
 from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
 
 DEFAULT_OUT = Path("runs/toy")
@@ -175,6 +175,13 @@ def sample(
         "samples.png"
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.")] = 64,
+    solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = "ddpm",
+    steps: Annotated[
+        int | None, typer.Option(help="Of the solver.  [all it was trained on]")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Bound of the predicted image; 1 for pixels.  [none]")
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; needs a null class.")
     ] = None,
@@ -195,6 +202,8 @@ def sample(
         wanted = parse_labels(labels, info.labels, info.config)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
+        if solver not in SOLVERS:
+            raise unknown_name("--solver", solver, SOLVERS)
         guidance = None
         if guidance_scale is not None:
             guidance = Guidance(guidance_scale, channels=guidance_channels)
@@ -203,6 +212,8 @@ def sample(
         sampler = Sampler(
             load(checkpoint).to(_device(device)),
             DiffusionScheduler(**diffusion),
+            replace(SOLVERS[solver], clip=clip),
+            steps,
             guidance=guidance,
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,

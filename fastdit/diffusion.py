@@ -60,11 +60,54 @@ def _cosine_betas(T: int) -> Tensor:
     return (1 - alpha_bars[1:] / alpha_bars[:-1]).clamp(max=0.999)
 
 
+def spaced_timesteps(T: int, steps: int) -> list[int]:
+    """Timesteps from 0 to T - 1 at equal distances, rounded, ascending.
+
+    Source: Nichol & Dhariwal 2021, `space_timesteps` of their code with one section, which DiT's
+    samples use ("250").
+    """
+    _check_steps(T, steps)
+    stride = (T - 1) / (steps - 1) if steps > 1 else 1.0
+    taken, at = [], 0.0
+    for _ in range(steps):  # summed up and rounded half to even, as published
+        taken.append(round(at))
+        at += stride
+    return taken
+
+
+def strided_timesteps(T: int, steps: int) -> list[int]:
+    """Every so-many-th timestep from 0, ascending: T - 1 is not among them.
+
+    Raises:
+        ValueError: no stride takes so many steps; the message names numbers near by.
+
+    Source: Song et al. 2021 (DDIM), section 4.2's linear sub-sequence; "ddim50" in the code of
+    Nichol & Dhariwal and of DiT.
+    """
+    _check_steps(T, steps)
+    counts = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
+    if steps not in counts:
+        near = sorted(counts, key=lambda n: abs(n - steps))[:2]
+        raise ValueError(
+            f"steps: no stride takes {steps} of {T} timesteps; the nearest numbers are "
+            f"{' and '.join(map(str, sorted(near)))}"
+        )
+    return list(range(0, T, counts[steps]))
+
+
+def _check_steps(T: int, steps: int) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= T:
+        raise ValueError(f"steps: expected an integer from 1 to T = {T}, got {steps!r}")
+
+
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
     "linear": _linear_betas,
     "linear-scaled": _linear_scaled_betas,
     "cosine": _cosine_betas,
 }
+
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class DiffusionScheduler:
@@ -94,7 +137,11 @@ class DiffusionScheduler:
     posterior_var: Tensor
 
     def __init__(
-        self, T: int = 200, device: torch.device | str = "cpu", schedule: str = "linear"
+        self,
+        T: int = 200,
+        device: torch.device | str = "cpu",
+        schedule: str = "linear",
+        prediction: str = "epsilon",
     ) -> None:
         """Build the tables.
 
@@ -103,10 +150,13 @@ class DiffusionScheduler:
             device: where the attributes live.
             schedule: "linear" (betas from 1e-4 to 0.02), "linear-scaled" (those times 1000/T)
                 or "cosine".
+            prediction: what the model was trained to return: "epsilon" (the noise), "sample" (x0),
+                or "v_prediction" (`sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x0`, Salimans &
+                Ho 2022).
 
         Raises:
-            ValueError: T is no positive integer, or too small for the schedule; or the schedule's
-                name is unknown.
+            ValueError: T is no positive integer, or too small for the schedule; or a name is
+                unknown.
 
         Warns:
             TerminalSNRWarning: x_T keeps signal that sampling will not start with.
@@ -115,8 +165,11 @@ class DiffusionScheduler:
             raise ValueError(f"T: expected a positive integer, got {T!r}")
         if schedule not in SCHEDULES:
             raise unknown_name("schedule", schedule, SCHEDULES)
+        if prediction not in PREDICTIONS:
+            raise unknown_name("prediction", prediction, PREDICTIONS)
         self.T = T
         self.schedule = schedule
+        self.prediction = prediction
         self.device = torch.device(device)
         betas = SCHEDULES[schedule](T)
         alphas = 1 - betas
@@ -134,6 +187,11 @@ class DiffusionScheduler:
         for name, table in self.tables.items():
             setattr(self, name, table.to(self.device, torch.float32))
         self._warn_if_signal_remains()
+
+    @property
+    def options(self) -> dict[str, int | str]:
+        """The arguments that make this diffusion again, on any device."""
+        return {"T": self.T, "schedule": self.schedule, "prediction": self.prediction}
 
     def _warn_if_signal_remains(self) -> None:
         alpha_bar = self.tables["alpha_bars"][-1].item()

@@ -14,7 +14,7 @@ from fastdit import functional
 from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
 from fastdit.noise import normal
 from fastdit.predictors import AnyPredictor, HoistedDiT
-from fastdit.solvers import Guidance, Solver
+from fastdit.solvers import Guidance, StepTable
 
 EXECUTIONS: dict[str, Callable[[], Step]] = {
     "eager": lambda: advance,
@@ -52,7 +52,7 @@ class Engine:
     def sample(
         self,
         batch: Batch,
-        solver: Solver,
+        table: StepTable,
         guidance: Guidance | None,
         table_bytes: int,
         progress: Progress,
@@ -63,11 +63,11 @@ class Engine:
         """
         predictor, B = self._predictor, len(batch.keys)
         predictor.refresh()
-        guided = [guidance is not None and guidance.active(t) for t in solver.timesteps]
+        guided = [guidance is not None and guidance.active(t) for t in table.timesteps]
         with self._without_autocast():
-            conditioning = predictor.begin(solver.timesteps, batch.labels, table_bytes)
-            state, coefficients = self._start(batch, solver)
-            noise = self._noise(batch, state.x, len(solver.timesteps))
+            conditioning = predictor.begin(table.timesteps, batch.labels, table_bytes)
+            state, coefficients = self._start(batch, table)
+            noise = self._noise(batch, state.x, len(table.timesteps))
             bar = tqdm(
                 guided, desc="sampling", unit="step", leave=None, disable=progress is not True
             )
@@ -85,7 +85,7 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, enabled=False)
 
-    def _start(self, batch: Batch, solver: Solver) -> tuple[State, Tensor]:
+    def _start(self, batch: Batch, table: StepTable) -> tuple[State, Tensor]:
         """The state before the first step, and the solver's coefficients."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         if batch.x_T is None:
@@ -96,7 +96,7 @@ class Engine:
         # tell the first state from the later ones by it.
         x = x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         step = torch.zeros((), dtype=torch.int64, device=self.device)
-        return State(x, torch.zeros_like(x), step), solver.coefficients.to(self.device, dtype)
+        return State(x, torch.zeros_like(x), step), table.coefficients.to(self.device, dtype)
 
     def _seeded(self, keys: Tensor, steps: Tensor) -> Tensor:
         """Noise of some steps, each like the state; elements are counted in the state's order."""

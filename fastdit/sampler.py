@@ -19,7 +19,7 @@ from fastdit.engine import EXECUTIONS, Batch, Engine, Progress
 from fastdit.errors import check_range, unknown_name
 from fastdit.model import unwrap
 from fastdit.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout, hoists
-from fastdit.solvers import SOLVERS, Guidance
+from fastdit.solvers import SOLVERS, Guidance, Solver
 
 TABLE_BYTES = 2**30
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,7 +46,8 @@ class Sampler:
         self,
         model: nn.Module,
         scheduler: DiffusionScheduler,
-        solver: str = "ddpm",
+        solver: str | Solver = "ddpm",
+        steps: int | None = None,
         *,
         guidance: Guidance | None = None,
         dtype: torch.dtype | None = None,
@@ -63,7 +64,11 @@ class Sampler:
                 the CPU where it has none). A compiled or data parallel `fastdit.DiT` is unwrapped:
                 `execution` says how it runs.
             scheduler: the diffusion the model was trained on.
-            solver: "ddpm" (ancestral, all T steps).
+            solver: "ddpm" (ancestral), "ddim", "dpm++" (DPM-Solver++(2M)) or "heun", or one of
+                `fastdit.solvers` with its options, such as `DDIM(eta=0.5)` or `DDPM(clip=1.0)`.
+            steps: how many of the scheduler's T steps to take; None takes all. Which ones, the
+                solver's docstring says. Heun's method calls the model twice a step, but once in
+                the last.
             guidance: classifier-free guidance; needs a DiT with `null_class`.
             dtype: of the forward, its residual stream included; None is the model's own, or
                 autocast's inside autocast. Other than its own needs a `fastdit.DiT`. The sampler's
@@ -80,7 +85,7 @@ class Sampler:
         Raises:
             ValueError: an unknown name, or a model this sampler cannot serve.
         """
-        if solver not in SOLVERS:
+        if not isinstance(solver, Solver) and solver not in SOLVERS:
             raise unknown_name("solver", solver, SOLVERS)
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
@@ -88,7 +93,8 @@ class Sampler:
         self.model = inner if hoists(inner) else model
         self._cfg = inner.cfg if isinstance(inner, reference.DiT) else None
         self.sample_shape = _check_shape(sample_shape, self._cfg)
-        self.solver = SOLVERS[solver](scheduler)
+        self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
+        self.table = self.solver.table(scheduler, steps)
         self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
         self._check_guidance()
         self._check_dtype()
@@ -122,8 +128,9 @@ class Sampler:
             seeds: B keys, one an image, all at stream 0; replaces `seed`.
             first_index: index of the first image, so that a set can be sampled in parts.
             x_T: [B, C, H, W] to start from, instead of the seed's.
-            noise: [S, B, C, H, W] to add, instead of the seed's: the k-th of S updates uses
-                noise[k] (the last update adds none).
+            noise: [S, B, C, H, W] to add, instead of the seed's: the k-th of S evaluations of
+                the model uses noise[k] (the last adds none, and a deterministic solver none at
+                all).
             progress: True shows a progress bar on stderr; a function is called after each step
                 as `progress(k, x0)`, with k from 0 and the image predicted so far [B, C, H, W].
                 On CUDA both run ahead of the device, which works on what was launched.
@@ -141,7 +148,7 @@ class Sampler:
         B = _batch_size(y, seeds, x_T)
         keys = _check_seeds(B, seed, seeds, first_index)
         self._check_tensor("x_T", x_T, (B, *self.sample_shape))
-        self._check_tensor("noise", noise, (len(self.solver.timesteps), B, *self.sample_shape))
+        self._check_tensor("noise", noise, (len(self.table.timesteps), B, *self.sample_shape))
         _check_finite("x_T", {} if x_T is None else {"it": x_T})
         _check_finite("noise", {} if noise is None else {"it": noise})
         _check_finite("model", dict(self.model.named_parameters()))
@@ -150,7 +157,7 @@ class Sampler:
         with self._taking_turns():
             engine = self._current_engine()
             batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
-            images = engine.sample(batch, self.solver, self.guidance, self.table_bytes, progress)
+            images = engine.sample(batch, self.table, self.guidance, self.table_bytes, progress)
             if not images.isfinite().all():
                 raise FloatingPointError(
                     "model: expected finite predictions, but images hold NaN or Inf; "

@@ -55,7 +55,7 @@ def test_header_carries_schedule_and_labels(tmp_path):
     names = [f"class {i}" for i in range(16)]
     fastdit.save(make_model(), tmp_path / "m.safetensors", scheduler, names)
     assert inspect(tmp_path / "m.safetensors") == CheckpointInfo(
-        SMALL, {"T": 50, "schedule": "cosine"}, tuple(names)
+        SMALL, scheduler.options, tuple(names)
     )
 
 

@@ -15,6 +15,7 @@ from fastdit import DiffusionScheduler, DiTConfig, Sampler, cli
 from fastdit.cli import app, parse_labels, print_losses
 from fastdit.data import LABEL_NAMES
 from fastdit.images import to_pixels, write_grid
+from fastdit.solvers import DPMSolverPP
 from fastdit.testing import randomize
 from fastdit.train import Recipe, Trainer, TrainResult
 
@@ -199,30 +200,24 @@ def test_the_installed_command_answers():
     assert done.returncode == 0 and "train" in done.stdout and "sample" in done.stdout
 
 
-def test_sample_takes_guidance_dtype_and_execution(tmp_path):
+def test_sample_takes_solver_guidance_dtype_and_execution(tmp_path):
     model = fastdit.DiT(hidden=16, n_layers=1, n_heads=1, null_class=True)
     randomize(model)
-    scheduler = DiffusionScheduler(5, schedule="cosine")
+    scheduler = DiffusionScheduler(8, schedule="cosine")
     path, out = tmp_path / "m.safetensors", tmp_path / "s.npz"
     fastdit.save(model, path, scheduler)
-    chosen = ("--labels", "3, 5", "--count", 1, "--seed", 4, "--out", out)
     done = run(
-        "sample",
-        path,
-        *chosen,
-        "--guidance-scale",
-        2.5,
-        "--guidance-channels",
-        2,
-        "--dtype",
-        "bfloat16",
+        *("sample", path, "--labels", "3, 5", "--count", 1, "--seed", 4, "--out", out),
+        *("--solver", "dpm++", "--steps", 5, "--clip", 0.9, "--execution", "eager"),
+        *("--guidance-scale", 2.5, "--guidance-channels", 2, "--dtype", "bfloat16"),
     )
     assert done.exit_code == 0, done.output
-    sampler = Sampler(
-        model, scheduler, guidance=fastdit.Guidance(2.5, channels=2), dtype=torch.bfloat16
-    )
+    guidance, solver = fastdit.Guidance(2.5, channels=2), DPMSolverPP(clip=0.9)
+    sampler = Sampler(model, scheduler, solver, 5, guidance=guidance, dtype=torch.bfloat16)
+    images = sampler([3, 5], seed=4)
+    assert images.abs().max() < 0.91  # clipped; its pixels are not all black or white
     with np.load(out) as file:
-        assert np.array_equal(file["arr_0"], to_pixels(sampler([3, 5], seed=4)))
+        assert np.array_equal(file["arr_0"], to_pixels(images))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +225,9 @@ def test_sample_takes_guidance_dtype_and_execution(tmp_path):
     [
         (("--guidance-scale", 2), "error: guidance: expected None, since the model is no DiT with"),
         (("--guidance-channels", 2), "error: --guidance-channels: expected --guidance-scale besi"),
+        (("--solver", "dimm"), "error: --solver: expected one of ddpm, ddim, dpm++, heun; got"),
+        (("--steps", 6), "error: steps: expected an integer from 1 to T = 5, got 6"),
+        (("--clip", 0), "error: clip: expected a positive number, or None, got 0.0"),
         (("--dtype", "bf16"), "error: --dtype: expected one of float32, bfloat16, float16; got"),
         (("--execution", "grahp"), "did you mean 'graph'?"),
         (("--execution", "graph", "--device", "cpu"), "error: execution: 'graph' needs a model on"),

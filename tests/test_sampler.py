@@ -204,7 +204,10 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "ddmp"}, "solver: expected one of ddpm; got 'ddmp'; did you mean 'ddpm'?"),
+        (
+            {"solver": "ddmp"},
+            "solver: expected one of ddpm, ddim, dpm++, heun; got 'ddmp'; did you mean",
+        ),
         ({"execution": "grpah"}, "got 'grpah'; did you mean 'graph'?"),
         ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
         ({"guidance": Guidance(4.0)}, "guidance: expected None, since the model is no DiT with nu"),

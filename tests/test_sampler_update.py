@@ -8,7 +8,7 @@ import torch
 from fastdit import functional, reference
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.noise import normal
-from fastdit.solvers import Guidance, ancestral_ddpm
+from fastdit.solvers import DDPM, Guidance
 
 SHAPES = {"tokens": (2, 15, 3), "images": (2, 3, 5, 3)}
 by_layout = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -44,7 +44,7 @@ def test_a_loop_of_ancestral_rows_is_ancestral_sampling(learned):
         eps = torch.sin(2 * x) + t[:, None, None, None] / 10
         return torch.cat([eps, torch.cos(3 * x)], dim=1) if learned else eps
 
-    x, solver = x_T, ancestral_ddpm(scheduler)
+    x, solver = x_T, DDPM().table(scheduler)
     assert solver.timesteps == [7, 6, 5, 4, 3, 2, 1, 0]
     for k, t in enumerate(solver.timesteps):
         model_out = model(x, torch.full((2,), t), None)
