@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import pickle
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +18,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from fastdit import reference
+from fastdit import layouts, reference
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import from_options
+from fastdit.errors import from_options, unknown_name
 from fastdit.files import atomic_path
 from fastdit.model import DiT, unwrap
 
 _HEADER = "fastdit"  # the metadata entry that holds the JSON below
 _SHOWN_KEYS = 4
+# Peebles & Xie 2023, section 4: ADM's, linear from 1e-4 to 0.02.
+_PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
+# What torch.load raises for a file that is torn, of another kind, or wants to run code.
+_BAD_PICKLE = (
+    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
+    *(LookupError, TypeError, AttributeError, OverflowError, AssertionError),
+)
+
+SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT")
 
 _DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
-
-_LAYOUTS = {
-    "patch_embed.": "fastdit",
-    "x_embedder.": "facebookresearch/DiT",
-    "transformer_blocks.": "diffusers",
-}
 
 
 @dataclass(frozen=True)
@@ -54,62 +60,166 @@ def save(
     path: str | os.PathLike[str],
     scheduler: DiffusionScheduler | None = None,
     labels: Sequence[str] | None = None,
+    *,
+    layout: str = "fastdit",
 ) -> None:
-    """Write a model to a safetensors file, atomically.
+    """Write a model to a file, atomically.
 
     Args:
         model: its state dict and config are stored; a compiled or wrapped one is unwrapped.
         path: the file; an older one is replaced only once the new one is whole on disk.
         scheduler: the diffusion the model was trained on, so that sampling can find it.
         labels: names of the classes, one for each of `num_classes`.
+        layout: "fastdit", a safetensors file; or "facebookresearch/DiT", the state dict that its
+            code loads, as a .pt file, which holds neither scheduler nor labels.
 
     Raises:
-        ValueError: the model is no DiT, its weights are not those of its config, or the labels are
-            not num_classes strings.
+        ValueError: the model is no DiT, its weights are not those of its config, the labels are
+            not num_classes strings, or the layout cannot hold the model.
         OSError: the file cannot be written; an older one is left as it was.
     """
+    if layout not in SAVED_LAYOUTS:
+        raise unknown_name("layout", layout, SAVED_LAYOUTS)
     inner = unwrap(model)
     if not isinstance(inner, reference.DiT):
         raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
     _check_labels("labels", labels, inner.cfg)
     expected = _empty_model("model", inner.cfg).state_dict()
     check_keys("model", expected, inner.state_dict())
-    header = {
-        "config": inner.cfg.to_dict(),
-        "diffusion": scheduler and scheduler.options,
-        "labels": labels and list(labels),
-    }
-    write_tensors(path, inner.state_dict(), header)
+    if layout == "fastdit":
+        header = {
+            "config": inner.cfg.to_dict(),
+            "diffusion": scheduler and scheduler.options,
+            "labels": labels and list(labels),
+        }
+        write_tensors(path, inner.state_dict(), header)
+        return
+    if scheduler or labels:
+        raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
+    foreign = layouts.to_facebook(inner.state_dict())
+    told, _ = layouts.from_facebook(foreign, inner.cfg.n_heads)
+    if replace(told, init=inner.cfg.init) != inner.cfg:
+        raise ValueError(
+            f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {inner.cfg}"
+        )
+    with atomic_path(path) as aside:
+        torch.save({name: t.detach().cpu() for name, t in foreign.items()}, aside)
 
 
-def load(path: str | os.PathLike[str]) -> DiT:
-    """Read a model that `fastdit.save` wrote, on the CPU, in its stored dtype.
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
+    *,
+    n_heads: int | None = None,
+) -> DiT:
+    """Read a model, whose layout is told by its keys, on the CPU, in its stored dtype.
+
+    Args:
+        source: a file of `fastdit.save`; a checkpoint of facebookresearch/DiT, as a .pt file or
+            safetensors, bare or with "ema" or "model" in it (the first of them is taken); its
+            state dict; or the live module.
+        n_heads: attention heads where shapes do not tell it: of a model of facebookresearch/DiT
+            that has none of the published depths and widths.
+
+    Returns:
+        A fastdit.DiT with weights of its own. `model.cfg` is what was read or inferred.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or foreign; the message says what it looks like.
+        ValueError: the source is truncated or foreign, holds code, or is not of one model; the
+            message says what it looks like.
     """
-    with _open(path) as file:
-        info = _read_info(path, file)
-        tensors = _get_tensors(file)
-    model = _empty_model(str(path), info.config)
-    check_keys(str(path), model.state_dict(), tensors)
-    for name, tensor in tensors.items():
+    if isinstance(source, nn.Module):
+        inner = unwrap(source)
+        config = inner.cfg if isinstance(inner, reference.DiT) else None
+        n_heads = n_heads or getattr(inner, "num_heads", None)
+        name, tensors = type(inner).__name__, inner.state_dict()
+    elif isinstance(source, Mapping):
+        name, config, tensors = "state dict", None, dict(source)
+    else:
+        name = str(source)
+        info, tensors = _read_file(source)
+        config = info.config if info else None
+    if config is None:
+        config, tensors = _translate(name, tensors, n_heads)
+    elif n_heads not in (None, config.n_heads):
+        raise ValueError(f"n_heads: {name} says {config.n_heads}, got {n_heads}")
+    model = _empty_model(name, config)
+    check_keys(name, model.state_dict(), tensors)
+    for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{path}: expected float weights, but {name} is {tensor.dtype}")
+            raise ValueError(f"{name}: expected float weights, but {key} is {tensor.dtype}")
+    if not isinstance(source, str | os.PathLike):
+        tensors = {key: t.detach().cpu().clone() for key, t in tensors.items()}
     model.load_state_dict(tensors, assign=True)
+    model.pos_embed.requires_grad_(config.pos_embed == "learned")
     return model
 
 
-def inspect(path: str | os.PathLike[str]) -> CheckpointInfo:
-    """What a checkpoint holds, from its header alone.
+def _read_file(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, dict[str, Tensor]]:
+    """What a file says of itself, where fastdit wrote it, and its tensors."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # What torch.save writes, a zip or a bare pickle; safetensors has its JSON at the ninth byte.
+    if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
+        return None, _read_pickle(path)
+    with _open(path) as file:
+        own = _HEADER in (file.metadata() or {})
+        return _read_info(path, file) if own else None, _get_tensors(file)
+
+
+def _read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a .pt file, read without running anything in it."""
+    # The published training code stores its command line beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except _BAD_PICKLE as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{path}: expected a PyTorch file of tensors; it is truncated, or holds more than "
+                f"tensors, which is refused and not run ({reason})"
+            ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
+    for key in ("ema", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
+
+
+def _translate(
+    name: str, tensors: Mapping[str, Tensor], n_heads: int | None
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Config and state dict, where only the keys say what they are of."""
+    if layouts.layout_of(tensors) != "facebookresearch/DiT":
+        raise ValueError(
+            f"{name}: expected a fastdit header, got none; {_describe_layout(tensors)}"
+        )
+    try:
+        return layouts.from_facebook(tensors, n_heads)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> CheckpointInfo:
+    """What a checkpoint holds: as it says, or as its shapes tell of a published DiT.
+
+    Args:
+        path: a file that `load` reads.
+        n_heads: as for `load`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or foreign; the message says what it looks like.
     """
-    with _open(path) as file:
-        return _read_info(path, file)
+    info, tensors = _read_file(path)
+    if info is not None:
+        return info
+    config, _ = _translate(str(path), tensors, n_heads)
+    return CheckpointInfo(config, _PUBLISHED_DIFFUSION)
 
 
 def write_tensors(
@@ -168,7 +278,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     except SafetensorError as error:
         raise ValueError(
             f"{path}: expected a whole safetensors file ({error}); it is truncated, or of another "
-            "kind: a PyTorch .pt is a pickle, which fastdit.load does not open"
+            "kind"
         ) from error
 
 
@@ -228,9 +338,7 @@ def _get_tensors(file: Any) -> dict[str, Tensor]:
 
 
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
-    layout = next(
-        (name for p, name in _LAYOUTS.items() if any(k.startswith(p) for k in keys)), None
-    )
+    layout = layouts.layout_of(keys)
     if layout is None:
         return f"the keys ({_some(list(keys))}) are of no layout known here"
     if layout == "fastdit":

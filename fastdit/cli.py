@@ -16,7 +16,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from fastdit.checkpoint import CheckpointInfo, inspect, load
+from fastdit.checkpoint import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
 from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
@@ -237,6 +237,33 @@ def sample(
         else:
             write_grid(out, pixels, columns=count, zoom=max(1, 64 // info.config.img_size))
         print(f"wrote {len(rows)} images to {out}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint of fastdit or of facebookresearch/DiT (.pt).")
+    ],
+    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    layout: Annotated[str, typer.Option(help=f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
+    n_heads: Annotated[
+        int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")
+    ] = None,
+) -> None:
+    """Rewrite a checkpoint in another layout, to the bit."""
+    with _plain_errors():
+        info, model = inspect(source, n_heads=n_heads), load(source, n_heads=n_heads)
+        cfg = model.cfg
+        if layout == SAVED_LAYOUTS[0]:
+            scheduler = DiffusionScheduler(**info.diffusion) if info.diffusion else None
+            save(model, out, scheduler, info.labels)
+        else:
+            save(model, out, layout=layout)
+        print(
+            f"wrote {out}: {cfg.n_layers} layers of width {cfg.hidden} with {cfg.n_heads} heads, "
+            f"{cfg.num_classes} classes, images of {' x '.join(map(str, cfg.sample_shape))} in "
+            f"patches of {cfg.patch_size}"
+        )
 
 
 def _inspect(checkpoint: Path, out: Path) -> tuple[CheckpointInfo, dict[str, Any]]:

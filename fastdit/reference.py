@@ -9,14 +9,16 @@ Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import MLP_RATIO, DiTConfig
+from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
+from fastdit.errors import unknown_name
 from fastdit.noise import normal
 
 if TYPE_CHECKING:
@@ -247,6 +249,31 @@ class DiT(nn.Module):
     @classmethod
     def from_config(cls, cfg: DiTConfig) -> Self:
         return cls(**cfg.to_dict())
+
+    @classmethod
+    def from_preset(cls, name: str, image_size: int | None = None) -> Self:
+        """A model of a published size with fresh weights.
+
+        Args:
+            name: a key of `fastdit.PRESETS`, such as "DiT-XL/2".
+            image_size: pixels along a side of the images whose latents, an eighth of that, a
+                published model works on; None is 256. "toy" works on pixels.
+
+        Raises:
+            ValueError: the name is unknown, or the size is no multiple of 8 and the patches'.
+        """
+        if name not in PRESETS:
+            raise unknown_name("name", name, PRESETS)
+        cfg = PRESETS[name]
+        if image_size is not None:
+            pixels = 8 if cfg.null_class else 1  # to a cell of the latent
+            if image_size < 1 or image_size % (pixels * cfg.patch_size):
+                raise ValueError(
+                    f"image_size: expected a multiple of {pixels * cfg.patch_size}, got "
+                    f"{image_size}"
+                )
+            cfg = replace(cfg, img_size=image_size // pixels)
+        return cls.from_config(cfg)
 
     @torch.no_grad()
     def _init_weights(self) -> None:

@@ -217,7 +217,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     (tmp_path / "m.pt").write_bytes(pickle.dumps(Hostile()))
     torch.save({"model": Hostile()}, tmp_path / "zipped.pt")
     for name in ("m.pt", "zipped.pt"):
-        with pytest.raises(ValueError, match="a PyTorch .pt is a pickle"):
+        with pytest.raises(ValueError, match="holds more than tensors, which is refused and not"):
             fastdit.load(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -226,7 +226,6 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     ("keys", "message"),
     [
         (["patch_embed.proj.weight"], "look like fastdit's: build fastdit.DiT"),
-        (["x_embedder.proj.weight"], "look like facebookresearch/DiT's"),
         (["transformer_blocks.0.norm1.linear.weight"], "look like diffusers's"),
         (["encoder.weight"], r"the keys \(encoder.weight\) are of no layout known here"),
     ],

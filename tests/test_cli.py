@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,3 +238,37 @@ def test_sample_options_that_cannot_be_are_one_line(checkpoint, arguments, messa
     done = run("sample", checkpoint, *arguments)
     assert done.exit_code == 1 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_convert_makes_a_published_checkpoint_one_that_samples_and_back(tmp_path):
+    preset = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2, num_classes=5)
+    model = fastdit.DiT.from_config(preset)
+    randomize(model)
+    theirs, own = tmp_path / "theirs.pt", tmp_path / "own.safetensors"
+    fastdit.save(model, theirs, layout="facebookresearch/DiT")
+    done = run("convert", theirs, own, "--n-heads", 2)
+    assert done.exit_code == 0, done.output
+    assert "1 layers of width 32 with 2 heads, 5 classes, images of 4 x 32 x 32" in done.stdout
+    assert all(
+        map(torch.equal, fastdit.load(own).state_dict().values(), model.state_dict().values())
+    )
+
+    out = tmp_path / "s.npz"
+    chosen = ("--labels", "3", "--count", 1, "--solver", "ddim", "--steps", 4, "--out", out)
+    done = run("sample", own, *chosen, "--guidance-scale", 4, "--guidance-channels", 3)
+    assert done.exit_code == 0, done.output
+    with np.load(out) as file:
+        assert file["arr_0"].shape == (1, 32, 32, 4)
+
+    done = run("convert", own, tmp_path / "back.pt", "--layout", "facebookresearch/DiT")
+    assert done.exit_code == 0, done.output
+    pair = (torch.load(path, weights_only=True) for path in (theirs, tmp_path / "back.pt"))
+    first, second = pair
+    assert first.keys() == second.keys() and all(map(torch.equal, first.values(), second.values()))
+    done = run("convert", theirs, own)
+    assert done.exit_code == 1 and "n_heads: shapes do not tell it" in done.stderr
+
+
+def test_convert_keeps_what_a_checkpoint_says(checkpoint, tmp_path):
+    assert run("convert", checkpoint, tmp_path / "again.safetensors").exit_code == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == checkpoint.read_bytes()

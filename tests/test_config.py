@@ -71,3 +71,24 @@ def test_presets_have_the_published_sizes(name, millions):
 def test_presets_cover_all_published_names():
     published = {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
     assert set(PRESETS) == published | {"toy"}
+
+
+def test_a_model_of_a_preset_is_made_for_images_of_a_size():
+    with torch.device("meta"):
+        assert fastdit.DiT.from_preset("DiT-XL/2").cfg.img_size == 32
+        assert fastdit.DiT.from_preset("DiT-S/4", image_size=512).cfg.img_size == 64
+        assert fastdit.DiT.from_preset("toy", image_size=24).cfg.img_size == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("DiT-XL/3", None, "did you mean 'DiT-XL/"),
+        ("DiT-XL/2", 250, "image_size: expected a multiple of 16, got 250"),
+        ("toy", 0, "image_size: expected a multiple of 4, got 0"),
+    ],
+)
+def test_a_preset_that_cannot_be_is_an_error(name, size, message):
+    with pytest.raises(ValueError) as error:
+        fastdit.DiT.from_preset(name, size)
+    assert message in str(error.value)

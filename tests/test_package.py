@@ -67,7 +67,7 @@ def test_import_changes_nothing_global(tmp_path):
 LAYERS = [
     {"errors"},
     {"config", "files", "data"},
-    {"diffusion", "noise", "images", "testing"},
+    {"diffusion", "noise", "images", "testing", "layouts"},
     {"reference"},
     {"solvers"},
     {"ops"},

@@ -1,0 +1,176 @@
+"""Published checkpoints: recognised, translated to the bit, and sampled like the original."""
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler
+from fastdit.layouts import from_facebook, to_facebook
+from fastdit.testing import randomize, relative_error
+
+GOLDEN = load_file(Path(__file__).parent / "data" / "facebook_dit_tiny.safetensors")
+STATE = {n.removeprefix("model/"): t for n, t in GOLDEN.items() if n.startswith("model/")}
+CFG = replace(
+    fastdit.PRESETS["DiT-XL/2"], img_size=8, hidden=144, n_layers=2, n_heads=2, num_classes=10
+)
+
+
+def published():
+    return fastdit.load(STATE, n_heads=2)
+
+
+def test_the_config_is_told_by_shapes():
+    assert published().cfg == CFG
+
+
+@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-L/2", "DiT-XL/2"])
+def test_every_preset_is_recognised_with_its_heads(name):
+    with torch.device("meta"):
+        model = fastdit.DiT.from_config(fastdit.PRESETS[name])
+    told, _ = from_facebook(to_facebook(model.state_dict()), None)
+    assert told == fastdit.PRESETS[name]
+
+
+def test_heads_that_shapes_do_not_tell_are_asked_for():
+    with pytest.raises(ValueError, match="state dict: n_heads: shapes do not tell it.*2 layers"):
+        fastdit.load(STATE)
+
+
+def test_a_forward_is_the_published_one():
+    with torch.no_grad():
+        out = published()(GOLDEN["forward/x"], GOLDEN["forward/t"], GOLDEN["forward/y"])
+    assert relative_error(out, GOLDEN["forward/out"]) < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("execution", ["eager", "compile"])
+def test_a_guided_loop_is_the_published_one(solver, execution):
+    """Ten steps, learned range, scale 4 on three channels, with the loop's own noise."""
+    sampler = Sampler(
+        published(),
+        DiffusionScheduler(1000),
+        solver,
+        10,
+        guidance=Guidance(4.0, channels=3),
+        execution=execution,
+    )
+    assert sampler.table.timesteps[::-1] == GOLDEN[f"{solver}/timestep_map"].tolist()
+    half = len(GOLDEN["cfg/y"]) // 2  # the null rows of the published loop carry their own noise
+    images = sampler(
+        GOLDEN["cfg/y"][:half],
+        x_T=GOLDEN[f"{solver}/x_T"][:half],
+        noise=GOLDEN[f"{solver}/noise"][:, :half],
+    )
+    assert relative_error(images, GOLDEN[f"{solver}/x_0"][:half]) < 1e-5
+
+
+def test_there_and_back_is_the_same_to_the_bit(tmp_path):
+    model = published()
+    fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
+    back = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert back.keys() == STATE.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in STATE.items())
+
+
+def as_bare(path):
+    torch.save(STATE, path)
+
+
+def as_training(path):
+    """What the published training code writes: weights twice, optimizer, command line."""
+    noise = {name: torch.zeros_like(t) for name, t in STATE.items()}
+    args = argparse.Namespace(model="DiT-XL/2", lr=1e-4)
+    torch.save({"model": noise, "ema": STATE, "opt": {"state": {}}, "args": args}, path)
+
+
+def as_wrapped(path):
+    torch.save({"model": {f"module.{name}": t for name, t in STATE.items()}}, path)
+
+
+def as_legacy(path):
+    torch.save(STATE, path, _use_new_zipfile_serialization=False)
+
+
+def as_safetensors(path):
+    save_file(STATE, path)
+
+
+@pytest.mark.parametrize("write", [as_bare, as_training, as_wrapped, as_legacy, as_safetensors])
+def test_files_of_every_kind_are_read(tmp_path, write):
+    write(tmp_path / "checkpoint")
+    model = fastdit.load(tmp_path / "checkpoint", n_heads=2)
+    assert all(map(torch.equal, model.state_dict().values(), published().state_dict().values()))
+    os.truncate(tmp_path / "checkpoint", 0)  # nothing is mapped
+    assert model.pos_embed.isfinite().all() and not model.pos_embed.requires_grad
+
+
+def test_a_live_module_is_read_and_keeps_its_weights():
+    class Foreign(nn.Module):
+        num_heads = 2
+
+        def state_dict(self):
+            return STATE
+
+    model = fastdit.load(Foreign())
+    assert model.cfg == CFG
+    own = fastdit.load(model)
+    with torch.no_grad():
+        own.final_linear.bias.add_(1)
+    assert not torch.equal(own.final_linear.bias, model.final_linear.bias)
+    with pytest.raises(ValueError, match="n_heads: DiT says 2, got 3"):
+        fastdit.load(model, n_heads=3)
+
+
+@pytest.mark.parametrize("keep", [1, 100, 0.5, 0.99], ids="keep-{}".format)
+@pytest.mark.parametrize("write", [as_bare, as_training, as_legacy])
+def test_truncated_pickles_are_one_clear_error(tmp_path, write, keep):
+    path = tmp_path / "m.pt"
+    write(path)
+    size = path.stat().st_size
+    os.truncate(path, keep if keep >= 1 else int(keep * size))
+    with pytest.raises(ValueError, match="truncated"):
+        fastdit.load(path, n_heads=2)
+
+
+def without(*names):
+    return {name: t for name, t in STATE.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (without("pos_embed"), "tensors that tell the config are not there: pos_embed"),
+        (without("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias"),
+        (STATE | {"x_embedder.proj.weight": torch.zeros(3)}, "have other shapes"),
+        (STATE | {"blocks.0.attn.qkv.bias": torch.zeros(3)}, r"expected shape \[432\], got \[3\]"),
+        ({"encoder.weight": torch.zeros(3)}, "are of no layout known here"),
+        ({}, "are of no layout known here"),
+    ],
+)
+def test_what_does_not_fit_is_named(tensors, message):
+    with pytest.raises(ValueError, match=f"state dict: .*{message}"):
+        fastdit.load(tensors, n_heads=2)
+
+
+def test_a_layout_refuses_a_model_that_it_cannot_hold(tmp_path):
+    model = fastdit.DiT.from_config(DiTConfig())
+    with pytest.raises(ValueError, match="layout: 'facebookresearch/DiT'|not there: y_embed"):
+        fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
+    own = fastdit.DiT.from_config(replace(CFG, gelu="erf"))
+    randomize(own)
+    with pytest.raises(ValueError, match="holds published DiTs only"):
+        fastdit.save(own, tmp_path / "m.pt", layout="facebookresearch/DiT")
+    with pytest.raises(ValueError, match="holds neither scheduler nor labels"):
+        fastdit.save(
+            published(), tmp_path / "m.pt", DiffusionScheduler(), layout="facebookresearch/DiT"
+        )
+    with pytest.raises(ValueError, match="layout: expected one of fastdit, facebookresearch/DiT"):
+        fastdit.save(own, tmp_path / "m.pt", layout="facebook")
+    assert not list(tmp_path.iterdir())
