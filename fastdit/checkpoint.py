@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import pickle
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from fastdit import layouts, reference
+from fastdit import foreign, layouts, reference
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import from_options, unknown_name
@@ -29,13 +26,8 @@ _HEADER = "fastdit"  # the metadata entry that holds the JSON below
 _SHOWN_KEYS = 4
 # Peebles & Xie 2023, section 4: ADM's, linear from 1e-4 to 0.02.
 _PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
-# What torch.load raises for a file that is torn, of another kind, or wants to run code.
-_BAD_PICKLE = (
-    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
-    *(LookupError, TypeError, AttributeError, OverflowError, AssertionError),
-)
-
-SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT")
+SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
+_LATER_OPTIONS = {"mlp_ln_eps": None, "t_freq_shift": 0}  # of DiTConfig; older files lack them
 
 _DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
 
@@ -70,8 +62,9 @@ def save(
         path: the file; an older one is replaced only once the new one is whole on disk.
         scheduler: the diffusion the model was trained on, so that sampling can find it.
         labels: names of the classes, one for each of `num_classes`.
-        layout: "fastdit", a safetensors file; or "facebookresearch/DiT", the state dict that its
-            code loads, as a .pt file, which holds neither scheduler nor labels.
+        layout: "fastdit", a safetensors file; "facebookresearch/DiT", the state dict that its code
+            loads, as a .pt file; or "diffusers", a folder for its `from_pretrained`. The latter two
+            hold neither scheduler nor labels, and DiTs of their own choices only.
 
     Raises:
         ValueError: the model is no DiT, its weights are not those of its config, the labels are
@@ -96,14 +89,27 @@ def save(
         return
     if scheduler or labels:
         raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
-    foreign = layouts.to_facebook(inner.state_dict())
-    told, _ = layouts.from_facebook(foreign, inner.cfg.n_heads)
+    if layout == "diffusers":
+        _save_folder(inner, Path(path))
+        return
+    theirs = layouts.to_facebook(inner.state_dict())
+    told, _ = layouts.from_facebook(theirs, inner.cfg.n_heads)
     if replace(told, init=inner.cfg.init) != inner.cfg:
         raise ValueError(
             f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {inner.cfg}"
         )
     with atomic_path(path) as aside:
-        torch.save({name: t.detach().cpu() for name, t in foreign.items()}, aside)
+        torch.save({name: t.detach().cpu() for name, t in theirs.items()}, aside)
+
+
+def _save_folder(model: reference.DiT, path: Path) -> None:
+    """The two files that diffusers' from_pretrained reads; the config last, which makes it one."""
+    config, tensors = layouts.to_diffusers(model.cfg, model.state_dict())
+    path.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path / foreign.FOLDER_WEIGHTS[0]) as aside:
+        aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
+    with atomic_path(path / "config.json") as aside:
+        aside.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load(
@@ -115,8 +121,9 @@ def load(
 
     Args:
         source: a file of `fastdit.save`; a checkpoint of facebookresearch/DiT, as a .pt file or
-            safetensors, bare or with "ema" or "model" in it (the first of them is taken); its
-            state dict; or the live module.
+            safetensors, bare or with "ema" or "model" in it (the first of them is taken), or its
+            state dict; a folder of diffusers' DiT, or of a pipeline with one; or a live module of
+            any of the three.
         n_heads: attention heads where shapes do not tell it: of a model of facebookresearch/DiT
             that has none of the published depths and widths.
 
@@ -133,14 +140,15 @@ def load(
         config = inner.cfg if isinstance(inner, reference.DiT) else None
         n_heads = n_heads or getattr(inner, "num_heads", None)
         name, tensors = type(inner).__name__, inner.state_dict()
+        theirs = getattr(inner, "config", None)
     elif isinstance(source, Mapping):
-        name, config, tensors = "state dict", None, dict(source)
+        name, config, theirs, tensors = "state dict", None, None, dict(source)
     else:
         name = str(source)
-        info, tensors = _read_file(source)
+        info, theirs, tensors = _read(source)
         config = info.config if info else None
     if config is None:
-        config, tensors = _translate(name, tensors, n_heads)
+        config, tensors = _translate(name, tensors, theirs, n_heads)
     elif n_heads not in (None, config.n_heads):
         raise ValueError(f"n_heads: {name} says {config.n_heads}, got {n_heads}")
     model = _empty_model(name, config)
@@ -155,53 +163,38 @@ def load(
     return model
 
 
-def _read_file(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, dict[str, Tensor]]:
-    """What a file says of itself, where fastdit wrote it, and its tensors."""
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
+    """What fastdit wrote of itself, or diffusers' config, where there is one; and the tensors."""
+    if Path(path).is_dir():
+        config, weights = foreign.folder(Path(path))
+        return None, config, _read(weights)[2]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         start = file.read(9)
     # What torch.save writes, a zip or a bare pickle; safetensors has its JSON at the ninth byte.
     if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
-        return None, _read_pickle(path)
+        return None, None, foreign.pickled_tensors(path)
     with _open(path) as file:
         own = _HEADER in (file.metadata() or {})
-        return _read_info(path, file) if own else None, _get_tensors(file)
-
-
-def _read_pickle(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights in a .pt file, read without running anything in it."""
-    # The published training code stores its command line beside the weights.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except _BAD_PICKLE as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ValueError(
-                f"{path}: expected a PyTorch file of tensors; it is truncated, or holds more than "
-                f"tensors, which is refused and not run ({reason})"
-            ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
-    for key in ("ema", "model"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
+        return _read_info(path, file) if own else None, None, _get_tensors(file)
 
 
 def _translate(
-    name: str, tensors: Mapping[str, Tensor], n_heads: int | None
+    name: str, tensors: Mapping[str, Tensor], theirs: Any, n_heads: int | None
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Config and state dict, where only the keys say what they are of."""
-    if layouts.layout_of(tensors) != "facebookresearch/DiT":
-        raise ValueError(
-            f"{name}: expected a fastdit header, got none; {_describe_layout(tensors)}"
-        )
+    """Config and state dict, where the keys and perhaps a foreign config say what they are of."""
+    layout = layouts.layout_of(tensors)
     try:
-        return layouts.from_facebook(tensors, n_heads)
+        if layout == "facebookresearch/DiT":
+            return layouts.from_facebook(tensors, n_heads)
+        if layout == "diffusers" and isinstance(theirs, Mapping):
+            return layouts.from_diffusers(tensors, theirs)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    raise ValueError(f"{name}: expected a fastdit header, got none; {_describe_layout(tensors)}")
 
 
 def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> CheckpointInfo:
@@ -215,10 +208,10 @@ def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> Chec
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or foreign; the message says what it looks like.
     """
-    info, tensors = _read_file(path)
+    info, theirs, tensors = _read(path)
     if info is not None:
         return info
-    config, _ = _translate(str(path), tensors, n_heads)
+    config, _ = _translate(str(path), tensors, theirs, n_heads)
     return CheckpointInfo(config, _PUBLISHED_DIFFUSION)
 
 
@@ -302,7 +295,10 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
         raise ValueError(f"{path}: expected a model, got a resume file; the model is beside it")
     if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
-    config = from_options(DiTConfig, header["config"], complete=True)
+    options = header["config"]
+    if isinstance(options, dict):
+        options = _LATER_OPTIONS | options
+    config = from_options(DiTConfig, options, complete=True)
     diffusion, labels = header.get("diffusion"), header.get("labels")
     if diffusion is not None:
         if (
@@ -346,7 +342,7 @@ def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
             "the keys look like fastdit's: build fastdit.DiT with this checkpoint's options, call "
             "load_state_dict on it, then fastdit.save"
         )
-    return f"the keys look like {layout}'s, which fastdit.load does not read yet"
+    return f"the keys look like {layout}'s: give the folder, whose config.json says the rest"
 
 
 def _some(keys: list[str]) -> str:

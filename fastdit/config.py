@@ -31,8 +31,11 @@ class DiTConfig:
         modulation_act: activation of the conditioning before every modulation linear.
         gelu: "erf" (exact) or "tanh" (approximation) in the blocks' MLPs.
         ln_eps: epsilon of every LayerNorm.
+        mlp_ln_eps: epsilon of the LayerNorms before the MLPs, where it is another one.
         pos_embed: "learned", or "sincos": fixed two-dimensional sine-cosine, stored.
         t_embed_width: width of the sinusoidal timestep embedding; None means hidden.
+        t_freq_shift: the timestep embedding's slowest frequencies: exponents are divided by half
+            its width less this (0, or 1 as diffusers has it).
         t_embed_act: activation inside the timestep MLP; "gelu" is the exact one.
         learn_sigma: the model returns 2C channels: the noise and the variance's interpolation.
         init: how fresh weights are drawn. "torch" is each layer's own default; "xavier" is the
@@ -55,8 +58,10 @@ class DiTConfig:
     modulation_act: Literal["none", "silu"] = "none"
     gelu: Literal["erf", "tanh"] = "erf"
     ln_eps: float = 1e-5
+    mlp_ln_eps: float | None = None
     pos_embed: Literal["learned", "sincos"] = "learned"
     t_embed_width: int | None = None
+    t_freq_shift: Literal[0, 1] = 0
     t_embed_act: Literal["gelu", "silu"] = "gelu"
     learn_sigma: bool = False
     init: InitName = "torch"
@@ -119,7 +124,9 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name}: expected True or False, got {value!r}")
-    elif hint is float:
+    elif hint in (float, float | None):
+        if value is None and hint is not float:
+            return
         if not (isinstance(value, float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a positive float, got {value!r}")
     elif hint in (int, int | None):

@@ -20,22 +20,26 @@ class TerminalSNRWarning(UserWarning):
     """The last step still holds signal, while sampling starts from pure noise."""
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(
+    t: Tensor, dim: int, max_period: float = 10000.0, freq_shift: int = 0
+) -> Tensor:
     """Sinusoidal embedding of timesteps, `[cos | sin]`, always computed in float32.
 
     Args:
         t: [B], integer or float timesteps.
         dim: width of the embedding; where odd, the last column is zero.
         max_period: period of the slowest sinusoid, in steps.
+        freq_shift: with 1 the slowest is reached exactly, as diffusers has it for DiT.
 
     Returns:
-        [B, dim] float32; column i < dim // 2 is `cos(t * exp(-ln(max_period) * i / (dim // 2)))`.
+        [B, dim] float32; with half = dim // 2 column i < half is
+        `cos(t * exp(-ln(max_period) * i / (half - freq_shift)))`.
 
     Source: Nichol & Dhariwal 2021, `timestep_embedding`; DiT follows it.
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(-math.log(max_period) * index / half)
+    frequencies = torch.exp(-math.log(max_period) * index / (half - freq_shift))
     angles = t.float()[:, None] * frequencies
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return torch.nn.functional.pad(embedding, (0, dim % 2))

@@ -1,8 +1,12 @@
 """The names and rows of other projects' DiT checkpoints, translated to fastdit's and back.
 
-facebookresearch/DiT stores modulation as (shift, scale, gate) and fastdit as (scale, shift, gate):
-rows are permuted here, once, so that the model has one order. Nothing else of a weight changes,
-and translating back gives the same bits.
+Others store modulation as (shift, scale, gate) and fastdit as (scale, shift, gate): rows are
+permuted here, once, so that the model has one order. No value of a weight changes, and translating
+back gives the same bits.
+
+diffusers keeps queries, keys and values apart, computes its positions, and copies the embedders
+into every block. Its network differs from the published one in numbers too: timestep frequencies
+divide by half the width less one, and the LayerNorm before an MLP has an epsilon of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +15,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit.config import PRESETS, DiTConfig
+from fastdit.reference import sincos_pos_embed
 
 # A key that begins so is found in every checkpoint of the layout, and in no other's.
 MARKS = {
@@ -34,6 +40,21 @@ _FACEBOOK = (
     ("final_layer.adaLN_modulation.1.", "final_mod."),
     ("final_layer.linear.", "final_linear."),
     (".adaLN_modulation.1.", ".adaLN_modulation."),
+)
+_DIFFUSERS = (
+    ("pos_embed.proj.", "patch_embed.proj."),
+    ("transformer_blocks.", "blocks."),
+    (".norm1.linear.", ".adaLN_modulation."),
+    (".attn1.to_out.0.", ".attn.proj."),
+    (".ff.net.0.proj.", ".mlp.0."),
+    (".ff.net.2.", ".mlp.2."),
+    ("proj_out_1.", "final_mod."),
+    ("proj_out_2.", "final_linear."),
+)
+_DIFFUSERS_EMBEDDER = (
+    ("timestep_embedder.linear_1.", "t_embed.0."),
+    ("timestep_embedder.linear_2.", "t_embed.2."),
+    ("class_embedder.embedding_table.", "y_embed."),
 )
 _MODULATION = re.compile(r"(blocks\.\d+\.adaLN_modulation|final_mod)\.(weight|bias)")
 
@@ -68,6 +89,122 @@ def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict under facebookresearch/DiT's names; the inverse of `from_facebook`."""
     back = [(own, theirs) for theirs, own in reversed(_FACEBOOK)]
     return {_renamed(name, back): _swapped(name, t) for name, t in state.items()}
+
+
+def from_diffusers(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Config and state dict of diffusers' `DiTTransformer2DModel`.
+
+    Args:
+        tensors: its state dict.
+        config: its `config.json`, or a live model's `config`.
+
+    Raises:
+        ValueError: the config is of another model, or its blocks' embedders differ.
+    """
+    cfg = _diffusers_config(config)
+    state: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        name = _renamed(name, _DIFFUSERS)
+        if (embedder := re.sub(r"^blocks\.\d+\.norm1\.emb\.", "", name)) != name:
+            name = _renamed(embedder, _DIFFUSERS_EMBEDDER)
+            if name in state and not torch.equal(state[name], t):
+                raise ValueError(
+                    f"the embedders of its blocks differ ({name}); a DiT has one for all"
+                )
+        state[name] = _swapped(name, t)
+    for i in range(cfg.n_layers):
+        for kind in ("weight", "bias"):
+            parts = [f"blocks.{i}.attn1.to_{n}.{kind}" for n in "qkv"]
+            if all(part in state for part in parts):  # else the names that are left tell
+                state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state.pop(p) for p in parts])
+    positions = sincos_pos_embed(cfg.hidden, cfg.grid)
+    some = next(iter(tensors.values()), positions)
+    state["pos_embed"] = positions.to(some.dtype, copy=True)
+    return cfg, state
+
+
+def to_diffusers(
+    cfg: DiTConfig, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`config.json` and state dict for diffusers; the inverse of `from_diffusers`.
+
+    Raises:
+        ValueError: diffusers' model has no such choice.
+    """
+    config = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": cfg.n_heads,
+        "attention_head_dim": cfg.head_dim,
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "num_layers": cfg.n_layers,
+        "sample_size": cfg.img_size,
+        "patch_size": cfg.patch_size,
+        "activation_fn": "gelu-approximate" if cfg.gelu == "tanh" else "gelu",
+        "attention_bias": True,
+        "num_embeds_ada_norm": cfg.num_classes,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": cfg.mlp_ln_eps or cfg.ln_eps,
+    }
+    told = replace(_diffusers_config(config), init=cfg.init)
+    if told != cfg:
+        raise ValueError(f"diffusers holds such DiTs only as {told}; got {cfg}")
+    back = [(own, theirs) for theirs, own in reversed(_DIFFUSERS)]
+    embedder = [(own, theirs) for theirs, own in _DIFFUSERS_EMBEDDER]
+    out: dict[str, Tensor] = {}
+    for name, t in state.items():
+        t = _swapped(name, t)
+        if name == "pos_embed":
+            continue
+        if name.startswith(("t_embed.", "y_embed.")):
+            for i in range(cfg.n_layers):
+                theirs = _renamed(name, embedder)
+                out[f"transformer_blocks.{i}.norm1.emb.{theirs}"] = t.clone()
+        elif ".attn.qkv." in name:
+            block, _, kind = name.partition(".attn.qkv.")
+            for n, part in zip("qkv", t.chunk(3), strict=True):
+                out[f"transformer_{block}.attn1.to_{n}.{kind}"] = part.clone()
+        else:
+            out[_renamed(name, back)] = t
+    return config, out
+
+
+def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
+    """The config of a diffusers DiT, with what its code has fixed."""
+    expected = {
+        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
+        "norm_type": ("ada_norm_zero",),
+        "activation_fn": ("gelu-approximate", "gelu"),
+        "attention_bias": (True,),
+        "norm_elementwise_affine": (False,),
+    }
+    for key, known in expected.items():
+        if config.get(key, known[0]) not in known:
+            raise ValueError(
+                f"config: expected {key} to be one of {', '.join(map(str, known))}, got "
+                f"{config[key]!r}"
+            )
+    try:
+        channels, heads = config["in_channels"], config["num_attention_heads"]
+        return replace(
+            PRESETS["DiT-XL/2"],
+            img_size=config["sample_size"],
+            patch_size=config["patch_size"],
+            in_channels=channels,
+            hidden=heads * config["attention_head_dim"],
+            n_layers=config["num_layers"],
+            n_heads=heads,
+            num_classes=config["num_embeds_ada_norm"],
+            gelu="tanh" if config["activation_fn"] == "gelu-approximate" else "erf",
+            mlp_ln_eps=float(config.get("norm_eps", 1e-5)),
+            t_freq_shift=1,
+            learn_sigma=config.get("out_channels") == 2 * channels,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config: expected that of a diffusers DiT, but {error}") from error
 
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:

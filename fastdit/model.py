@@ -72,7 +72,7 @@ class DiT(reference.DiT):
         ):
             h = functional.attention(block.attn.qkv(h), self.cfg.n_heads)
             residual, h = functional.gated_residual_layer_norm_modulate(
-                residual, block.attn.proj(h), gate1, scale2, shift2, eps
+                residual, block.attn.proj(h), gate1, scale2, shift2, block.mlp_eps
             )
             residual, h = functional.gated_residual_layer_norm_modulate(
                 residual, block.mlp(h), gate2, *opening[i + 1], eps

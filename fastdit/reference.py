@@ -177,7 +177,7 @@ class Block(nn.Module):
     def __init__(self, cfg: DiTConfig) -> None:
         super().__init__()
         D = cfg.hidden
-        self.eps = cfg.ln_eps
+        self.eps, self.mlp_eps = cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps
         self.attn = Attention(cfg)
         self.mlp = nn.Sequential(
             nn.Linear(D, MLP_RATIO * D),
@@ -190,7 +190,7 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(c)  # [B, 6D]
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attn(layer_norm_modulate(x, scale1, shift1, self.eps))
-        x = x + gate2[:, None] * self.mlp(layer_norm_modulate(x, scale2, shift2, self.eps))
+        x = x + gate2[:, None] * self.mlp(layer_norm_modulate(x, scale2, shift2, self.mlp_eps))
         return x
 
 
@@ -316,7 +316,7 @@ class DiT(nn.Module):
         """The timestep's part of the conditioning: t [B] -> [B, D]."""
         first = self.t_embed[0]
         assert isinstance(first, nn.Linear)
-        embedding = timestep_embedding(t, first.in_features)
+        embedding = timestep_embedding(t, first.in_features, freq_shift=self.cfg.t_freq_shift)
         return self.t_embed(embedding.to(first.weight.dtype))
 
     def label_conditioning(self, y: Tensor | None) -> Tensor | None:

@@ -1,0 +1,69 @@
+"""Files that other projects write: PyTorch's pickles, read without running them, and folders."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+# What torch.load raises for a file that is torn, of another kind, or wants to run code.
+_BAD_PICKLE = (
+    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
+    *(LookupError, TypeError, AttributeError, OverflowError, AssertionError),
+)
+
+
+def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights in a .pt file, read without running anything in it.
+
+    Of a training checkpoint these are "ema", else "model"; a data parallel wrapper's prefix goes.
+
+    Raises:
+        ValueError: the file is truncated, no dict, or holds code.
+    """
+    # The published training code stores its command line beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except _BAD_PICKLE as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ValueError(
+                f"{path}: expected a PyTorch file of tensors; it is truncated, or holds more than "
+                f"tensors, which is refused and not run ({reason})"
+            ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
+    for key in ("ema", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
+
+
+def folder(path: Path) -> tuple[Any, Path]:
+    """The config and the file of weights in a folder of diffusers, or of a pipeline's transformer.
+
+    Raises:
+        ValueError: one of the two is not there, or the config is no JSON.
+    """
+    if (path / "transformer").is_dir():
+        path = path / "transformer"
+    weights = next((path / n for n in FOLDER_WEIGHTS if (path / n).is_file()), None)
+    if weights is None or not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path}: expected config.json and {' or '.join(FOLDER_WEIGHTS)}, as diffusers' "
+            "save_pretrained writes them"
+        )
+    try:
+        return json.loads((path / "config.json").read_text()), weights
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: expected JSON ({error})") from error
