@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
+from torch import Tensor
 from tqdm import tqdm
 
 from fastdit.checkpoint import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
@@ -21,7 +21,8 @@ from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
-from fastdit.images import to_pixels, write_grid, write_npz
+from fastdit.images import to_pixels, write_grid, write_latents, write_npz
+from fastdit.latents import decode, load_vae
 from fastdit.sampler import Sampler
 from fastdit.solvers import SOLVERS, Guidance
 from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
@@ -31,6 +32,7 @@ GRID_FILE = "samples.png"
 JUDGED_PER_CLASS = 10
 SHOWN_PER_CLASS = 4
 DTYPES = ("float32", "bfloat16", "float16")
+PIXEL_CHANNELS = (1, 3)
 
 app = typer.Typer(
     help="Train and sample Diffusion Transformers.",
@@ -171,7 +173,7 @@ def sample(
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images of each label.")] = 4,
     seed: Annotated[int, typer.Option(help="Image i of a seed and label is always the same.")] = 0,
-    out: Annotated[Path, typer.Option(help=".png for a grid, .npz for uint8 NHWC.")] = Path(
+    out: Annotated[Path, typer.Option(help=".png, or .npz of uint8 NHWC, or of latents.")] = Path(
         "samples.png"
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.")] = 64,
@@ -194,12 +196,17 @@ def sample(
     execution: Annotated[
         str, typer.Option(help="eager, compile, graph, or auto: graph on CUDA, else eager.")
     ] = "auto",
+    vae: Annotated[
+        str | None, typer.Option(help="Folder or name of the AutoencoderKL that decodes latents.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
     with _plain_errors():
-        info, diffusion = _inspect(checkpoint, out)
+        info, diffusion = _inspect(checkpoint, out, decoded=vae is not None)
         wanted = parse_labels(labels, info.labels, info.config)
+        where = _device(device)
+        decoder = None if vae is None else load_vae(vae, where)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
         if solver not in SOLVERS:
@@ -210,7 +217,7 @@ def sample(
         elif guidance_channels is not None:
             raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
         sampler = Sampler(
-            load(checkpoint).to(_device(device)),
+            load(checkpoint).to(where),
             DiffusionScheduler(**diffusion),
             replace(SOLVERS[solver], clip=clip),
             steps,
@@ -219,24 +226,37 @@ def sample(
             execution=execution,
         )
         rows = [label for label in wanted for _ in range(count)]
-        conditional = info.config.use_class_cond
-        batches = []
-        with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
-            for i in range(0, len(rows), batch_size):
-                batch = rows[i : i + batch_size]
-                if conditional:
-                    images = sampler(batch, seed, first_index=i, progress=True)
-                else:
-                    keys = range(seed + i, seed + i + len(batch))
-                    images = sampler(None, seeds=keys, progress=True)
-                batches.append(to_pixels(images))
-                bar.update(len(batch))
-        pixels = np.concatenate(batches)
-        if out.suffix == ".npz":
-            write_npz(out, pixels)
-        else:
-            write_grid(out, pixels, columns=count, zoom=max(1, 64 // info.config.img_size))
+        images = torch.cat(list(_sampled(sampler, rows, seed, batch_size)))
+        if decoder is not None:
+            images = decode(decoder, images)
+        _write(out, images, columns=count)
         print(f"wrote {len(rows)} images to {out}")
+
+
+def _sampled(sampler: Sampler, rows: list[int], seed: int, batch_size: int) -> Iterator[Tensor]:
+    """Images of labels in batches, [B, C, H, W] each, on the CPU; image i has stream i."""
+    conditional = sampler.config is None or sampler.config.use_class_cond
+    with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
+        for i in range(0, len(rows), batch_size):
+            batch = rows[i : i + batch_size]
+            if conditional:
+                images = sampler(batch, seed, first_index=i, progress=True)
+            else:
+                keys = range(seed + i, seed + i + len(batch))
+                images = sampler(None, seeds=keys, progress=True)
+            yield images.cpu()
+            bar.update(len(batch))
+
+
+def _write(out: Path, images: Tensor, columns: int) -> None:
+    """A grid, pixels, or latents where the images are no pixels."""
+    if out.suffix == ".png":
+        zoom = max(1, 64 // images.shape[-1])
+        write_grid(out, to_pixels(images), columns, zoom)
+    elif images.shape[1] in PIXEL_CHANNELS:
+        write_npz(out, to_pixels(images))
+    else:
+        write_latents(out, images)
 
 
 @app.command()
@@ -266,7 +286,7 @@ def convert(
         )
 
 
-def _inspect(checkpoint: Path, out: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
+def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:
     """What the checkpoint says of itself, and its diffusion, where its samples can go to `out`."""
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
@@ -281,10 +301,10 @@ def _inspect(checkpoint: Path, out: Path) -> tuple[CheckpointInfo, dict[str, Any
             f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
             "with fastdit.save(model, path, scheduler=...)"
         )
-    if out.suffix == ".png" and info.config.in_channels not in (1, 3):
+    if out.suffix == ".png" and not decoded and info.config.in_channels not in PIXEL_CHANNELS:
         raise ValueError(
             f"--out: a PNG shows 1 or 3 channels, the model makes {info.config.in_channels}; "
-            "expected a name that ends in .npz"
+            "expected --vae to decode them, or a name that ends in .npz"
         )
     return info, info.diffusion
 

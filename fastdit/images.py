@@ -33,6 +33,12 @@ def write_npz(path: str | os.PathLike[str], pixels: PixelArray) -> None:
         np.savez(file, arr_0=pixels)
 
 
+def write_latents(path: str | os.PathLike[str], latents: Tensor) -> None:
+    """Write [B, C, h, w] as they are, in float32, under `latents`."""
+    with atomic_path(path) as aside, open(aside, "wb") as file:
+        np.savez(file, latents=latents.detach().to("cpu", torch.float32).numpy())
+
+
 def write_grid(
     path: str | os.PathLike[str], pixels: PixelArray, columns: int, zoom: int = 1
 ) -> None:

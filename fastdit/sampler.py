@@ -91,8 +91,8 @@ class Sampler:
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
         inner = unwrap(model)
         self.model = inner if hoists(inner) else model
-        self._cfg = inner.cfg if isinstance(inner, reference.DiT) else None
-        self.sample_shape = _check_shape(sample_shape, self._cfg)
+        self.config = inner.cfg if isinstance(inner, reference.DiT) else None
+        self.sample_shape = _check_shape(sample_shape, self.config)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
         self.table = self.solver.table(scheduler, steps)
         self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
@@ -187,7 +187,7 @@ class Sampler:
                 self._whose_turn = None
 
     def _check_guidance(self) -> None:
-        guidance, cfg = self.guidance, self._cfg
+        guidance, cfg = self.guidance, self.config
         if guidance is None:
             return
         if not isinstance(guidance, Guidance):
@@ -250,7 +250,7 @@ class Sampler:
             if hoists(self.model):
                 predictor = HoistedDiT(self.model, dtype, twin=self.execution != "eager")
             else:
-                layout = TokenLayout(self._cfg) if self._cfg else ImageLayout(self.sample_shape)
+                layout = TokenLayout(self.config) if self.config else ImageLayout(self.sample_shape)
                 predictor = AnyPredictor(self.model, device, dtype, layout)
             self._engines[dtype] = Engine(predictor, device, dtype, self.execution)
         return self._engines[dtype]
@@ -259,16 +259,16 @@ class Sampler:
         """The labels as the engine takes them: where there is guidance, as many null ones more."""
         if self.guidance is None:
             return None if y is None else y.tolist()
-        assert self._cfg is not None
+        assert self.config is not None
         if y is None:
             raise ValueError("labels: guidance needs some, got None")
-        return y.tolist() + [self._cfg.num_classes] * len(y)
+        return y.tolist() + [self.config.num_classes] * len(y)
 
     def _check_labels(self, labels: Labels | None) -> Tensor | None:
         """[B] int64 on the CPU, in range for a model that says its classes."""
         if labels is None:
             return None
-        if self._cfg is not None and not self._cfg.use_class_cond:
+        if self.config is not None and not self.config.use_class_cond:
             raise ValueError("labels: expected None, since the model has use_class_cond=False")
         expected = "labels: expected a non-empty list of integers, one an image"
         if isinstance(labels, np.ndarray):
@@ -281,8 +281,8 @@ class Sampler:
         if y.dim() != 1 or not numbers or not len(y):
             raise ValueError(f"{expected}; got {y.dtype} of shape {list(y.shape)}")
         y = y.to(torch.int64)
-        if self._cfg is not None:
-            check_range("labels", y, self._cfg.num_classes)
+        if self.config is not None:
+            check_range("labels", y, self.config.num_classes)
         return y
 
     @staticmethod

@@ -258,7 +258,12 @@ def test_convert_makes_a_published_checkpoint_one_that_samples_and_back(tmp_path
     done = run("sample", own, *chosen, "--guidance-scale", 4, "--guidance-channels", 3)
     assert done.exit_code == 0, done.output
     with np.load(out) as file:
-        assert file["arr_0"].shape == (1, 32, 32, 4)
+        assert file.files == ["latents"]
+        latents = file["latents"]
+    assert latents.shape == (1, 4, 32, 32) and latents.dtype == np.float32
+    guidance = fastdit.Guidance(4.0, channels=3)
+    sampler = Sampler(model, DiffusionScheduler(1000), "ddim", 4, guidance=guidance)
+    assert np.array_equal(latents, sampler([3]).numpy())
 
     done = run("convert", own, tmp_path / "back.pt", "--layout", "facebookresearch/DiT")
     assert done.exit_code == 0, done.output

@@ -66,7 +66,7 @@ def test_import_changes_nothing_global(tmp_path):
 # What each module may import of fastdit's own; nothing points back up.
 LAYERS = [
     {"errors"},
-    {"config", "files", "data", "foreign"},
+    {"config", "files", "data", "foreign", "latents"},
     {"diffusion", "noise", "images", "testing"},
     {"reference"},
     {"solvers", "layouts"},
