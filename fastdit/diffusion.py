@@ -239,12 +239,12 @@ class DiffusionScheduler:
         if t.device.type == "cpu":
             check_range("t", t, self.T)
         per_image = (-1,) + (1,) * (x0.dim() - 1)
-        signal = self._gather("sqrt_alpha_bars", t, x0.dtype).view(per_image)
-        noise = self._gather("sqrt_one_minus_alpha_bars", t, x0.dtype).view(per_image)
+        signal = self.gather("sqrt_alpha_bars", t, x0.dtype).view(per_image)
+        noise = self.gather("sqrt_one_minus_alpha_bars", t, x0.dtype).view(per_image)
         return signal * x0 + noise * eps.to(x0.dtype)
 
-    def _gather(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows t of a table in `dtype`; float64 comes from the float64 table."""
+    def gather(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows t [B] of the table `name` in `dtype`; float64 comes from the float64 table."""
         if dtype == torch.float64:
             return self.tables[name].to(t.device)[t]
         attribute: Tensor = getattr(self, name)

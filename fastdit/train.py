@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from fastdit.config import DiTConfig
 from fastdit.data import LABEL_NAMES, coloured_shapes
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import from_options
+from fastdit.losses import diffusion_loss
 from fastdit.model import DiT
 
 # Mean squared error by epoch that the seed's author published for this recipe, on a set that
@@ -89,7 +89,8 @@ class TrainResult:
 
     Attributes:
         model: trained, on the device it was trained on.
-        epoch_losses: mean squared error of each epoch.
+        epoch_losses: mean loss of each epoch: the squared error of the noise and, with learned
+            variance, the bound.
         images_per_second: over this call's steps but the first; NaN where it took fewer than two.
         first_step_seconds: the first step's time, which holds the compilation where there is one;
             NaN where no step was left to take.
@@ -219,25 +220,25 @@ class Trainer:
         rate = 0.5 * recipe.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        x_t, t, y, eps = self.batch()
+        batch = self.batch()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(x_t, t, y, eps)
+        loss = self._loss(*batch)
         loss.backward()
         self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimizer.step()
         self.losses[self.step] = loss.detach()
         self.step += 1
-        return len(y)
+        return len(batch[0])
 
-    def _loss_of(self, x_t: Tensor, t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        return F.mse_loss(self.model(x_t, t, y), eps)  # Ho et al. 2020, equation 14
+    def _loss_of(self, x0: Tensor, x_t: Tensor, t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        return diffusion_loss(self.model(x_t, t, y), x0, x_t, t, eps, self.scheduler)
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The batch of the step at hand.
 
         Returns:
-            (x_t, t, y, eps): [B, 3, 16, 16] noisy images, [B] int64 timesteps, [B] int64 labels
-            and the noise in x_t, on the run's device.
+            (x0, x_t, t, y, eps): [B, 3, 16, 16] images, the same with noise, [B] int64 timesteps,
+            [B] int64 labels and the noise in x_t, on the run's device.
         """
         epoch, i = divmod(self.step, self.steps_per_epoch)
         order_generator = _generator("cpu", self.recipe.seed, "order", epoch)
@@ -248,7 +249,7 @@ class Trainer:
         generator = _generator(self.device, self.recipe.seed, "noise", self.step)
         t = torch.randint(self.recipe.T, (len(rows),), device=self.device, generator=generator)
         eps = torch.randn(x0.shape, dtype=x0.dtype, device=self.device, generator=generator)
-        return self.scheduler.q_sample(x0, t, eps), t, y, eps
+        return x0, self.scheduler.q_sample(x0, t, eps), t, y, eps
 
     def _read_loss(self) -> float:
         """The last step's loss; waits for the device, and stops a run that has gone astray."""
@@ -359,8 +360,6 @@ def _check_fits_data(config: DiTConfig) -> None:
             f"use_class_cond=True, num_classes={len(LABEL_NAMES)}, got "
             f"use_class_cond={config.use_class_cond}, num_classes={config.num_classes}"
         )
-    if config.learn_sigma:
-        raise ValueError("config: expected learn_sigma=False; its loss is not trained yet")
 
 
 def _generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:

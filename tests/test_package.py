@@ -68,7 +68,7 @@ LAYERS = [
     {"errors"},
     {"config", "files", "data", "foreign", "latents"},
     {"diffusion", "noise", "images", "testing"},
-    {"reference"},
+    {"reference", "losses"},
     {"solvers", "layouts"},
     {"ops"},
     {"functional"},

@@ -1,0 +1,90 @@
+"""What a DiT is trained on: the noise, and with a learned variance a bound of the likelihood."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit.diffusion import DiffusionScheduler
+
+
+def diffusion_loss(
+    model_out: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    scheduler: DiffusionScheduler,
+) -> Tensor:
+    """The mean squared error of the noise; with a learned variance the variational bound besides.
+
+    The bound, in bits a dimension, is the divergence of the model's step from the posterior, or at
+    t = 0 the likelihood of the image's 256 levels. It trains the variance alone: the mean in it is
+    taken as given.
+
+    Args:
+        model_out: [B, C, H, W] predicted noise, or [B, 2C, H, W] with the learned range's share.
+        x0: [B, C, H, W] clean images, about -1 to 1.
+        x_t: [B, C, H, W], what the model saw.
+        t: [B] int64 timesteps.
+        eps: [B, C, H, W] the noise in x_t.
+        scheduler: the diffusion, of 2 steps or more.
+
+    Returns:
+        [] the mean over the batch.
+
+    Source: Ho et al. 2020, equations 7, 13 and 14; Nichol & Dhariwal 2021, equation 15 and section
+    3.1, with weight 1 for the bound, as DiT's code has it.
+    """
+    C = x0.shape[1]
+    predicted, share = model_out[:, :C], model_out[:, C:]
+    loss = F.mse_loss(predicted, eps)
+    if not share.shape[1]:
+        return loss
+    return loss + _bound(predicted.detach(), share, x0, x_t, t, scheduler).mean()
+
+
+def _bound(
+    eps: Tensor, share: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, scheduler: DiffusionScheduler
+) -> Tensor:
+    """[B] bits a dimension."""
+
+    def at(name: str, steps: Tensor = t) -> Tensor:
+        return scheduler.gather(name, steps, x0.dtype)[:, None, None, None]
+
+    beta, alpha_bar, alpha_bar_prev = at("betas"), at("alpha_bars"), at("alpha_bars_prev")
+    predicted_x0 = (x_t - at("sqrt_one_minus_alpha_bars") * eps) / at("sqrt_alpha_bars")
+    of_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)  # equation 7
+    of_x = at("alphas").sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    mean = of_x0 * predicted_x0 + of_x * x_t
+    true_mean = of_x0 * x0 + of_x * x_t
+
+    low = at("posterior_var", t.clamp(min=1)).log()  # that of t = 0 is 0
+    log_variance = low + (share + 1) / 2 * (beta.log() - low)
+    divergence = 0.5 * (
+        log_variance
+        - low
+        - 1
+        + (low - log_variance).exp()
+        + (true_mean - mean) ** 2 * (-log_variance).exp()
+    )
+    likelihood = _log_likelihood(x0, mean, log_variance / 2)
+    bits = torch.where(t[:, None, None, None] == 0, -likelihood, divergence) / math.log(2)
+    return bits.flatten(1).mean(1)
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Of 8-bit levels between -1 and 1 under a normal; the first and the last reach to infinity."""
+    half_level = 1 / 255
+    above = _cdf((x - mean + half_level) * (-log_scale).exp())
+    below = _cdf((x - mean - half_level) * (-log_scale).exp())
+    inside = torch.where(x > 0.999, 1 - below, above - below)
+    return torch.where(x < -0.999, above, inside).clamp(min=1e-12).log()
+
+
+def _cdf(x: Tensor) -> Tensor:
+    """The normal's, by the approximation that the published code trains with."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
