@@ -24,7 +24,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _harness import DTYPES, machine, print_machine, seconds, table, write_json
@@ -34,6 +34,7 @@ from tqdm import tqdm
 import fastdit
 from fastdit.config import MLP_RATIO, DiTConfig
 from fastdit.sampler import TABLE_BYTES
+from fastdit.work import attention_work, flop, pass_bytes, products
 
 ROUNDS = 5
 LEAST_SECONDS = 0.01  # a round's
@@ -49,55 +50,6 @@ COLUMNS = {
     "floor ms": ".3f",
     "rows/s": ".1f",
 }
-
-
-class Product(NamedTuple):
-    """[rows, inner] @ [inner, columns], so many times a forward."""
-
-    name: str
-    rows: int
-    inner: int
-    columns: int
-    times: int
-
-    @property
-    def flop(self) -> int:
-        """Of one of them."""
-        return 2 * self.rows * self.inner * self.columns
-
-
-def products(cfg: DiTConfig, rows: int) -> list[Product]:
-    """The matrix products of a forward of so many images, without the conditioning's."""
-    M, D, L = rows * cfg.n_tokens, cfg.hidden, cfg.n_layers
-    p2 = cfg.patch_size**2
-    return [
-        Product("patch", M, p2 * cfg.in_channels, D, 1),
-        Product("qkv", M, D, 3 * D, L),
-        Product("proj", M, D, D, L),
-        Product("fc1", M, D, MLP_RATIO * D, L),
-        Product("fc2", M, MLP_RATIO * D, D, L),
-        Product("final", M, D, p2 * cfg.out_channels, 1),
-    ]
-
-
-def attention_work(cfg: DiTConfig, rows: int, itemsize: int) -> tuple[int, int]:
-    """(FLOP, bytes) of a forward's attention: QK^T and PV; qkv read, the output written."""
-    residual = rows * cfg.n_tokens * cfg.hidden
-    return cfg.n_layers * 4 * cfg.n_tokens * residual, cfg.n_layers * 4 * residual * itemsize
-
-
-def pass_bytes(cfg: DiTConfig, rows: int, itemsize: int) -> int:
-    """Bytes of a forward's fused LayerNorm passes: four tensors each, two for the first.
-
-    The last need not write its residual.
-    """
-    return (cfg.n_layers * 2 * 4 + 2 - 1) * rows * cfg.n_tokens * cfg.hidden * itemsize
-
-
-def flop(cfg: DiTConfig, rows: int) -> int:
-    """Of a forward, without the conditioning's."""
-    own = sum(product.times * product.flop for product in products(cfg, rows))
-    return own + attention_work(cfg, rows, 1)[0]
 
 
 def measure(cfg: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

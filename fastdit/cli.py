@@ -1,4 +1,4 @@
-"""The command line: `fastdit train` and `fastdit sample`."""
+"""The command line: `fastdit train`, `sample`, `convert` and `info`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdit import work
 from fastdit.checkpoint import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.config import DiTConfig
+from fastdit.config import PRESETS, DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.latents import decode, load_vae
+from fastdit.model import DiT
 from fastdit.sampler import Sampler
 from fastdit.solvers import SOLVERS, Guidance
 from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
@@ -284,6 +286,47 @@ def convert(
             f"{cfg.num_classes} classes, images of {' x '.join(map(str, cfg.sample_shape))} in "
             f"patches of {cfg.patch_size}"
         )
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as DiT-XL/2.")],
+    n_heads: Annotated[
+        int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")
+    ] = None,
+    tflops: Annotated[
+        float, typer.Option(min=1e-3, help="A device's bf16 matrix products, TFLOP/s.")
+    ] = 790.0,
+    gbps: Annotated[
+        float, typer.Option(min=1e-3, help="Its copies, read and written, GB/s.")
+    ] = 4300,
+) -> None:
+    """Say what a model is, what a forward takes, and how fast a device could be at it.
+
+    The default rates are those measured on an H200.
+    """
+    with _plain_errors():
+        if model in PRESETS:
+            found = CheckpointInfo(PRESETS[model])
+        elif Path(model).exists():
+            found = inspect(Path(model), n_heads=n_heads)
+        else:
+            raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
+        cfg = found.config
+        for field, value in cfg.to_dict().items():
+            print(f"{field:16} {value}")
+        if found.diffusion is not None:
+            print(f"{'diffusion':16} {', '.join(f'{k} {v}' for k, v in found.diffusion.items())}")
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
+        print(f"{'parameters':16} {parameters:,}")
+        print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice in float32")
+        print(f"{'forward':16} {work.flop(cfg, 1) / 1e9:,.2f} GFLOP an image\n")
+        print(f"floor of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
+        print("rows   ms a step   rows/s")
+        for rows in (1, 2, 8, 32, 128):
+            seconds = work.floor_seconds(cfg, rows, 2, tflops * 1e12, gbps * 1e9)
+            print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
 
 
 def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:

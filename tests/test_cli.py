@@ -277,3 +277,20 @@ def test_convert_makes_a_published_checkpoint_one_that_samples_and_back(tmp_path
 def test_convert_keeps_what_a_checkpoint_says(checkpoint, tmp_path):
     assert run("convert", checkpoint, tmp_path / "again.safetensors").exit_code == 0
     assert (tmp_path / "again.safetensors").read_bytes() == checkpoint.read_bytes()
+
+
+def test_info_says_what_a_preset_or_a_checkpoint_is(checkpoint):
+    done = run("info", "DiT-XL/2")
+    assert done.exit_code == 0, done.output
+    for part in (
+        "675,129,632",
+        "236.79 GFLOP",
+        "1,288 MiB",
+        "hidden           1152",
+        "790 TFLOP/s",
+    ):
+        assert part in done.stdout, part
+    done = run("info", checkpoint)
+    assert done.exit_code == 0 and "schedule cosine" in done.stdout
+    done = run("info", "DiT-XL/3")
+    assert done.exit_code == 1 and "did you mean 'DiT-XL/" in done.stderr

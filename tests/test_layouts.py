@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -307,3 +309,36 @@ def test_a_pipeline_of_diffusers_gives_the_same_images(transformer, guidance_sca
     assert isinstance(pair, tuple) and pair[0].shape == (1, 8, 8, 8)
     with pytest.raises(ValueError, match="cross_attention_kwargs: expected None"):
         pipe.transformer(torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.tensor([7]), {"a": 1})
+
+
+LOAD_XL = """
+import resource, sys, fastdit
+path = sys.argv[1]
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+model = fastdit.load(path)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(
+    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 8 * 2**30, reason="needs 8 GB"
+)
+@pytest.mark.parametrize("layout", ["fastdit", "facebookresearch/DiT"])
+def test_loading_xl_takes_little_more_than_its_file(tmp_path, layout):
+    """In bfloat16, as XL's bytes are what counts."""
+    with torch.device("meta"):
+        model = fastdit.DiT.from_preset("DiT-XL/2").bfloat16()
+    model = model.to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.zeros_(p)
+    path = tmp_path / "xl"
+    fastdit.save(model, path, layout=layout)
+    size = path.stat().st_size
+    assert size > 2 * 675_000_000
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_XL, str(path)], capture_output=True, text=True, check=True
+    )
+    # The model is its file's size; what comes on top may be a fifth of it.
+    assert int(done.stdout) < (1 + 1.2) * size

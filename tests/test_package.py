@@ -67,7 +67,7 @@ def test_import_changes_nothing_global(tmp_path):
 LAYERS = [
     {"errors"},
     {"config", "files", "data", "foreign", "latents"},
-    {"diffusion", "noise", "images", "testing"},
+    {"diffusion", "noise", "images", "testing", "work"},
     {"reference", "losses"},
     {"solvers", "layouts"},
     {"ops"},
