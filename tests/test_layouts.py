@@ -312,17 +312,20 @@ def test_a_pipeline_of_diffusers_gives_the_same_images(transformer, guidance_sca
 
 
 LOAD_XL = """
-import resource, sys, fastdit
-path = sys.argv[1]
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
-model = fastdit.load(path)
-print(peak() - before)
+import re, sys, fastdit
+def resident(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before = resident("VmRSS")
+model = fastdit.load(sys.argv[1])
+print(resident("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(
-    os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 8 * 2**30, reason="needs 8 GB"
+    not sys.platform.startswith("linux")
+    or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 8 * 2**30,
+    reason="reads Linux's account of a process, and needs 8 GB",
 )
 @pytest.mark.parametrize("layout", ["fastdit", "facebookresearch/DiT"])
 def test_loading_xl_takes_little_more_than_its_file(tmp_path, layout):
@@ -340,5 +343,5 @@ def test_loading_xl_takes_little_more_than_its_file(tmp_path, layout):
     done = subprocess.run(
         [sys.executable, "-c", LOAD_XL, str(path)], capture_output=True, text=True, check=True
     )
-    # The model is its file's size; what comes on top may be a fifth of it.
-    assert int(done.stdout) < (1 + 1.2) * size
+    # The model is as large as its file; at the peak no more than 1.2 times that stands beside it.
+    assert size < int(done.stdout) < (1 + 1.2) * size
