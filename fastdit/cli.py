@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdit import work
-from fastdit.checkpoint import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.config import PRESETS, DiTConfig
+from fastdit.checkpoint import CheckpointInfo, inspect, load
+from fastdit.cli_common import device_of, plain_errors
+from fastdit.cli_models import convert, info
+from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.latents import decode, load_vae
-from fastdit.model import DiT
+from fastdit.many import processes, write_many
 from fastdit.sampler import Sampler
 from fastdit.solvers import SOLVERS, Guidance
 from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
@@ -43,36 +44,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Errors and warnings a user can act on are one line on stderr, without a traceback."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        warnings.simplefilter("default", UserWarning)
-        try:
-            yield
-        except (ValueError, OSError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("meta"):
-        raise ValueError(f"--device: expected one that computes, got {name}")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:  # as torch's builds differ
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: expected one that is here, got {name} ({reason})") from error
-
+app.command()(convert)
+app.command()(info)
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
 
@@ -105,9 +78,9 @@ def train(
         per_class=per_class,
     )
     given = {name: value for name, value in given.items() if value is not None}
-    with _plain_errors():
+    with plain_errors():
         options: dict[str, Any] = dict(
-            device=_device(device), compile=compile, save_every=save_every
+            device=device_of(device), compile=compile, save_every=save_every
         )
         if resume:
             trainer = _resume(out, given, options)
@@ -178,6 +151,10 @@ def sample(
     out: Annotated[Path, typer.Option(help=".png, or .npz of uint8 NHWC, or of latents.")] = Path(
         "samples.png"
     ),
+    num_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many images, labels in turn; torchrun shares them; .npz."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.")] = 64,
     solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = "ddpm",
     steps: Annotated[
@@ -204,10 +181,10 @@ def sample(
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
-    with _plain_errors():
-        info, diffusion = _inspect(checkpoint, out, decoded=vae is not None)
-        wanted = parse_labels(labels, info.labels, info.config)
-        where = _device(device)
+    with plain_errors():
+        found, diffusion = _inspect(checkpoint, out, decoded=vae is not None)
+        wanted = parse_labels(labels, found.labels, found.config)
+        where = device_of(device)
         decoder = None if vae is None else load_vae(vae, where)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
@@ -227,27 +204,77 @@ def sample(
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,
         )
+        if num_images is not None:
+            options = dict(
+                num=num_images,
+                batch_size=batch_size,
+                labels=wanted,
+                seed=seed,
+                solver=solver,
+                steps=steps,
+                clip=clip,
+                guidance=guidance and asdict(guidance),
+                dtype=dtype,
+                execution=sampler.execution,
+                vae=vae,
+                checkpoint=_digest(checkpoint),
+            )
+            _sample_many(out, sampler, decoder, options)
+            return
         rows = [label for label in wanted for _ in range(count)]
-        images = torch.cat(list(_sampled(sampler, rows, seed, batch_size)))
+        batches = []
+        with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
+            for i in range(0, len(rows), batch_size):
+                batch = rows[i : i + batch_size]
+                batches.append(_sampled(sampler, batch, seed, i, progress=True).cpu())
+                bar.update(len(batch))
+        images = torch.cat(batches)
         if decoder is not None:
             images = decode(decoder, images)
         _write(out, images, columns=count)
         print(f"wrote {len(rows)} images to {out}")
 
 
-def _sampled(sampler: Sampler, rows: list[int], seed: int, batch_size: int) -> Iterator[Tensor]:
-    """Images of labels in batches, [B, C, H, W] each, on the CPU; image i has stream i."""
-    conditional = sampler.config is None or sampler.config.use_class_cond
-    with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
-        for i in range(0, len(rows), batch_size):
-            batch = rows[i : i + batch_size]
-            if conditional:
-                images = sampler(batch, seed, first_index=i, progress=True)
-            else:
-                keys = range(seed + i, seed + i + len(batch))
-                images = sampler(None, seeds=keys, progress=True)
-            yield images.cpu()
-            bar.update(len(batch))
+def _sampled(
+    sampler: Sampler, labels: list[int], seed: int, first: int, progress: bool = False
+) -> Tensor:
+    """The images from a global index on; image i has stream i of the seed, or key seed + i."""
+    if sampler.config is None or sampler.config.use_class_cond:
+        return sampler(labels, seed, first_index=first, progress=progress)
+    keys = range(seed + first, seed + first + len(labels))
+    return sampler(None, seeds=keys, progress=progress)
+
+
+def _sample_many(
+    out: Path, sampler: Sampler, decoder: nn.Module | None, plan: dict[str, Any]
+) -> None:
+    if out.suffix != ".npz":
+        raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
+    labels, size, seed = plan["labels"], plan["batch_size"], plan["seed"]
+    pixels = decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
+
+    def make(first: int) -> np.ndarray:
+        rows = [labels[(first + i) % len(labels)] for i in range(size)]
+        images = _sampled(sampler, rows, seed, first)
+        if decoder is not None:
+            images = decode(decoder, images)
+        return to_pixels(images) if pixels else images.cpu().numpy()
+
+    with processes() as (rank, world):
+        write_many(out, make, plan, "arr_0" if pixels else "latents", rank, world)
+        if rank == 0:
+            print(f"wrote {plan['num']} images to {out}")
+
+
+def _digest(checkpoint: Path) -> str:
+    """What tells one checkpoint's contents from another's."""
+    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*.*"))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _write(out: Path, images: Tensor, columns: int) -> None:
@@ -261,74 +288,6 @@ def _write(out: Path, images: Tensor, columns: int) -> None:
         write_latents(out, images)
 
 
-@app.command()
-def convert(
-    source: Annotated[
-        Path, typer.Argument(help="A checkpoint of fastdit or of facebookresearch/DiT (.pt).")
-    ],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
-    layout: Annotated[str, typer.Option(help=f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
-    n_heads: Annotated[
-        int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")
-    ] = None,
-) -> None:
-    """Rewrite a checkpoint in another layout, to the bit."""
-    with _plain_errors():
-        info, model = inspect(source, n_heads=n_heads), load(source, n_heads=n_heads)
-        cfg = model.cfg
-        if layout == SAVED_LAYOUTS[0]:
-            scheduler = DiffusionScheduler(**info.diffusion) if info.diffusion else None
-            save(model, out, scheduler, info.labels)
-        else:
-            save(model, out, layout=layout)
-        print(
-            f"wrote {out}: {cfg.n_layers} layers of width {cfg.hidden} with {cfg.n_heads} heads, "
-            f"{cfg.num_classes} classes, images of {' x '.join(map(str, cfg.sample_shape))} in "
-            f"patches of {cfg.patch_size}"
-        )
-
-
-@app.command()
-def info(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as DiT-XL/2.")],
-    n_heads: Annotated[
-        int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")
-    ] = None,
-    tflops: Annotated[
-        float, typer.Option(min=1e-3, help="A device's bf16 matrix products, TFLOP/s.")
-    ] = 790.0,
-    gbps: Annotated[
-        float, typer.Option(min=1e-3, help="Its copies, read and written, GB/s.")
-    ] = 4300,
-) -> None:
-    """Say what a model is, what a forward takes, and how fast a device could be at it.
-
-    The default rates are those measured on an H200.
-    """
-    with _plain_errors():
-        if model in PRESETS:
-            found = CheckpointInfo(PRESETS[model])
-        elif Path(model).exists():
-            found = inspect(Path(model), n_heads=n_heads)
-        else:
-            raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
-        cfg = found.config
-        for field, value in cfg.to_dict().items():
-            print(f"{field:16} {value}")
-        if found.diffusion is not None:
-            print(f"{'diffusion':16} {', '.join(f'{k} {v}' for k, v in found.diffusion.items())}")
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
-        print(f"{'parameters':16} {parameters:,}")
-        print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice in float32")
-        print(f"{'forward':16} {work.flop(cfg, 1) / 1e9:,.2f} GFLOP an image\n")
-        print(f"floor of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
-        print("rows   ms a step   rows/s")
-        for rows in (1, 2, 8, 32, 128):
-            seconds = work.floor_seconds(cfg, rows, 2, tflops * 1e12, gbps * 1e9)
-            print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
-
-
 def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:
     """What the checkpoint says of itself, and its diffusion, where its samples can go to `out`."""
     if out.suffix not in (".png", ".npz"):
@@ -338,18 +297,18 @@ def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo
             f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "
             f"on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
         )
-    info = inspect(checkpoint)
-    if info.diffusion is None:
+    found = inspect(checkpoint)
+    if found.diffusion is None:
         raise ValueError(
             f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
             "with fastdit.save(model, path, scheduler=...)"
         )
-    if out.suffix == ".png" and not decoded and info.config.in_channels not in PIXEL_CHANNELS:
+    if out.suffix == ".png" and not decoded and found.config.in_channels not in PIXEL_CHANNELS:
         raise ValueError(
-            f"--out: a PNG shows 1 or 3 channels, the model makes {info.config.in_channels}; "
+            f"--out: a PNG shows 1 or 3 channels, the model makes {found.config.in_channels}; "
             "expected --vae to decode them, or a name that ends in .npz"
         )
-    return info, info.diffusion
+    return found, found.diffusion
 
 
 def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfig) -> list[int]:

@@ -1,0 +1,44 @@
+"""What the commands share: errors of one line, and where to compute."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import typer
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Errors and warnings a user can act on are one line on stderr, without a traceback."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        warnings.simplefilter("default", UserWarning)
+        try:
+            yield
+        except (ValueError, OSError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+def device_of(name: str | None) -> torch.device:
+    if name is None and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's
+    if name is None:
+        return torch.device("cpu")
+    if name.startswith("meta"):
+        raise ValueError(f"--device: expected one that computes, got {name}")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:  # as torch's builds differ
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device: expected one that is here, got {name} ({reason})") from error

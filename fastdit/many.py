@@ -1,0 +1,121 @@
+"""Many images: batches that processes share, kept as they are made, and one file at the end.
+
+Batches are cut by the images' global index, and the last one is computed whole, since a matrix
+product's bits change with its rows; processes take whole batches in turn. So the file's bytes do
+not depend on how many processes made it, or on how often they were stopped and started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.lib import format as npy
+from tqdm import tqdm
+
+from fastdit.files import atomic_path
+
+PLAN = "plan.json"
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """(rank, world size), as torchrun says them; (0, 1) without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank(), world
+    finally:
+        dist.destroy_process_group()
+
+
+def write_many(
+    out: Path,
+    make: Callable[[int], np.ndarray],
+    plan: dict[str, Any],
+    key: str,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Make `plan["num"]` images in batches and write them to one NPZ.
+
+    Finished batches lie in a folder beside `out` until the file is whole. A call that finds them
+    goes on from there.
+
+    Args:
+        out: the file.
+        make: makes the batch that starts at a global index, of `plan["batch_size"]` images, as one
+            array with the image first.
+        plan: "num", "batch_size" and whatever else decides the images' bytes, for JSON.
+        key: the array's name in the file.
+        rank: of this process; it makes every world-th batch.
+        world: number of processes; the first one writes the file when all have done their part.
+
+    Raises:
+        ValueError: the folder holds batches of another plan.
+        OSError: a file cannot be written.
+    """
+    folder = out.with_name(f"{out.name}.parts")
+    _agree(folder, plan)
+    num, size = plan["num"], plan["batch_size"]
+    parts = [folder / f"{i:08d}.npy" for i in range(-(-num // size))]
+    own = range(rank, len(parts), world)
+    with tqdm(total=len(own), unit="batch", desc=f"rank {rank}", disable=rank > 0) as bar:
+        for i in own:
+            if not parts[i].exists():
+                images = make(i * size)[: num - i * size]
+                with atomic_path(parts[i]) as aside, open(aside, "wb") as file:
+                    np.save(file, images)
+            bar.update()
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        _join(parts, out, key, num)
+        shutil.rmtree(folder)
+
+
+def _agree(folder: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or see that it is the one whose batches lie there."""
+    wanted = json.dumps(plan, indent=1, sort_keys=True)
+    try:
+        found = (folder / PLAN).read_text()
+    except FileNotFoundError:
+        with atomic_path(folder / PLAN) as aside:
+            aside.write_text(wanted)
+        return
+    if found != wanted:
+        before = json.loads(found)
+        other = [name for name in {**plan, **before} if plan.get(name) != before.get(name)]
+        raise ValueError(
+            f"{folder}: expected batches of this call, but its {', '.join(other)} differ; remove "
+            "the folder, or write to another file"
+        )
+
+
+def _join(parts: list[Path], out: Path, key: str, num: int) -> None:
+    """One array of an NPZ, written part by part."""
+    first = np.load(parts[0], mmap_mode="r")
+    header = {
+        "descr": npy.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (num, *first.shape[1:]),
+    }
+    with (
+        atomic_path(out) as aside,
+        zipfile.ZipFile(aside, "w", allowZip64=True) as archive,
+        archive.open(f"{key}.npy", "w", force_zip64=True) as file,
+    ):
+        npy.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.load(part).tobytes())
