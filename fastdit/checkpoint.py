@@ -212,7 +212,8 @@ def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> Chec
     if info is not None:
         return info
     config, _ = _translate(str(path), tensors, theirs, n_heads)
-    return CheckpointInfo(config, _PUBLISHED_DIFFUSION)
+    names = foreign.folder_labels(Path(path), config.num_classes)
+    return CheckpointInfo(config, _PUBLISHED_DIFFUSION, names)
 
 
 def write_tensors(

@@ -292,7 +292,7 @@ def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo
     """What the checkpoint says of itself, and its diffusion, where its samples can go to `out`."""
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise ValueError(
             f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "
             f"on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
@@ -325,7 +325,11 @@ def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfi
         return [0]
     if text is None:
         return list(range(config.num_classes))
-    by_name = {name.lower(): i for i, name in enumerate(names or ())}
+    # ImageNet's have several words for one class: "tench, Tinca tinca". The first class keeps one.
+    by_name: dict[str, int] = {}
+    for i, name in enumerate(names or ()):
+        for word in name.split(","):
+            by_name.setdefault(word.strip().lower(), i)
     parsed = []
     for word in text.split(","):
         word = word.strip().lower()

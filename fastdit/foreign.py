@@ -67,3 +67,12 @@ def folder(path: Path) -> tuple[Any, Path]:
         return json.loads((path / "config.json").read_text()), weights
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: expected JSON ({error})") from error
+
+
+def folder_labels(path: Path, num_classes: int) -> tuple[str, ...] | None:
+    """The names of the classes, where a folder is of a pipeline that knows them all."""
+    try:
+        names = json.loads((path / "model_index.json").read_text())["id2label"]
+        return tuple(str(names[str(i)]) for i in range(num_classes))
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
+        return None

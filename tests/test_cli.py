@@ -1,5 +1,6 @@
 """The command line: what it writes, what it prints, and errors that are one line."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -294,3 +295,27 @@ def test_info_says_what_a_preset_or_a_checkpoint_is(checkpoint):
     assert done.exit_code == 0 and "schedule cosine" in done.stdout
     done = run("info", "DiT-XL/3")
     assert done.exit_code == 1 and "did you mean 'DiT-XL/" in done.stderr
+
+
+def test_labels_have_several_names_as_imagenets_do():
+    names = ("tench, Tinca tinca", "goldfish", "drake", "drake, mallard")
+    cfg = DiTConfig(num_classes=4)
+    assert parse_labels("tinca TINCA, goldfish,mallard, drake, 3", names, cfg) == [0, 1, 3, 2, 3]
+    with pytest.raises(ValueError, match="--labels: .*did you mean 'goldfish'"):
+        parse_labels("goldfsh", names, cfg)
+
+
+def test_a_pipelines_folder_is_sampled_by_name(tmp_path):
+    preset = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2, num_classes=3)
+    model = fastdit.DiT.from_config(replace(preset, mlp_ln_eps=1e-5, t_freq_shift=1))
+    randomize(model)
+    fastdit.save(model, tmp_path / "transformer", layout="diffusers")
+    names = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "golden retriever"}
+    (tmp_path / "model_index.json").write_text(json.dumps({"id2label": names}))
+    out = tmp_path / "s.npz"
+    chosen = ("--labels", "golden retriever", "--count", 1, "--solver", "ddim", "--steps", 4)
+    done = run("sample", tmp_path, *chosen, "--out", out)
+    assert done.exit_code == 0, done.output
+    expected = Sampler(model, DiffusionScheduler(1000), "ddim", 4)([2])
+    with np.load(out) as file:
+        assert np.array_equal(file["latents"], expected.numpy())
