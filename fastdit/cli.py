@@ -1,4 +1,4 @@
-"""The command line: `fastdit train`, `sample`, `convert` and `info`."""
+"""The command line: `fastdit train`, `sample`, `encode`, `convert` and `info`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit.checkpoint import CheckpointInfo, inspect, load
-from fastdit.cli_common import device_of, plain_errors
-from fastdit.cli_models import convert, info
+from fastdit.cli_common import Device, device_of, plain_errors
+from fastdit.cli_models import convert, encode, info
 from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
@@ -46,8 +46,7 @@ app = typer.Typer(
 )
 app.command()(convert)
 app.command()(info)
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]
+app.command()(encode)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -42,3 +42,6 @@ def device_of(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:  # as torch's builds differ
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: expected one that is here, got {name} ({reason})") from error
+
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]

@@ -1,4 +1,4 @@
-"""`fastdit convert` and `fastdit info`."""
+"""`fastdit convert`, `info` and `encode`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import typer
 
 from fastdit import work
 from fastdit.checkpoint import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.cli_common import plain_errors
+from fastdit.cli_common import Device, device_of, plain_errors
 from fastdit.config import PRESETS
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.latents import encode_folder, load_vae
 from fastdit.model import DiT
 
 
@@ -81,3 +82,20 @@ def info(
         for rows in (1, 2, 8, 32, 128):
             seconds = work.floor_seconds(cfg, rows, 2, tflops * 1e12, gbps * 1e9)
             print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
+
+
+def encode(
+    folder: Annotated[Path, typer.Argument(help="Images in one sub-folder a class.")],
+    vae: Annotated[str, typer.Option(help="Folder or name of the AutoencoderKL.")],
+    out: Annotated[Path, typer.Option(help="Folder of shards; a stopped call goes on in it.")] = (
+        Path("latents")
+    ),
+    image_size: Annotated[int, typer.Option(min=8, help="Side of the square that is cut.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 64,
+    device: Device = None,
+) -> None:
+    """Encode images to the latents that a DiT is trained on."""
+    with plain_errors():
+        autoencoder = load_vae(vae, device_of(device))
+        count = encode_folder(autoencoder, folder, out, image_size, batch_size, vae)
+        print(f"wrote the latents of {count} images to {out}")

@@ -67,6 +67,20 @@ def write_many(
         OSError: a file cannot be written.
     """
     folder = out.with_name(f"{out.name}.parts")
+    parts = write_parts(folder, make, plan, rank, world)
+    if rank == 0:
+        _join(parts, out, key, plan["num"])
+        shutil.rmtree(folder)
+
+
+def write_parts(
+    folder: Path,
+    make: Callable[[int], np.ndarray],
+    plan: dict[str, Any],
+    rank: int = 0,
+    world: int = 1,
+) -> list[Path]:
+    """Batches of `write_many` as files of their own, which stay; returns once all are there."""
     _agree(folder, plan)
     num, size = plan["num"], plan["batch_size"]
     parts = [folder / f"{i:08d}.npy" for i in range(-(-num // size))]
@@ -80,9 +94,7 @@ def write_many(
             bar.update()
     if world > 1:
         dist.barrier()
-    if rank == 0:
-        _join(parts, out, key, num)
-        shutil.rmtree(folder)
+    return parts
 
 
 def _agree(folder: Path, plan: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import fastdit
 from fastdit import DiffusionScheduler
 from fastdit.cli import app
 from fastdit.images import to_pixels
-from fastdit.latents import decode, load_vae
+from fastdit.latents import LatentShards, centre_crop, decode, encode_folder, load_vae
 from fastdit.testing import randomize
 
 
@@ -84,3 +84,82 @@ def test_the_command_line_decodes(vae_folder, tmp_path, suffix):
     done = CliRunner().invoke(app, ["sample", str(path), *chosen])
     assert done.exit_code == (1 if suffix == ".png" else 0)
     assert suffix == ".npz" or "expected --vae to decode them" in done.stderr
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes, seven images of several sizes and kinds."""
+    torch.manual_seed(0)
+    for i, (name, size, mode) in enumerate(
+        [
+            ("cat/b.png", (40, 60), "RGB"),
+            ("cat/a.jpg", (33, 16), "RGB"),
+            ("dog/x.png", (16, 16), "L"),
+            ("dog/deep/y.PNG", (130, 17), "RGB"),
+            ("eel/1.png", (64, 64), "RGBA"),
+            ("eel/2.png", (64, 65), "RGB"),
+            ("eel/3.png", (20, 20), "P"),
+        ]
+    ):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).convert(mode).save(path)
+    (tmp_path / "images" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_a_centre_crop_is_the_published_one():
+    """Halved by boxes while twice too large, resized by the shorter side, cut in the middle."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 100, 3))
+    crop = centre_crop(Image.fromarray(ramp), 25)
+    assert crop.shape == (25, 25, 3)
+    # 200 x 100 becomes 50 x 25 by two halvings; the middle 25 rows hold 4 of the ramp each.
+    assert np.abs(crop[:, 0, 0].astype(float) - (4 * np.arange(12, 37) + 1.5)).max() <= 1
+    same = np.random.default_rng(0).integers(0, 256, (25, 25, 3), dtype=np.uint8)
+    assert np.array_equal(centre_crop(Image.fromarray(same), 25), same)
+
+
+@torch.no_grad()
+def test_shards_hold_each_images_distribution(vae_folder, images, tmp_path):
+    vae = load_vae(vae_folder)
+    assert encode_folder(vae, images, tmp_path / "out", image_size=16, shard=3) == 7
+    shards = LatentShards(tmp_path / "out")
+    assert len(shards) == 7 and shards.classes == ["cat", "dog", "eel"]
+    assert [label for _, _, label in shards] == [0, 0, 1, 1, 2, 2, 2]
+    files = ["cat/a.jpg", "cat/b.png", "dog/deep/y.PNG", "dog/x.png"]
+    for (mean, std, _), name in zip(shards, files, strict=False):
+        with Image.open(images / name) as image:
+            pixels = torch.from_numpy(centre_crop(image, 16).copy()).permute(2, 0, 1)[None]
+        latent = vae.encode(pixels / 127.5 - 1).latent_dist
+        assert torch.allclose(mean, latent.mean[0] * 0.25, atol=1e-5)
+        assert torch.allclose(std, latent.std[0] * 0.25, atol=1e-5) and (std > 0).all()
+    # What was sampled from the distribution decodes as the autoencoder would have it.
+    back = decode(vae, shards[0][0][None])
+    assert back.shape == (1, 3, 16, 16)
+    with pytest.raises(IndexError, match=r"expected an index in \[0, 7\), got 7"):
+        shards[7]
+
+
+def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, images, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["encode", str(images), "--vae", str(vae_folder), "--out", str(out)]
+    arguments += ["--image-size", "16", "--batch-size", "3"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "wrote the latents of 7 images" in done.stdout
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    (out / "00000001.npy").unlink()
+    with pytest.raises(ValueError, match="all of them"):
+        LatentShards(out)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert after.keys() == before.keys()
+    assert [n for n in after if after[n] != before[n]] == ["00000001.npy"]
+
+    (images / "dog" / "z.png").write_bytes(b"\x89PNG but torn")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "its num, files, labels differ; remove the folder" in done.stderr
+    done = CliRunner().invoke(app, [*arguments[:5], str(tmp_path / "other"), *arguments[6:]])
+    assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
+    with pytest.raises(ValueError, match="expected a sub-folder of images for each class"):
+        encode_folder(None, tmp_path / "nowhere", out)
