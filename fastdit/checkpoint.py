@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ _SHOWN_KEYS = 4
 # Peebles & Xie 2023, section 4: ADM's, linear from 1e-4 to 0.02.
 _PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
 SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LATER_OPTIONS = {"mlp_ln_eps": None, "t_freq_shift": 0}  # of DiTConfig; older files lack them
 
 _DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
@@ -38,7 +40,8 @@ class CheckpointInfo:
 
     Attributes:
         config: the model's.
-        diffusion: keyword arguments of the `DiffusionScheduler` it was trained on, if stored.
+        diffusion: keyword arguments of the `DiffusionScheduler` it was trained on, if stored; of
+            another project's checkpoint the published one's, 1000 linear steps.
         labels: the names of its classes, if stored.
     """
 
@@ -59,7 +62,8 @@ def save(
 
     Args:
         model: its state dict and config are stored; a compiled or wrapped one is unwrapped.
-        path: the file; an older one is replaced only once the new one is whole on disk.
+        path: the file; an older one is replaced only once the new one is whole on disk. Of a
+            diffusers folder each file is; while it is written the folder is without a config.
         scheduler: the diffusion the model was trained on, so that sampling can find it.
         labels: names of the classes, one for each of `num_classes`.
         layout: "fastdit", a safetensors file; "facebookresearch/DiT", the state dict that its code
@@ -98,14 +102,24 @@ def save(
         raise ValueError(
             f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {inner.cfg}"
         )
+    content = io.BytesIO()  # torch.save reports a full disk as an error of its own
+    torch.save({name: t.detach().cpu() for name, t in theirs.items()}, content)
     with atomic_path(path) as aside:
-        torch.save({name: t.detach().cpu() for name, t in theirs.items()}, aside)
+        aside.write_bytes(content.getbuffer())
 
 
 def _save_folder(model: reference.DiT, path: Path) -> None:
-    """The two files that diffusers' from_pretrained reads; the config last, which makes it one."""
+    """The two files that diffusers' from_pretrained reads.
+
+    The config goes first and comes last: without it a folder is none, and none is half a new one.
+    """
     config, tensors = layouts.to_diffusers(model.cfg, model.state_dict())
+    if (path / "model_index.json").exists():
+        raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: not written; a folder was expected, or nothing")
     path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").unlink(missing_ok=True)
     with atomic_path(path / foreign.FOLDER_WEIGHTS[0]) as aside:
         aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
     with atomic_path(path / "config.json") as aside:
@@ -135,10 +149,12 @@ def load(
         ValueError: the source is truncated or foreign, holds code, or is not of one model; the
             message says what it looks like.
     """
+    if n_heads is not None and (not isinstance(n_heads, int) or n_heads < 1):
+        raise ValueError(f"n_heads: expected a positive integer, got {n_heads!r}")
     if isinstance(source, nn.Module):
         inner = unwrap(source)
         config = inner.cfg if isinstance(inner, reference.DiT) else None
-        n_heads = n_heads or getattr(inner, "num_heads", None)
+        n_heads = getattr(inner, "num_heads", None) if n_heads is None else n_heads
         name, tensors = type(inner).__name__, inner.state_dict()
         theirs = getattr(inner, "config", None)
     elif isinstance(source, Mapping):
@@ -153,11 +169,12 @@ def load(
         raise ValueError(f"n_heads: {name} says {config.n_heads}, got {n_heads}")
     model = _empty_model(name, config)
     check_keys(name, model.state_dict(), tensors)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected float weights, but {key} is {tensor.dtype}")
-    if not isinstance(source, str | os.PathLike):
-        tensors = {key: t.detach().cpu().clone() for key, t in tensors.items()}
+    for key, t in tensors.items():
+        if t.dtype not in _DTYPES or t.layout != torch.strided or t.is_meta:
+            kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
+            raise ValueError(f"{name}: expected float weights, but {key} is {kind}")
+    # Copies, one by one: of a file that may change or go, of views of one storage, of a live model.
+    tensors = {key: _copy(tensors.pop(key)) for key in list(tensors)}
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(config.pos_embed == "learned")
     return model
@@ -179,7 +196,8 @@ def _read(
         return None, None, foreign.pickled_tensors(path)
     with _open(path) as file:
         own = _HEADER in (file.metadata() or {})
-        return _read_info(path, file) if own else None, None, _get_tensors(file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
+        return _read_info(path, file) if own else None, None, tensors
 
 
 def _translate(
@@ -213,7 +231,7 @@ def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> Chec
         return info
     config, _ = _translate(str(path), tensors, theirs, n_heads)
     names = foreign.folder_labels(Path(path), config.num_classes)
-    return CheckpointInfo(config, _PUBLISHED_DIFFUSION, names)
+    return CheckpointInfo(config, dict(_PUBLISHED_DIFFUSION), names)
 
 
 def write_tensors(
@@ -257,8 +275,9 @@ def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str
             problems.append(f"{name}: expected shape {want}, got {got}")
     if problems:
         raise ValueError(
-            f"{source}: the tensors do not fit the config: {'; '.join(problems[:_SHOWN_KEYS])}; "
-            f"{_describe_layout(tensors)}"
+            f"{source}: the tensors do not fit the config (in fastdit's names): "
+            f"{'; '.join(problems[:_SHOWN_KEYS])}"
+            + ("" if layouts.layout_of(tensors) == "fastdit" else f"; {_describe_layout(tensors)}")
         )
 
 
@@ -308,6 +327,8 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
         ):
             raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
         diffusion = {"prediction": "epsilon"} | diffusion  # the only one there was at first
+        if [type(diffusion[k]) for k in ("T", "schedule", "prediction")] != [int, str, str]:
+            raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
     _check_labels(f"{path}: labels", labels, config)
     return CheckpointInfo(config, diffusion, None if labels is None else tuple(labels))
 
@@ -327,6 +348,10 @@ def _empty_model(source: str, config: DiTConfig) -> DiT:
             return DiT.from_config(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _get_tensors(file: Any) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.latents import decode, load_vae
+from fastdit.latents import decode, latent_channels, load_vae
 from fastdit.many import processes, write_many
 from fastdit.sampler import Sampler
 from fastdit.solvers import SOLVERS, Guidance
@@ -140,7 +140,7 @@ def _show_samples(out: Path, result: TrainResult, scheduler: DiffusionScheduler)
 @app.command()
 def sample(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Weights that fastdit train or fastdit.save wrote.")
+        Path, typer.Argument(help="Weights that fastdit.load reads, such as fastdit train's.")
     ] = DEFAULT_OUT / WEIGHTS_FILE,
     labels: Annotated[
         str | None, typer.Option(help="Names or numbers, comma-separated.  [every class]")
@@ -184,7 +184,6 @@ def sample(
         found, diffusion = _inspect(checkpoint, out, decoded=vae is not None)
         wanted = parse_labels(labels, found.labels, found.config)
         where = device_of(device)
-        decoder = None if vae is None else load_vae(vae, where)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
         if solver not in SOLVERS:
@@ -203,6 +202,10 @@ def sample(
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,
         )
+        decoder = None if vae is None else load_vae(vae, where)
+        takes, makes = decoder and latent_channels(decoder), found.config.in_channels
+        if takes not in (None, makes):
+            raise ValueError(f"--vae: it decodes {takes} channels, the model makes {makes}")
         if num_images is not None:
             options = dict(
                 num=num_images,

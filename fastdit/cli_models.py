@@ -20,9 +20,9 @@ from fastdit.model import DiT
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint of fastdit or of facebookresearch/DiT (.pt).")
+        Path, typer.Argument(help="A checkpoint that fastdit.load reads, of fastdit or others.")
     ],
-    out: Annotated[Path, typer.Argument(help="The file to write.")],
+    out: Annotated[Path, typer.Argument(help="The file to write; for diffusers a folder.")],
     layout: Annotated[str, typer.Option(help=f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
     n_heads: Annotated[
         int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")

@@ -134,7 +134,7 @@ def _check_value(name: str, value: Any, hint: Any) -> None:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    elif value not in get_args(hint):
+    elif value not in get_args(hint) or type(value) not in map(type, get_args(hint)):
         raise unknown_name(name, value, get_args(hint))
 
 

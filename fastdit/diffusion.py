@@ -65,7 +65,7 @@ def _cosine_betas(T: int) -> Tensor:
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """Timesteps from 0 to T - 1 at equal distances, rounded, ascending.
+    """Timesteps from 0 to T - 1 at equal distances, rounded, ascending; one step is at 0.
 
     Source: Nichol & Dhariwal 2021, `space_timesteps` of their code with one section, which DiT's
     samples use ("250").

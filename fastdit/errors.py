@@ -13,9 +13,9 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def unknown_name(what: str, name: object, known: Iterable[str]) -> ValueError:
+def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError:
     """The error for a misspelt name: what came, what there is, and the likeliest intent."""
-    known = list(known)
+    known = [str(k) for k in known]
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return ValueError(f"{what}: expected one of {', '.join(known)}; got {name!r}{hint}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_mode
 
 # What torch.load raises for a file that is torn, of another kind, or wants to run code.
 _BAD_PICKLE = (
-    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError, ValueError),
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError),
     *(LookupError, TypeError, AttributeError, OverflowError, AssertionError),
 )
 
@@ -25,7 +27,8 @@ _BAD_PICKLE = (
 def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The weights in a .pt file, read without running anything in it.
 
-    Of a training checkpoint these are "ema", else "model"; a data parallel wrapper's prefix goes.
+    Of a training checkpoint these are "ema", else "model" or "state_dict"; the prefix of a data
+    parallel wrapper goes.
 
     Raises:
         ValueError: the file is truncated, no dict, or holds code.
@@ -34,16 +37,25 @@ def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except _BAD_PICKLE as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        except MemoryError:
+            raise
+        except (*_BAD_PICKLE, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a torn offset
+                raise
+            # Not PyTorch's own words, which advise to run the file.
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise ValueError(
-                f"{path}: expected a PyTorch file of tensors; it is truncated, or holds more than "
-                f"tensors, which is refused and not run ({reason})"
+                f"{path}: expected a PyTorch file of tensors; "
+                + (
+                    f"it holds more than tensors ({code[1]}), which is refused and not run"
+                    if code
+                    else "it is truncated or damaged, or holds more than tensors, which is not run"
+                )
             ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
-    for key in ("ema", "model"):
-        if isinstance(content.get(key), dict):
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content.get(key), dict) and content[key]:
             content = content[key]
             break
     return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
@@ -55,7 +67,7 @@ def folder(path: Path) -> tuple[Any, Path]:
     Raises:
         ValueError: one of the two is not there, or the config is no JSON.
     """
-    if (path / "transformer").is_dir():
+    if (path / "transformer").is_dir() and not (path / "config.json").is_file():
         path = path / "transformer"
     weights = next((path / n for n in FOLDER_WEIGHTS if (path / n).is_file()), None)
     if weights is None or not (path / "config.json").is_file():
@@ -64,9 +76,12 @@ def folder(path: Path) -> tuple[Any, Path]:
             "save_pretrained writes them"
         )
     try:
-        return json.loads((path / "config.json").read_text()), weights
-    except ValueError as error:
+        config = json.loads((path / "config.json").read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path / 'config.json'}: expected JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'}: expected a JSON object, got {config!r:.40}")
+    return config, weights
 
 
 def folder_labels(path: Path, num_classes: int) -> tuple[str, ...] | None:

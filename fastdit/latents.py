@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdit.many import PLAN, write_parts
@@ -34,10 +35,19 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
     inner = {"subfolder": "vae"} if os.path.isdir(os.path.join(source, "vae")) else {}
     try:
         vae: nn.Module = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, **inner)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"vae: expected an AutoencoderKL in {source} ({reason})") from error
+    if getattr(vae.config, "shift_factor", None):
+        raise ValueError(
+            f"vae: {source} shifts its latents, which no published DiT's autoencoder does"
+        )
     return vae.to(device).eval()
+
+
+def latent_channels(vae: Any) -> int:
+    """Channels of an autoencoder's latents."""
+    return int(vae.config.latent_channels)
 
 
 @torch.no_grad()
@@ -59,7 +69,7 @@ def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE) -> Tensor:
     """
     if at_once < 1:
         raise ValueError(f"at_once: expected at least 1, got {at_once}")
-    channels = vae.config.latent_channels
+    channels = latent_channels(vae)
     if latents.dim() != 4 or latents.shape[1] != channels:
         raise ValueError(
             f"latents: expected shape [B, {channels}, h, w], as this autoencoder makes them, got "

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -80,8 +81,9 @@ def from_facebook(
     Raises:
         ValueError: a tensor that tells the config is missing, or n_heads is not to be told.
     """
-    renamed = {_renamed(name, _FACEBOOK): t for name, t in tensors.items()}
-    state = {name: _swapped(name, t) for name, t in renamed.items()}
+    state: dict[str, Tensor] = {}
+    for name, t in tensors.items():
+        _add(state, _renamed(name, _FACEBOOK), t)
     return _published_config(state, n_heads), state
 
 
@@ -104,6 +106,15 @@ def from_diffusers(
         ValueError: the config is of another model, or its blocks' embedders differ.
     """
     cfg = _diffusers_config(config)
+    # Before anything of the config's size is made: a config may say what it likes.
+    patch = tensors.get("pos_embed.proj.weight")
+    wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
+    if patch is None or list(patch.shape) != wanted or _count_layers(tensors) != cfg.n_layers:
+        got = "none" if patch is None else f"{list(patch.shape)}"
+        raise ValueError(
+            f"config: says {cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}; the "
+            f"tensors are of {_count_layers(tensors)} blocks and {got}"
+        )
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
         name = _renamed(name, _DIFFUSERS)
@@ -113,15 +124,15 @@ def from_diffusers(
                 raise ValueError(
                     f"the embedders of its blocks differ ({name}); a DiT has one for all"
                 )
-        state[name] = _swapped(name, t)
+            state[name] = t
+        else:
+            _add(state, name, t)
     for i in range(cfg.n_layers):
         for kind in ("weight", "bias"):
             parts = [f"blocks.{i}.attn1.to_{n}.{kind}" for n in "qkv"]
             if all(part in state for part in parts):  # else the names that are left tell
                 state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state.pop(p) for p in parts])
-    positions = sincos_pos_embed(cfg.hidden, cfg.grid)
-    some = next(iter(tensors.values()), positions)
-    state["pos_embed"] = positions.to(some.dtype, copy=True)
+    state["pos_embed"] = sincos_pos_embed(cfg.hidden, cfg.grid).to(patch.dtype)
     return cfg, state
 
 
@@ -158,6 +169,8 @@ def to_diffusers(
     for name, t in state.items():
         t = _swapped(name, t)
         if name == "pos_embed":
+            if not torch.equal(t.cpu(), sincos_pos_embed(cfg.hidden, cfg.grid).to(t.dtype)):
+                raise ValueError("diffusers computes positions, and this model's are other ones")
             continue
         if name.startswith(("t_embed.", "y_embed.")):
             for i in range(cfg.n_layers):
@@ -187,24 +200,39 @@ def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
                 f"config: expected {key} to be one of {', '.join(map(str, known))}, got "
                 f"{config[key]!r}"
             )
-    try:
-        channels, heads = config["in_channels"], config["num_attention_heads"]
-        return replace(
-            PRESETS["DiT-XL/2"],
-            img_size=config["sample_size"],
-            patch_size=config["patch_size"],
-            in_channels=channels,
-            hidden=heads * config["attention_head_dim"],
-            n_layers=config["num_layers"],
-            n_heads=heads,
-            num_classes=config["num_embeds_ada_norm"],
-            gelu="tanh" if config["activation_fn"] == "gelu-approximate" else "erf",
-            mlp_ln_eps=float(config.get("norm_eps", 1e-5)),
-            t_freq_shift=1,
-            learn_sigma=config.get("out_channels") == 2 * channels,
+    numbers = {
+        key: config.get(key)
+        for key in (
+            *("num_attention_heads", "attention_head_dim", "in_channels", "num_layers"),
+            *("sample_size", "patch_size", "num_embeds_ada_norm"),
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"config: expected that of a diffusers DiT, but {error}") from error
+    }
+    for key, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**20:
+            raise ValueError(f"config: expected {key} to be a positive integer, got {value!r:.40}")
+    n = SimpleNamespace(**numbers)
+    out_channels, norm_eps = config.get("out_channels"), config.get("norm_eps", 1e-5)
+    if out_channels not in (None, n.in_channels, 2 * n.in_channels):
+        raise ValueError(
+            f"config: expected out_channels of {n.in_channels} or {2 * n.in_channels}, got "
+            f"{out_channels!r:.40}"
+        )
+    if not isinstance(norm_eps, float):
+        raise ValueError(f"config: expected norm_eps to be a float, got {norm_eps!r:.40}")
+    return replace(
+        PRESETS["DiT-XL/2"],
+        img_size=n.sample_size,
+        patch_size=n.patch_size,
+        in_channels=n.in_channels,
+        hidden=n.num_attention_heads * n.attention_head_dim,
+        n_layers=n.num_layers,
+        n_heads=n.num_attention_heads,
+        num_classes=n.num_embeds_ada_norm,
+        gelu="erf" if config.get("activation_fn") == "gelu" else "tanh",
+        mlp_ln_eps=norm_eps,
+        t_freq_shift=1,
+        learn_sigma=out_channels == 2 * n.in_channels,
+    )
 
 
 def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -213,33 +241,47 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     return name
 
 
+def _add(state: dict[str, Tensor], name: str, t: Tensor) -> None:
+    if name in state:
+        raise ValueError(f"two of its tensors are {name}")
+    state[name] = _swapped(name, t)
+
+
 def _swapped(name: str, rows: Tensor) -> Tensor:
     """Modulation's rows with shift and scale exchanged: its own inverse; other tensors as is."""
-    if not _MODULATION.fullmatch(name):
-        return rows
     parts = 2 if name.startswith("final_mod") else 6
+    if not _MODULATION.fullmatch(name) or not rows.dim() or len(rows) % parts:
+        return rows  # of another shape than it should be, it is named by who compares them
     pieces = list(rows.chunk(parts))
     for i in range(0, parts, 3):
         pieces[i], pieces[i + 1] = pieces[i + 1], pieces[i]
     return torch.cat(pieces)
 
 
+def _count_layers(names: Iterable[str]) -> int:
+    found = (re.match(r"(?:transformer_)?blocks\.(\d{1,6})\.", name) for name in names)
+    return len({m[1] for m in found if m})
+
+
 def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTConfig:
     """What shapes tell of a published DiT; its other choices are those of every preset."""
-    needed = ("pos_embed", "patch_embed.proj.weight", "t_embed.0.weight", "y_embed.weight")
-    missing = [name for name in (*needed, "final_linear.weight") if name not in state]
+    needed = (
+        *("pos_embed", "patch_embed.proj.weight", "t_embed.0.weight", "y_embed.weight"),
+        "final_linear.weight",
+    )
+    missing = [name for name in needed if name not in state]
     if missing:
         raise ValueError(f"the tensors that tell the config are not there: {', '.join(missing)}")
     shapes = {name: list(state[name].shape) for name in needed}
-    if [len(shape) for shape in shapes.values()] != [3, 4, 2, 2]:
+    if [len(shape) for shape in shapes.values()] != [3, 4, 2, 2, 2]:
         raise ValueError(f"the tensors that tell the config have other shapes: {shapes}")
     D, C, p, _ = shapes["patch_embed.proj.weight"]
-    layers = {int(m[1]) for m in (re.match(r"blocks\.(\d+)\.", name) for name in state) if m}
+    layers = _count_layers(state)
     known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
-    heads = n_heads or known.get((len(layers), D))
+    heads = known.get((layers, D)) if n_heads is None else n_heads
     if heads is None:
         raise ValueError(
-            f"n_heads: shapes do not tell it, and no published DiT has {len(layers)} layers of "
+            f"n_heads: shapes do not tell it, and no published DiT has {layers} layers of "
             f"width {D}; pass n_heads="
         )
     return replace(
@@ -248,7 +290,7 @@ def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTCo
         patch_size=p,
         in_channels=C,
         hidden=D,
-        n_layers=len(layers),
+        n_layers=layers,
         n_heads=heads,
         num_classes=len(state["y_embed.weight"]) - 1,
         t_embed_width=state["t_embed.0.weight"].shape[1],

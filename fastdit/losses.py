@@ -31,10 +31,13 @@ def diffusion_loss(
         x_t: [B, C, H, W], what the model saw.
         t: [B] int64 timesteps.
         eps: [B, C, H, W] the noise in x_t.
-        scheduler: the diffusion, of 2 steps or more.
+        scheduler: the diffusion; a learned variance needs two steps or more.
 
     Returns:
-        [] the mean over the batch.
+        [] the mean over the batch; the bound is computed in at least float32.
+
+    Raises:
+        ValueError: the diffusion has one step, and the variance is learned.
 
     Source: Ho et al. 2020, equations 7, 13 and 14; Nichol & Dhariwal 2021, equation 15 and section
     3.1, with weight 1 for the bound, as DiT's code has it.
@@ -44,6 +47,10 @@ def diffusion_loss(
     loss = F.mse_loss(predicted, eps)
     if not share.shape[1]:
         return loss
+    if scheduler.T < 2:
+        raise ValueError(f"scheduler: a learned variance needs T of 2 or more, got {scheduler.T}")
+    wide = torch.promote_types(x0.dtype, torch.float32)
+    predicted, share, x0, x_t = (part.to(wide) for part in (predicted, share, x0, x_t))
     return loss + _bound(predicted.detach(), share, x0, x_t, t, scheduler).mean()
 
 
@@ -55,10 +62,12 @@ def _bound(
     def at(name: str, steps: Tensor = t) -> Tensor:
         return scheduler.gather(name, steps, x0.dtype)[:, None, None, None]
 
-    beta, alpha_bar, alpha_bar_prev = at("betas"), at("alpha_bars"), at("alpha_bars_prev")
-    predicted_x0 = (x_t - at("sqrt_one_minus_alpha_bars") * eps) / at("sqrt_alpha_bars")
-    of_x0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)  # equation 7
-    of_x = at("alphas").sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    beta, noise = at("betas"), at("sqrt_one_minus_alpha_bars")
+    predicted_x0 = (x_t - noise * eps) / at("sqrt_alpha_bars")
+    # Equation 7; 1 - alpha_bar is noise^2, and 1 - alpha_bar_prev follows from the posterior's
+    # variance: subtracted, they would lose their digits where alpha_bar is near 1.
+    of_x0 = at("alpha_bars_prev").sqrt() * beta / noise**2
+    of_x = at("alphas").sqrt() * at("posterior_var") / beta
     mean = of_x0 * predicted_x0 + of_x * x_t
     true_mean = of_x0 * x0 + of_x * x_t
 

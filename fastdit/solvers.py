@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,15 @@ class Guidance:
         return self.interval is None or self.interval[0] <= t < self.interval[1]
 
 
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, str | bool):
+        raise ValueError(f"{name}: expected a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected a number, got {value!r}") from error
+
+
 class StepTable(NamedTuple):
     """How the state moves from noise to image: one row of coefficients a model evaluation."""
 
@@ -97,8 +106,10 @@ class Solver:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: expected a positive number, or None, got {self.clip}")
+        if self.clip is not None:
+            object.__setattr__(self, "clip", _number("clip", self.clip))
+            if not self.clip > 0:
+                raise ValueError(f"clip: expected a positive number, or None, got {self.clip}")
 
     def spacing(self, T: int, steps: int) -> list[int]:
         """Which timesteps to take, ascending."""
@@ -216,6 +227,7 @@ class DDIM(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "eta", _number("eta", self.eta))
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta: expected a number from 0 to 1, got {self.eta}")
 
@@ -278,6 +290,8 @@ class Heun(Solver):
 
     Two evaluations a step, the second at the next timestep, but for the last step, which goes to
     sigma = 0 and stays Euler's: 2 steps - 1 in all. In the second eps is (u~ - x0_prev) / sigma'.
+    That difference costs digits where a step is long: over two steps of the 1000-step cosine
+    schedule float32 is a tenth off, over 25 less than a thousandth.
 
     Timesteps: `spaced_timesteps`.
 

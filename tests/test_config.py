@@ -17,6 +17,8 @@ from fastdit import PRESETS, DiTConfig
         ({"n_layers": True}, "n_layers: expected a positive integer, got True"),
         ({"patch_size": 5}, "patch_size: expected a divisor of img_size=16, got 5"),
         ({"n_heads": 5}, "n_heads: expected a divisor of hidden=64, got 5"),
+        ({"t_freq_shift": True}, "t_freq_shift: expected one of 0, 1; got True"),
+        ({"mlp_ln_eps": 0.0}, "mlp_ln_eps: expected a positive float, got 0.0"),
         ({"gelu": "tan"}, "gelu: expected one of erf, tanh; got 'tan'; did you mean 'tanh'?"),
         ({"pos_embed": "rope"}, "pos_embed: expected one of learned, sincos; got 'rope'"),
         ({"modulation_act": "relu"}, "modulation_act: expected one of none, silu; got 'relu'"),

@@ -1,6 +1,7 @@
 """Published checkpoints: recognised, translated to the bit, and sampled like the original."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_the_config_is_told_by_shapes():
     assert published().cfg == CFG
 
 
-@pytest.mark.parametrize("name", ["DiT-S/8", "DiT-B/4", "DiT-L/2", "DiT-XL/2"])
+@pytest.mark.parametrize("name", [n for n in fastdit.PRESETS if n != "toy"])
 def test_every_preset_is_recognised_with_its_heads(name):
     with torch.device("meta"):
         model = fastdit.DiT.from_config(fastdit.PRESETS[name])
@@ -153,6 +154,13 @@ def without(*names):
         (without("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias"),
         (STATE | {"x_embedder.proj.weight": torch.zeros(3)}, "have other shapes"),
         (STATE | {"blocks.0.attn.qkv.bias": torch.zeros(3)}, r"expected shape \[432\], got \[3\]"),
+        (STATE | {"final_layer.linear.weight": torch.zeros(())}, "have other shapes"),
+        (STATE | {"blocks.0.adaLN_modulation.1.weight": torch.zeros(())}, r"got \[\]"),
+        (STATE | {"blocks.0.adaLN_modulation.1.bias": torch.zeros(1)}, r"got \[1\]"),
+        (STATE | {"blocks.0.mlp.0.weight": torch.zeros(3)}, "two of its tensors are blocks.0.mlp"),
+        (STATE | {"pos_embed": STATE["pos_embed"].to("meta")}, "pos_embed is a meta tensor"),
+        (STATE | {"pos_embed": STATE["pos_embed"].to_sparse()}, "sparse"),
+        (STATE | {"pos_embed": STATE["pos_embed"].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
         ({"encoder.weight": torch.zeros(3)}, "are of no layout known here"),
         ({}, "are of no layout known here"),
     ],
@@ -164,7 +172,7 @@ def test_what_does_not_fit_is_named(tensors, message):
 
 def test_a_layout_refuses_a_model_that_it_cannot_hold(tmp_path):
     model = fastdit.DiT.from_config(DiTConfig())
-    with pytest.raises(ValueError, match="layout: 'facebookresearch/DiT'|not there: y_embed"):
+    with pytest.raises(ValueError, match="'facebookresearch/DiT' holds published DiTs only"):
         fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
     own = fastdit.DiT.from_config(replace(CFG, gelu="erf"))
     randomize(own)
@@ -248,8 +256,16 @@ def test_what_is_no_dit_of_diffusers_is_named(transformer, tmp_path):
     for text, message in (
         ("{", "config.json: expected JSON"),
         (config.replace("ada_norm_zero", "layer_norm"), "expected norm_type to be one of ada_norm"),
-        (config.replace('"num_layers": 2', '"num_layers": 3'), "missing blocks.2"),
-        (config.replace('"sample_size"', '"size"'), "expected that of a diffusers DiT.*sample_si"),
+        (config.replace('"num_layers": 2', '"num_layers": 3'), "says 3 blocks.*are of 2 blocks"),
+        (
+            config.replace('"sample_size"', '"size"'),
+            "expected sample_size to be a positive integer",
+        ),
+        (config.replace('_head_dim": 16', '_head_dim": 1000000'), "says 2 blocks and.*2000000"),
+        (config.replace('_heads": 2', '_heads": "2"'), "expected num_attention_heads to be a pos"),
+        (config.replace('"out_channels": 8', '"out_channels": 7'), "expected out_channels of 4 or"),
+        ("[" * 100_000, "config.json: expected JSON"),
+        ("[]", "config.json: expected a JSON object"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -345,3 +361,60 @@ def test_loading_xl_takes_little_more_than_its_file(tmp_path, layout):
     )
     # The model is as large as its file; at the peak no more than 1.2 times that stands beside it.
     assert size < int(done.stdout) < (1 + 1.2) * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["facebookresearch/DiT", "diffusers"])
+def test_narrow_weights_go_there_and_back_too(transformer, tmp_path, layout, dtype):
+    model = (published() if layout != "diffusers" else fastdit.load(transformer)).to(dtype)
+    fastdit.save(model, tmp_path / "m", layout=layout)
+    again = fastdit.load(tmp_path / "m", n_heads=2)
+    assert again.cfg == model.cfg and again.pos_embed.dtype == dtype
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+
+
+def test_weights_are_the_models_own_however_they_lay_in_the_file(tmp_path):
+    """Views of one storage, and strides of their own, become tensors that can be trained."""
+    state, flat = dict(STATE), torch.zeros(10_000)
+    bias = STATE["final_layer.linear.bias"]
+    state["final_layer.linear.bias"] = flat[: len(bias)]
+    state["blocks.0.attn.proj.bias"] = flat[:144]
+    state["pos_embed"] = STATE["pos_embed"][:, :1].expand_as(STATE["pos_embed"])
+    torch.save(state, tmp_path / "m.pt")
+    model = fastdit.load(tmp_path / "m.pt", n_heads=2)
+    with torch.no_grad():
+        model.final_linear.bias.fill_(7)
+    assert (model.blocks[0].attn.proj.bias == 0).all() and model.pos_embed.is_contiguous()
+    fastdit.save(model, tmp_path / "own.safetensors")
+
+
+def test_positions_that_diffusers_would_not_compute_are_refused(transformer, tmp_path):
+    model = fastdit.load(transformer)
+    with torch.no_grad():
+        model.pos_embed.add_(1)
+    with pytest.raises(ValueError, match="diffusers computes positions, and this model's are oth"):
+        fastdit.save(model, tmp_path / "m", layout="diffusers")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_half_written_is_none(transformer, tmp_path, monkeypatch):
+    """Old config and new weights would fit each other, and be another network."""
+    model = fastdit.load(transformer)
+    fastdit.save(model, tmp_path / "m", layout="diffusers")
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        fastdit.save(model, tmp_path / "m", layout="diffusers")
+    monkeypatch.setattr(json, "dumps", dumps)
+    with pytest.raises(ValueError, match="expected config.json"):
+        fastdit.load(tmp_path / "m")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="it is a pipeline's; save to its folder 'transformer'"):
+        fastdit.save(model, tmp_path / "p", layout="diffusers")
+
+
+@pytest.mark.parametrize("n_heads", [0, -1, 2.0, "2"])
+def test_heads_that_cannot_be_are_an_error(n_heads):
+    with pytest.raises(ValueError, match="n_heads: expected a positive integer, got"):
+        fastdit.load(STATE, n_heads=n_heads)

@@ -75,6 +75,32 @@ def test_the_bound_trains_the_variance_alone(t):
     assert (gradient[:, 2:] != 0).any(dim=0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_narrow_dtypes_lose_few_digits(schedule, dtype):
+    """At T = 1000, where alpha_bar is nearly 1 at first and nearly 0 at last."""
+    scheduler = DiffusionScheduler(1000, schedule=schedule)
+    for t in (0, 1, 2, 500, 999):
+        steps = torch.full((32,), t)
+        x0 = (2 * torch.rand(32, 2, 4, 4) - 1).to(dtype)
+        eps = torch.randn(32, 2, 4, 4).to(dtype)
+        x_t = scheduler.q_sample(x0, steps, eps)
+        out = torch.cat([eps, torch.rand_like(eps) * 2 - 1], dim=1)
+        loss = diffusion_loss(out, x0, x_t, steps, eps, scheduler)
+        exact = diffusion_loss(
+            out.double(), x0.double(), x_t.double(), steps, eps.double(), scheduler
+        )
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-7), t
+
+
+def test_one_step_has_no_variance_to_learn():
+    scheduler = DiffusionScheduler(1)
+    x = torch.zeros(2, 2, 4, 4)
+    t = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="scheduler: a learned variance needs T of 2 or more"):
+        diffusion_loss(torch.zeros(2, 4, 4, 4), x, x, t, x, scheduler)
+
+
 def test_without_a_learned_variance_it_is_the_squared_error():
     out, x0, x_t, t, eps, scheduler = batch(25)
     loss = diffusion_loss(out[:, :2], x0, x_t, t, eps, scheduler)
