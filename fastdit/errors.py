@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError:
     """The error for a misspelt name: what came, what there is, and the likeliest intent."""
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), known, n=1)
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ValueError(f"{what}: expected one of {', '.join(known)}; got {name!r}{hint}")
+    return ValueError(f"{what}: expected one of {', '.join(names)}; got {name!r}{hint}")
 
 
 def check_range(name: str, values: Tensor, limit: int) -> None:
