@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,8 +24,9 @@ from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.foreign import weight_files
 from fastdit.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.latents import decode, latent_channels, load_vae
+from fastdit.latents import decode, digest, latent_channels, load_vae
 from fastdit.many import processes, write_many
 from fastdit.sampler import Sampler
 from fastdit.solvers import SOLVERS, Guidance
@@ -206,6 +208,8 @@ def sample(
         takes, makes = decoder and latent_channels(decoder), found.config.in_channels
         if takes not in (None, makes):
             raise ValueError(f"--vae: it decodes {takes} channels, the model makes {makes}")
+        if num_images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("--num-images: processes share images only where it is given")
         if num_images is not None:
             options = dict(
                 num=num_images,
@@ -218,7 +222,7 @@ def sample(
                 guidance=guidance and asdict(guidance),
                 dtype=dtype,
                 execution=sampler.execution,
-                vae=vae,
+                vae=decoder and digest(decoder),
                 checkpoint=_digest(checkpoint),
             )
             _sample_many(out, sampler, decoder, options)
@@ -270,13 +274,12 @@ def _sample_many(
 
 def _digest(checkpoint: Path) -> str:
     """What tells one checkpoint's contents from another's."""
-    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*.*"))
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
+    content = hashlib.blake2b(digest_size=16)
+    for path in weight_files(checkpoint):
         with open(path, "rb") as file:
             while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
+                content.update(block)
+    return content.hexdigest()
 
 
 def _write(out: Path, images: Tensor, columns: int) -> None:
@@ -294,6 +297,8 @@ def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo
     """What the checkpoint says of itself, and its diffusion, where its samples can go to `out`."""
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
+    if out.is_dir():
+        raise ValueError(f"--out: expected a file's name, got the folder {out}")
     if not checkpoint.exists():
         raise ValueError(
             f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "

@@ -28,6 +28,9 @@ def plain_errors() -> Iterator[None]:
         except (ValueError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            print("interrupted; batches that were finished are kept", file=sys.stderr)
+            raise typer.Exit(130) from None
 
 
 def device_of(name: str | None) -> torch.device:

@@ -97,5 +97,5 @@ def encode(
     """Encode images to the latents that a DiT is trained on."""
     with plain_errors():
         autoencoder = load_vae(vae, device_of(device))
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size, vae)
+        count = encode_folder(autoencoder, folder, out, image_size, batch_size)
         print(f"wrote the latents of {count} images to {out}")

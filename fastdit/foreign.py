@@ -84,6 +84,14 @@ def folder(path: Path) -> tuple[Any, Path]:
     return config, weights
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files that a model is read from: a file, or those of a folder."""
+    if path.is_file():
+        return [path]
+    _, weights = folder(path)
+    return [weights.with_name("config.json"), weights]
+
+
 def folder_labels(path: Path, num_classes: int) -> tuple[str, ...] | None:
     """The names of the classes, where a folder is of a pipeline that knows them all."""
     try:

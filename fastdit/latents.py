@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import hashlib
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,18 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdit.many import PLAN, write_parts
+from fastdit.many import read_plan, write_parts
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_BAD_IMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 AT_ONCE = 8  # images decoded together: a 512-pixel one takes about a gigabyte on its way
 
@@ -27,22 +40,44 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
         ValueError: diffusers is not installed, or there is no such autoencoder.
     """
     try:
-        from diffusers import AutoencoderKL
+        import diffusers
     except ImportError as error:
         raise ValueError(
             "vae: needs the package diffusers; pip install 'fastdit[latents]'"
         ) from error
     inner = {"subfolder": "vae"} if os.path.isdir(os.path.join(source, "vae")) else {}
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()  # what it would say is an error below
     try:
-        vae: nn.Module = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, **inner)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        vae, told = diffusers.AutoencoderKL.from_pretrained(
+            source, low_cpu_mem_usage=False, output_loading_info=True, **inner
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"vae: expected an AutoencoderKL in {source} ({reason})") from error
+    finally:
+        diffusers.utils.logging.set_verbosity(level)
+    # It would go on with random weights in the place of those that are not there.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if told[what]:
+            raise ValueError(
+                f"vae: expected an AutoencoderKL in {source}, but it has {len(told[what])} "
+                f"{what.replace('_', ' ')}, such as {next(iter(told[what]))}"
+            )
     if getattr(vae.config, "shift_factor", None):
         raise ValueError(
             f"vae: {source} shifts its latents, which no published DiT's autoencoder does"
         )
     return vae.to(device).eval()
+
+
+def digest(vae: nn.Module) -> str:
+    """What tells one autoencoder's weights from another's."""
+    content = hashlib.blake2b(digest_size=16)
+    for name, t in sorted(vae.state_dict().items()):
+        content.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        content.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 def latent_channels(vae: Any) -> int:
@@ -104,8 +139,16 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """The middle square of an image, [size, size, 3] uint8.
 
     Halved by boxes while twice too large, then resized bicubically, as ADM and DiT crop ImageNet
-    (`center_crop_arr` of Dhariwal & Nichol's code).
+    (`center_crop_arr` of Dhariwal & Nichol's code); a rotation that EXIF tells of is not made.
+
+    Raises:
+        ValueError: the image has 16 bits or floats a channel, or is more than 100 times as long as
+            it is wide, which the resizing would make larger still.
     """
+    if image.mode not in _MODES:
+        raise ValueError(f"expected 8 bits a channel, got PIL's mode {image.mode}")
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError(f"expected sides of like length, got {image.width} x {image.height}")
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -122,13 +165,16 @@ def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """Images in one sub-folder a class: the files in order, their labels, the classes' names.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there is no such folder, or a class has none.
     """
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-    known = Image.registered_extensions()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     files, labels = [], []
     for label, name in enumerate(classes):
-        own = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in known)
+        own = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
+        if not own:
+            raise ValueError(f"{folder / name}: expected images of a class, found none")
         files += own
         labels += [label] * len(own)
     if not files:
@@ -136,9 +182,11 @@ def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     return files, labels, classes
 
 
-def encode_folder(
-    vae: Any, source: Path, out: Path, image_size: int = 256, shard: int = 64, name: str = ""
-) -> int:
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and path.name[0] != "." and path.is_file()
+
+
+def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shard: int = 64) -> int:
     """Encode a folder of images to shards that `LatentShards` reads; a stopped call goes on.
 
     Args:
@@ -147,14 +195,19 @@ def encode_folder(
         out: the folder to write.
         image_size: side of the square that is cut from the middle of each image.
         shard: images encoded together and written to one file.
-        name: what the autoencoder is called, so that shards of two are not mixed.
 
     Returns:
         The number of images.
 
     Raises:
-        ValueError: there are no images, one cannot be read, or `out` holds shards of others.
+        ValueError: there are no images, one cannot be read, `out` lies among them or holds shards
+            of others, or image_size is no multiple of what the autoencoder shrinks by.
     """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if image_size < 1 or image_size % factor:
+        raise ValueError(f"image_size: expected a multiple of {factor}, got {image_size}")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"out: expected a folder that is not in {source}, got {out}")
     files, labels, classes = image_files(source)
 
     def make(first: int) -> np.ndarray:
@@ -166,7 +219,7 @@ def encode_folder(
         "num": len(files),
         "batch_size": shard,
         "image_size": image_size,
-        "vae": name,
+        "vae": digest(vae),
         "files": [path.relative_to(source).as_posix() for path in files],
         "labels": labels,
         "classes": classes,
@@ -179,7 +232,7 @@ def _read(path: Path, size: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return centre_crop(image, size)
-    except OSError as error:
+    except _BAD_IMAGE as error:
         raise ValueError(f"{path}: expected an image ({error})") from error
 
 
@@ -198,16 +251,29 @@ class LatentShards:
             ValueError: it holds no shards, or not all of them.
         """
         path = Path(folder)
-        try:
-            plan = json.loads((path / PLAN).read_text())
-            self._size: int = plan["batch_size"]
-            self.labels: list[int] = plan["labels"]
-            self.classes: list[str] = plan["classes"]
-            parts = [path / f"{i:08d}.npy" for i in range(-(-plan["num"] // self._size))]
-            self._shards = [np.load(part, mmap_mode="r") for part in parts]
-        except (OSError, ValueError, LookupError) as error:
+        plan = read_plan(path)
+        keys = ("num", "batch_size", "labels", "classes")
+        if plan is None or any(key not in plan for key in keys):
+            raise ValueError(f"{folder}: expected the shards of `fastdit encode`, found none")
+        self._size: int = plan["batch_size"]
+        self.labels: list[int] = plan["labels"]
+        self.classes: list[str] = plan["classes"]
+        self._parts = [path / f"{i:08d}.npy" for i in range(-(-plan["num"] // self._size))]
+        gone = [part.name for part in self._parts if not part.is_file()]
+        if gone:
             raise ValueError(
-                f"{folder}: expected the shards of `fastdit encode`, all of them ({error})"
+                f"{folder}: expected all shards of `fastdit encode`, but {gone[0]} is not there; "
+                "run it again"
+            )
+        # Opened when they are asked for: a set may have more of them than files may be open.
+        self._shard = functools.lru_cache(maxsize=64)(self._open)
+
+    def _open(self, i: int) -> np.ndarray:
+        try:
+            return np.load(self._parts[i], mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(
+                f"{self._parts[i]}: it is damaged; remove it and encode again"
             ) from error
 
     def __len__(self) -> int:
@@ -217,6 +283,6 @@ class LatentShards:
         """Mean and standard deviation, [C, h, w] float32 each, and the label of image i."""
         if not 0 <= i < len(self):
             raise IndexError(f"expected an index in [0, {len(self)}), got {i}")
-        row = torch.from_numpy(np.array(self._shards[i // self._size][i % self._size]))
+        row = torch.from_numpy(np.array(self._shard(i // self._size)[i % self._size]))
         mean, std = row.chunk(2)
         return mean, std, self.labels[i]

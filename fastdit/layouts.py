@@ -282,7 +282,7 @@ def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTCo
     if heads is None:
         raise ValueError(
             f"n_heads: shapes do not tell it, and no published DiT has {layers} layers of "
-            f"width {D}; pass n_heads="
+            f"width {D}; pass n_heads= (fastdit convert --n-heads)"
         )
     return replace(
         PRESETS["DiT-XL/2"],

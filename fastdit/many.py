@@ -7,12 +7,14 @@ not depend on how many processes made it, or on how often they were stopped and 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ def processes() -> Iterator[tuple[int, int]]:
     if world == 1:
         yield 0, 1
         return
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may have most left to do
     try:
         yield dist.get_rank(), world
     finally:
@@ -87,32 +89,59 @@ def write_parts(
     own = range(rank, len(parts), world)
     with tqdm(total=len(own), unit="batch", desc=f"rank {rank}", disable=rank > 0) as bar:
         for i in own:
-            if not parts[i].exists():
-                images = make(i * size)[: num - i * size]
-                with atomic_path(parts[i]) as aside, open(aside, "wb") as file:
-                    np.save(file, images)
+            if _rows(parts[i]) != min(size, num - i * size):  # not there, or damaged
+                content = io.BytesIO()  # NumPy's own writing to a file can miss that a disk is full
+                np.save(content, make(i * size)[: num - i * size])
+                with atomic_path(parts[i]) as aside:
+                    aside.write_bytes(content.getbuffer())
             bar.update()
     if world > 1:
         dist.barrier()
     return parts
 
 
+def _rows(part: Path) -> int:
+    """How many images a part holds whole; 0 where it is not there or damaged."""
+    try:
+        return len(np.load(part, mmap_mode="r"))
+    except (OSError, ValueError, EOFError):
+        return 0
+
+
 def _agree(folder: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or see that it is the one whose batches lie there."""
+    if plan["num"] < 1 or plan["batch_size"] < 1:
+        raise ValueError(f"expected 1 image or more, and as many a batch, got {plan}")
     wanted = json.dumps(plan, indent=1, sort_keys=True)
-    try:
-        found = (folder / PLAN).read_text()
-    except FileNotFoundError:
+    before = read_plan(folder)
+    if before is None:
         with atomic_path(folder / PLAN) as aside:
             aside.write_text(wanted)
         return
-    if found != wanted:
-        before = json.loads(found)
-        other = [name for name in {**plan, **before} if plan.get(name) != before.get(name)]
+    plan = json.loads(wanted)
+    other = sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n))
+    if other:
         raise ValueError(
-            f"{folder}: expected batches of this call, but its {', '.join(other)} differ; remove "
-            "the folder, or write to another file"
+            f"{folder}: the batches there are of another call: they differ in {', '.join(other)}; "
+            "remove the folder, or write elsewhere"
         )
+
+
+def read_plan(folder: Path) -> dict[str, Any] | None:
+    """The plan whose batches lie in a folder; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{folder / PLAN}: it is damaged ({error}); remove {folder}") from error
+    if not isinstance(plan, dict):
+        raise ValueError(f"{folder / PLAN}: it is damaged; remove {folder}")
+    return plan
 
 
 def _join(parts: list[Path], out: Path, key: str, num: int) -> None:

@@ -319,3 +319,12 @@ def test_a_pipelines_folder_is_sampled_by_name(tmp_path):
     expected = Sampler(model, DiffusionScheduler(1000), "ddim", 4)([2])
     with np.load(out) as file:
         assert np.array_equal(file["latents"], expected.numpy())
+
+
+def test_processes_without_a_number_of_images_are_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run("sample", checkpoint, "--out", tmp_path / "s.npz")
+    assert done.exit_code == 1 and "--num-images: processes share images only where" in done.stderr
+    (tmp_path / "d.npz").mkdir()
+    done = run("sample", checkpoint, "--out", tmp_path / "d.npz")
+    assert done.exit_code == 1 and "--out: expected a file's name" in done.stderr

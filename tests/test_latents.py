@@ -1,5 +1,8 @@
 """Decoding: the autoencoder's own images, a few at a time, from the command line too."""
 
+import json
+import os
+import shutil
 import sys
 from dataclasses import replace
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastdit
@@ -149,8 +153,10 @@ def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, imag
     assert done.exit_code == 0 and "wrote the latents of 7 images" in done.stdout
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     (out / "00000001.npy").unlink()
-    with pytest.raises(ValueError, match="all of them"):
+    with pytest.raises(ValueError, match="00000001.npy is not there; run it again"):
         LatentShards(out)
+    with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found none"):
+        LatentShards(images)
     assert CliRunner().invoke(app, arguments).exit_code == 0
     after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert after.keys() == before.keys()
@@ -158,8 +164,64 @@ def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, imag
 
     (images / "dog" / "z.png").write_bytes(b"\x89PNG but torn")
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 1 and "its num, files, labels differ; remove the folder" in done.stderr
+    assert done.exit_code == 1 and "they differ in files, labels, num; remove" in done.stderr
     done = CliRunner().invoke(app, [*arguments[:5], str(tmp_path / "other"), *arguments[6:]])
     assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
-    with pytest.raises(ValueError, match="expected a sub-folder of images for each class"):
-        encode_folder(None, tmp_path / "nowhere", out)
+    (images / "dog" / "z.png").unlink()
+    (images / "fox").mkdir()
+    (images / ".cache").mkdir()
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "fox: expected images of a class, found none" in done.stderr
+
+
+def test_encoding_refuses_what_would_spoil_it(vae_folder, images, tmp_path):
+    vae = load_vae(vae_folder)
+    out = tmp_path / "out"
+    for source, into, size, message in (
+        (tmp_path / "nowhere", out, 16, "no such folder"),
+        (images, images / "latents", 16, "out: expected a folder that is not in"),
+        (images, out, 17, "image_size: expected a multiple of 2, got 17"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_folder(vae, source, into, size)
+    for name, image, message in (
+        ("thin", Image.new("RGB", (1, 1000)), "expected sides of like length, got 1 x 1000"),
+        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits a channel"),
+    ):
+        image.save(images / "cat" / f"{name}.png")
+        with pytest.raises(ValueError, match=f"{name}.png: expected an image.*{message}"):
+            encode_folder(vae, images, tmp_path / name, 16)
+        (images / "cat" / f"{name}.png").unlink()
+    # Another autoencoder of the same name is another.
+    encode_folder(vae, images, out, 16, shard=3)
+    with torch.no_grad():
+        next(vae.parameters()).add_(1)
+    with pytest.raises(ValueError, match="they differ in vae;"):
+        encode_folder(vae, images, out, 16, shard=3)
+
+
+def test_a_vae_with_other_weights_than_its_own_is_refused(vae_folder, tmp_path):
+    """diffusers would go on with random ones, and say so in a log."""
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({n: t for n, t in state.items() if not n.startswith("decoder.")}, path)
+    with pytest.raises(ValueError, match=r"it has \d+ missing keys, such as decoder"):
+        load_vae(tmp_path / "vae")
+
+
+def test_more_shards_than_files_may_be_open_are_read(vae_folder, images, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    encode_folder(load_vae(vae_folder), images, tmp_path / "out", 16, shard=1)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    plan |= {"num": 700, "labels": plan["labels"] * 100}
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
+    for i in range(7, 700):
+        os.link(tmp_path / "out" / f"{i % 7:08d}.npy", tmp_path / "out" / f"{i:08d}.npy")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        shards = LatentShards(tmp_path / "out")
+        assert all(torch.equal(shards[i][0], shards[i % 7][0]) for i in range(0, 700, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

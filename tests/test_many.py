@@ -13,7 +13,7 @@ import torch
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
 from fastdit.images import to_pixels
-from fastdit.many import write_many
+from fastdit.many import write_many, write_parts
 from fastdit.testing import randomize
 
 STEPS = 8
@@ -93,7 +93,9 @@ def test_batches_of_another_plan_are_not_mixed(checkpoint, tmp_path):
     out = tmp_path / "s.npz"
     with pytest.raises(KeyboardInterrupt):
         write_many(out, stop, {"num": 5, "batch_size": 2, "seed": 1}, "arr_0")
-    with pytest.raises(ValueError, match="parts: expected batches of this call, but its seed diff"):
+    with pytest.raises(
+        ValueError, match="parts: the batches there are of another call: they differ in seed;"
+    ):
         write_many(out, stop, {"num": 5, "batch_size": 2, "seed": 2}, "arr_0")
     done = run(1, *arguments(checkpoint, out))
     assert done.returncode == 1 and "remove the folder" in done.stderr
@@ -112,3 +114,52 @@ def test_the_last_batch_is_made_whole_and_cut(tmp_path):
     assert starts == [0, 4, 8]
     with np.load(tmp_path / "s.npz") as file:
         assert np.array_equal(file["latents"], torch.arange(10.0)[:, None].numpy())
+
+
+@pytest.mark.parametrize("damage", ["empty", "torn", "short"])
+def test_a_damaged_part_is_made_again(tmp_path, damage):
+    def make(first):
+        return np.arange(first, first + 4, dtype=np.float32)[:, None]
+
+    out, plan = tmp_path / "s.npz", {"num": 10, "batch_size": 4, "guidance": (1, 2)}
+    parts = write_parts(tmp_path / "s.npz.parts", make, plan)
+    if damage == "short":
+        np.save(parts[1], make(4)[:2])
+    else:
+        os.truncate(parts[1], 0 if damage == "empty" else 130)
+    write_many(out, make, plan, "latents")
+    with np.load(out) as file:
+        assert np.array_equal(file["latents"][:, 0], np.arange(10))
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from fastdit.many import write_parts
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+try:
+    write_parts(Path(sys.argv[1]), lambda i: np.ones((4, 200)), {"num": 8, "batch_size": 4})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_no_part_behind(tmp_path):
+    folder = tmp_path / "parts"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True
+    )
+    assert "00000000.npy: not written" in done.stdout, done.stderr
+    assert [p.name for p in folder.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3"])
+def test_a_damaged_plan_is_named(tmp_path, content):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match="plan.json: it is damaged.*remove"):
+        write_parts(tmp_path / "p", None, {"num": 1, "batch_size": 1})
+    with pytest.raises(ValueError, match="expected 1 image or more"):
+        write_parts(tmp_path / "q", None, {"num": 0, "batch_size": 1})
