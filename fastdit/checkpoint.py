@@ -249,7 +249,7 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the JSON header of a file that write_tensors wrote.
+    """The tensors, mapped from disk, and the JSON header of a file that write_tensors wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -257,7 +257,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """
     with _open(path) as file:
         header = _read_header(path, file)
-        return _get_tensors(file), header
+        return {name: file.get_tensor(name) for name in file.keys()}, header
 
 
 def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -312,7 +312,10 @@ def _read_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
 def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
     header = _read_header(path, file)
     if "recipe" in header:
-        raise ValueError(f"{path}: expected a model, got a resume file; the model is beside it")
+        raise ValueError(
+            f"{path}: expected a model, got a checkpoint of a run; model.safetensors in the run's "
+            "folder is its model"
+        )
     if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
     options = header["config"]
@@ -352,11 +355,6 @@ def _empty_model(source: str, config: DiTConfig) -> DiT:
 
 def _copy(t: Tensor) -> Tensor:
     return t.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _get_tensors(file: Any) -> dict[str, Tensor]:
-    """Copies: a tensor that stays mapped to its file changes, or dies, when the file does."""
-    return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,24 +17,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit.checkpoint import CheckpointInfo, inspect, load
-from fastdit.cli_common import Device, device_of, plain_errors
+from fastdit.cli_common import DEFAULT_OUT, Device, device_of, plain_errors
 from fastdit.cli_models import convert, encode, info
+from fastdit.cli_train import train
 from fastdit.config import DiTConfig
-from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.foreign import weight_files
 from fastdit.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.latents import decode, digest, latent_channels, load_vae
-from fastdit.many import processes, write_many
+from fastdit.many import write_many
+from fastdit.parallel import processes
+from fastdit.runs import WEIGHTS_FILE
 from fastdit.sampler import Sampler
 from fastdit.solvers import SOLVERS, Guidance
-from fastdit.train import PUBLISHED_LOSS, RESUME_FILE, WEIGHTS_FILE, Recipe, Trainer, TrainResult
 
-DEFAULT_OUT = Path("runs/toy")
-GRID_FILE = "samples.png"
-JUDGED_PER_CLASS = 10
-SHOWN_PER_CLASS = 4
 DTYPES = ("float32", "bfloat16", "float16")
 PIXEL_CHANNELS = (1, 3)
 
@@ -46,97 +42,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(train)
 app.command()(convert)
 app.command()(info)
 app.command()(encode)
-
-
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Folder for weights, resume file, samples.")] = (
-        DEFAULT_OUT
-    ),
-    resume: Annotated[bool, typer.Option(help="Continue the run in --out, bit for bit.")] = False,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the set.  [30]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.  [128]")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.  [5e-4]")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="linear, linear-scaled or cosine.  [linear]")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of data, weights, order, noise.  [0]")] = None,
-    per_class: Annotated[int | None, typer.Option(help="Images of each class.  [200]")] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between two saves.")] = 100,
-    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
-    device: Device = None,
-) -> None:
-    """Train the toy DiT on the coloured shapes, then show what it learned."""
-    given: dict[str, Any] = dict(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        schedule=schedule,
-        seed=seed,
-        per_class=per_class,
-    )
-    given = {name: value for name, value in given.items() if value is not None}
-    with plain_errors():
-        options: dict[str, Any] = dict(
-            device=device_of(device), compile=compile, save_every=save_every
-        )
-        if resume:
-            trainer = _resume(out, given, options)
-        else:
-            trainer = Trainer(DiTConfig(), Recipe(**given), out, **options)
-        try:
-            result = trainer.run(progress=True)
-        except KeyboardInterrupt:
-            print(f"interrupted; continue with fastdit train --resume --out {out}", file=sys.stderr)
-            raise typer.Exit(130) from None
-        print_losses(result, trainer.recipe)
-        _show_samples(out, result, trainer.scheduler)
-
-
-def _resume(out: Path, given: dict[str, Any], options: dict[str, Any]) -> Trainer:
-    if not (out / RESUME_FILE).exists():
-        raise ValueError(f"--resume: {out} holds no run to continue; leave --resume out to start")
-    trainer = Trainer.resume(out, **options)
-    for name, value in given.items():
-        started = getattr(trainer.recipe, name)
-        if value != started:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option}: the run was started with {started}, got {value}")
-    print(f"resuming at step {trainer.step} of {trainer.total_steps}", file=sys.stderr)
-    return trainer
-
-
-def print_losses(result: TrainResult, recipe: Recipe) -> None:
-    """The loss by epoch, beside the published one where the recipe is the published one's."""
-    comparable = replace(recipe, seed=Recipe.seed) == Recipe()
-    print("epoch   loss" + "     published for this recipe, on another drawing" * comparable)
-    last = len(result.epoch_losses)
-    for epoch in sorted({*PUBLISHED_LOSS, last}):
-        if epoch <= last:
-            beside = f"   {PUBLISHED_LOSS[epoch]:.4f}" if comparable else ""
-            print(f"{epoch:5d}   {result.epoch_losses[epoch - 1]:.4f}{beside}")
-    if not math.isnan(result.images_per_second):
-        print(
-            f"{result.images_per_second:.0f} images/s after a first step of "
-            f"{result.first_step_seconds:.1f} s"
-        )
-
-
-def _show_samples(out: Path, result: TrainResult, scheduler: DiffusionScheduler) -> None:
-    labels = torch.arange(len(LABEL_NAMES)).repeat_interleave(JUDGED_PER_CLASS)
-    images = Sampler(result.model, scheduler)(labels, progress=True)
-    accuracy = judge(images, labels)
-    shown = images.view(len(LABEL_NAMES), -1, *images.shape[1:])[:, :SHOWN_PER_CLASS].flatten(0, 1)
-    columns = len(shown) // len(COLOURS)  # one row a colour
-    write_grid(out / GRID_FILE, to_pixels(shown), columns, zoom=3)
-    print(
-        f"{len(labels)} samples: colour accuracy {accuracy.colour:.3f}, "
-        f"shape accuracy {accuracy.shape:.3f}"
-    )
-    print(f"wrote {out / WEIGHTS_FILE} and {out / GRID_FILE}")
 
 
 @app.command()
@@ -266,9 +175,10 @@ def _sample_many(
             images = decode(decoder, images)
         return to_pixels(images) if pixels else images.cpu().numpy()
 
-    with processes() as (rank, world):
-        write_many(out, make, plan, "arr_0" if pixels else "latents", rank, world)
-        if rank == 0:
+    # A process may have most left to do while the others are done, after a stop.
+    with processes(timeout=timedelta(days=7)) as world:
+        write_many(out, make, plan, "arr_0" if pixels else "latents", world.rank, world.size)
+        if world.rank == 0:
             print(f"wrote {plan['num']} images to {out}")
 
 

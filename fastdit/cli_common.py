@@ -7,10 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+DEFAULT_OUT = Path("runs/toy")
 
 
 @contextmanager

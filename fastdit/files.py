@@ -28,7 +28,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     aside = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target.parent, glob.escape(target.name))
         aside.unlink(missing_ok=True)
         yield aside
         _sync(aside)
@@ -47,9 +47,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def _remove_leftovers(target: Path) -> None:
-    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*-*.tmp"):
-        pid = leftover.name.removeprefix(f".{target.name}.").split("-")[0]
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed writers left aside in a folder, of files whose name fits a pattern."""
+    for leftover in folder.glob(f".{name}.*-*.tmp"):
+        pid = leftover.name.split(".")[-2].split("-")[0]
         if pid.isdecimal() and not _is_alive(int(pid)):
             leftover.unlink(missing_ok=True)
 

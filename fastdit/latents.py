@@ -255,6 +255,7 @@ class LatentShards:
         keys = ("num", "batch_size", "labels", "classes")
         if plan is None or any(key not in plan for key in keys):
             raise ValueError(f"{folder}: expected the shards of `fastdit encode`, found none")
+        self.plan = plan
         self._size: int = plan["batch_size"]
         self.labels: list[int] = plan["labels"]
         self.classes: list[str] = plan["classes"]
@@ -281,8 +282,11 @@ class LatentShards:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
         """Mean and standard deviation, [C, h, w] float32 each, and the label of image i."""
+        mean, std = torch.from_numpy(np.array(self.row(i))).chunk(2)
+        return mean, std, self.labels[i]
+
+    def row(self, i: int) -> np.ndarray:
+        """Image i as it lies on disk: [2C, h, w], mean before deviation."""
         if not 0 <= i < len(self):
             raise IndexError(f"expected an index in [0, {len(self)}), got {i}")
-        row = torch.from_numpy(np.array(self._shard(i // self._size)[i % self._size]))
-        mean, std = row.chunk(2)
-        return mean, std, self.labels[i]
+        return self._shard(i // self._size)[i % self._size]

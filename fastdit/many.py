@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +23,6 @@ from tqdm import tqdm
 from fastdit.files import atomic_path
 
 PLAN = "plan.json"
-
-
-@contextmanager
-def processes() -> Iterator[tuple[int, int]]:
-    """(rank, world size), as torchrun says them; (0, 1) without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    dist.init_process_group("gloo", timeout=timedelta(days=7))  # one may have most left to do
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
 
 
 def write_many(

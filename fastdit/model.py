@@ -2,13 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastdit import functional, reference
+
+
+class Block(reference.Block):
+    """A block as it lies between two fused passes.
+
+    Each residual sum is one pass with the LayerNorm that follows it, so that a block begins with
+    its first LayerNorm done, and ends with the next block's.
+
+    Attributes:
+        checkpointing: under gradient keep a block's inputs alone, and compute all else once more
+            in the backward.
+    """
+
+    checkpointing = False
+
+    def forward(  # type: ignore[override]
+        self, residual: Tensor, h: Tensor, modulation: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """residual and h, its modulated LayerNorm, [B, N, D] each -> the next block's.
+
+        modulation is six of [B, D]: gate1, scale2, shift2 and gate2, then the scale and shift that
+        open the next block, or the final layer.
+        """
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(
+                self._run, residual, h, *modulation, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._run(residual, h, *modulation)
+
+    def _run(self, residual: Tensor, h: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
+        gate1, scale2, shift2, gate2, next_scale, next_shift = modulation
+        h = functional.attention(self.attn.qkv(h), self.attn.n_heads)
+        residual, h = functional.gated_residual_layer_norm_modulate(
+            residual, self.attn.proj(h), gate1, scale2, shift2, self.mlp_eps
+        )
+        return functional.gated_residual_layer_norm_modulate(
+            residual, self.mlp(h), gate2, next_scale, next_shift, self.eps
+        )
 
 
 class DiT(reference.DiT):
@@ -22,6 +61,9 @@ class DiT(reference.DiT):
         model = DiT(img_size=16, patch_size=4, hidden=64, n_layers=4, n_heads=4)
         eps = model(x, t, y)  # x [B, C, H, W], t [B], y [B] or None
     """
+
+    block_type = Block
+    blocks: list[Block]  # type: ignore[assignment]
 
     def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
         """Of conditioning c [R, D], layer by layer: [R, 6D] for each block, [R, 2D] for the last.
@@ -56,27 +98,13 @@ class DiT(reference.DiT):
         Returns:
             [B, N, p*p*C_out].
         """
-        eps = self.cfg.ln_eps
         patch = self.patch_embed.proj
         weight = patch.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p*p*C], as the tokens lie
         residual = F.linear(tokens, weight, patch.bias) + self.pos_embed  # [B, N, D]
-
         parts = modulation.split(self.cfg.hidden, dim=-1)  # each [B, D]
-        chunks = [parts[i : i + 6] for i in range(0, len(parts) - 2, 6)]
-        # The (scale, shift) that opens each block; the final layer's closes the last one.
-        opening = [(chunk[0], chunk[1]) for chunk in chunks] + [(parts[-2], parts[-1])]
-
-        h = functional.layer_norm_modulate(residual, *opening[0], eps)
-        for i, (block, (_, _, gate1, scale2, shift2, gate2)) in enumerate(
-            zip(self.blocks, chunks, strict=True)
-        ):
-            h = functional.attention(block.attn.qkv(h), self.cfg.n_heads)
-            residual, h = functional.gated_residual_layer_norm_modulate(
-                residual, block.attn.proj(h), gate1, scale2, shift2, block.mlp_eps
-            )
-            residual, h = functional.gated_residual_layer_norm_modulate(
-                residual, block.mlp(h), gate2, *opening[i + 1], eps
-            )
+        h = functional.layer_norm_modulate(residual, parts[0], parts[1], self.cfg.ln_eps)
+        for i, block in enumerate(self.blocks):
+            residual, h = block(residual, h, parts[6 * i + 2 : 6 * i + 8])
         return self.final_linear(h)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

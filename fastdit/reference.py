@@ -197,6 +197,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """The plain model. `fastdit.DiT` has its parameters and its numbers, and a faster forward."""
 
+    block_type = Block
+
     def __init__(
         self,
         img_size: int = 16,
@@ -240,7 +242,7 @@ class DiT(nn.Module):
         self.t_embed = nn.Sequential(nn.Linear(t_width, D), t_act, nn.Linear(D, D))
         if cfg.use_class_cond:
             self.y_embed = nn.Embedding(cfg.class_rows, D)
-        blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        blocks = nn.ModuleList(self.block_type(cfg) for _ in range(cfg.n_layers))
         self.blocks: list[Block] = blocks  # type: ignore[assignment]
         self.final_mod = nn.Linear(D, 2 * D)
         self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)

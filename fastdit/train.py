@@ -1,86 +1,97 @@
-"""Training: the toy recipe, as fast as plain PyTorch runs it, resumable bit for bit.
+"""Training: one loop for one process or many, for pixels or latents, resumable bit for bit.
 
-A step is a pure function of (weights, optimizer state, recipe, step number): the order of the
-images and the noise come from generators seeded by (seed, epoch) and (seed, step), so a run that
-was killed continues as if it had not been, and no random state needs to be stored.
+A step is a pure function of weights, optimizer state, recipe and step number: the order of the
+images and all that is random follow from the number of a sample (`fastdit.objective`). So a run
+that was killed continues as if it had not been, no random state is stored, and at a fixed batch
+size the loss does not depend on how many processes or micro-batches share it, beyond rounding.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
 import os
 import time
 import warnings
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from fastdit.checkpoint import check_keys, read_tensors, save, write_tensors
+from fastdit import parallel, work
+from fastdit.checkpoint import check_keys, save
 from fastdit.config import DiTConfig
-from fastdit.data import LABEL_NAMES, coloured_shapes
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import from_options
-from fastdit.losses import diffusion_loss
+from fastdit.ema import EMA
+from fastdit.errors import from_options, unknown_name
 from fastdit.model import DiT
+from fastdit.monitor import Monitor
+from fastdit.objective import Objective
+from fastdit.parallel import World
+from fastdit.recipe import Recipe
+from fastdit.runs import RunFolder, Saved
+from fastdit.sources import Ahead, Order, Source, check_fits, check_same, open_source
 
-# Mean squared error by epoch that the seed's author published for this recipe, on a set that
-# differs from `fastdit.data` in detail.
-PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
-
-WEIGHTS_FILE = "model.safetensors"
-RESUME_FILE = "resume.safetensors"
-
-_READBACK_STEPS = 10  # steps between two looks at the loss: each look waits for the device
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What decides the outcome of a run, besides the model's config.
+class Runtime:
+    """How a run is computed, which changes its speed and memory, and its loss by rounding alone.
 
     Attributes:
-        epochs: passes over the set.
-        batch_size: images a step; the last step of an epoch takes what is left.
-        lr: AdamW's rate, on a cosine from here to 0 over all steps.
-        weight_decay: AdamW's.
-        clip: bound on the gradient's norm.
-        T: diffusion steps.
-        schedule: a name in `fastdit.diffusion.SCHEDULES`.
-        per_class: images of each of the 16 classes.
-        seed: seed of the data, the weights, the order and the noise.
+        device: where.
+        precision: "bfloat16" runs the model under autocast: matrix products in bfloat16; weights,
+            optimizer, residual stream and loss in float32. With "fsdp" a block's weights are
+            gathered in bfloat16 too.
+        compile: "block" compiles one block for all; "whole" the loss with all that is drawn for
+            it, which is faster in a process of its own and takes longer to compile.
+        checkpointing: keep only each block's inputs for the backward, which computes the rest
+            once more.
+        accumulate: parts that a process's share of a batch is computed in.
+        strategy: of several processes: "ddp", each with all weights; or "fsdp", each with a share.
+        world: which of several processes this is.
     """
 
-    epochs: int = 30
-    batch_size: int = 128
-    lr: float = 5e-4
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    T: int = 200
-    schedule: str = "linear"
-    per_class: int = 200
-    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["none", "block", "whole"] = "none"
+    checkpointing: bool = False
+    accumulate: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "T", "per_class"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**31:
-                raise ValueError(f"{name}: expected a positive integer below 2^31, got {value!r}")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {value!r}")
-        if type(self.weight_decay) not in (int, float) or not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay: expected at least 0, got {self.weight_decay!r}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {self.seed!r}")
+        hints = get_type_hints(Runtime)
+        for name in ("precision", "compile", "strategy"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise unknown_name(name, getattr(self, name), get_args(hints[name]))
+        if type(self.accumulate) is not int or self.accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate!r}")
+        if self.split and self.compile == "whole":
+            raise ValueError(
+                "compile: with strategy='fsdp' expected 'block' or 'none', got 'whole'"
+            )
 
-    @classmethod
-    def from_dict(cls, options: dict[str, Any]) -> Recipe:
-        return from_options(cls, options)
+    @property
+    def split(self) -> bool:
+        """Whether the weights are split over processes."""
+        return self.strategy == "fsdp" and self.world.size > 1
+
+    def environment(self) -> dict[str, Any]:
+        """What the bits of a step depend on, besides the run itself."""
+        return {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": self.precision,
+            "compile": self.compile,
+            "checkpointing": self.checkpointing,
+            "accumulate": self.accumulate,
+            "processes": self.world.size,
+            "strategy": self.strategy if self.world.size > 1 else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -88,16 +99,15 @@ class TrainResult:
     """The outcome of a run.
 
     Attributes:
-        model: trained, on the device it was trained on.
-        epoch_losses: mean loss of each epoch: the squared error of the noise and, with learned
-            variance, the bound.
+        finished: whether all steps were taken.
+        losses: [steps] the loss of each, on the host; 0 for those not taken.
         images_per_second: over this call's steps but the first; NaN where it took fewer than two.
         first_step_seconds: the first step's time, which holds the compilation where there is one;
             NaN where no step was left to take.
     """
 
-    model: DiT
-    epoch_losses: list[float]
+    finished: bool
+    losses: Tensor
     images_per_second: float
     first_step_seconds: float
 
@@ -105,229 +115,318 @@ class TrainResult:
 class Trainer:
     """One run: a model, its optimizer and the data, at some step.
 
-    result = Trainer(DiTConfig(), Recipe(), out="runs/toy").run(progress=True)
+    trainer = Trainer(DiTConfig(), Recipe(), Shapes(), out="runs/toy")
+    result = trainer.run(Monitor(progress=True))
     """
 
     def __init__(
         self,
         config: DiTConfig,
         recipe: Recipe,
+        source: Source,
         out: str | os.PathLike[str] | None = None,
-        device: torch.device | str = "cpu",
-        compile: bool = False,
+        runtime: Runtime | None = None,
+        *,
         save_every: int = 100,
+        keep: int = 2,
+        resuming: bool = False,
     ) -> None:
         """Set a run up at step 0.
 
         Args:
-            config: the model's; it must fit the coloured-shapes set.
+            config: the model's.
             recipe: the training's.
-            out: folder for the weights and the resume file; None keeps nothing on disk.
-            device: where to train.
-            compile: run forward, backward and loss through torch.compile.
-            save_every: steps between two saves; there is one at the start and one at the end too.
+            source: the images.
+            out: the run's folder (`fastdit.runs`); None keeps nothing on disk.
+            runtime: how to compute it; None is float32 on the CPU.
+            save_every: steps between two checkpoints; there is one at the start and the end too.
+            keep: how many checkpoints stay.
+            resuming: `out` may hold a run already, as `resume` has it.
 
         Raises:
-            ValueError: the config does not fit the data, or the loss cannot train it.
+            ValueError: config, recipe, data and runtime do not fit each other.
             FileExistsError: out already holds weights or a run.
         """
-        _check_fits_data(config)
+        self.runtime = runtime = runtime or Runtime()
+        check_fits(config, source)
         if save_every < 1:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
-        for file, remedy in (
-            (RESUME_FILE, "continue that run (--resume), or name another folder"),
-            (WEIGHTS_FILE, "name another folder"),
-        ):
-            if out is not None and (Path(out) / file).exists():
-                raise FileExistsError(f"out: {out} already holds {file}; {remedy}")
-        self.config, self.recipe = config, recipe
-        self.out = None if out is None else Path(out)
+        shares = runtime.world.size * runtime.accumulate
+        if recipe.batch_size % shares:
+            raise ValueError(
+                f"batch_size: expected a multiple of {shares}, {runtime.world.size} processes of "
+                f"{runtime.accumulate} parts, got {recipe.batch_size}"
+            )
+        self.folder = None if out is None else RunFolder(out, keep)
+        if self.folder is not None and not resuming:
+            self.folder.check_unused()
+        self.config, self.recipe, self.source = config, recipe, source
         self.save_every = save_every
-        self.device = torch.device(device)
-        self.scheduler = DiffusionScheduler(recipe.T, self.device, recipe.schedule)
-        images, labels = coloured_shapes(recipe.per_class, recipe.seed)
-        self.images, self.labels = images.to(self.device), labels.to(self.device)
-        self.steps_per_epoch = math.ceil(len(images) / recipe.batch_size)
-        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
-        self.model.to(self.device, torch.float32)
+        self._place()
+        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            [p for p in self.model.parameters() if p.requires_grad],
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            fused=True,
+            [p for _, p in trained], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
+        self.ema = None if recipe.ema is None else EMA(trained)
         self.step = 0
-        self.losses = torch.zeros(self.total_steps, dtype=torch.float32, device=self.device)
-        self._grad_norm = torch.zeros((), dtype=torch.float32, device=self.device)
-        self._compile = compile
-        self._loss = torch.compile(self._loss_of) if compile else self._loss_of
+        # Loss and gradient norm of every step; those of other processes join at each reading.
+        self.history = torch.zeros(2, recipe.steps, dtype=torch.float32, device=runtime.device)
+        self._order = Order(len(source), recipe.seed)
+        self._ahead = Ahead(source, runtime.device, in_background=runtime.device.type != "cpu")
+        self._read_to = 0
+        self._stop_asked = self._stop_agreed = False
 
-    def run(self, progress: bool = False) -> TrainResult:
+    def _place(self) -> None:
+        """Put the model where it is trained, in the parts and the way the runtime says."""
+        runtime, recipe = self.runtime, self.recipe
+        self.model.to(dtype=torch.float32)
+        if not runtime.split:
+            self.model.to(runtime.device)
+        for block in self.model.blocks:
+            block.checkpointing = runtime.checkpointing
+            if runtime.compile == "block":
+                block.compile(dynamic=False)
+        if runtime.split:
+            parallel.shard(self.model, runtime.device, PRECISIONS[runtime.precision])
+        objective = Objective(
+            self.model,
+            self.config,
+            self.scheduler,
+            recipe.seed,
+            recipe.label_dropout,
+            PRECISIONS[runtime.precision],
+        )
+        if runtime.compile == "whole":
+            objective.compile(dynamic=False)
+        several = runtime.world.size > 1 and not runtime.split
+        self.objective = parallel.replicate(objective, runtime.device) if several else objective
+
+    def run(self, monitor: Monitor | None = None) -> TrainResult:
         """Take every step that is left, and save at the end.
 
+        All processes call it alike; what a monitor keeps is the first one's.
+
         Raises:
-            FloatingPointError: the loss or the gradient is NaN or Inf; the last save is whole.
+            FloatingPointError: a loss or a gradient is NaN or Inf; the last checkpoint is whole.
             OSError: a save failed.
         """
+        monitor = monitor or Monitor()
+        recipe, meter = self.recipe, _Meter(self)
         if self.step == 0:
             self.save()
-        images_seen, first_step_seconds = 0, math.nan
-        start = time.perf_counter()
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            disable=not progress,
-        )
-        with bar:
-            while self.step < self.total_steps:
-                batch = self.train_step()
-                bar.update()
-                if math.isnan(first_step_seconds):
-                    self._read_loss()
-                    first_step_seconds = time.perf_counter() - start
-                    start = time.perf_counter()
-                else:
-                    images_seen += batch
-                save_now = self.step % self.save_every == 0 or self.step == self.total_steps
-                if save_now or self.step % _READBACK_STEPS == 0:
-                    rate = images_seen / (time.perf_counter() - start)
-                    bar.set_postfix_str(f"loss {self._read_loss():.4f}, {rate:.0f} img/s")
-                if save_now:
+        monitor.begin(self.step, recipe.steps)
+        try:
+            while self.step < recipe.steps and not self._stops():
+                self.train_step()
+                monitor.advance()
+                last = self.step == recipe.steps
+                saves = self.step % self.save_every == 0 or last
+                shows = monitor.due(self.step, last)
+                if saves or shows or meter.first or self.step % monitor.log_every == 0:
+                    self._read()
+                    values = meter.read()
+                    if self.runtime.world.rank == 0:
+                        monitor.log(self.step, values)
+                if saves:
                     self.save()
-        seconds = time.perf_counter() - start
-        return TrainResult(
-            self.model,
-            self._epoch_losses(),
-            images_seen / seconds if images_seen else math.nan,
-            first_step_seconds,
-        )
+                if shows:
+                    model = self.averaged()
+                    if model is not None:
+                        monitor.show(self.step, model)
+                if saves or shows:
+                    meter.pause()
+            finished = self.step == recipe.steps
+            if not finished:
+                self._read()
+                self.save()
+        finally:
+            monitor.end()
+        return TrainResult(finished, self.history[0].cpu(), *meter.totals())
 
-    def _epoch_losses(self) -> list[float]:
-        """Means over images, not over steps: the last step of an epoch may be short."""
-        sizes = torch.full((self.steps_per_epoch,), self.recipe.batch_size, dtype=torch.float32)
-        sizes[-1] = len(self.images) - (self.steps_per_epoch - 1) * self.recipe.batch_size
-        by_epoch = self.losses.cpu().view(-1, self.steps_per_epoch)
-        return (by_epoch @ sizes / len(self.images)).tolist()
+    def request_stop(self) -> None:
+        """Let `run` save and return after the step at hand, or with several processes after the
+        next measurement; a signal handler may call it."""
+        self._stop_asked = True
 
-    def train_step(self) -> int:
-        """One optimizer step; returns the number of images in it."""
-        recipe = self.recipe
-        rate = 0.5 * recipe.lr * (1 + math.cos(math.pi * self.step / self.total_steps))
+    def _stops(self) -> bool:
+        return self._stop_agreed if self.runtime.world.size > 1 else self._stop_asked
+
+    def train_step(self) -> None:
+        """One optimizer step."""
+        recipe, runtime = self.recipe, self.runtime
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = self.batch()
+            group["lr"] = recipe.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(*batch)
-        loss.backward()
-        self._grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        total = torch.zeros((), dtype=torch.float32, device=runtime.device)
+        for part in range(runtime.accumulate):
+            samples, numbers = self.samples(part)
+            last = part == runtime.accumulate - 1
+            alone = contextlib.nullcontext() if last else parallel.apart(self.objective, self.model)
+            with alone:
+                loss = self.objective(samples, numbers) / runtime.accumulate
+                loss.backward()
+            total += loss.detach()
+        bound = math.inf if recipe.clip is None else recipe.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
         self.optimizer.step()
-        self.losses[self.step] = loss.detach()
+        if self.ema is not None:
+            self.ema.update(recipe.ema_at(self.step))
+        self.history[0, self.step] = total
+        self.history[1, self.step] = parallel.whole(norm)
         self.step += 1
-        return len(batch[0])
 
-    def _loss_of(self, x0: Tensor, x_t: Tensor, t: Tensor, y: Tensor, eps: Tensor) -> Tensor:
-        return diffusion_loss(self.model(x_t, t, y), x0, x_t, t, eps, self.scheduler)
-
-    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The batch of the step at hand.
+    def samples(self, part: int = 0) -> tuple[Any, Tensor]:
+        """What this process sees in a part of the step at hand.
 
         Returns:
-            (x0, x_t, t, y, eps): [B, 3, 16, 16] images, the same with noise, [B] int64 timesteps,
-            [B] int64 labels and the noise in x_t, on the run's device.
+            (`Samples`, [b] int64 their numbers), both on the run's device.
         """
-        epoch, i = divmod(self.step, self.steps_per_epoch)
-        order_generator = _generator("cpu", self.recipe.seed, "order", epoch)
-        order = torch.randperm(len(self.images), generator=order_generator)
-        rows = order[i * self.recipe.batch_size : (i + 1) * self.recipe.batch_size]
-        rows = rows.to(self.device)
-        x0, y = self.images[rows], self.labels[rows]
-        generator = _generator(self.device, self.recipe.seed, "noise", self.step)
-        t = torch.randint(self.recipe.T, (len(rows),), device=self.device, generator=generator)
-        eps = torch.randn(x0.shape, dtype=x0.dtype, device=self.device, generator=generator)
-        return x0, self.scheduler.q_sample(x0, t, eps), t, y, eps
+        first, size = self._part(self.step, part)
+        last = part == self.runtime.accumulate - 1
+        after = self._part(self.step + 1, 0) if last else self._part(self.step, part + 1)
+        more = after[0] < self.recipe.steps * self.recipe.batch_size
+        samples = self._ahead.take(
+            self._order.rows(first, size), self._order.rows(*after) if more else None
+        )
+        numbers = torch.arange(first, first + size, device=self.runtime.device)
+        return samples, numbers
 
-    def _read_loss(self) -> float:
-        """The last step's loss; waits for the device, and stops a run that has gone astray."""
-        loss, norm = torch.stack([self.losses[self.step - 1], self._grad_norm]).tolist()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise FloatingPointError(
-                f"loss is {loss}, gradient norm {norm} at step {self.step} of {self.total_steps} "
-                f"(seed {self.recipe.seed}, lr {self.recipe.lr}); lower lr"
-            )
-        return loss
+    def _part(self, step: int, part: int) -> tuple[int, int]:
+        """(first, count) of the samples that are this process's in a part of a step."""
+        world, parts = self.runtime.world, self.runtime.accumulate
+        size = self.recipe.batch_size // (world.size * parts)
+        return step * self.recipe.batch_size + (world.rank * parts + part) * size, size
+
+    def _read(self) -> None:
+        """Make the losses of all processes one, and stop a run that has gone astray.
+
+        It waits for the device.
+        """
+        fresh = self.history[0, self._read_to : self.step]
+        asked = torch.full((1,), float(self._stop_asked), device=fresh.device)
+        *losses, stop = (self.runtime.world.total(torch.cat([fresh, asked]))).tolist()
+        self._stop_agreed = stop > 0
+        if losses:
+            size = self.runtime.world.size
+            fresh.copy_(torch.tensor(losses, dtype=torch.float64) / size)
+        norms = self.history[1, self._read_to : self.step].tolist()
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise FloatingPointError(self._astray(self._read_to + i, loss, norm))
+        self._read_to = self.step
+
+    def _astray(self, step: int, loss: float, norm: float) -> str:
+        recipe, first = self.recipe, step * self.recipe.batch_size
+        saved = self.folder.checkpoints() if self.folder is not None else []
+        return (
+            f"loss is {loss}, gradient norm {norm} at step {step + 1} of {recipe.steps}, lr "
+            f"{recipe.lr_at(step):g}, on samples {first} to {first + recipe.batch_size - 1} of "
+            f"seed {recipe.seed}; "
+            + (f"the last good checkpoint is {saved[-1][1]}; " if saved else "")
+            + "lower lr, or resume from there with another precision"
+        )
+
+    def averaged(self) -> DiT | None:
+        """The model to sample from, of the moving average where there is one: a whole copy.
+
+        All processes must ask for it together; it is the first one's, the others get None.
+        """
+        averages = {} if self.ema is None else self.ema.averages
+        state = self._gather({**self.model.state_dict(), **averages})
+        if not state:
+            return None
+        with torch.device("meta"):
+            copy = DiT.from_config(self.config)
+        copy.load_state_dict(state, assign=True)
+        return copy.requires_grad_(False)
+
+    def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors, all of each, on the first process; none on the others."""
+        gathered = {}
+        for name, t in tensors.items():
+            value = parallel.whole(t)
+            if self.runtime.world.rank == 0:
+                gathered[name] = value.clone() if value.data_ptr() == t.data_ptr() else value
+        return gathered
 
     def save(self) -> None:
-        """Write the weights for users, and beside them all that `resume` needs."""
-        if self.out is None:
+        """Write a checkpoint, and beside it the model for users; all processes call it together."""
+        if self.folder is None:
             return
         header = {
-            "step": self.step,
             "config": self.config.to_dict(),
             "recipe": asdict(self.recipe),
-            "environment": self._environment(),
+            "data": self.source.identity,
+            "environment": self.runtime.environment(),
         }
-        # This order: a kill between the two leaves a run that resumes.
-        write_tensors(self.out / RESUME_FILE, self._tensors(), header)
-        save(self.model, self.out / WEIGHTS_FILE, self.scheduler, LABEL_NAMES)
+        tensors = self._gather(self._tensors())
+        if tensors:
+            self.folder.write(self.step, tensors, header)
+        model = self.averaged()
+        if model is not None:
+            save(model, self.folder.weights, self.scheduler, self.source.label_names)
+        self.runtime.world.wait()
 
     @classmethod
-    def resume(cls, out: str | os.PathLike[str], **options: Any) -> Trainer:
-        """The run whose files are in `out`, at the step it was last saved at.
+    def resume(
+        cls,
+        saved: Saved,
+        out: str | os.PathLike[str],
+        runtime: Runtime | None = None,
+        source: Source | None = None,
+        **options: Any,
+    ) -> Trainer:
+        """A run at the step it was saved at, as `RunFolder(out).newest()` reads it.
 
-        The continuation has the bits of an uninterrupted run where torch, the device, the number
-        of threads and `compile` are the same; a warning names what is not.
+        The continuation has the bits of an uninterrupted run where torch, the number of threads
+        and the runtime are the same; a warning names what is not.
 
         Args:
-            out: the run's folder.
-            options: device, compile and save_every, as in the constructor.
+            saved: the checkpoint.
+            out: the folder to go on in; what is later there than the checkpoint is removed.
+            runtime: how to compute it.
+            source: the images, where they are no longer where they were.
+            options: save_every and keep, as in the constructor.
 
         Raises:
-            FileNotFoundError: there is nothing to resume.
-            ValueError: the file is truncated or foreign.
+            ValueError: the checkpoint is of something else, or the data are not the run's.
         """
-        path = Path(out) / RESUME_FILE
-        tensors, header = read_tensors(path)
-        if not {"step", "config", "recipe", "environment"} <= header.keys():
-            raise ValueError(f"{path}: expected a resume file of fastdit train, got {list(header)}")
+        header, path = saved.header, saved.path
         config = from_options(DiTConfig, header["config"], complete=True)
-        recipe = from_options(Recipe, header["recipe"], complete=True)
-        trainer = cls(config, recipe, **options)
-        trainer.out = Path(out)
-        trainer.step = header["step"]
-        if type(trainer.step) is not int or not 0 <= trainer.step <= trainer.total_steps:
-            raise ValueError(
-                f"{path}: expected a step in [0, {trainer.total_steps}], got {trainer.step!r}"
-            )
-        trainer._load(str(path), tensors)
-        for name, now in trainer._environment().items():
-            then = dict(header["environment"] or {}).get(name)
-            if then != now:
-                warnings.warn(
-                    f"{name}: the run was saved under {then}, and goes on under {now}; its bits "
-                    "will differ from those of an uninterrupted run",
-                    stacklevel=2,
-                )
+        recipe = Recipe.from_dict(header["recipe"], complete=True)
+        if source is None:
+            source = open_source(header["data"])
+        else:
+            check_same(source.identity, header["data"])
+        step = header["step"]
+        if type(step) is not int or not 0 <= step <= recipe.steps:
+            raise ValueError(f"{path}: expected a step in [0, {recipe.steps}], got {step!r}")
+        trainer = cls(config, recipe, source, out, runtime, resuming=True, **options)
+        trainer.step = trainer._read_to = step
+        trainer._load(saved)
+        trainer._compare(header["environment"])
+        trainer.runtime.world.wait()
+        if trainer.runtime.world.rank == 0 and trainer.folder is not None:
+            trainer.folder.forget_after(step)
         return trainer
 
-    def _load(self, source: str, tensors: dict[str, Tensor]) -> None:
+    def _load(self, saved: Saved) -> None:
         if self.step:  # AdamW makes its state at the first step; zero gradients make it here
             for p in self.optimizer.param_groups[0]["params"]:
                 p.grad = torch.zeros_like(p)
             self.optimizer.step()
         own = self._tensors()
-        check_keys(source, own, tensors)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        check_keys(str(saved.path), own, saved.tensors)
+        for name, tensor in own.items():
+            parallel.fill(tensor, saved.tensors[name])
         taken = {int(t) for name, t in own.items() if name.endswith(".step")} or {0}
         if taken != {self.step}:
             raise ValueError(
-                f"{source}: the optimizer took {taken} steps, the header says {self.step}"
+                f"{saved.path}: the optimizer took {taken} steps, the header says {self.step}"
             )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -336,34 +435,61 @@ class Trainer:
         for name, p in self.model.named_parameters():
             for entry, tensor in self.optimizer.state.get(p, {}).items():
                 tensors[f"optimizer.{name}.{entry}"] = tensor
-        return tensors | {"losses": self.losses}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": t for name, t in self.ema.averages.items()}
+        return tensors | {"history": self.history}
 
-    def _environment(self) -> dict[str, Any]:
-        """What the bits of a step depend on, besides the run itself."""
-        return {
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "compile": self._compile,
-        }
-
-
-def _check_fits_data(config: DiTConfig) -> None:
-    if config.sample_shape != (3, 16, 16):
-        raise ValueError(
-            "config: the coloured shapes are 3 x 16 x 16; expected in_channels=3, img_size=16, got "
-            f"in_channels={config.in_channels}, img_size={config.img_size}"
-        )
-    if not config.use_class_cond or config.num_classes != len(LABEL_NAMES):
-        raise ValueError(
-            f"config: the coloured shapes have {len(LABEL_NAMES)} classes; expected "
-            f"use_class_cond=True, num_classes={len(LABEL_NAMES)}, got "
-            f"use_class_cond={config.use_class_cond}, num_classes={config.num_classes}"
-        )
+    def _compare(self, then: Any) -> None:
+        """Warn of all that is not as it was when the checkpoint was written."""
+        for name, now in self.runtime.environment().items():
+            before = dict(then or {}).get(name)
+            if before != now:
+                warnings.warn(
+                    f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
+                    "will differ from those of an uninterrupted run",
+                    stacklevel=3,
+                )
 
 
-def _generator(device: torch.device | str, seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator for one purpose and index; the hash spreads neighbours over all seeds."""
-    text = f"{seed}/{purpose}/{index}".encode()
-    digest = hashlib.blake2b(text, digest_size=4).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+class _Meter:
+    """Rates of a run's steps, without the time that saving and sampling take."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        runtime = trainer.runtime
+        dtype = PRECISIONS[runtime.precision] or torch.float32
+        self._peak = work.product_rate(runtime.device, dtype) * runtime.world.size
+        self._flop = work.training_flop(trainer.config, 1)
+        self._images, self._seconds, self._first_seconds = 0, 0.0, math.nan
+        self._step, self._since = trainer.step, time.perf_counter()
+
+    @property
+    def first(self) -> bool:
+        """Whether the step just taken is this call's first."""
+        return math.isnan(self._first_seconds)
+
+    def read(self) -> dict[str, float]:
+        """What there is to say of the steps since the last reading, when all are computed."""
+        trainer, now = self._trainer, time.perf_counter()
+        images = (trainer.step - self._step) * trainer.recipe.batch_size
+        seconds = now - self._since
+        rates = {}
+        if self.first:
+            self._first_seconds = seconds
+        elif images:
+            self._images, self._seconds = self._images + images, self._seconds + seconds
+            rate = images / seconds
+            rates = {"images_per_second": rate, "mfu": rate * self._flop / self._peak}
+        self._step, self._since = trainer.step, now
+        loss, norm = trainer.history[:, trainer.step - 1].tolist()
+        lr = trainer.recipe.lr_at(trainer.step - 1)
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **rates}
+
+    def pause(self) -> None:
+        """What went before this, since the last reading, was no training."""
+        self._since = time.perf_counter()
+
+    def totals(self) -> tuple[float, float]:
+        """(images a second, seconds of the first step)."""
+        rate = self._images / self._seconds if self._images else math.nan
+        return rate, self._first_seconds

@@ -1,7 +1,9 @@
 """Which tests this machine can run."""
 
+import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,3 +22,25 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def latents(tmp_path):
+    """Shards as `fastdit encode` leaves them: ten latents of three classes, four a file."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    means = generator.standard_normal((10, 4, 8, 8)).astype(np.float32)
+    stds = generator.uniform(0.1, 0.5, (10, 4, 8, 8)).astype(np.float32)
+    plan = {
+        "num": 10,
+        "batch_size": 4,
+        "labels": [0, 0, 0, 1, 1, 1, 1, 2, 2, 2],
+        "classes": ["cat", "dog", "eel"],
+        "files": [f"{i}.png" for i in range(10)],
+    }
+    (folder / "plan.json").write_text(json.dumps(plan))
+    for i in range(3):
+        rows = slice(4 * i, 4 * i + 4)
+        np.save(folder / f"{i:08d}.npy", np.concatenate([means[rows], stds[rows]], axis=1))
+    return folder, means, stds

@@ -174,7 +174,7 @@ def test_a_compiled_model_saves_under_its_own_keys(tmp_path):
         ("{", "expected JSON in the fastdit header"),
         ("[]", "expected a JSON object as the fastdit header"),
         ("{}", "expected a config in the fastdit header"),
-        ('{"recipe": {}, "config": {}}', "got a resume file; the model is beside it"),
+        ('{"recipe": {}, "config": {}}', "got a checkpoint of a run; model.safetensors in"),
         ('{"config": {"hidden": 3}}', "DiTConfig: expected every option, img_size"),
         ('{"config": 5}', "DiTConfig: expected a dict of options, got 5"),
         ("[" * 100_000, "expected JSON in the fastdit header"),

@@ -13,13 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Sampler, cli
-from fastdit.cli import app, parse_labels, print_losses
+from fastdit import DiffusionScheduler, DiTConfig, Sampler
+from fastdit.cli import app, parse_labels
 from fastdit.data import LABEL_NAMES
 from fastdit.images import to_pixels, write_grid
 from fastdit.solvers import DPMSolverPP
 from fastdit.testing import randomize
-from fastdit.train import Recipe, Trainer, TrainResult
 
 SMALL = DiTConfig(hidden=16, n_layers=1, n_heads=1)
 
@@ -35,57 +34,6 @@ def checkpoint(tmp_path):
     path = tmp_path / "m.safetensors"
     fastdit.save(model, path, DiffusionScheduler(5, schedule="cosine"), LABEL_NAMES)
     return path
-
-
-@pytest.fixture
-def judged_briefly(monkeypatch):
-    """Four samples a class instead of ten: the grid shows four, and the suite has to end."""
-    monkeypatch.setattr(cli, "JUDGED_PER_CLASS", cli.SHOWN_PER_CLASS)
-
-
-def test_train_then_resume_then_sample(tmp_path, judged_briefly):
-    out = tmp_path / "run"
-    brief = ("--epochs", 2, "--per-class", 2, "--batch-size", 16, "--out", out)
-    done = run("train", *brief)
-    assert done.exit_code == 0, done.output
-    assert {p.name for p in out.iterdir()} == {
-        "model.safetensors",
-        "resume.safetensors",
-        "samples.png",
-    }
-    assert "epoch   loss" in done.stdout and "    2   0." in done.stdout
-    assert "published" not in done.stdout  # another recipe's figures
-    assert "colour accuracy" in done.stdout and "images/s" in done.stdout
-    assert "warning: terminal SNR" in done.stderr
-    assert "loss " in done.stderr and "img/s" in done.stderr
-    with Image.open(out / "samples.png") as grid:
-        assert grid.size == ((16 * 17 - 1) * 3, (4 * 17 - 1) * 3)  # one row a colour
-
-    again = run("train", *brief)
-    assert again.exit_code == 1 and "already holds resume.safetensors" in again.stderr
-    resumed = run("train", "--resume", "--out", out)
-    assert resumed.exit_code == 0 and "resuming at step 4 of 4" in resumed.stderr
-    assert "nan" not in resumed.stdout
-    other = run("train", "--resume", "--out", out, "--epochs", 3)
-    assert other.exit_code == 1
-    assert "--epochs: the run was started with 2, got 3" in other.stderr
-
-    sampled = run("sample", out / "model.safetensors", "--out", tmp_path / "s.png", "--count", 1)
-    assert sampled.exit_code == 0, sampled.output
-    assert "sampling" in sampled.stderr
-
-
-def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, judged_briefly):
-    def interrupted(self):
-        raise KeyboardInterrupt
-
-    out = tmp_path / "run"
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "train_step", interrupted)
-        done = run("train", "--out", out, "--per-class", 1, "--epochs", 1)
-    assert done.exit_code == 130
-    assert f"interrupted; continue with fastdit train --resume --out {out}" in done.stderr
-    assert run("train", "--out", out, "--resume").exit_code == 0
 
 
 def test_sample_writes_what_the_sampler_makes(checkpoint, tmp_path):
@@ -172,15 +120,6 @@ def test_latents_are_refused_as_png_before_sampling(tmp_path):
     done = run("sample", tmp_path / "m", "--out", tmp_path / "s.png")
     assert done.exit_code == 1 and "a PNG shows 1 or 3 channels" in done.stderr
     assert "sampling" not in done.stderr
-
-
-def test_losses_stand_beside_the_published_ones_for_the_default_recipe(capsys):
-    result = TrainResult(fastdit.DiT(), [0.5 - i / 100 for i in range(30)], 100.0, 1.0)
-    print_losses(result, Recipe(seed=3))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "    1   0.5000   0.9147" and lines[-2] == "   30   0.2100   0.1228"
-    print_losses(result, Recipe(lr=1e-3))
-    assert "0.9147" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_schedule_says_so(tmp_path):
