@@ -110,20 +110,70 @@ def test_roofline_knows_the_parts_of_memory(monkeypatch):
     assert parts["state"] == 4 * 8 * 4 * 32 * 32 * 4
 
 
-def test_train_throughput_times_both_loops_and_judges(tmp_path):
-    arguments = "--rounds 2 --per-class 8 --seeds 0 1 --epochs 2 --no-compile --json"
-    done = run("train_throughput.py", *arguments.split(), tmp_path / "r.json")
+def test_train_throughput_times_all_loops_and_judges(tmp_path):
+    arguments = "--rounds 2 --steps 2 --batch 64 --per-class 8 --seeds 0 1 --full-steps 4"
+    ways = ("--way", "fastdit eager", "fastdit by block", "--json", tmp_path / "r.json")
+    done = run("train_throughput.py", *arguments.split(), *ways)
     assert done.returncode == 0, done.stderr
-    for word in ("plain eager", "spread over the seeds", "0.9147"):
+    for word in ("plain eager", "spread over the seeds", "0.9147", "GFLOP/s"):
         assert word in done.stdout
     document = json.loads((tmp_path / "r.json").read_text())
-    assert [row["way"] for row in document["rates"]] == ["plain eager", "fastdit eager"]
-    assert all(row["min"] <= row["images/s"] <= row["max"] for row in document["rates"])
+    rows = {row["way"]: row for row in document["rates"]}
+    assert list(rows) == ["plain eager", "fastdit eager", "fastdit by block"]
+    for row in rows.values():
+        assert row["min"] <= row["images/s"] <= row["max"] and row["ratio"] > 0
+        # At least weights, gradients and AdamW's two moments of 323,696 float32.
+        assert row["memory MiB"] > 16 * 323_696 / 2**20 and 0 < row["MFU"] < 1
+        assert 0.5 < row["loss"] < 1.5
+    assert rows["fastdit by block"]["loss"] == pytest.approx(rows["fastdit eager"]["loss"], 1e-4)
+    assert rows["fastdit eager"]["memory MiB"] < rows["plain eager"]["memory MiB"]
     learned = document["learned"]
-    assert [(row["seed"], len(row["epoch losses"])) for row in learned] == [(0, 2)] * 2 + [
-        (1, 2)
+    assert [(row["seed"], len(row["losses by pass"])) for row in learned] == [(0, 4)] * 2 + [
+        (1, 4)
     ] * 2
     assert all(0 < row["final loss"] < 2 for row in learned)
+
+
+def test_train_throughput_trains_published_models(tmp_path, monkeypatch):
+    arguments = "--preset DiT-S/8 --batch 2 --precision bfloat16 --checkpointing --rounds 1 --steps"
+    ways = ("--way", "fastdit eager", "--json", tmp_path / "r.json")
+    done = run("train_throughput.py", *arguments.split(), 1, *ways)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rates"]
+    assert [row["way"] for row in rows] == ["plain eager", "fastdit eager"]
+    assert rows[1]["memory MiB"] < rows[0]["memory MiB"], "checkpointing"
+    assert all(0.5 < row["loss"] < 5 for row in rows)
+
+
+def test_toy_recipes_adds_one_change_a_row(tmp_path):
+    arguments = "--scale 0.0005 --per-class 4 --images 8 --compile none --json"
+    done = run("toy_recipes.py", *arguments.split(), tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["recipe"] for row in rows][0] == "seed"
+    assert rows[-1]["recipe"] == "+ guidance: sharp" and len(rows) == 7
+    assert all(0 <= row["shape"] <= 1 and 0 < row["loss"] < 2 for row in rows)
+
+
+def test_inductive_bias_trains_both_models_alike(tmp_path):
+    path, plot = tmp_path / "r.json", tmp_path / "r.png"
+    arguments = ("--images", 16, 32, "--steps", 2, 3, "--samples", 1, "--json", path)
+    arguments += ("--plot", plot)
+    done = run("inductive_bias.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["steps"], row["images"], row["model"]) for row in rows] == [
+        (steps, images, model)
+        for steps in (2, 3)
+        for images in (16, 32)
+        for model in ("DiT", "U-Net")
+    ]
+    sizes = {row["model"]: row["parameters"] for row in rows}
+    assert sizes["DiT"] == 323_696 and abs(sizes["U-Net"] / sizes["DiT"] - 1) < 0.02
+    # Both begin at zero, so that the first losses are those of guessing nothing.
+    assert all(row["training loss"] == pytest.approx(1, abs=0.05) for row in rows)
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
 
 
 def test_kernels_times_each_way_both_directions_and_gives_the_error(tmp_path):
