@@ -39,7 +39,6 @@ COLUMNS = {
     "held-out loss": ".4f",
     "colour": ".3f",
     "shape": ".3f",
-    "seconds": ".0f",
 }
 HELD_OUT_PER_CLASS = 100
 HELD_OUT_SEED = 10**6  # of images, and of the noise they are judged with

@@ -7,7 +7,7 @@
 A stage is a row of units. Its file is written after each of them, so that what is there when it
 stops is whole; at --limit it starts no more, and soon after ends those that still run. What was
 left out is named in the file, and --resume does that and no more. Without a GPU "tests" and "tune"
-do nothing, and "kernels" and "sample" are dry runs on tiny sizes, into build/.
+do nothing, and "kernels", "sample" and "train" are dry runs on tiny sizes, into build/.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stage:
         dry = name != "aot" and not torch.cuda.is_available()
         folder = "dry-run" if dry else "aot" if name == "aot" else slug(facts["device"])
         out = args.out or (ROOT / "build" if dry else BENCHMARKS / "results")
-        files = {"sample": "sample_throughput"}
+        files = {"sample": "sample_throughput", "train": "train_throughput"}
         self.path = out / folder / f"{files.get(name, name)}.json"
         self.deadline = time.monotonic() + args.limit
         self.units: dict[str, Any] = self._earlier() if args.resume else {}
@@ -203,9 +203,30 @@ def sample(stage: Stage) -> None:
     if not torch.cuda.is_available():
         tiny = ("--batch", 2, "--steps", 2, "--rounds", 1, "--way", "fastdit eager")
         units = {"toy": (*units["toy"], *tiny)}
+    _scripts(stage, "sample_throughput.py", units)
+
+
+def train(stage: Stage) -> None:
+    """XL/2 on 256 x 256 latents at growing batches, up to the largest that fits; the toy."""
+    units = {
+        f"DiT-XL/2 batch {batch}": (
+            *("--preset", "DiT-XL/2", "--batch", batch, "--precision", "bfloat16"),
+            *("--rounds", 5, "--steps", 5, "--way", "plain compiled", "fastdit compiled"),
+        )
+        for batch in (64, 128, 192, 256)
+    }
+    units["toy"] = ()
+    if not torch.cuda.is_available():
+        tiny = ("--batch", 16, "--per-class", 2, "--rounds", 1, "--steps", 1)
+        units = {"toy": (*tiny, "--way", "fastdit eager")}
+    _scripts(stage, "train_throughput.py", units)
+
+
+def _scripts(stage: Stage, script: str, units: dict[str, tuple[Any, ...]]) -> None:
+    """A benchmark with other options for each unit."""
     stage.run(
         {
-            name: lambda options=options: _script(stage, "sample_throughput.py", *options)
+            name: lambda options=options: _script(stage, script, *options)
             for name, options in units.items()
         }
     )
@@ -295,13 +316,20 @@ def _aot_row(case: Any, code: Any, gate: Any) -> dict[str, Any]:
     }
 
 
-STAGES = {"tests": tests, "kernels": kernels, "sample": sample, "tune": tune, "aot": aot}
+STAGES = {
+    "tests": tests,
+    "kernels": kernels,
+    "sample": sample,
+    "train": train,
+    "tune": tune,
+    "aot": aot,
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     on_gpu = torch.cuda.is_available()
-    default = ["tests", "kernels", "sample", "tune"] if on_gpu else ["aot", "kernels"]
+    default = ["tests", "kernels", "sample", "train", "tune"] if on_gpu else ["aot", "kernels"]
     parser.add_argument(
         "--stage", nargs="+", choices=STAGES, help=f"default here: {' '.join(default)}"
     )

@@ -25,8 +25,9 @@ from fastdit.diffusion import TerminalSNRWarning
 from fastdit.model import DiT
 from fastdit.monitor import Monitor, shapes_sampler
 from fastdit.recipe import RECIPES, SHOWINGS, Recipe, Showing
+from fastdit.runtime import Runtime
 from fastdit.sources import Shapes
-from fastdit.train import Runtime, Trainer
+from fastdit.train import Trainer
 
 COLUMNS = {
     "recipe": "",
@@ -83,7 +84,7 @@ def measure(
     for name, showing, averaged in ways:
         model = trainer.averaged() if averaged else trainer.model
         assert isinstance(model, DiT)
-        sample = shapes_sampler(trainer.scheduler, showing, options["per_class"])
+        sample = shapes_sampler(config, trainer.scheduler, showing, options["per_class"])
         rows.append(
             {
                 "recipe": name,

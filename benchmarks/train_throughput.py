@@ -45,8 +45,9 @@ from fastdit.data import LABEL_NAMES, judge
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.losses import diffusion_loss
 from fastdit.recipe import RECIPES, Recipe
+from fastdit.runtime import PRECISIONS, Runtime
 from fastdit.sources import Samples, Shapes, Source
-from fastdit.train import PRECISIONS, Runtime, Trainer
+from fastdit.train import Trainer
 
 SAMPLES_PER_CLASS = 10
 LATENTS = 512  # drawn for a published model; none is looked at
@@ -328,9 +329,9 @@ def main() -> None:
     ways = [BASELINE, *(way for way in args.way or WAYS if way != BASELINE)]
     print(f"batches of {recipe.batch_size}, {args.precision}; turns of {args.steps} steps")
     with fresh_compile_cache():
-        peak, rates = measure_rates(ways, task, args.rounds, args.steps)
+        peak, rows = measure_rates(ways, task, args.rounds, args.steps)
     print(f"a large {args.precision} product: {peak / 1e9:.0f} GFLOP/s")
-    print(table(RATE_COLUMNS, rates))
+    print(table(RATE_COLUMNS, rows))
     learned: list[dict[str, Any]] = []
     for seed in args.seeds:
         for way in (BASELINE, COMPILED if COMPILED in ways else EAGER):
@@ -342,7 +343,7 @@ def main() -> None:
         print(table(QUALITY_COLUMNS, learned))
         print_summary(learned)
     if args.json:
-        results = {"product FLOP/s": peak, "rates": rates, "learned": learned}
+        results = {"product FLOP/s": peak, "rows": rows, "learned": learned}
         write_json(args.json, facts, vars(args), **results)
 
 

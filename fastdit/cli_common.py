@@ -37,7 +37,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def device_of(name: str | None) -> torch.device:
-    if name is None and torch.cuda.is_available():
+    if name in (None, "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's
     if name is None:
         return torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,16 +23,18 @@ from fastdit.monitor import Monitor, latents_sampler, shapes_sampler
 from fastdit.parallel import processes
 from fastdit.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.runs import RunFolder, Saved, read
+from fastdit.runtime import Runtime
 from fastdit.sources import Latents, Shapes, Source
-from fastdit.train import Runtime, Trainer, TrainResult
+from fastdit.train import Trainer, TrainResult
 
 # Mean squared error by pass over the set that the author of the toy published for its recipe, on
 # a set that differs from `fastdit.data` in detail.
+_SAME_REQUEST = 3.0  # seconds
 PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
 def _of_recipe(text: str) -> Any:
-    return typer.Option(help=f"{text}  [the recipe's]", rich_help_panel="Recipe")
+    return typer.Option(help=f"{text}  [the recipe's]")
 
 
 def train(
@@ -124,6 +127,7 @@ def train(
                 trainer = _started(out, data, per_class, model, given, options)
             else:
                 trainer = _resumed(saved, out, data, given, options)
+                _check_same_start(trainer, model, per_class)
             monitor = _monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and saved is not None:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
@@ -132,7 +136,7 @@ def train(
             if world.rank == 0:
                 _report(out, trainer, result, monitor)
             if not result.finished:
-                raise typer.Exit(128 + received[0])
+                raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
 
 
 def _started(
@@ -172,10 +176,8 @@ def _config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
     """A preset with the data's shape and classes, and a null class where labels are dropped."""
     if model not in PRESETS:
         raise unknown_name("--model", model, PRESETS)
-    C, H, W = source.sample_shape
+    C, H, _ = source.sample_shape
     preset = PRESETS[model]
-    if H != W:
-        raise ValueError(f"--data: expected square latents, got {H} x {W}")
     return replace(
         preset,
         in_channels=C,
@@ -195,6 +197,8 @@ def _saved(resume: str, out: Path) -> Saved | None:
     if not Path(resume).is_file():
         raise ValueError(f"--resume: expected auto, no, or a checkpoint's file, got {resume}")
     saved = read(resume)
+    if Path(resume).resolve().parent != (out / "checkpoints").resolve():
+        folder.check_unused()
     later = [path for at, path in folder.checkpoints() if at > saved.header["step"]]
     if later:
         raise ValueError(
@@ -217,20 +221,29 @@ def _resumed(
     return trainer
 
 
+def _check_same_start(trainer: Trainer, model: str | None, per_class: int | None) -> None:
+    """Refuse what a run cannot be changed to on its way."""
+    if model is not None and _config(model, trainer.recipe, trainer.source) != trainer.config:
+        raise ValueError(f"--model: the run was started with another one, got {model}")
+    started = trainer.source.identity.get("per_class")
+    if per_class not in (None, started):
+        raise ValueError(f"--per-class: the run was started with {started}, got {per_class}")
+
+
 def _monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
     """What is measured and shown; outputs are the first process's alone."""
     runtime, showing = trainer.runtime, SHOWINGS[trainer.recipe.name]
     if isinstance(trainer.source, Shapes):
         if vae is not None:
             raise ValueError("--vae: the coloured shapes are pixels; expected none")
-        sample = shapes_sampler(trainer.scheduler, showing)
+        sample = shapes_sampler(trainer.config, trainer.scheduler, showing)
     elif vae is not None:
         decoder, channels = load_vae(vae, runtime.device), trainer.config.in_channels
         if latent_channels(decoder) != channels:
             raise ValueError(
                 f"--vae: it decodes {latent_channels(decoder)} channels, the data have {channels}"
             )
-        sample = latents_sampler(trainer.scheduler, showing, decoder, trainer.config.num_classes)
+        sample = latents_sampler(trainer.config, trainer.scheduler, showing, decoder)
     else:
         if sample_every:
             raise ValueError("--sample-every: expected --vae, to show latents by, got none")
@@ -247,17 +260,25 @@ def _monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: in
 
 @contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT lets the run save and end; a second one does what it always did.
+    """The first SIGTERM or SIGINT lets the run save and end; a later one does what it always did.
+
+    One that follows at once is the same request, which reached the process twice: by itself, and
+    through a launcher.
 
     Yields what was received.
     """
     received: list[int] = []
+    first = math.inf
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(number: int, _: FrameType | None) -> None:
+        nonlocal first
         received.append(number)
         trainer.request_stop()
-        restore()
+        first = min(first, time.monotonic())
+        if time.monotonic() > first + _SAME_REQUEST:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in before.items():
@@ -299,6 +320,8 @@ def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
             continue
         first, last = ((number - i) * len(source) // recipe.batch_size for i in (1, 0))
         last = min(last, recipe.steps)
+        if last <= first:  # a step shows several passes
+            continue
         loss = result.losses[first:last].mean().item()
         beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""
         print(f"{number:4d} {last:7d}   {loss:.4f}{beside}")

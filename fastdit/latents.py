@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdit.many import read_plan, write_parts
+from fastdit.many import PLAN, read_plan, write_parts
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
@@ -259,6 +259,8 @@ class LatentShards:
         self._size: int = plan["batch_size"]
         self.labels: list[int] = plan["labels"]
         self.classes: list[str] = plan["classes"]
+        if len(self.labels) != plan["num"] or not set(self.labels) <= set(range(len(self.classes))):
+            raise ValueError(f"{path / PLAN}: expected {plan['num']} labels of its classes")
         self._parts = [path / f"{i:08d}.npy" for i in range(-(-plan["num"] // self._size))]
         gone = [part.name for part in self._parts if not part.is_file()]
         if gone:
@@ -271,11 +273,19 @@ class LatentShards:
 
     def _open(self, i: int) -> np.ndarray:
         try:
-            return np.load(self._parts[i], mmap_mode="r")
+            shard = np.load(self._parts[i], mmap_mode="r")
         except (ValueError, EOFError) as error:
             raise ValueError(
                 f"{self._parts[i]}: it is damaged; remove it and encode again"
             ) from error
+        rows = min(self._size, len(self) - i * self._size)
+        shape = (rows, *(shard if i == 0 else self._shard(0)).shape[1:])
+        if len(shape) != 4 or shard.shape != shape or shard.dtype != np.float32:
+            raise ValueError(
+                f"{self._parts[i]}: expected float32 of shape {list(shape)}, got {shard.dtype} of "
+                f"{list(shard.shape)}; remove it and encode again"
+            )
+        return shard
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdit.config import DiTConfig
 from fastdit.data import COLOURS, LABEL_NAMES, judge
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.images import to_pixels, write_grid
@@ -107,7 +109,9 @@ class Monitor:
     def show(self, step: int, model: DiT) -> None:
         """Make samples of a model, and keep what they show."""
         assert self._sample is not None
+        self._bar.set_description("sampling")
         self.shown = shown = self._sample(model)
+        self._bar.set_description("training")
         if self.folder is not None:
             self.grid = self.folder.samples / f"step-{step:08d}.png"
             zoom = max(1, 48 // shown.images.shape[-1])
@@ -124,43 +128,53 @@ class Monitor:
 
 
 def shapes_sampler(
-    scheduler: DiffusionScheduler, showing: Showing, per_class: int = JUDGED_PER_CLASS
+    config: DiTConfig,
+    scheduler: DiffusionScheduler,
+    showing: Showing,
+    per_class: int = JUDGED_PER_CLASS,
 ) -> Callable[[DiT], Shown]:
     """Samples of a model of the coloured shapes: four of each class, one row a colour, and the
-    judge's accuracies over `per_class` of each."""
-    _check(scheduler, showing)
+    judge's accuracies over `per_class` of each, where it has classes."""
+    showing = _fitting(config, scheduler, showing)
     labels = torch.arange(len(LABEL_NAMES)).repeat_interleave(per_class)
 
     def sample(model: DiT) -> Shown:
-        images = _sampler(model, scheduler, showing)(labels, seed=_SAMPLES_SEED).cpu()
-        accuracy = judge(images, labels)
+        images = _sampled(model, scheduler, showing, labels).cpu()
         by_class = images.view(len(LABEL_NAMES), -1, *images.shape[1:])
         seen = by_class[:, :SHOWN_PER_CLASS].flatten(0, 1)
-        return Shown(seen, len(images), accuracy._asdict())
+        measured = judge(images, labels)._asdict() if config.use_class_cond else {}
+        return Shown(seen, len(images), measured)
 
     return sample
 
 
 def latents_sampler(
-    scheduler: DiffusionScheduler, showing: Showing, vae: Any, classes: int
+    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing, vae: Any
 ) -> Callable[[DiT], Shown]:
     """Decoded samples of a model of latents: four of each of four classes, one row a class."""
-    _check(scheduler, showing)
-    chosen = torch.linspace(0, classes - 1, _ROWS).round().long()
+    showing = _fitting(config, scheduler, showing)
+    chosen = torch.linspace(0, config.num_classes - 1, _ROWS).round().long()
     labels = chosen.repeat_interleave(SHOWN_PER_CLASS)
 
     def sample(model: DiT) -> Shown:
-        latents = _sampler(model, scheduler, showing)(labels, seed=_SAMPLES_SEED)
+        latents = _sampled(model, scheduler, showing, labels)
         return Shown(decode(vae, latents), len(latents), {})
 
     return sample
 
 
-def _check(scheduler: DiffusionScheduler, showing: Showing) -> None:
-    """Refuse now what the first samples would be refused for."""
-    steps = scheduler.T if showing.steps is None else showing.steps
-    showing.solver.spacing(scheduler.T, steps)
+def _fitting(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing) -> Showing:
+    """The showing, without guidance where the model has no null class to guide away from.
+
+    Raises:
+        ValueError: the solver cannot take so many steps: now, and not at the first samples.
+    """
+    showing.solver.spacing(scheduler.T, scheduler.T if showing.steps is None else showing.steps)
+    return showing if config.null_class else replace(showing, guidance=None)
 
 
-def _sampler(model: DiT, scheduler: DiffusionScheduler, showing: Showing) -> Sampler:
-    return Sampler(model, scheduler, showing.solver, showing.steps, guidance=showing.guidance)
+def _sampled(model: DiT, scheduler: DiffusionScheduler, showing: Showing, labels: Tensor) -> Tensor:
+    sampler = Sampler(model, scheduler, showing.solver, showing.steps, guidance=showing.guidance)
+    if model.cfg.use_class_cond:
+        return sampler(labels, seed=_SAMPLES_SEED)
+    return sampler(None, seeds=range(_SAMPLES_SEED, _SAMPLES_SEED + len(labels)))

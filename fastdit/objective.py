@@ -67,7 +67,7 @@ class Objective(nn.Module):
     def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, numbers: Tensor) -> Batch:
         """The batch of samples `numbers`, [b] int64; the rest as in `Samples`."""
         seeds = torch.stack([torch.full_like(numbers, self._key), numbers], dim=1)
-        kinds = torch.tensor([_EPS, _LATENT][: 1 if std is None else 2], device=numbers.device)
+        kinds = torch.arange(1 if std is None else 2, device=numbers.device)  # _EPS, _LATENT
         drawn = normal(seeds, kinds, mean[0].numel()).view(len(kinds), *mean.shape)
         drawn = drawn.to(mean.dtype)
         x0 = mean if std is None else mean + std * drawn[1]

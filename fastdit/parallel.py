@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,21 @@ class World:
         """Until all are here."""
         if self.size > 1:
             dist.barrier()
+
+    def check_same(self, values: dict[str, Any]) -> None:
+        """Raise a ValueError in each process unless all bring the same values, by name."""
+        if self.size == 1:
+            return
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, values)
+        for rank, theirs in enumerate(everyone):
+            other = [name for name in values if theirs[name] != everyone[0][name]]
+            if other:
+                name = other[0]
+                raise ValueError(
+                    f"{name}: process {rank} has {theirs[name]}, process 0 {everyone[0][name]}; "
+                    "expected one run, in a folder that all of them see"
+                )
 
 
 @contextmanager
@@ -77,8 +93,8 @@ def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) ->
     Args:
         model: on the host; each process must have the same one.
         device: where its parts go.
-        dtype: of the gathered weights; gradients are summed, and weights kept, in float32. None
-            leaves them as they are.
+        dtype: of the blocks' gathered weights; all else, the sums of gradients and the weights
+            that are kept stay as they are. None leaves the gathered ones too.
 
     Source: `torch.distributed.fsdp.fully_shard` (FSDP2).
     """
@@ -92,7 +108,7 @@ def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) ->
     for block in model.blocks:
         fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:

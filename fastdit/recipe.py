@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from fastdit.diffusion import SCHEDULES
 from fastdit.errors import from_options, unknown_name
 from fastdit.solvers import DDIM, DDPM, Guidance, Solver
 
@@ -67,6 +68,8 @@ class Recipe:
             _check_number("weight_decay", self.weight_decay, 0, math.inf, "at least 0")
         if self.label_dropout != 0:
             _check_number("label_dropout", self.label_dropout, 0, 1, "a share below 1")
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
+            raise unknown_name("schedule", self.schedule, SCHEDULES)
         for name in ("lr_schedule", "name"):
             choices = get_args(get_type_hints(Recipe)[name])
             if getattr(self, name) not in choices:
@@ -105,7 +108,7 @@ class Showing:
     Attributes:
         solver: the solver, with its own options.
         steps: of the solver; None takes every timestep.
-        guidance: classifier-free guidance; it needs a null class.
+        guidance: classifier-free guidance, of models that have a null class.
     """
 
     solver: Solver = field(default_factory=DDPM)

@@ -9,11 +9,13 @@ runs/toy/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +67,25 @@ class RunFolder:
         if self.weights.exists():
             raise FileExistsError(f"out: {self.weights} already exists; name another folder")
 
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While this lasts no other process can claim the folder; a kill ends it too.
+
+        Raises:
+            FileExistsError: another process has claimed it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"out: another run is going on in {self.path}; wait for it, or name another folder"
+            ) from error
+        finally:
+            os.close(descriptor)
+
     def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
         """Write a checkpoint, then remove those that are no longer kept, and what kills left.
 
@@ -90,7 +111,7 @@ class RunFolder:
         for _, path in reversed(found):
             try:
                 return read(path)
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:  # no file: a folder, a broken link
                 warnings.warn(f"not resumed from: {error}", stacklevel=2)
         if found:
             raise ValueError(f"{self.path}: none of its {len(found)} checkpoints is whole")
@@ -99,8 +120,8 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Remove what came after a step that a run goes on from: torn files, and measurements."""
         for at, path in self.checkpoints():
-            if at > step:
-                path.unlink(missing_ok=True)
+            if at > step and (path.is_file() or path.is_symlink()):
+                path.unlink()
         if self.metrics.exists():
             kept = [line for line in _lines(self.metrics) if line["step"] <= step]
             with atomic_path(self.metrics) as aside:
@@ -109,10 +130,10 @@ class RunFolder:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a JSONL file; one that a kill cut short is left out."""
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             yield line

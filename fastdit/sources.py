@@ -91,6 +91,9 @@ class Latents:
 
     def take(self, rows: Tensor) -> Samples:
         both = torch.from_numpy(np.stack([self._shards.row(i) for i in rows.tolist()]))
+        if not both.isfinite().all():
+            row = int(rows[(~both.flatten(1).isfinite()).any(1)][0])
+            raise ValueError(f"{self.identity['folder']}: the latent of image {row} is not finite")
         mean, std = both.chunk(2, dim=1)
         return Samples(mean, std, self._labels[rows])
 
@@ -119,10 +122,12 @@ def check_same(now: dict[str, Any], then: dict[str, Any]) -> None:
 
 def check_fits(config: DiTConfig, source: Source) -> None:
     """Raise a ValueError unless a model takes a set's images and labels."""
+    C, H, W = source.sample_shape
+    if H != W:
+        raise ValueError(f"data: expected square images, got {H} x {W}")
     if config.sample_shape != source.sample_shape:
         raise ValueError(
-            f"config: the data are {' x '.join(map(str, source.sample_shape))}, "
-            f"expected in_channels={source.sample_shape[0]}, img_size={source.sample_shape[1]}, "
+            f"config: the data are {C} x {H} x {W}, expected in_channels={C}, img_size={H}, "
             f"got in_channels={config.in_channels}, img_size={config.img_size}"
         )
     classes = len(source.label_names)

@@ -11,87 +11,28 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 import warnings
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit import parallel, work
+from fastdit import parallel
 from fastdit.checkpoint import check_keys, save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.ema import EMA
-from fastdit.errors import from_options, unknown_name
+from fastdit.errors import from_options
+from fastdit.meter import Meter
 from fastdit.model import DiT
 from fastdit.monitor import Monitor
 from fastdit.objective import Objective
-from fastdit.parallel import World
 from fastdit.recipe import Recipe
 from fastdit.runs import RunFolder, Saved
+from fastdit.runtime import PRECISIONS, Runtime
 from fastdit.sources import Ahead, Order, Source, check_fits, check_same, open_source
-
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """How a run is computed, which changes its speed and memory, and its loss by rounding alone.
-
-    Attributes:
-        device: where.
-        precision: "bfloat16" runs the model under autocast: matrix products in bfloat16; weights,
-            optimizer, residual stream and loss in float32. With "fsdp" a block's weights are
-            gathered in bfloat16 too.
-        compile: "block" compiles one block for all; "whole" the loss with all that is drawn for
-            it, which is faster in a process of its own and takes longer to compile.
-        checkpointing: keep only each block's inputs for the backward, which computes the rest
-            once more.
-        accumulate: parts that a process's share of a batch is computed in.
-        strategy: of several processes: "ddp", each with all weights; or "fsdp", each with a share.
-        world: which of several processes this is.
-    """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: Literal["none", "block", "whole"] = "none"
-    checkpointing: bool = False
-    accumulate: int = 1
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    world: World = field(default_factory=World)
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(Runtime)
-        for name in ("precision", "compile", "strategy"):
-            if getattr(self, name) not in get_args(hints[name]):
-                raise unknown_name(name, getattr(self, name), get_args(hints[name]))
-        if type(self.accumulate) is not int or self.accumulate < 1:
-            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate!r}")
-        if self.split and self.compile == "whole":
-            raise ValueError(
-                "compile: with strategy='fsdp' expected 'block' or 'none', got 'whole'"
-            )
-
-    @property
-    def split(self) -> bool:
-        """Whether the weights are split over processes."""
-        return self.strategy == "fsdp" and self.world.size > 1
-
-    def environment(self) -> dict[str, Any]:
-        """What the bits of a step depend on, besides the run itself."""
-        return {
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "precision": self.precision,
-            "compile": self.compile,
-            "checkpointing": self.checkpointing,
-            "accumulate": self.accumulate,
-            "processes": self.world.size,
-            "strategy": self.strategy if self.world.size > 1 else None,
-        }
 
 
 @dataclass(frozen=True)
@@ -149,6 +90,8 @@ class Trainer:
         """
         self.runtime = runtime = runtime or Runtime()
         check_fits(config, source)
+        if config.learn_sigma and recipe.T < 2:
+            raise ValueError(f"T: a learned variance needs 2 or more, got {recipe.T}")
         if save_every < 1:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
         shares = runtime.world.size * runtime.accumulate
@@ -213,10 +156,36 @@ class Trainer:
         Raises:
             FloatingPointError: a loss or a gradient is NaN or Inf; the last checkpoint is whole.
             OSError: a save failed.
+            ValueError: several processes are not at the same run and step.
+            FileExistsError: another run is going on in the folder.
         """
-        monitor = monitor or Monitor()
-        recipe, meter = self.recipe, _Meter(self)
-        if self.step == 0:
+        with self._claimed():
+            return self._run(monitor or Monitor())
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The run's folder is this run's alone, and all processes do the same run."""
+        runtime = self.runtime
+        runtime.world.check_same(
+            {
+                "step": self.step,
+                "config": self.config.to_dict(),
+                "recipe": asdict(self.recipe),
+                "data": {**self.source.identity, "folder": None},
+            }
+        )
+        if self.folder is None or runtime.world.rank > 0:
+            yield
+            return
+        with self.folder.claimed():
+            self.folder.forget_after(self.step)
+            yield
+
+    def _run(self, monitor: Monitor) -> TrainResult:
+        recipe, runtime = self.recipe, self.runtime
+        meter = Meter(self.config, recipe.batch_size, runtime, self.step)
+        first_step = self.step
+        if first_step == 0:
             self.save()
         monitor.begin(self.step, recipe.steps)
         try:
@@ -227,25 +196,32 @@ class Trainer:
                 saves = self.step % self.save_every == 0 or last
                 shows = monitor.due(self.step, last)
                 if saves or shows or meter.first or self.step % monitor.log_every == 0:
-                    self._read()
-                    values = meter.read()
-                    if self.runtime.world.rank == 0:
-                        monitor.log(self.step, values)
+                    values = self._read()
+                    rates = meter.read(self.step)
+                    if runtime.world.rank == 0:
+                        monitor.log(self.step, {**values, **rates})
                 if saves:
                     self.save()
                 if shows:
-                    model = self.averaged()
-                    if model is not None:
-                        monitor.show(self.step, model)
+                    self._show(monitor)
                 if saves or shows:
                     meter.pause()
             finished = self.step == recipe.steps
             if not finished:
                 self._read()
                 self.save()
+            elif first_step == self.step and monitor.due(self.step, last=True):
+                self._show(monitor)  # of a run that had been finished before
         finally:
             monitor.end()
-        return TrainResult(finished, self.history[0].cpu(), *meter.totals())
+        return TrainResult(
+            finished, self.history[0].cpu(), meter.images_per_second, meter.first_step_seconds
+        )
+
+    def _show(self, monitor: Monitor) -> None:
+        model = self.averaged()
+        if model is not None:
+            monitor.show(self.step, model)
 
     def request_stop(self) -> None:
         """Let `run` save and return after the step at hand, or with several processes after the
@@ -255,6 +231,7 @@ class Trainer:
     def _stops(self) -> bool:
         return self._stop_agreed if self.runtime.world.size > 1 else self._stop_asked
 
+    @torch.enable_grad()
     def train_step(self) -> None:
         """One optimizer step."""
         recipe, runtime = self.recipe, self.runtime
@@ -301,10 +278,10 @@ class Trainer:
         size = self.recipe.batch_size // (world.size * parts)
         return step * self.recipe.batch_size + (world.rank * parts + part) * size, size
 
-    def _read(self) -> None:
-        """Make the losses of all processes one, and stop a run that has gone astray.
+    def _read(self) -> dict[str, float]:
+        """What was measured at the last step, when the losses of all processes are made one.
 
-        It waits for the device.
+        It waits for the device, and stops a run that has gone astray.
         """
         fresh = self.history[0, self._read_to : self.step]
         asked = torch.full((1,), float(self._stop_asked), device=fresh.device)
@@ -318,6 +295,10 @@ class Trainer:
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise FloatingPointError(self._astray(self._read_to + i, loss, norm))
         self._read_to = self.step
+        if self.step == 0:
+            return {}
+        loss, norm = self.history[:, self.step - 1].tolist()
+        return {"loss": loss, "grad_norm": norm, "lr": self.recipe.lr_at(self.step - 1)}
 
     def _astray(self, step: int, loss: float, norm: float) -> str:
         recipe, first = self.recipe, step * self.recipe.batch_size
@@ -368,7 +349,8 @@ class Trainer:
             self.folder.write(self.step, tensors, header)
         model = self.averaged()
         if model is not None:
-            save(model, self.folder.weights, self.scheduler, self.source.label_names)
+            names = self.source.label_names if self.config.use_class_cond else None
+            save(model, self.folder.weights, self.scheduler, names)
         self.runtime.world.wait()
 
     @classmethod
@@ -382,12 +364,13 @@ class Trainer:
     ) -> Trainer:
         """A run at the step it was saved at, as `RunFolder(out).newest()` reads it.
 
-        The continuation has the bits of an uninterrupted run where torch, the number of threads
-        and the runtime are the same; a warning names what is not.
+        On one process the continuation has the bits of an uninterrupted run where torch, the
+        number of threads and the runtime are the same; a warning names what is not.
 
         Args:
             saved: the checkpoint.
-            out: the folder to go on in; what is later there than the checkpoint is removed.
+            out: the folder to go on in; what is later there than the checkpoint is removed when
+                it runs.
             runtime: how to compute it.
             source: the images, where they are no longer where they were.
             options: save_every and keep, as in the constructor.
@@ -409,9 +392,6 @@ class Trainer:
         trainer.step = trainer._read_to = step
         trainer._load(saved)
         trainer._compare(header["environment"])
-        trainer.runtime.world.wait()
-        if trainer.runtime.world.rank == 0 and trainer.folder is not None:
-            trainer.folder.forget_after(step)
         return trainer
 
     def _load(self, saved: Saved) -> None:
@@ -442,54 +422,10 @@ class Trainer:
     def _compare(self, then: Any) -> None:
         """Warn of all that is not as it was when the checkpoint was written."""
         for name, now in self.runtime.environment().items():
-            before = dict(then or {}).get(name)
+            before = then.get(name) if isinstance(then, dict) else None
             if before != now:
                 warnings.warn(
                     f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
                     "will differ from those of an uninterrupted run",
                     stacklevel=3,
                 )
-
-
-class _Meter:
-    """Rates of a run's steps, without the time that saving and sampling take."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        runtime = trainer.runtime
-        dtype = PRECISIONS[runtime.precision] or torch.float32
-        self._peak = work.product_rate(runtime.device, dtype) * runtime.world.size
-        self._flop = work.training_flop(trainer.config, 1)
-        self._images, self._seconds, self._first_seconds = 0, 0.0, math.nan
-        self._step, self._since = trainer.step, time.perf_counter()
-
-    @property
-    def first(self) -> bool:
-        """Whether the step just taken is this call's first."""
-        return math.isnan(self._first_seconds)
-
-    def read(self) -> dict[str, float]:
-        """What there is to say of the steps since the last reading, when all are computed."""
-        trainer, now = self._trainer, time.perf_counter()
-        images = (trainer.step - self._step) * trainer.recipe.batch_size
-        seconds = now - self._since
-        rates = {}
-        if self.first:
-            self._first_seconds = seconds
-        elif images:
-            self._images, self._seconds = self._images + images, self._seconds + seconds
-            rate = images / seconds
-            rates = {"images_per_second": rate, "mfu": rate * self._flop / self._peak}
-        self._step, self._since = trainer.step, now
-        loss, norm = trainer.history[:, trainer.step - 1].tolist()
-        lr = trainer.recipe.lr_at(trainer.step - 1)
-        return {"loss": loss, "grad_norm": norm, "lr": lr, **rates}
-
-    def pause(self) -> None:
-        """What went before this, since the last reading, was no training."""
-        self._since = time.perf_counter()
-
-    def totals(self) -> tuple[float, float]:
-        """(images a second, seconds of the first step)."""
-        rate = self._images / self._seconds if self._images else math.nan
-        return rate, self._first_seconds

@@ -118,7 +118,7 @@ def test_train_throughput_times_all_loops_and_judges(tmp_path):
     for word in ("plain eager", "spread over the seeds", "0.9147", "GFLOP/s"):
         assert word in done.stdout
     document = json.loads((tmp_path / "r.json").read_text())
-    rows = {row["way"]: row for row in document["rates"]}
+    rows = {row["way"]: row for row in document["rows"]}
     assert list(rows) == ["plain eager", "fastdit eager", "fastdit by block"]
     for row in rows.values():
         assert row["min"] <= row["images/s"] <= row["max"] and row["ratio"] > 0
@@ -139,7 +139,7 @@ def test_train_throughput_trains_published_models(tmp_path, monkeypatch):
     ways = ("--way", "fastdit eager", "--json", tmp_path / "r.json")
     done = run("train_throughput.py", *arguments.split(), 1, *ways)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "r.json").read_text())["rates"]
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert [row["way"] for row in rows] == ["plain eager", "fastdit eager"]
     assert rows[1]["memory MiB"] < rows[0]["memory MiB"], "checkpointing"
     assert all(0.5 < row["loss"] < 5 for row in rows)
@@ -236,6 +236,15 @@ def test_report_says_what_kernels_compile_to_and_resumes(tmp_path):
     again = run("report.py", *arguments.split(), tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads(path.read_text())["rows"][0]["registers"] == -1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run where there is no GPU")
+def test_report_trains_dry(tmp_path):
+    done = run("report.py", "--stage", "train", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "dry-run" / "train_throughput.json").read_text())
+    assert document["units"] == {"toy": {"exit status": 0, "count": 2}}
+    assert [row["way"] for row in document["rows"]] == ["plain eager", "fastdit eager"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")

@@ -237,7 +237,8 @@ def test_latents_without_a_vae_cannot_be_shown(latents, tmp_path):
 
 def test_samples_that_the_solver_cannot_make_are_refused_before_training():
     with pytest.raises(ValueError, match="steps: no stride takes 50 of 60"):
-        monitor.shapes_sampler(DiffusionScheduler(60, schedule="cosine"), SHOWINGS["dit"])
+        scheduler = DiffusionScheduler(60, schedule="cosine")
+        monitor.shapes_sampler(fastdit.DiTConfig(), scheduler, SHOWINGS["dit"])
 
 
 def test_losses_stand_beside_the_published_ones_for_the_default_recipe(capsys):
@@ -285,3 +286,129 @@ def test_numpy_is_not_needed_to_read_what_a_run_measured(tmp_path):
         "step": 1,
         "loss": 0.25,
     }
+
+
+@pytest.mark.parametrize("recipe", ["sharp", "dit"])
+def test_without_dropped_labels_samples_are_made_without_guidance(tmp_path, recipe):
+    arguments = ["--recipe", recipe, "--label-dropout", 0, *QUICK, "--diffusion-steps", 100]
+    done = run("train", *arguments, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "samples" / "step-00000004.png").exists()
+
+
+def test_a_finished_run_whose_samples_were_lost_makes_them_again(tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--out", out).exit_code == 0
+    grid = out / "samples" / "step-00000004.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    assert run("train", "--resume", "auto", "--out", out).exit_code == 0
+    assert grid.read_bytes() == before
+
+
+def test_a_stop_before_the_first_step_saves_too(tmp_path):
+    stopped = Trainer(fastdit.DiTConfig(), Recipe(steps=3), Shapes(8), tmp_path)
+    stopped.request_stop()
+    assert not stopped.run().finished
+    assert RunFolder(tmp_path).newest().header["step"] == 0
+
+
+def test_a_request_to_stop_that_comes_twice_at_once_is_one(tmp_path, monkeypatch):
+    """By itself and through a launcher."""
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        if self.step == 2:
+            os.kill(os.getpid(), 2)
+            os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    done = run("train", "--out", tmp_path / "run", *QUICK)
+    assert done.exit_code == 130 and "stopped at step 2 of 4, and saved" in done.stderr
+
+
+def test_a_later_request_does_what_it_always_did(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_train, "_SAME_REQUEST", -1.0)
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    done = run("train", "--out", tmp_path / "run", *QUICK)
+    assert done.exit_code == 130 and "stopped at" not in done.stderr
+
+
+def test_a_file_is_not_resumed_into_another_run(tmp_path):
+    for name in ("a", "b"):
+        assert run("train", *QUICK, "--out", tmp_path / name).exit_code == 0
+    last = tmp_path / "a" / "checkpoints" / "step-00000004.safetensors"
+    done = run("train", "--resume", last, "--out", tmp_path / "b")
+    assert done.exit_code == 1 and "already holds a run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--per-class", 3), "--per-class: the run was started with 2, got 3"),
+        (("--model", "DiT-S/2"), "--model: the run was started with another one, got DiT-S/2"),
+        (("--seed", 3), "--seed: the run was started with 0, got 3"),
+        (("--recipe", "sharp"), "--recipe: the run was started with seed, got sharp"),
+        (("--diffusion-steps", 30), "--diffusion-steps: the run was started with 25, got 30"),
+    ],
+)
+def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path, arguments, message):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--save-every", 2, "--log-every", 1, "--out", out).exit_code == 0
+    torn = out / "checkpoints" / "step-00000004.safetensors"
+    torn.write_bytes(b"torn")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = run("train", "--resume", "auto", "--out", out, *arguments)
+    assert done.exit_code == 1 and message in done.stderr
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    same = ("--per-class", 2, "--model", "toy", "--seed", 0, "--recipe", "seed")
+    assert run("train", "--resume", "auto", "--out", out, *same).exit_code == 0
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with RunFolder(tmp_path).claimed():
+        done = run("train", *QUICK, "--out", tmp_path)
+    assert done.exit_code == 1 and f"another run is going on in {tmp_path}" in done.stderr
+    assert run("train", *QUICK, "--out", tmp_path).exit_code == 0
+
+
+def test_batches_larger_than_the_set_have_a_loss(latents, tmp_path):
+    brief = ["--steps", 3, "--batch-size", 24, "--out", tmp_path / "run"]
+    done = run("train", "--data", latents[0], *brief)
+    assert done.exit_code == 0 and "nan" not in done.stdout, done.output
+    assert len(done.stdout.split("\n")) >= 4
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 200_000, b'{"step": 1, "caf\xc3'])
+def test_damaged_metrics_do_not_stop_a_resume(tmp_path, content):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--out", out).exit_code == 0
+    (out / "metrics.jsonl").write_bytes(content)
+    assert run("train", "--resume", "auto", "--out", out).exit_code == 0
+
+
+def test_a_checkpoint_that_is_a_folder_or_a_broken_link_is_passed_over(tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--save-every", 2, "--out", out).exit_code == 0
+    (out / "checkpoints" / "step-00000006.safetensors").mkdir()
+    (out / "checkpoints" / "step-00000007.safetensors").symlink_to("nowhere")
+    done = run("train", "--resume", "auto", "--out", out)
+    assert done.exit_code == 0 and done.stderr.count("not resumed from") == 2
+
+
+def test_a_model_without_classes_is_trained_and_shown(tmp_path):
+    config = fastdit.DiTConfig(hidden=16, n_layers=1, n_heads=1, use_class_cond=False)
+    recipe = Recipe(steps=2, batch_size=8, T=25, schedule="cosine")
+    trainer = Trainer(config, recipe, Shapes(1), tmp_path)
+    sample = monitor.shapes_sampler(config, trainer.scheduler, SHOWINGS["sharp"], per_class=4)
+    shows = monitor.Monitor(trainer.folder, sample=sample)
+    trainer.run(shows)
+    assert shows.grid.exists() and shows.shown.measured == {}
+    assert fastdit.checkpoint.inspect(tmp_path / "model.safetensors").labels is None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,33 @@ def test_bfloat16_shards_train_too(alone, tmp_path):
     assert losses(tmp_path / "run") != pytest.approx(losses(alone), rel=1e-5)
     tensors = load_file(tmp_path / "run" / STEP.format(8))
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+DIFFERENT = """
+import os, sys
+from fastdit.cli import app
+os.makedirs(f"{sys.argv[1]}/{os.environ['RANK']}", exist_ok=True)
+os.chdir(f"{sys.argv[1]}/{os.environ['RANK']}")
+sys.argv = ["fastdit", "train", "--out", "run", "--resume", "auto", *sys.argv[2:]]
+app()
+"""
+
+
+def test_processes_that_see_different_folders_are_refused(alone, tmp_path):
+    """As on two machines without a disk in common."""
+    shutil.copytree(alone, tmp_path / "0" / "run")
+    (tmp_path / "0" / "run" / STEP.format(8)).unlink()
+    (tmp_path / "different.py").write_text(DIFFERENT)
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    done = subprocess.run(
+        [sys.executable, *launcher, tmp_path / "different.py", tmp_path, *BRIEF],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "step: process 1 has 0, process 0 4; expected one run, in a folder" in done.stderr
+    assert [at for at, _ in RunFolder(tmp_path / "0" / "run").checkpoints()] == [4]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

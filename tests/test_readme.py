@@ -15,13 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
 SAMPLING, TRAINING = RESULTS / "sample_throughput.json", RESULTS / "train_throughput.json"
+TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
 
 
 @pytest.fixture
 def benchmark_modules(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield
-    for name in ("_harness", "sample_throughput", "train_throughput"):
+    for name in (
+        "_harness",
+        "sample_throughput",
+        "train_throughput",
+        "toy_recipes",
+        "inductive_bias",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -66,11 +73,27 @@ def test_the_training_tables_are_the_measured_ones(benchmark_modules):
     from train_throughput import QUALITY_COLUMNS, RATE_COLUMNS
 
     document = read(TRAINING)
-    assert table(RATE_COLUMNS, document["rates"], markdown=True) in README
+    assert table(RATE_COLUMNS, document["rows"], markdown=True) in README
     assert table(QUALITY_COLUMNS, document["learned"], markdown=True) in README
 
 
-@pytest.mark.parametrize("path", [SAMPLING, TRAINING], ids=["sampling", "training"])
+def test_the_table_of_the_toys_recipes_is_the_measured_one(benchmark_modules):
+    from _harness import table
+    from toy_recipes import COLUMNS
+
+    assert table(COLUMNS, read(TOY)["rows"], markdown=True) in README
+
+
+def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
+    from _harness import table
+    from inductive_bias import COLUMNS
+
+    page = (ROOT / "docs" / "inductive_bias.md").read_text()
+    assert table(COLUMNS, read(BIAS)["rows"], markdown=True) in page
+    assert "![" in page and (ROOT / "docs" / "inductive_bias.png").exists()
+
+
+@pytest.mark.parametrize("path", [SAMPLING, TRAINING, TOY, BIAS], ids=lambda path: path.stem)
 def test_results_name_their_machine_and_come_from_a_commit(path):
     machine = read(path)["machine"]
     assert machine["device"] in README and f"torch {machine['torch']}" in README

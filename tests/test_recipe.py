@@ -66,6 +66,8 @@ def test_the_average_begins_short():
         ({"ema": 1.0}, "ema: expected a number between 0 and 1, or None, got 1.0"),
         ({"label_dropout": 1}, "label_dropout: expected a share below 1, got 1"),
         ({"lr_schedule": "cosin"}, "got 'cosin'; did you mean 'cosine'?"),
+        ({"schedule": "linaer"}, "got 'linaer'; did you mean 'linear'?"),
+        ({"schedule": ["a"]}, "schedule: expected one of linear, linear-scaled, cosine; got ['a']"),
         ({"name": "sharpest"}, "name: expected one of seed, sharp, dit; got 'sharpest'"),
         ({"warmup": 750}, "warmup: expected fewer than steps=750, got 750"),
         ({"warmup": -1}, "warmup: expected an integer from 0"),

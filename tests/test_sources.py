@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,46 @@ def test_models_that_do_not_fit_are_refused(config, message):
     with pytest.raises(ValueError) as error:
         check_fits(config, Shapes(1))
     assert message in str(error.value)
+
+
+def change(folder, i, make):
+    path = folder / f"{i:08d}.npy"
+    shard = np.load(path)
+    np.save(path, make(shard))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: s[:1], "expected float32 of shape [4, 8, 8, 8], got float32 of [1, 8, 8, 8]"),
+        (lambda s: s.astype(np.float16), "expected float32 of shape [4, 8, 8, 8], got float16"),
+        (
+            lambda s: s[..., :4],
+            "expected float32 of shape [4, 8, 8, 8], got float32 of [4, 8, 8, 4]",
+        ),
+        (lambda s: np.where(s == s[1, 0, 0, 0], np.nan, s), "the latent of image 5 is not finite"),
+    ],
+)
+def test_damaged_latents_are_one_clear_error(latents, make, message):
+    change(latents[0], 1, make)
+    with pytest.raises(ValueError) as error:
+        Latents(latents[0]).take(torch.tensor([0, 5]))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [[0] * 9, [0] * 9 + [3], [-1] + [0] * 9])
+def test_labels_are_of_the_classes(latents, labels):
+    plan = json.loads((latents[0] / "plan.json").read_text())
+    (latents[0] / "plan.json").write_text(json.dumps(plan | {"labels": labels}))
+    with pytest.raises(ValueError, match="expected 10 labels of its classes"):
+        Latents(latents[0])
+
+
+def test_images_that_are_not_square_are_refused():
+    source = Shapes(1)
+    source.sample_shape = (3, 16, 8)
+    with pytest.raises(ValueError, match="data: expected square images, got 16 x 8"):
+        check_fits(DiTConfig(), source)
 
 
 def test_a_model_without_classes_takes_any():

@@ -21,8 +21,9 @@ from fastdit.data import LABEL_NAMES
 from fastdit.monitor import Monitor
 from fastdit.recipe import Recipe
 from fastdit.runs import WEIGHTS_FILE, RunFolder
+from fastdit.runtime import Runtime
 from fastdit.sources import Shapes
-from fastdit.train import Runtime, Trainer
+from fastdit.train import Trainer
 
 SMALL = DiTConfig(hidden=16, n_layers=1, n_heads=1)
 NULL = replace(SMALL, null_class=True)
@@ -94,6 +95,11 @@ def test_without_an_average_the_weights_themselves_are_shown():
     assert same_tensors(shown.state_dict(), ours.model.state_dict())
     ours.train_step()
     assert not same_tensors(shown.state_dict(), ours.model.state_dict()), "a copy"
+
+
+def test_a_run_asks_for_gradients_itself():
+    with torch.no_grad():
+        assert trainer().run().finished
 
 
 def test_loss_falls_and_every_step_is_reported():
@@ -406,6 +412,13 @@ def test_a_gradient_that_is_not_finite_stops_before_a_save(tmp_path):
     [
         (lambda: trainer(config=DiTConfig(img_size=32)), "config: the data are 3 x 16 x 16"),
         (lambda: trainer(recipe=FULL), "label_dropout: needs a model with null_class=True"),
+        (
+            lambda: trainer(
+                recipe=replace(BRIEF, T=1, schedule="cosine"),
+                config=replace(SMALL, learn_sigma=True),
+            ),
+            "T: a learned variance needs 2 or more, got 1",
+        ),
         (lambda: trainer(save_every=0), "save_every: expected at least 1, got 0"),
         (lambda: trainer("x", keep=0), "keep: expected at least 1, got 0"),
         (lambda: trainer(runtime=Runtime(accumulate=5)), "expected a multiple of 5, 1 processes"),
