@@ -82,7 +82,7 @@ def measure(
     a_pass = math.ceil(len(source) / recipe.batch_size)
     rows = []
     for name, showing, averaged in ways:
-        model = trainer.averaged() if averaged else trainer.model
+        model = trainer.sampling_model() if averaged else trainer.model
         assert isinstance(model, DiT)
         sample = shapes_sampler(config, trainer.scheduler, showing, options["per_class"])
         rows.append(

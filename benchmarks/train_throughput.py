@@ -2,14 +2,15 @@
 
     python benchmarks/train_throughput.py                 # images per second, MFU, memory, loss
     python benchmarks/train_throughput.py --seeds 0 1 2   # then train the toy fully, and judge
-    python benchmarks/train_throughput.py --preset DiT-XL/2 --batch 64 --precision bfloat16
+    python benchmarks/train_throughput.py --preset DiT-XL/2 --batch 64 --precision bfloat16 \\
+        --way "plain compiled" "fastdit compiled"
 
-The loops take some steps each in turn, round by round; figures are medians, the ratio is the
-median of the rounds' ratios. All begin at the same weights; the order of the images and the noise
-are each loop's own. MFU is of the rate of a large matrix product, measured in the same process.
-Memory is the allocator's peak on CUDA; on a CPU it is counted: weights, gradients, optimizer
-state, and what a forward keeps for its backward. With --seeds the judge looks at 160 samples of
-each trained toy, ten a class.
+The loops take some steps each in turn, round by round, and all stay in memory; figures are medians,
+the ratio is the median of the rounds' ratios. All begin at the same weights; the order of the
+images and the noise are each loop's own. MFU is of the rate of a large matrix product, measured in
+the same process. Memory is the allocator's peak on CUDA; on a CPU it is counted: weights,
+gradients, optimizer state, and what a forward keeps for its backward. With --seeds the judge looks
+at 160 samples of each trained toy, ten a class.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from fastdit.runtime import Runtime
 from fastdit.sources import Latents, Shapes, Source
 from fastdit.train import Trainer, TrainResult
 
+_SAME_REQUEST = 3.0  # seconds
 # Mean squared error by pass over the set that the author of the toy published for its recipe, on
 # a set that differs from `fastdit.data` in detail.
-_SAME_REQUEST = 3.0  # seconds
 PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
@@ -123,20 +123,22 @@ def train(
             )
             options: dict[str, Any] = dict(runtime=runtime, save_every=save_every, keep=keep)
             saved = _saved(resume, out)
+            resumed = saved is not None
             if saved is None:
                 trainer = _started(out, data, per_class, model, given, options)
             else:
                 trainer = _resumed(saved, out, data, given, options)
                 _check_same_start(trainer, model, per_class)
+            del saved  # or its file would be mapped as long as the run goes on
             monitor = _monitor(trainer, vae, log_every, sample_every)
-            if world.rank == 0 and saved is not None:
+            if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
                 result = trainer.run(monitor)
             if world.rank == 0:
                 _report(out, trainer, result, monitor)
-            if not result.finished:
-                raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
+        if not result.finished:
+            raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
 
 
 def _started(

@@ -69,6 +69,12 @@ class Monitor:
         self._bar: Any = None
         self._board: Any = None
 
+    @property
+    def cadence(self) -> dict[str, Any]:
+        """What processes must agree on."""
+        shows = self._sample is not None
+        return {"log_every": self.log_every, "sample_every": self.sample_every, "shows": shows}
+
     def begin(self, step: int, steps: int) -> None:
         """A run goes on from a step."""
         self._bar = tqdm(

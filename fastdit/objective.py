@@ -20,7 +20,7 @@ from fastdit.losses import diffusion_loss
 from fastdit.noise import normal, philox4x32
 from fastdit.sources import Samples
 
-_EPS, _LATENT, _CHOICES = 0, 1, 2  # the counter's second word, by what is drawn
+_EPS, _CHOICES = 0, 2  # the counter's second word, by what is drawn; a latent's own follows _EPS
 
 
 class Batch(NamedTuple):
@@ -67,7 +67,7 @@ class Objective(nn.Module):
     def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, numbers: Tensor) -> Batch:
         """The batch of samples `numbers`, [b] int64; the rest as in `Samples`."""
         seeds = torch.stack([torch.full_like(numbers, self._key), numbers], dim=1)
-        kinds = torch.arange(1 if std is None else 2, device=numbers.device)  # _EPS, _LATENT
+        kinds = torch.arange(_EPS, _EPS + (1 if std is None else 2), device=numbers.device)
         drawn = normal(seeds, kinds, mean[0].numel()).view(len(kinds), *mean.shape)
         drawn = drawn.to(mean.dtype)
         x0 = mean if std is None else mean + std * drawn[1]

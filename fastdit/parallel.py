@@ -40,6 +40,14 @@ class World:
             dist.all_reduce(x)
         return x
 
+    def any(self, asked: bool) -> bool:
+        """Whether any process says yes; waits for the others, not for a device."""
+        if self.size == 1:
+            return asked
+        answer = torch.tensor([float(asked)])  # on the host, whatever the model is on
+        dist.all_reduce(answer, dist.ReduceOp.MAX)
+        return bool(answer > 0)
+
     def wait(self) -> None:
         """Until all are here."""
         if self.size > 1:
@@ -77,11 +85,14 @@ def processes(
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=timeout,
+        device_id=torch.device(device) if cuda else None,
+    )
+    yield World(dist.get_rank(), dist.get_world_size())
+    # Not after an error: NCCL's would wait for the others, who wait for this one.
+    dist.destroy_process_group()
 
 
 def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -119,22 +130,12 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def apart(module: nn.Module, model: nn.Module) -> AbstractContextManager[None]:
-    """A backward in here adds gradients up without talking to the others."""
+def apart(module: nn.Module) -> AbstractContextManager[None]:
+    """A backward in here adds gradients up without talking to the others, where that costs no
+    memory: DDP's are whole anyway, those of FSDP are reduced to shards each time."""
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
-    if hasattr(model, "set_requires_gradient_sync"):
-        return _unsynchronized(model)
     return nullcontext()
-
-
-@contextmanager
-def _unsynchronized(model: nn.Module) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)  # type: ignore[operator]
 
 
 def local(t: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ runs/toy/
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from fastdit.files import atomic_path, remove_leftovers
 
 WEIGHTS_FILE = "model.safetensors"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 _HEADER_KEYS = {"step", "config", "recipe", "data", "environment"}
 
 
@@ -73,18 +73,25 @@ class RunFolder:
 
         Raises:
             FileExistsError: another process has claimed it.
+        Warns:
+            UserWarning: the file system knows no locks.
         """
+        import fcntl
+
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(self.path / LOCK_FILE, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FileExistsError(
+                    f"out: another run is going on in {self.path}; wait for it, or name another "
+                    "folder"
+                ) from error
+            except OSError as error:
+                warnings.warn(
+                    f"{self.path}: not locked against another run ({error})", stacklevel=3
+                )
             yield
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"out: another run is going on in {self.path}; wait for it, or name another folder"
-            ) from error
-        finally:
-            os.close(descriptor)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
         """Write a checkpoint, then remove those that are no longer kept, and what kills left.

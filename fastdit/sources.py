@@ -94,7 +94,8 @@ class Latents:
         if not both.isfinite().all():
             row = int(rows[(~both.flatten(1).isfinite()).any(1)][0])
             raise ValueError(f"{self.identity['folder']}: the latent of image {row} is not finite")
-        mean, std = both.chunk(2, dim=1)
+        # Each in memory of its own, which can be pinned.
+        mean, std = (part.contiguous() for part in both.chunk(2, dim=1))
         return Samples(mean, std, self._labels[rows])
 
 

@@ -12,7 +12,6 @@ import contextlib
 import math
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdit import parallel
-from fastdit.checkpoint import check_keys, save
+from fastdit.checkpoint import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.ema import EMA
@@ -33,6 +32,7 @@ from fastdit.recipe import Recipe
 from fastdit.runs import RunFolder, Saved
 from fastdit.runtime import PRECISIONS, Runtime
 from fastdit.sources import Ahead, Order, Source, check_fits, check_same, open_source
+from fastdit.state import fill_optimizer, gather, model_of, restore, tensors_of
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Trainer:
         self.history = torch.zeros(2, recipe.steps, dtype=torch.float32, device=runtime.device)
         self._order = Order(len(source), recipe.seed)
         self._ahead = Ahead(source, runtime.device, in_background=runtime.device.type != "cpu")
-        self._read_to = 0
-        self._stop_asked = self._stop_agreed = False
+        self._read_to, self._saved_at = 0, -1
+        self._stop_asked = False
 
     def _place(self) -> None:
         """Put the model where it is trained, in the parts and the way the runtime says."""
@@ -151,7 +151,8 @@ class Trainer:
     def run(self, monitor: Monitor | None = None) -> TrainResult:
         """Take every step that is left, and save at the end.
 
-        All processes call it alike; what a monitor keeps is the first one's.
+        All processes call it alike, with monitors that measure and show at the same steps; only
+        the first one's gets to see anything.
 
         Raises:
             FloatingPointError: a loss or a gradient is NaN or Inf; the last checkpoint is whole.
@@ -159,27 +160,23 @@ class Trainer:
             ValueError: several processes are not at the same run and step.
             FileExistsError: another run is going on in the folder.
         """
-        with self._claimed():
-            return self._run(monitor or Monitor())
-
-    @contextlib.contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """The run's folder is this run's alone, and all processes do the same run."""
-        runtime = self.runtime
-        runtime.world.check_same(
+        monitor = monitor or Monitor()
+        self.runtime.world.check_same(
             {
                 "step": self.step,
                 "config": self.config.to_dict(),
                 "recipe": asdict(self.recipe),
                 "data": {**self.source.identity, "folder": None},
+                "save_every": self.save_every,
+                **monitor.cadence,
+                **self.runtime.environment(),
             }
         )
-        if self.folder is None or runtime.world.rank > 0:
-            yield
-            return
+        if self.folder is None or self.runtime.world.rank > 0:
+            return self._run(monitor)
         with self.folder.claimed():
             self.folder.forget_after(self.step)
-            yield
+            return self._run(monitor)
 
     def _run(self, monitor: Monitor) -> TrainResult:
         recipe, runtime = self.recipe, self.runtime
@@ -188,8 +185,9 @@ class Trainer:
         if first_step == 0:
             self.save()
         monitor.begin(self.step, recipe.steps)
+        meter.pause()
         try:
-            while self.step < recipe.steps and not self._stops():
+            while self.step < recipe.steps and not runtime.world.any(self._stop_asked):
                 self.train_step()
                 monitor.advance()
                 last = self.step == recipe.steps
@@ -209,7 +207,8 @@ class Trainer:
             finished = self.step == recipe.steps
             if not finished:
                 self._read()
-                self.save()
+                if self._saved_at != self.step:
+                    self.save()
             elif first_step == self.step and monitor.due(self.step, last=True):
                 self._show(monitor)  # of a run that had been finished before
         finally:
@@ -219,17 +218,16 @@ class Trainer:
         )
 
     def _show(self, monitor: Monitor) -> None:
-        model = self.averaged()
+        model = self.sampling_model()
         if model is not None:
-            monitor.show(self.step, model)
+            monitor.show(self.step, model.to(self.runtime.device))
 
     def request_stop(self) -> None:
-        """Let `run` save and return after the step at hand, or with several processes after the
-        next measurement; a signal handler may call it."""
-        self._stop_asked = True
+        """Let `run` save and return after the step at hand; a signal handler may call it.
 
-    def _stops(self) -> bool:
-        return self._stop_agreed if self.runtime.world.size > 1 else self._stop_asked
+        Of several processes one that is asked is enough.
+        """
+        self._stop_asked = True
 
     @torch.enable_grad()
     def train_step(self) -> None:
@@ -242,13 +240,14 @@ class Trainer:
         for part in range(runtime.accumulate):
             samples, numbers = self.samples(part)
             last = part == runtime.accumulate - 1
-            alone = contextlib.nullcontext() if last else parallel.apart(self.objective, self.model)
-            with alone:
+            with contextlib.nullcontext() if last else parallel.apart(self.objective):
                 loss = self.objective(samples, numbers) / runtime.accumulate
                 loss.backward()
             total += loss.detach()
-        bound = math.inf if recipe.clip is None else recipe.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), bound)
+        trained = self.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        if recipe.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(recipe.ema_at(self.step))
@@ -283,15 +282,9 @@ class Trainer:
 
         It waits for the device, and stops a run that has gone astray.
         """
-        fresh = self.history[0, self._read_to : self.step]
-        asked = torch.full((1,), float(self._stop_asked), device=fresh.device)
-        *losses, stop = (self.runtime.world.total(torch.cat([fresh, asked]))).tolist()
-        self._stop_agreed = stop > 0
-        if losses:
-            size = self.runtime.world.size
-            fresh.copy_(torch.tensor(losses, dtype=torch.float64) / size)
-        norms = self.history[1, self._read_to : self.step].tolist()
-        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        fresh = self.history[:, self._read_to : self.step]
+        fresh[0] = self.runtime.world.total(fresh[0].clone()) / self.runtime.world.size
+        for i, (loss, norm) in enumerate(fresh.T.tolist()):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise FloatingPointError(self._astray(self._read_to + i, loss, norm))
         self._read_to = self.step
@@ -311,28 +304,14 @@ class Trainer:
             + "lower lr, or resume from there with another precision"
         )
 
-    def averaged(self) -> DiT | None:
-        """The model to sample from, of the moving average where there is one: a whole copy.
+    def sampling_model(self) -> DiT | None:
+        """The model to sample from, of the moving average where there is one: a copy on the host.
 
         All processes must ask for it together; it is the first one's, the others get None.
         """
-        averages = {} if self.ema is None else self.ema.averages
-        state = self._gather({**self.model.state_dict(), **averages})
-        if not state:
-            return None
-        with torch.device("meta"):
-            copy = DiT.from_config(self.config)
-        copy.load_state_dict(state, assign=True)
-        return copy.requires_grad_(False)
-
-    def _gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of tensors, all of each, on the first process; none on the others."""
-        gathered = {}
-        for name, t in tensors.items():
-            value = parallel.whole(t)
-            if self.runtime.world.rank == 0:
-                gathered[name] = value.clone() if value.data_ptr() == t.data_ptr() else value
-        return gathered
+        wanted = {n: t for n, t in self._tensors().items() if n.startswith(("model.", "ema."))}
+        gathered = gather(wanted, self.runtime.world)
+        return model_of(self.config, gathered) if gathered else None
 
     def save(self) -> None:
         """Write a checkpoint, and beside it the model for users; all processes call it together."""
@@ -344,14 +323,16 @@ class Trainer:
             "data": self.source.identity,
             "environment": self.runtime.environment(),
         }
-        tensors = self._gather(self._tensors())
-        if tensors:
-            self.folder.write(self.step, tensors, header)
-        model = self.averaged()
-        if model is not None:
+        gathered = gather(self._tensors(), self.runtime.world)
+        if gathered:
+            self.folder.write(self.step, gathered, header)
             names = self.source.label_names if self.config.use_class_cond else None
-            save(model, self.folder.weights, self.scheduler, names)
+            save(model_of(self.config, gathered), self.folder.weights, self.scheduler, names)
+        self._saved_at = self.step
         self.runtime.world.wait()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return tensors_of(self.model, self.optimizer, self.ema, self.history)
 
     @classmethod
     def resume(
@@ -389,35 +370,12 @@ class Trainer:
         if type(step) is not int or not 0 <= step <= recipe.steps:
             raise ValueError(f"{path}: expected a step in [0, {recipe.steps}], got {step!r}")
         trainer = cls(config, recipe, source, out, runtime, resuming=True, **options)
-        trainer.step = trainer._read_to = step
-        trainer._load(saved)
+        trainer.step = trainer._read_to = trainer._saved_at = step
+        if step:
+            fill_optimizer(trainer.optimizer)
+        restore(trainer._tensors(), saved, step)
         trainer._compare(header["environment"])
         return trainer
-
-    def _load(self, saved: Saved) -> None:
-        if self.step:  # AdamW makes its state at the first step; zero gradients make it here
-            for p in self.optimizer.param_groups[0]["params"]:
-                p.grad = torch.zeros_like(p)
-            self.optimizer.step()
-        own = self._tensors()
-        check_keys(str(saved.path), own, saved.tensors)
-        for name, tensor in own.items():
-            parallel.fill(tensor, saved.tensors[name])
-        taken = {int(t) for name, t in own.items() if name.endswith(".step")} or {0}
-        if taken != {self.step}:
-            raise ValueError(
-                f"{saved.path}: the optimizer took {taken} steps, the header says {self.step}"
-            )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """Everything a resume needs that is a tensor, by its name in the file."""
-        tensors = {f"model.{name}": p for name, p in self.model.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            for entry, tensor in self.optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{name}.{entry}"] = tensor
-        if self.ema is not None:
-            tensors |= {f"ema.{name}": t for name, t in self.ema.averages.items()}
-        return tensors | {"history": self.history}
 
     def _compare(self, then: Any) -> None:
         """Warn of all that is not as it was when the checkpoint was written."""

@@ -35,6 +35,7 @@ def test_train_then_resume_then_sample(tmp_path):
     assert done.exit_code == 0, done.output
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert {name for name in found if not name.startswith("tensorboard/")} == {
+        ".lock",
         "model.safetensors",
         "metrics.jsonl",
         "checkpoints/step-00000000.safetensors",

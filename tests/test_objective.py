@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, reference
 from fastdit.losses import diffusion_loss
+from fastdit.noise import normal
 from fastdit.objective import Objective
 from fastdit.sources import Samples, Shapes
 from fastdit.testing import check_against_oracle, randomize
@@ -51,8 +52,15 @@ def test_draws_are_distributed_as_they_should_be():
     dropped = batch.labels == 16
     assert 0.22 < dropped.float().mean() < 0.28
     assert torch.equal(batch.labels[~dropped], samples.labels[~dropped])
-    # Timesteps and dropped labels are drawn apart from each other and from the noise.
-    assert abs(torch.corrcoef(torch.stack([batch.t.float(), dropped.float()]))[0, 1]) < 0.06
+    # Timesteps and dropped labels are drawn apart from each other and from the noise, whose first
+    # four elements are of one counter, and whose size follows from the first word.
+    first = batch.eps.permute(0, 2, 3, 1).flatten(1)[:, :8].T  # as the model's tokens lie
+    drawn = [batch.t.float(), dropped.float(), *batch.eps.flatten(1)[:, :8].T, *first]
+    sizes = torch.stack([*drawn, *(part.abs() for part in drawn[2:])])
+    assert torch.corrcoef(sizes)[:2].triu(1).abs().max() < 0.07
+    for step in range(4):
+        own = normal(torch.tensor([[0, 0]]), torch.tensor([step]), 768)
+        assert not torch.allclose(own.view(3, 16, 16), batch.eps[0]), "sampling has its own noise"
     assert torch.equal(batch.x_t, SCHEDULER.q_sample(samples.mean, batch.t, batch.eps))
 
 

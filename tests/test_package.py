@@ -81,7 +81,7 @@ LAYERS = [
     {"parallel"},
     {"checkpoint", "conditioning", "pipeline", "ema"},
     {"runs", "runtime"},
-    {"meter"},
+    {"meter", "state"},
     {"predictors"},
     {"execution"},
     {"engine"},

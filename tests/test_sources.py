@@ -30,6 +30,7 @@ def test_latents_are_the_shards_rows(latents):
     mean, std, labels = source.take(torch.tensor([9, 0, 4]))
     assert torch.equal(mean, torch.from_numpy(means[[9, 0, 4]]))
     assert torch.equal(std, torch.from_numpy(stds[[9, 0, 4]]))
+    assert mean.is_contiguous() and std.is_contiguous(), "as pinned memory must be"
     assert labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
 
 

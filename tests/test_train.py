@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, reference
@@ -80,7 +81,7 @@ def test_the_average_is_the_weights_moving_average():
         decay = min(0.9, (1 + step) / (10 + step))
         for n, p in ours.model.named_parameters():
             expected[n] = decay * expected[n] + (1 - decay) * p.detach().double()
-    averaged = ours.averaged()
+    averaged = ours.sampling_model()
     for n, p in averaged.named_parameters():
         torch.testing.assert_close(p.double(), expected[n], rtol=1e-5, atol=1e-7)
     assert not any(
@@ -91,7 +92,7 @@ def test_the_average_is_the_weights_moving_average():
 
 def test_without_an_average_the_weights_themselves_are_shown():
     ours = trainer()
-    shown = ours.averaged()
+    shown = ours.sampling_model()
     assert same_tensors(shown.state_dict(), ours.model.state_dict())
     ours.train_step()
     assert not same_tensors(shown.state_dict(), ours.model.state_dict()), "a copy"
@@ -130,11 +131,12 @@ def test_files_are_whole_and_load(tmp_path):
     found = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {
         WEIGHTS_FILE,
+        ".lock",
         "checkpoints/step-00000004.safetensors",
         "checkpoints/step-00000006.safetensors",
     }
     loaded = fastdit.load(tmp_path / WEIGHTS_FILE)
-    assert same_tensors(loaded.state_dict(), ours.averaged().state_dict())
+    assert same_tensors(loaded.state_dict(), ours.sampling_model().state_dict())
     info = fastdit.checkpoint.inspect(tmp_path / WEIGHTS_FILE)
     assert (
         info.labels == LABEL_NAMES
@@ -178,9 +180,13 @@ def test_micro_batches_add_up_to_the_batch(parts):
 )
 def test_ways_to_compute_have_one_loss(how):
     torch._dynamo.reset()
-    plain = trainer(recipe=FULL, config=NULL)
-    other = trainer(recipe=FULL, config=NULL, runtime=Runtime(**how))
+    counters.clear()
+    config = replace(NULL, n_layers=3)
+    plain = trainer(recipe=FULL, config=config)
+    other = trainer(recipe=FULL, config=config, runtime=Runtime(**how))
     assert torch.allclose(other.run().losses, plain.run().losses, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == ("compile" in how), "one block for all"
+    assert not counters["graph_break"]
 
 
 def test_autocast_trains_float32_weights_in_bfloat16_products():
@@ -310,6 +316,40 @@ def test_a_stop_saves_and_goes_on_to_the_same_bits(tmp_path):
     resumed = resume(tmp_path)
     assert resumed.step == 2 and resumed.run().finished
     assert same_tensors(state_of(resumed), state_of(whole))
+
+
+def test_a_stop_where_a_checkpoint_was_just_written_writes_no_second_one(tmp_path):
+    ours = trainer(tmp_path, save_every=2)
+    written = []
+    write = ours.folder.write
+    ours.folder.write = lambda step, *rest: (written.append(step), write(step, *rest))
+
+    class Stops(Monitor):
+        def advance(self):
+            super().advance()
+            if ours.step == 2:
+                ours.request_stop()
+
+    ours.run(Stops())
+    assert written == [0, 2]
+
+
+def test_the_first_steps_time_is_without_the_first_save(tmp_path):
+    ours = trainer(tmp_path)
+    write = ours.folder.write
+    ours.folder.write = lambda *all: (time.sleep(1), write(*all))
+    assert ours.run().first_step_seconds < 0.8
+
+
+def test_a_blocked_pipe_is_no_other_run(tmp_path):
+    ours = trainer(tmp_path)
+
+    class Blocks(Monitor):
+        def advance(self):
+            raise BlockingIOError("the terminal is slow")
+
+    with pytest.raises(BlockingIOError, match="the terminal is slow"):
+        ours.run(Blocks())
 
 
 def test_a_changed_environment_is_said_aloud(tmp_path):
