@@ -128,7 +128,7 @@ def gradients(model, config, samples, autocast=None, **how):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-# Each pair of choices occurs; what differs in the published models is no business of the compiler's.
+# Each pair of choices occurs; what is the published models' own is no business of the compiler's.
 CROSS = [
     *itertools.product(["toy"], [None, torch.bfloat16], ["none"], [False, True]),
     ("toy", None, "block", False),
