@@ -8,7 +8,9 @@ from torch.distributions import Normal, kl_divergence
 
 from fastdit import DiffusionScheduler, DiTConfig
 from fastdit.losses import diffusion_loss
-from fastdit.train import Recipe, Trainer
+from fastdit.recipe import Recipe
+from fastdit.sources import Shapes
+from fastdit.train import Trainer
 
 T = 50
 SCHEDULER = DiffusionScheduler(T, schedule="linear-scaled")
@@ -110,10 +112,10 @@ def test_without_a_learned_variance_it_is_the_squared_error():
 def test_a_learned_variance_is_trained(tmp_path):
     """Its loss falls, and its share leaves where it started: at zero, the middle."""
     config = DiTConfig(hidden=32, n_layers=1, n_heads=2, learn_sigma=True)
-    recipe = Recipe(epochs=4, per_class=16, batch_size=32)
-    trainer = Trainer(config, recipe, tmp_path)
-    result = trainer.run()
-    assert result.epoch_losses[-1] < result.epoch_losses[0]
-    _, x_t, t, y, _ = trainer.batch()
+    trainer = Trainer(config, Recipe(steps=32, batch_size=32), Shapes(16), tmp_path)
+    losses = trainer.run().losses.view(4, 8).mean(1)
+    assert losses[-1] < losses[0]
+    samples, numbers = trainer.samples()
+    batch = trainer.objective.draw(*samples, numbers)
     with torch.no_grad():
-        assert trainer.model(x_t, t, y)[:, 3:].abs().mean() > 1e-3
+        assert trainer.model(batch.x_t, batch.t, batch.labels)[:, 3:].abs().mean() > 1e-3
