@@ -45,13 +45,15 @@ class Objective(nn.Module):
         label_dropout: float = 0.0,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Args:
-        model: called as `model(x_t, t, labels)`.
-        config: the model's, for its classes.
-        scheduler: the diffusion.
-        seed: of all that is drawn.
-        label_dropout: share of labels that become the null class.
-        autocast: dtype of the model's matrix products; None leaves them as its weights are.
+        """Of a model and its diffusion.
+
+        Args:
+            model: called as `model(x_t, t, labels)`.
+            config: the model's, for its classes.
+            scheduler: the diffusion.
+            seed: of all that is drawn.
+            label_dropout: share of labels that become the null class.
+            autocast: dtype of the model's matrix products; None leaves them as its weights are.
 
         Raises:
             ValueError: labels are dropped, and the model has no null class.

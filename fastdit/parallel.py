@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from fastdit.model import DiT
 
-STRATEGIES = ("ddp", "fsdp")
-
 
 @dataclass(frozen=True)
 class World:

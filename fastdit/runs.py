@@ -5,6 +5,7 @@ runs/toy/
   checkpoints/step-00000700.safetensors  all that a run needs to go on; the last few are kept
   metrics.jsonl, tensorboard/          what was measured on the way
   samples/step-00000700.png            what it could do by then
+  .lock                                held while the run goes on
 """
 
 from __future__ import annotations

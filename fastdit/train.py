@@ -31,7 +31,7 @@ from fastdit.objective import Objective
 from fastdit.recipe import Recipe
 from fastdit.runs import RunFolder, Saved
 from fastdit.runtime import PRECISIONS, Runtime
-from fastdit.sources import Ahead, Order, Source, check_fits, check_same, open_source
+from fastdit.sources import Ahead, Order, Samples, Source, check_fits, check_same, open_source
 from fastdit.state import fill_optimizer, gather, model_of, restore, tensors_of
 
 
@@ -255,11 +255,11 @@ class Trainer:
         self.history[1, self.step] = parallel.whole(norm)
         self.step += 1
 
-    def samples(self, part: int = 0) -> tuple[Any, Tensor]:
+    def samples(self, part: int = 0) -> tuple[Samples, Tensor]:
         """What this process sees in a part of the step at hand.
 
         Returns:
-            (`Samples`, [b] int64 their numbers), both on the run's device.
+            (samples, [b] int64 their numbers), both on the run's device.
         """
         first, size = self._part(self.step, part)
         last = part == self.runtime.accumulate - 1
