@@ -6,7 +6,7 @@ A top-level package named `kernels` would overwrite the well-known PyPI package 
 from setuptools import setup
 
 setup(
-    packages=["fastdit", "fastdit.kernels"],
+    packages=["fastdit", "fastdit.kernels", "fastdit.kernels.cpu"],
     package_dir={"fastdit": "fastdit", "fastdit.kernels": "kernels"},
-    package_data={"fastdit": ["py.typed"]},
+    package_data={"fastdit": ["py.typed"], "fastdit.kernels.cpu": ["*.cpp", "*.h"]},
 )

@@ -9,6 +9,8 @@ each way samples once with recorded noise, and that result is held against the r
 with the same noise. Weights are random and none is zero: a fresh DiT returns zeros, and neither
 speed nor error would mean much.
 The share is that of the floor of `roofline.py`, whose ceilings are measured in the same process.
+"FMA share", of the C++ trajectory, is the model's FLOP a second over what multiply-adds on
+registers alone reach, measured before each of its runs.
 
 Ways: the plain model in the plain loop, eager, compiled for each batch size, or (on CUDA) compiled
 with max-autotune and CUDA graphs; diffusers' DiT of the same sizes with its DDPM scheduler, which
@@ -42,10 +44,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastdit
-from fastdit import reference, testing
+from fastdit import choice, reference, testing, work
 from fastdit.diffusion import TerminalSNRWarning
+from fastdit.kernels import cpu
 
 BASELINE = "reference eager"
+TRAJECTORY = "fastdit trajectory"
 COMPILED = ("reference compiled", "reference max-autotune", "fastdit compile")
 COLUMNS = {
     "way": "",
@@ -57,6 +61,7 @@ COLUMNS = {
     "ratio": ".2f",
     "to compiled": ".2f",
     "share": ".2f",
+    "FMA share": ".2f",
     "error": ".1e",
     "compile s": ".1f",
 }
@@ -171,6 +176,7 @@ WAYS: dict[str, Callable[[Case], Way]] = {
     "fastdit eager": lambda case: fastdit_way(case, "eager"),
     "fastdit compile": lambda case: fastdit_way(case, "compile"),
     "fastdit graph": lambda case: fastdit_way(case, "graph"),
+    TRAJECTORY: lambda case: fastdit_way(case, "trajectory"),
 }
 
 
@@ -209,9 +215,12 @@ def measure(
 
     timed = {name: way for name, way in ways.items() if "first run s" in rows[name]}
     times: dict[str, list[float]] = {name: [] for name in timed}
+    peaks: list[float] = []
     for i in range(rounds):
         for name, sample in timed.items():
             bar.set_description(f"batch {batch}, {name}, round {i + 1} of {rounds}")
+            if name == TRAJECTORY and case.device.type == "cpu":
+                peaks.append(cpu.peak_flop_per_second())
             times[name].append(seconds(lambda s=sample: s(labels, None, None), case.device))
             bar.update()
     for name, row in rows.items():
@@ -221,6 +230,11 @@ def measure(
             if "reference compiled" in times:
                 row["to compiled"] = median_ratio(times["reference compiled"], times[name])
             row["share"] = floor["floor s"] * 1e3 / row["ms/step"]
+            if name == TRAJECTORY and peaks:
+                flop = work.flop(case.model.cfg, batch) * case.scheduler.T
+                achieved = [flop / taken for taken in times[name]]
+                row["FMA share"] = median_ratio(achieved, peaks)
+                row["FMA peaks"] = peaks
             if name in COMPILED:
                 # 0 where a graph was there already
                 row["compile s"] = max(0.0, row["first run s"] - statistics.median(times[name]))
@@ -270,12 +284,16 @@ def run(case: Case, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         f"\n{case.preset}: {case.scheduler.T} steps, {args.dtype}; error is against the float64 "
         f"reference with the same noise; ratio is to {BASELINE}, share that of the floor"
     )
-    rows, floors = [], []
-    total = len(args.batch) * (2 + len(args.way) * (1 + args.rounds))
+    rows, floors, chosen = [], [], list(args.way)
+    reason = choice.obstacle("trajectory", case.own, case.device, case.dtype)
+    if TRAJECTORY in chosen and reason:
+        print(f"without {TRAJECTORY}, which {reason}")
+        chosen.remove(TRAJECTORY)
+    total = len(args.batch) * (2 + len(chosen) * (1 + args.rounds))
     with tqdm(total=total, leave=False) as bar:
         for batch in args.batch:
             # Made anew, so that what each holds is seen; compiled code is kept by PyTorch.
-            ways = {name: WAYS[name](case) for name in args.way}
+            ways = {name: WAYS[name](case) for name in chosen}
             own, floor = measure(case, ways, batch, args.rounds, bar)
             rows += own
             floors.append(floor)

@@ -130,7 +130,7 @@ def sample(
                 clip=clip,
                 guidance=guidance and asdict(guidance),
                 dtype=dtype,
-                execution=sampler.execution,
+                execution=sampler.execution_for(batch_size),
                 vae=decoder and digest(decoder),
                 checkpoint=_digest(checkpoint),
             )

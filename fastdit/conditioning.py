@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdit.model import DiT
+from fastdit.reference import Modulation
 
 
 class ModulationTables:
@@ -76,13 +77,18 @@ class ModulationTables:
 
     def rows(self, k: int, count: int) -> Tensor:
         """The modulation at step k of the batch's first `count` rows: [count, width]."""
+        return self.steps(k, 1, count).at(0)
+
+    def steps(self, k: int, most: int, count: int) -> Modulation:
+        """At steps k, k + 1, ..., for the first `count` rows: at most so many steps as are asked.
+
+        There are fewer where the bound of memory ends. Views, good until the next call.
+        """
         if self._steps is None or not 0 <= k - self._first < len(self._steps):
             self._steps, self._first = self._chunk_from(k), k
-        by_label = self._steps[k - self._first]  # [labels or 1, width]
-        if self._by_label is not None:
-            by_label = by_label + self._by_label
         row = self._row[:count] if self._labels is not None else self._row.expand(count)
-        return by_label.index_select(0, row)
+        start = k - self._first
+        return Modulation(self._steps[start : start + most], self._by_label, row)
 
     def _chunk_from(self, k: int) -> Tensor:
         """The steps from k on, as many as fit, where the last chunk was."""

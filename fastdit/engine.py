@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit import functional
+from fastdit import functional, work
+from fastdit.conditioning import ModulationTables
 from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
 from fastdit.noise import normal
+from fastdit.packed import PackedDiT
 from fastdit.predictors import AnyPredictor, HoistedDiT
 from fastdit.solvers import Guidance, StepTable
 
-EXECUTIONS: dict[str, Callable[[], Step]] = {
+STEPS: dict[str, Callable[[], Step]] = {
     "eager": lambda: advance,
     "compile": Compiled,
     "graph": Graphed,
 }
 Progress: TypeAlias = bool | Callable[[int, Tensor], None]
 
+_CALL_FLOP = 1e11  # of one op that cannot be interrupted: half a second on two CPUs of 2025
 _NOISE_CHUNK = 2**18  # normals made at a time: a small batch's steps are made together
 
 
@@ -47,7 +51,7 @@ class Engine:
     ) -> None:
         self.device, self.dtype = device, dtype
         self._predictor, self._layout = predictor, predictor.layout
-        self._execution, self._step = execution, EXECUTIONS[execution]()
+        self._execution, self._step = execution, STEPS[execution]()
 
     def sample(
         self,
@@ -68,10 +72,8 @@ class Engine:
             conditioning = predictor.begin(table.timesteps, batch.labels, table_bytes)
             state, coefficients = self._start(batch, table)
             noise = self._noise(batch, state.x, len(table.timesteps))
-            bar = tqdm(
-                guided, desc="sampling", unit="step", leave=None, disable=progress is not True
-            )
-            for k, (is_guided, (z, seeds)) in enumerate(zip(bar, noise, strict=True)):
+            steps = _bar(progress, guided)
+            for k, (is_guided, (z, seeds)) in enumerate(zip(steps, noise, strict=True)):
                 needed = conditioning(k, 2 * B if is_guided else B)
                 inputs = Inputs(needed, z, seeds, coefficients)
                 state = self._step(predictor, state, inputs, guidance if is_guided else None)
@@ -117,3 +119,69 @@ class Engine:
         for first in range(1, S + 1, chunk):
             steps = torch.arange(first, min(first + chunk, S + 1), device=self.device)
             yield from self._seeded(keys, steps)
+
+
+class TrajectoryEngine(Engine):
+    """Runs a loop in as few ops as there is reason for; the weights alone are read.
+
+    A new op begins where guidance does or ends, where the next steps' modulation tables must be
+    made, and where a call would last so long that it could be neither watched nor interrupted.
+    """
+
+    def __init__(self, predictor: HoistedDiT, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(predictor, device, dtype, "eager")
+        self._model = predictor.model
+
+    def sample(
+        self,
+        batch: Batch,
+        table: StepTable,
+        guidance: Guidance | None,
+        table_bytes: int,
+        progress: Progress,
+    ) -> Tensor:
+        B, S = len(batch.keys), len(table.timesteps)
+        self._predictor.refresh()
+        with self._without_autocast():
+            packed = PackedDiT.of(self._model)
+            tables = ModulationTables(self._model, table.timesteps, batch.labels, table_bytes)
+            state, coefficients = self._start(batch, table)
+            x, x0, k = state.x, state.x0, 0
+            bar = _bar(progress, total=S)
+            with bar:
+                while k < S:
+                    now = guidance if guidance and guidance.active(table.timesteps[k]) else None
+                    rows = 2 * B if now else B
+                    most = self._run_length(table.timesteps[k:], guidance, rows)
+                    modulation = tables.steps(k, most, rows)
+                    steps = slice(k, k + len(modulation.by_step))
+                    noise = None if batch.noise is None else self._to_states(batch.noise[steps])
+                    x, x0 = functional.trajectory(
+                        *(x, x0, packed, modulation, coefficients[steps], k),
+                        seeds=batch.keys if noise is None else None,
+                        noise=noise,
+                        guidance=now,
+                        backend="cpp" if self.device.type == "cpu" else "triton",
+                    )
+                    bar.update(steps.stop - k)
+                    k = steps.stop
+            return self._layout.to_images(x)
+
+    def _run_length(self, timesteps: list[int], guidance: Guidance | None, rows: int) -> int:
+        """How many steps from here on are guided alike, and are a call's work at most."""
+        most = max(1, int(_CALL_FLOP // work.flop(self._model.cfg, rows)))
+        if guidance is None:
+            return most
+        active = guidance.active(timesteps[0])
+        alike = itertools.takewhile(lambda t: guidance.active(t) == active, timesteps[:most])
+        return sum(1 for _ in alike)
+
+    def _to_states(self, noise: Tensor) -> Tensor:
+        """[K, B, C, H, W] images -> [K, B, P, C], on the device, like the state."""
+        images = noise.flatten(0, 1).to(self.device, torch.float32)
+        return self._layout.to_state(images).unflatten(0, noise.shape[:2])
+
+
+def _bar(progress: Progress, steps: Iterable[Any] | None = None, total: int | None = None) -> tqdm:
+    hidden = progress is not True
+    return tqdm(steps, desc="sampling", unit="step", leave=None, disable=hidden, total=total)

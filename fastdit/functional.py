@@ -11,16 +11,20 @@ elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPU
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import ops, reference
+from fastdit import checks, ops, reference
+from fastdit.config import DiTConfig
 from fastdit.errors import unknown_name
+from fastdit.packed import PackedDiT
 from fastdit.solvers import Guidance
 
 BACKENDS = ("reference", "triton")
@@ -28,7 +32,6 @@ BACKENDS = ("reference", "triton")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_HEAD_DIM = 128
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def layer_norm_modulate(
@@ -51,9 +54,9 @@ def layer_norm_modulate(
 
     Source: Peebles & Xie 2023, section 3.2 (adaLN).
     """
-    _check_tokens("x", x)
-    _check_modulation(x, scale=scale, shift=shift)
-    _check_device(x, scale=scale, shift=shift)
+    checks.check_tokens("x", x)
+    checks.check_modulation(x, scale=scale, shift=shift)
+    checks.check_device(x, scale=scale, shift=shift)
     if _runs_triton(backend, x, scale, shift):
         return ops.layer_norm_modulate(x, scale, shift, eps)[0]
     if x.dtype == torch.float64:
@@ -89,12 +92,12 @@ def gated_residual_layer_norm_modulate(
 
     Source: Peebles & Xie 2023, figure 3 (adaLN-Zero).
     """
-    _check_tokens("x", x)
-    _check_tokens("y", y)
+    checks.check_tokens("x", x)
+    checks.check_tokens("y", y)
     if y.shape != x.shape:
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
-    _check_modulation(x, gate=gate, scale=scale, shift=shift)
-    _check_device(x, y=y, gate=gate, scale=scale, shift=shift)
+    checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
+    checks.check_device(x, y=y, gate=gate, scale=scale, shift=shift)
     if _runs_triton(backend, x, y, gate, scale, shift):
         residual, modulated, _, _ = ops.gated_residual_layer_norm_modulate(
             x, y, gate, scale, shift, eps
@@ -126,7 +129,7 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    _check_tokens("qkv", qkv)
+    checks.check_tokens("qkv", qkv)
     B, N, D3 = qkv.shape
     if n_heads < 1:
         raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
@@ -203,9 +206,9 @@ def sampler_update(
     Source: Ho et al. 2020, equation 11; Song et al. 2021 (DDIM), equation 12; Lu et al. 2022
     (DPM-Solver++), algorithm 2; Nichol & Dhariwal 2021, equation 15; Ho & Salimans 2022, eq. 6.
     """
-    _check_update_tensors(x, model_out, guidance, x0_prev=x0_prev, noise=noise)
-    step = _check_update_tables(x, coefficients, step)
-    _check_seeds(x, seeds, noise)
+    checks.check_update_tensors(x, model_out, guidance, x0_prev=x0_prev, noise=noise)
+    step = checks.check_update_tables(x, coefficients, step)
+    checks.check_seeds(x, seeds, noise)
     tensors = (x, model_out, *(t for t in (x0_prev, noise) if t is not None))
     if _runs_triton(backend, *tensors):
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
@@ -217,9 +220,111 @@ def sampler_update(
     )
 
 
+def trajectory(
+    x: Tensor,
+    x0: Tensor,
+    packed: PackedDiT,
+    modulation: reference.Modulation,
+    coefficients: Tensor,
+    first: int = 0,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance: Guidance | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """K steps of a sampling loop as one op: forwards of a small DiT, each with its update.
+
+    Step k is `out = denoise(tokens of x)` under `modulation.at(k)`, then `sampler_update` with row
+    k of the coefficients. On a CPU an image's bits depend on neither its batch, nor its place in
+    it, nor the number of threads.
+
+    Args:
+        x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
+        x0: like x, the x0 of the step before; zeros before a first step.
+        packed: the model's weights, in x's dtype, or on CUDA in bfloat16.
+        modulation: of the K steps; with guidance its rows are 2B, the null label's last.
+        coefficients: [K, 10] float, as `sampler_update` takes them.
+        first: how many steps were taken before: the noise of step k is that of step first + k + 1.
+        seeds: [B, 2] int64 (key, stream); or
+        noise: [K, B, P, C], z itself. With neither z is 0.
+        guidance: scale, and how many channels it holds for; all K steps are guided.
+        backend: "cpp" (a CPU, float32, hidden up to 512, up to 256 tokens), "triton" (CUDA; hidden
+            64 or 128, 16 or 64 tokens), "reference", or None, which is the first that can run.
+
+    Returns:
+        (x, x0) after the last step, of x's shape and dtype.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        RuntimeError: "cpp" was named, and there is no C++ compiler that builds it.
+
+    Source: Peebles & Xie 2023, section 3.2; Ho et al. 2020, algorithm 2.
+    """
+    checks.check_trajectory(x, x0, packed, modulation, coefficients, seeds, noise, guidance)
+    sizes, eps = _sizes(packed.cfg)
+    chosen = _trajectory_backend(backend, x, packed)
+    if chosen == "reference":
+        return reference.trajectory(
+            x, x0, packed, modulation, coefficients, first, seeds, noise, guidance
+        )
+    scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
+    return ops.trajectory(
+        *(x, x0, packed.weights, *modulation, coefficients, first, seeds, noise),
+        *(scale, channels, sizes, eps, chosen),
+    )
+
+
+def trajectory_obstacle(
+    backend: str, cfg: DiTConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why "cpp" or "triton" takes no trajectory of such a model and state, or None."""
+    if backend == "cpp" and device.type != "cpu":
+        return f"expects tensors on a CPU, got {device}"
+    if backend == "cpp" and dtype != torch.float32:
+        return f"computes in float32, got {dtype}"
+    reason = None if backend == "cpp" else _obstacle(device, dtype)
+    return reason or ops.trajectory_obstacle(backend, *_sizes(cfg))
+
+
+@functools.cache
+def has_cpp() -> bool:
+    """Whether the C++ kernels are here or can be built; warns once where they cannot."""
+    try:
+        ops.build_cpp()
+    except RuntimeError as error:
+        warnings.warn(f"fastdit runs without its C++ kernels: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _trajectory_backend(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
+    known = (*BACKENDS, "cpp")
+    if backend not in (None, *known):
+        raise unknown_name("backend", str(backend), known)
+    if backend == "reference" or (backend is None and x.dtype == torch.float64):
+        return "reference"
+    where = packed.cfg, x.device, x.dtype
+    if backend is not None:
+        reason = trajectory_obstacle(backend, *where)
+        if reason:
+            raise ValueError(f"backend: {backend!r} {reason}; use backend='reference'")
+        return backend
+    if trajectory_obstacle("triton", *where) is None:
+        return "triton"
+    return "cpp" if trajectory_obstacle("cpp", *where) is None and has_cpp() else "reference"
+
+
+def _sizes(cfg: DiTConfig) -> tuple[list[int], list[float]]:
+    """A config as the kernels' `Shape` has it."""
+    patch = cfg.patch_size**2
+    sizes = [cfg.n_tokens, patch * cfg.in_channels, patch * cfg.out_channels, cfg.in_channels]
+    sizes += [cfg.hidden, cfg.n_layers, cfg.n_heads, int(cfg.gelu == "tanh")]
+    return sizes, [cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps]
+
+
 def default_backend(*tensors: Tensor) -> str:
     """The backend that None stands for on these tensors."""
-    return "triton" if _obstacle(tensors) is None else "reference"
+    return "triton" if _obstacle_of(tensors) is None else "reference"
 
 
 def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -233,17 +338,21 @@ def _runs_triton(backend: str | None, *tensors: Tensor) -> bool:
         raise unknown_name("backend", str(backend), BACKENDS)
     if backend == "reference":
         return False
-    obstacle = _obstacle(tensors)
+    obstacle = _obstacle_of(tensors)
     if backend == "triton" and obstacle:
         raise ValueError(f"backend: 'triton' {obstacle}; use backend='reference'")
     return obstacle is None
 
 
-def _obstacle(tensors: Sequence[Tensor]) -> str | None:
-    """Why Triton cannot run on these, or None."""
-    if any(t.dtype == torch.float64 for t in tensors):
+def _obstacle_of(tensors: Sequence[Tensor]) -> str | None:
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return _obstacle(tensors[0].device, torch.float64 if wide else torch.float32)
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run there, or None."""
+    if dtype == torch.float64:
         return "computes in float32, got float64"
-    device = tensors[0].device
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRET):
         return f"expects tensors on CUDA (or TRITON_INTERPRET=1 for the CPU), got {device}"
     if not _HAS_TRITON:
@@ -253,87 +362,3 @@ def _obstacle(tensors: Sequence[Tensor]) -> str | None:
         if properties.major < 8:
             return f"needs Ampere or later, got {properties.name}"
     return None
-
-
-def _check_tokens(name: str, x: Tensor) -> None:
-    if x.dim() != 3:
-        raise ValueError(f"{name}: expected 3 dimensions [B, N, channels], got {list(x.shape)}")
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
-
-
-def _check_modulation(x: Tensor, **modulation: Tensor) -> None:
-    expected = (x.shape[0], x.shape[2])
-    for name, value in modulation.items():
-        if value.shape != expected:
-            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
-        if value.dtype not in _DTYPES:
-            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
-
-
-def _check_update_tensors(
-    x: Tensor, model_out: Tensor, guidance: Guidance | None, **like_x: Tensor | None
-) -> None:
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(x.shape)}")
-    given = {name: value for name, value in like_x.items() if value is not None}
-    for name, value in {"x": x, "model_out": model_out, **given}.items():
-        if value.dtype not in _DTYPES:
-            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
-    for name, value in given.items():
-        if value.shape != x.shape:
-            raise ValueError(f"{name}: expected x's shape {list(x.shape)}, got {list(value.shape)}")
-    dim = 1 if x.dim() == 4 else 2
-    eps, learned = list(x.shape), list(x.shape)
-    learned[dim] *= 2
-    if guidance is not None:
-        eps[0] = learned[0] = 2 * x.shape[0]
-        if guidance.channels is not None and not 0 < guidance.channels <= x.shape[dim]:
-            raise ValueError(
-                f"guidance: expected 1 to {x.shape[dim]} channels, got {guidance.channels}"
-            )
-    if list(model_out.shape) not in (eps, learned):
-        raise ValueError(
-            f"model_out: expected shape {eps}, or {learned} with a learned range"
-            f"{'' if guidance is None else ' (2B rows for guidance)'}, got {list(model_out.shape)}"
-        )
-    _check_device(x, model_out=model_out, **given)
-
-
-def _check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
-    """Returns step as a tensor."""
-    S, columns = coefficients.shape[0] if coefficients.dim() else 0, len(reference.COEFFICIENTS)
-    if coefficients.shape != (S, columns) or coefficients.dtype not in _DTYPES:
-        raise ValueError(
-            f"coefficients: expected floats of shape [S, {columns}], got {coefficients.dtype} of "
-            f"{list(coefficients.shape)}"
-        )
-    if not isinstance(step, Tensor):
-        if not 0 <= step < S:
-            raise ValueError(f"step: expected a row of the {S} coefficients, got {step}")
-        step = torch.tensor(step, device=x.device)
-    if step.dtype != torch.int64 or step.dim():
-        raise ValueError(
-            f"step: expected an int64 scalar, got {step.dtype} of shape {list(step.shape)}"
-        )
-    _check_device(x, coefficients=coefficients, step=step)
-    return step
-
-
-def _check_seeds(x: Tensor, seeds: Tensor | None, noise: Tensor | None) -> None:
-    if seeds is None:
-        return
-    if noise is not None:
-        raise ValueError("noise: expected None where seeds are given, got both")
-    if seeds.dtype != torch.int64 or seeds.shape != (x.shape[0], 2):
-        raise ValueError(
-            f"seeds: expected int64 of shape [{x.shape[0]}, 2], got {seeds.dtype} of "
-            f"{list(seeds.shape)}"
-        )
-    _check_device(x, seeds=seeds)
-
-
-def _check_device(x: Tensor, **others: Tensor) -> None:
-    for name, value in others.items():
-        if value.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {value.device}")

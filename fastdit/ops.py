@@ -1,6 +1,6 @@
-"""The Triton kernels as PyTorch ops: schema, shapes, gradients.
+"""The kernels as PyTorch ops: schema, shapes, gradients.
 
-`torch.ops.fastdit.*` is what `fastdit.functional` calls for `backend="triton"`. One op is one
+`torch.ops.fastdit.*` is what `fastdit.functional` calls for "triton" and "cpp". One op is one
 boundary: it traces under `torch.compile(fullgraph=True)`, and Triton is first imported when
 one of them runs. Arguments are checked in `functional`, not here.
 """
@@ -19,7 +19,7 @@ _define = torch.library.define
 
 def _no_derivative(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError(
-        "fastdit's Triton ops have no second derivative, and sampler_update has no first; "
+        "fastdit's kernels have no second derivative, and sampler_update and trajectory no first; "
         "use backend='reference' for it"
     )
 
@@ -63,6 +63,12 @@ _define("fastdit::attention", "(Tensor qkv, int n_heads) -> (Tensor out, Tensor 
 _define(
     "fastdit::attention_backward",
     "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_heads) -> Tensor dqkv",
+)
+_define(
+    "fastdit::trajectory",
+    "(Tensor x, Tensor x0, Tensor weights, Tensor by_step, Tensor? by_label, Tensor rows,"
+    " Tensor coefficients, int first, Tensor? seeds, Tensor? noise, float? scale, int? channels,"
+    " int[] sizes, float[] eps, str backend) -> (Tensor x_next, Tensor x0_next)",
 )
 _define(
     "fastdit::sampler_update",
@@ -261,10 +267,78 @@ def _(x: Tensor, *_: Any) -> Any:
 
 torch.library.register_autograd("fastdit::sampler_update", _no_derivative)
 
+
+@_implements("fastdit::trajectory")
+def _trajectory(
+    x: Tensor,
+    x0: Tensor,
+    weights: Tensor,
+    by_step: Tensor,
+    by_label: Tensor | None,
+    rows: Tensor,
+    coefficients: Tensor,
+    first: int,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    scale: float | None,
+    channels: int | None,
+    sizes: list[int],
+    eps: list[float],
+    backend: str,
+) -> Any:
+    guidance = None if scale is None else (scale, channels)
+    return _trajectory_kernels(backend).trajectory(
+        *(x, x0, weights, by_step, by_label, rows, coefficients, first, seeds, noise, guidance),
+        _shape(sizes, eps),
+    )
+
+
+@torch.library.register_fake("fastdit::trajectory")
+def _(x: Tensor, *_: Any) -> Any:
+    return _fresh(x), _fresh(x)
+
+
+torch.library.register_autograd("fastdit::trajectory", _no_derivative)
+
+
+def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str | None:
+    """Why a backend's kernel, "cpp" or "triton", takes no model of such a shape, or None."""
+    return _trajectory_kernels(backend).obstacle(_shape(sizes, eps))
+
+
+def build_cpp() -> None:
+    """Have the C++ kernels, which are built once on a machine.
+
+    Raises:
+        RuntimeError: they cannot be built.
+    """
+    from fastdit.kernels import cpu
+
+    cpu.library()
+
+
+def _trajectory_kernels(backend: str) -> Any:
+    if backend == "cpp":
+        from fastdit.kernels import cpu
+
+        return cpu
+    from fastdit.kernels import trajectory
+
+    return trajectory
+
+
+def _shape(sizes: list[int], eps: list[float]) -> Any:
+    from fastdit.kernels.shape import Shape
+
+    *integers, tanh_gelu = sizes
+    return Shape(*integers, bool(tanh_gelu), *eps)
+
+
 layer_norm_modulate = torch.ops.fastdit.layer_norm_modulate.default
 gated_residual_layer_norm_modulate = torch.ops.fastdit.gated_residual_layer_norm_modulate.default
 attention = torch.ops.fastdit.attention.default
 sampler_update = torch.ops.fastdit.sampler_update.default
+trajectory = torch.ops.fastdit.trajectory.default
 
 
 def _fresh(like: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ the last B are those of the null label.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,38 @@ def hoists(model: nn.Module) -> TypeGuard[DiT]:
         and all(getattr(type(model), name) is getattr(DiT, name) for name in own)
         and not (model._forward_hooks or model._forward_pre_hooks)
     )
+
+
+def unaltered(model: nn.Module) -> bool:
+    """Whether a model computes what its config says, and nothing in it was exchanged or hooked.
+
+    A fast path that reads the weights alone would pass over such changes.
+    """
+    if type(model) is not DiT or not hoists(model):
+        return False
+    return _signature(model) == _fresh_signature(model.cfg)
+
+
+_PASSING = {"training", "checkpointing", "cfg"}
+
+
+def _signature(model: nn.Module) -> list[tuple[Any, ...]]:
+    """By module: its name, class, hooks, choices such as a GELU's, and what shadows its methods."""
+    return [
+        (
+            name,
+            type(module),
+            bool(module._forward_hooks or module._forward_pre_hooks),
+            {k: v for k, v in vars(module).items() if k[0] != "_" and k not in _PASSING},
+        )
+        for name, module in model.named_modules()
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _fresh_signature(cfg: DiTConfig) -> list[tuple[Any, ...]]:
+    with torch.device("meta"):
+        return _signature(DiT.from_config(cfg))
 
 
 class HoistedDiT:

@@ -20,6 +20,7 @@ from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.errors import unknown_name
 from fastdit.noise import normal
+from fastdit.packed import PackedDiT
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -136,6 +137,76 @@ def sampler_update(
             sigma = torch.exp(low + (v[:B] + 1) / 2 * (high - low))
         x_next = torch.where(c.sigma == 0, x_next, x_next + sigma * noise.to(wide))
     return x_next.to(x.dtype), x0.to(x.dtype)
+
+
+class Modulation(NamedTuple):
+    """The modulation of K steps of a loop: at step k that of image i is
+
+    `by_step[k, 0] + by_label[rows[i]]`, or without by_label `by_step[k, rows[i]]`; laid out as
+    `fastdit.DiT.modulation` says.
+    """
+
+    by_step: Tensor  # [K, 1 or R, (6 n_layers + 2) D]
+    by_label: Tensor | None  # [R, (6 n_layers + 2) D]
+    rows: Tensor  # [B] int64, or with guidance 2B: the null label's last
+
+    def at(self, k: int) -> Tensor:
+        """[B or 2B, (6 n_layers + 2) D]."""
+        table = self.by_step[k] if self.by_label is None else self.by_step[k] + self.by_label
+        return table.index_select(0, self.rows)
+
+
+def denoise(packed: PackedDiT, tokens: Tensor, modulation: Tensor) -> Tensor:
+    """`fastdit.DiT.denoise` of packed weights: tokens [B, N, F] -> [B, N, F or 2F]."""
+    cfg, parts = packed.cfg, packed.parts()
+    m = modulation.split(cfg.hidden, dim=-1)  # each [B, D]
+    h = F.linear(tokens, parts.embed) + parts.position
+    for i, layer in enumerate(parts.layers):
+        scale1, shift1, gate1, scale2, shift2, gate2 = m[6 * i : 6 * i + 6]
+        qkv = F.linear(
+            layer_norm_modulate(h, scale1, shift1, cfg.ln_eps), layer.qkv, layer.qkv_bias
+        )
+        y = F.linear(attention(qkv, cfg.n_heads), layer.proj, layer.proj_bias)
+        h = h + gate1[:, None] * y
+        y = layer_norm_modulate(h, scale2, shift2, cfg.mlp_ln_eps or cfg.ln_eps)
+        y = F.gelu(
+            F.linear(y, layer.fc1, layer.fc1_bias),
+            approximate="tanh" if cfg.gelu == "tanh" else "none",
+        )
+        h = h + gate2[:, None] * F.linear(y, layer.fc2, layer.fc2_bias)
+    h = layer_norm_modulate(h, m[-2], m[-1], cfg.ln_eps)
+    return F.linear(h, parts.final, parts.final_bias)
+
+
+def trajectory(
+    x: Tensor,
+    x0: Tensor,
+    packed: PackedDiT,
+    modulation: Modulation,
+    coefficients: Tensor,
+    first: int = 0,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance: _Guidance | None = None,
+) -> tuple[Tensor, Tensor]:
+    """K steps of a sampling loop: as `functional.trajectory` documents it.
+
+    x, x0 [B, P, C] -> (x, x0) after the last step.
+    """
+    B = len(x)
+    for k in range(len(coefficients)):
+        m = modulation.at(k)
+        tokens = x.to(packed.weights.dtype).view(B, packed.cfg.n_tokens, -1)
+        if guidance is not None:
+            tokens = torch.cat([tokens, tokens])
+        out = denoise(packed, tokens, m).view(len(tokens), x.shape[1], -1)
+        z = None if noise is None else noise[k]
+        if seeds is not None:
+            step = torch.tensor([first + k + 1], device=x.device)
+            z = normal(seeds, step, x.shape[1:].numel())[0].view(x.shape)
+        row = torch.tensor(k, device=x.device)
+        x, x0 = sampler_update(x, out, coefficients, row, x0, noise=z, guidance=guidance)
+    return x, x0
 
 
 def sincos_pos_embed(hidden: int, grid: int) -> Tensor:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdit import reference
+from fastdit import choice, reference
+from fastdit.choice import EXECUTIONS
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.engine import EXECUTIONS, Batch, Engine, Progress
+from fastdit.engine import Batch, Engine, Progress, TrajectoryEngine
 from fastdit.errors import check_range, unknown_name
 from fastdit.model import unwrap
 from fastdit.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout, hoists
@@ -100,8 +101,9 @@ class Sampler:
         self._check_dtype()
         if not isinstance(table_bytes, int) or table_bytes < 1:
             raise ValueError(f"table_bytes: expected a positive integer, got {table_bytes!r}")
-        self.execution = self._choose(execution)
-        self._engines: dict[torch.dtype, Engine] = {}
+        self.execution = execution
+        self._check_execution()
+        self._engines: dict[tuple[torch.dtype, str], Engine] = {}
         self._built_for = self._device_and_dtype()
         self._turn = threading.Lock()
         self._whose_turn: int | None = None
@@ -155,7 +157,7 @@ class Sampler:
         if not (isinstance(progress, bool) or callable(progress)):
             raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
         with self._taking_turns():
-            engine = self._current_engine()
+            engine = self._current_engine(B, callable(progress))
             batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
             images = engine.sample(batch, self.table, self.guidance, self.table_bytes, progress)
             if not images.isfinite().all():
@@ -211,32 +213,48 @@ class Sampler:
                 f"dtype: expected {own} or None, since the model is no fastdit.DiT, got {dtype}"
             )
 
-    def _choose(self, execution: str) -> str:
-        """The execution to use; raises for one that cannot be."""
-        device, hoisted = self._device_and_dtype()[0], hoists(self.model)
-        if execution == "auto":
-            return "graph" if hoisted and device.type == "cuda" else "eager"
-        if execution != "eager" and not hoisted:
+    def execution_for(self, batch_size: int, watched: bool = False) -> str:
+        """How a call would run: `execution`, or what "auto" stands for.
+
+        Args:
+            batch_size: how many images it would sample.
+            watched: whether a function would be called after each step.
+        """
+        if self.execution != "auto":
+            return self.execution
+        rows = 2 * batch_size if self.guidance else batch_size
+        device, dtype = self._device_and_dtype()[0], self._forward_dtype()
+        return choice.automatic(self.model, device, dtype, rows, watched)
+
+    def _check_execution(self, watched: bool = False) -> None:
+        """Raise for an execution that was named and cannot be."""
+        device, dtype = self._device_and_dtype()[0], self._forward_dtype()
+        reason = None
+        if self.execution != "auto":
+            reason = choice.obstacle(self.execution, self.model, device, dtype)
+        if reason:
+            raise ValueError(f"execution: {self.execution!r} {reason}; use 'auto'")
+        if watched and self.execution == "trajectory":
             raise ValueError(
-                f"execution: {execution!r} needs a fastdit.DiT whose forward is its own, without "
-                f"hooks, got {type(unwrap(self.model)).__name__}; use 'eager'"
+                "progress: execution='trajectory' shows no x0, since its steps are one op; use "
+                "progress=True, or another execution"
             )
-        if execution == "graph" and device.type != "cuda":
-            raise ValueError(f"execution: 'graph' needs a model on CUDA, got one on {device}")
-        return execution
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         floats = (p for p in self.model.parameters() if p.is_floating_point())
         first = next(floats, torch.empty(0, dtype=torch.float32))
         return first.device, first.dtype
 
-    def _current_engine(self) -> Engine:
-        """An engine for the model's device and dtype of now; one more for each autocast dtype."""
+    def _forward_dtype(self) -> torch.dtype:
         device, own = self._device_and_dtype()
-        dtype = self.dtype or own
         if self.dtype is None and hoists(self.model) and own != torch.float64:
             if torch.is_autocast_enabled(device.type):
-                dtype = torch.get_autocast_dtype(device.type)
+                return torch.get_autocast_dtype(device.type)
+        return self.dtype or own
+
+    def _current_engine(self, batch_size: int, watched: bool) -> Engine:
+        """An engine for how the model is now; one more for each autocast dtype and execution."""
+        device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
             if self.execution == "graph":
                 raise ValueError(
@@ -245,15 +263,21 @@ class Sampler:
                 )
             self._engines.clear()
             self._built_for = device, own
-        if dtype not in self._engines:
-            predictor: HoistedDiT | AnyPredictor
-            if hoists(self.model):
-                predictor = HoistedDiT(self.model, dtype, twin=self.execution != "eager")
-            else:
-                layout = TokenLayout(self.config) if self.config else ImageLayout(self.sample_shape)
-                predictor = AnyPredictor(self.model, device, dtype, layout)
-            self._engines[dtype] = Engine(predictor, device, dtype, self.execution)
-        return self._engines[dtype]
+        self._check_execution(watched)
+        dtype, execution = self._forward_dtype(), self.execution_for(batch_size, watched)
+        if (dtype, execution) not in self._engines:
+            self._engines[dtype, execution] = self._make_engine(device, dtype, execution)
+        return self._engines[dtype, execution]
+
+    def _make_engine(self, device: torch.device, dtype: torch.dtype, execution: str) -> Engine:
+        if not hoists(self.model):
+            layout = TokenLayout(self.config) if self.config else ImageLayout(self.sample_shape)
+            predictor = AnyPredictor(self.model, device, dtype, layout)
+            return Engine(predictor, device, dtype, execution)
+        if execution == "trajectory":
+            return TrajectoryEngine(HoistedDiT(self.model, dtype, twin=False), device, dtype)
+        hoisted = HoistedDiT(self.model, dtype, twin=execution != "eager")
+        return Engine(hoisted, device, dtype, execution)
 
     def _with_null(self, y: Tensor | None) -> list[int] | None:
         """The labels as the engine takes them: where there is guidance, as many null ones more."""

@@ -15,8 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdit.kernels import adaln, attention, attention_configs, sampling
+from fastdit.kernels import adaln, attention, attention_configs, sampling, trajectory
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
+from fastdit.kernels.shape import Shape
 
 WIDTHS = (64, 72, 384, 1152)
 HEAD_DIMS = (32, 64, 72, 80, 96, 128)
@@ -40,6 +41,7 @@ class Case:
         dot_flop: by kernel, the FLOP its `tt.dot`s need, each loop body once, columns padded to
             pieces; kernels on plain cores have none.
         rows: rows of a program's own tile; matrix instructions of a warp group take 64.
+        repeats: how often matrix instructions may do the same work, where warps are for registers.
         wide_loads: whether the widest load must be 128 bits, 64 on gfx942; float32 attention is
             not bound by them, and a pixel's 4 latent channels in 16 bits are 64.
     """
@@ -49,6 +51,7 @@ class Case:
     call: Callable[[], object]
     dot_flop: dict[str, float] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    repeats: float = 1.0
     wide_loads: bool = True
 
 
@@ -57,6 +60,7 @@ def cases(arch: str, every: bool = False) -> Iterator[Case]:
     yield from _adaln(arch, every)
     yield from _attention(arch, every)
     yield from _sampling(arch, every)
+    yield from _trajectory(arch, every)
 
 
 def faults(case: Case, machine: Machine) -> list[str]:
@@ -79,7 +83,7 @@ def faults(case: Case, machine: Machine) -> list[str]:
         found.append(f"{machine.dot_flop / needed:.2f}x the matrix work the shape needs")
     # On the others software pipelining copies loop bodies, so that static counts say nothing.
     straight = case.arch in ("sm_80", "sm_90")
-    if straight and machine.matrix_flop > PADDING * needed:
+    if straight and machine.matrix_flop > PADDING * case.repeats * needed:
         found.append(f"warps repeat matrix work {machine.matrix_flop / needed:.2f} times")
     # Warp groups take 64 rows, and tensor memory 64 lanes; smaller tiles use the older ones.
     family = MATRIX[case.arch] if case.rows[machine.kernel] >= 64 else "HMMA"
@@ -213,3 +217,61 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
             for kind, arguments in (("guided learned", guided), ("two-step", plain)):
                 call = partial(sampling.sampler_update, *arguments)
                 yield Case(f"{kind} {name}", arch, call, wide_loads=False)
+
+
+# Tokens, features, hidden, head dim of models on pixels and latents, and how they are sampled:
+# "guided learned" with a null label and a learned range, "given" with noise from outside, tables by
+# step and label, and tanh GELU.
+TRAJECTORIES = (
+    (16, 48, 64, 16, ""),
+    (16, 32, 64, 16, "given"),
+    (16, 48, 64, 16, "guided learned"),
+    (64, 16, 64, 16, ""),
+    (64, 12, 64, 16, "given"),
+    (64, 16, 64, 16, "guided learned"),
+    (16, 48, 128, 32, ""),
+    (64, 16, 128, 32, ""),
+)
+
+
+def _trajectory(arch: str, every: bool) -> Iterator[Case]:
+    """Four layers, eight steps, weights in bfloat16."""
+    B, K, R, L = 4, 8, 5, 4
+    for N, F, D, d, kind in TRAJECTORIES:
+        guided, given = kind == "guided learned", kind == "given"
+        C = 3 if F == 12 else 4
+        shape = Shape(N, F, 2 * F if guided else F, C, D, L, D // d, given, 1e-6, 1e-6)
+        n = D * F + N * D + L * (12 * D * D + 9 * D) + shape.out_features * (D + 1)
+        x, weights = _meta(B, N * F // C, C, dtype=_F32), _meta(n, dtype=_BF16)
+        modulation = (
+            _meta(K, R if given else 1, shape.width, dtype=_F32),
+            None if given else _meta(R, shape.width, dtype=_F32),
+            _meta(2 * B if guided else B, dtype=torch.int64),
+        )
+        seeds, noise = _meta(B, 2, dtype=torch.int64), _meta(K, *x.shape, dtype=_F32)
+        for config in _chosen(trajectory.trajectory_configs(shape, _BF16, arch), every):
+            yield Case(
+                " ".join(filter(None, (f"N{N} F{F} D{D} d{d}", kind, _name(config)))),
+                arch,
+                partial(
+                    trajectory.trajectory,
+                    *(x, x, weights, *modulation, _meta(K, 10, dtype=_F32), 0),
+                    *(None if given else seeds, noise if given else None),
+                    *((4.0, 3) if guided else None, shape, config),
+                ),
+                {"trajectory_kernel": _trajectory_flop(shape, d, config)},
+                {"trajectory_kernel": N},
+                # 64 rows are four warps' work, and it takes eight to hold this residual stream.
+                repeats=1.6 if N * D > 64 * 64 else 1.0,
+            )
+
+
+def _trajectory_flop(shape: Shape, d: int, config: triton.Config) -> float:
+    """Its products, each loop body once: one group of heads and one chunk of an MLP."""
+    N, D = shape.tokens, shape.hidden
+    heads, chunk, layers = (config.kwargs[name] for name in ("HEADS", "CHUNK", "STAGES"))
+    features = triton.next_power_of_2(shape.features)
+    ends = (2 + shape.learned) * N * D * features
+    attention = heads * d * (4 * N * D + 2 * N * N)
+    mlp = 2 * N * D * (4 * D if layers > 1 else chunk)
+    return 2.0 * (ends + attention + mlp)

@@ -36,7 +36,7 @@ def test_no_launch_has_a_fault(compiled):
 
 
 def test_every_kernel_is_judged(compiled):
-    """Both attention forwards, and matrix work of every 16-bit attention kernel."""
+    """Both attention forwards, and matrix work of every 16-bit kernel that has any."""
     kernels = Counter(machine.kernel for _, machine in compiled)
     assert set(kernels) == {
         "layer_norm_modulate_fwd_kernel",
@@ -47,9 +47,10 @@ def test_every_kernel_is_judged(compiled):
         "attention_dq_bwd_kernel",
         "attention_dkv_bwd_kernel",
         "sampler_update_kernel",
+        "trajectory_kernel",
     }
     weighed = {m.kernel for case, m in compiled if m.kernel in case.dot_flop}
-    assert weighed == {kernel for kernel in kernels if kernel.startswith("attention")}
+    assert weighed == {k for k in kernels if k.startswith(("attention", "trajectory"))}
 
 
 def test_head_dim_72_needs_80_columns(compiled):

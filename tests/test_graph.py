@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, engine, execution
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, choice, engine, execution
 from fastdit.testing import randomize, relative_error
 
 STEPS = 12
@@ -46,8 +46,8 @@ def graphs_without_cuda(monkeypatch):
         return execution._Captured(graph, state, inputs)
 
     monkeypatch.setattr(execution.Graphed, "_capture", capture)
-    monkeypatch.setitem(engine.EXECUTIONS, "graph", execution.Graphed)
-    monkeypatch.setattr(Sampler, "_choose", lambda self, name: name)
+    monkeypatch.setitem(engine.STEPS, "graph", execution.Graphed)
+    monkeypatch.setattr(choice, "obstacle", lambda *_: None)
     return captured
 
 
@@ -74,7 +74,7 @@ def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
 def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
     graphs_without_cuda, monkeypatch, recwarn
 ):
-    monkeypatch.setitem(engine.EXECUTIONS, "graph", lambda: execution.Graphed(max_graphs=4))
+    monkeypatch.setitem(engine.STEPS, "graph", lambda: execution.Graphed(max_graphs=4))
     sampler = Sampler(make_model(), make_scheduler(), execution="graph")
     for batch in (1, 2, 3, 4, 1):
         sampler([0] * batch)
@@ -163,7 +163,7 @@ def test_graphs_of_all_batch_sizes_share_their_memory():
 @pytest.mark.gpu
 def test_a_graph_outlives_others_and_what_they_free(monkeypatch):
     """Workspaces and pools: graphs are dropped, caches emptied, freed memory is poisoned."""
-    monkeypatch.setitem(engine.EXECUTIONS, "graph", lambda: execution.Graphed(max_graphs=2))
+    monkeypatch.setitem(engine.STEPS, "graph", lambda: execution.Graphed(max_graphs=2))
     model = make_model("cuda")
     sampler = Sampler(model, make_scheduler())
     eager = Sampler(model, make_scheduler(), execution="eager")

@@ -71,7 +71,7 @@ def test_a_seed_names_the_noise_that_noise_py_states():
     z = reference.unpatchify(z.view(-1, 16, 48), 4).view(STEPS + 1, 2, 3, 16, 16)
     sampler = Sampler(make_model(), make_scheduler())
     by_hand = sampler(labels, x_T=z[0], noise=z[1:])
-    assert torch.equal(sampler(labels, seed=7, first_index=5), by_hand)
+    assert relative_error(sampler(labels, seed=7, first_index=5), by_hand) < 1e-6
 
 
 def test_an_image_does_not_depend_on_its_batch_or_its_order():

@@ -1,0 +1,137 @@
+"""What the public ops ask of their arguments: shapes, dtypes, devices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdit import reference
+from fastdit.errors import check_range
+from fastdit.packed import PackedDiT
+from fastdit.solvers import Guidance
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"{name}: expected 3 dimensions [B, N, channels], got {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
+
+
+def check_modulation(x: Tensor, **modulation: Tensor) -> None:
+    expected = (x.shape[0], x.shape[2])
+    for name, value in modulation.items():
+        if value.shape != expected:
+            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+
+
+def check_update_tensors(
+    x: Tensor, model_out: Tensor, guidance: Guidance | None, **like_x: Tensor | None
+) -> None:
+    if x.dim() not in (3, 4):
+        raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(x.shape)}")
+    given = {name: value for name, value in like_x.items() if value is not None}
+    for name, value in {"x": x, "model_out": model_out, **given}.items():
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+    for name, value in given.items():
+        if value.shape != x.shape:
+            raise ValueError(f"{name}: expected x's shape {list(x.shape)}, got {list(value.shape)}")
+    dim = 1 if x.dim() == 4 else 2
+    eps, learned = list(x.shape), list(x.shape)
+    learned[dim] *= 2
+    if guidance is not None:
+        eps[0] = learned[0] = 2 * x.shape[0]
+        if guidance.channels is not None and not 0 < guidance.channels <= x.shape[dim]:
+            raise ValueError(
+                f"guidance: expected 1 to {x.shape[dim]} channels, got {guidance.channels}"
+            )
+    if list(model_out.shape) not in (eps, learned):
+        raise ValueError(
+            f"model_out: expected shape {eps}, or {learned} with a learned range"
+            f"{'' if guidance is None else ' (2B rows for guidance)'}, got {list(model_out.shape)}"
+        )
+    check_device(x, model_out=model_out, **given)
+
+
+def check_trajectory(
+    x: Tensor,
+    x0: Tensor,
+    packed: PackedDiT,
+    modulation: reference.Modulation,
+    coefficients: Tensor,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    guidance: Guidance | None,
+) -> None:
+    cfg, K, B = packed.cfg, len(coefficients), x.shape[0]
+    state = [B, cfg.img_size**2, cfg.in_channels]
+    rows, width = (2 * B if guidance else B), (6 * cfg.n_layers + 2) * cfg.hidden
+    by_step, by_label, row = modulation
+    labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
+    expected: dict[str, tuple[Tensor | None, list[int]]] = {
+        "x": (x, state),
+        "x0": (x0, state),
+        "coefficients": (coefficients, [K, len(reference.COEFFICIENTS)]),
+        "modulation.by_step": (by_step, [K, labels, width]),
+        "modulation.by_label": (by_label, [0 if by_label is None else len(by_label), width]),
+        "modulation.rows": (row, [rows]),
+        "noise": (noise, [K, *state]),
+    }
+    for name, (value, shape) in expected.items():
+        if value is not None and list(value.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+        if value is not None and name != "modulation.rows" and value.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+    check_range("modulation.rows", row, labels if by_label is None else len(by_label))
+    if guidance is not None and not 0 < (guidance.channels or 1) <= cfg.in_channels:
+        raise ValueError(
+            f"guidance: expected 1 to {cfg.in_channels} channels, got {guidance.channels}"
+        )
+    check_seeds(x, seeds, noise)
+    del expected["x"]
+    given = {name: value for name, (value, _) in expected.items() if value is not None}
+    check_device(x, packed=packed.weights, **given)
+
+
+def check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
+    """Returns step as a tensor."""
+    S, columns = coefficients.shape[0] if coefficients.dim() else 0, len(reference.COEFFICIENTS)
+    if coefficients.shape != (S, columns) or coefficients.dtype not in DTYPES:
+        raise ValueError(
+            f"coefficients: expected floats of shape [S, {columns}], got {coefficients.dtype} of "
+            f"{list(coefficients.shape)}"
+        )
+    if not isinstance(step, Tensor):
+        if not 0 <= step < S:
+            raise ValueError(f"step: expected a row of the {S} coefficients, got {step}")
+        step = torch.tensor(step, device=x.device)
+    if step.dtype != torch.int64 or step.dim():
+        raise ValueError(
+            f"step: expected an int64 scalar, got {step.dtype} of shape {list(step.shape)}"
+        )
+    check_device(x, coefficients=coefficients, step=step)
+    return step
+
+
+def check_seeds(x: Tensor, seeds: Tensor | None, noise: Tensor | None) -> None:
+    if seeds is None:
+        return
+    if noise is not None:
+        raise ValueError("noise: expected None where seeds are given, got both")
+    if seeds.dtype != torch.int64 or seeds.shape != (x.shape[0], 2):
+        raise ValueError(
+            f"seeds: expected int64 of shape [{x.shape[0]}, 2], got {seeds.dtype} of "
+            f"{list(seeds.shape)}"
+        )
+    check_device(x, seeds=seeds)
+
+
+def check_device(x: Tensor, **others: Tensor) -> None:
+    for name, value in others.items():
+        if value.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {value.device}")

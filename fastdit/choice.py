@@ -1,0 +1,62 @@
+"""Which execution a model, a device and a batch allow, and which suits them best."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastdit import functional
+from fastdit.config import DiTConfig
+from fastdit.model import unwrap
+from fastdit.predictors import hoists, unaltered
+
+EXECUTIONS = ("eager", "compile", "graph", "trajectory")
+
+
+def obstacle(
+    execution: str, model: nn.Module, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a model cannot be sampled so, worded to follow the execution's name; or None."""
+    if execution == "eager":
+        return None
+    if not hoists(model):
+        return (
+            "needs a fastdit.DiT whose forward is its own, without hooks, got "
+            f"{type(unwrap(model)).__name__}"
+        )
+    if execution == "graph" and device.type != "cuda":
+        return f"needs a model on CUDA, got one on {device}"
+    if execution != "trajectory":
+        return None
+    if not unaltered(model):
+        return "reads a fastdit.DiT's weights alone, got one with hooks or exchanged modules"
+    if device.type == "cpu":
+        return functional.trajectory_obstacle("cpp", model.cfg, device, dtype)
+    return functional.trajectory_obstacle("triton", model.cfg, device, dtype)
+
+
+def automatic(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int, watched: bool
+) -> str:
+    """What "auto" stands for.
+
+    Args:
+        model: as a `Sampler` holds it.
+        device: the model's.
+        dtype: of the forward.
+        rows: of a step's batch, null ones counted.
+        watched: whether every step's x0 is asked for.
+    """
+    if device.type == "cuda":
+        return "graph" if hoists(model) else "eager"
+    if watched or obstacle("trajectory", model, device, dtype) is not None:
+        return "eager"
+    assert hoists(model)
+    if not trajectory_pays(model.cfg, rows) or not functional.has_cpp():
+        return "eager"
+    return "trajectory"
+
+
+def trajectory_pays(cfg: DiTConfig, rows: int) -> bool:
+    """Whether the C++ loop is faster on a CPU than steps compiled by PyTorch."""
+    return True

@@ -1,0 +1,128 @@
+"""The library of the CPU kernels: built when it is first needed, then kept for every process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+# No -march: an instruction set is chosen at run time, so that what is cached runs on any machine
+# that shares the cache. No -ffast-math: NaN must stay, and its start-up code would flush denormals
+# in the whole process. OpenMP's threads are those of PyTorch.
+FLAGS = [
+    *("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
+]
+
+logger = logging.getLogger("fastdit")
+
+
+class BuildError(RuntimeError):
+    """The CPU kernels cannot be built here; the message says why, and what would help."""
+
+
+def cache_folder() -> Path:
+    """Where the library is kept: below XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastdit")
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library; built first, in some seconds, where it is not in the cache.
+
+    Raises:
+        BuildError: there is no compiler, it fails, or the cache cannot be written.
+    """
+    path = cache_folder() / f"cpu-{_digest()}.so"
+    if not path.exists():
+        _build(path)
+    loaded = ctypes.CDLL(str(path))  # calls release the GIL
+    loaded.fastdit_instruction_set.restype = ctypes.c_char_p
+    loaded.fastdit_peak.restype = ctypes.c_double
+    loaded.fastdit_peak.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    loaded.fastdit_trajectory.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    return loaded
+
+
+def _digest() -> str:
+    """Of all that decides what is built."""
+    parts = [platform.machine(), sys.platform, *FLAGS]
+    parts += [
+        f.name + f.read_text() for f in sorted(SOURCES.iterdir()) if f.suffix in (".cpp", ".h")
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(path: Path) -> None:
+    """Built aside and renamed: a build that was killed leaves nothing that is taken for one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(path.with_suffix(".lock")):
+            if path.exists():
+                return
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
+                logger.warning(
+                    "fastdit: building the C++ kernels for this CPU, once, some ten seconds; "
+                    "they are cached as %s",
+                    path,
+                )
+                os.replace(_compile(folder), path)
+    except OSError as error:
+        raise BuildError(f"{error}; XDG_CACHE_HOME names another folder to build in") from error
+
+
+def _compile(folder: str) -> Path:
+    from torch.utils import cpp_extension  # not before: its import takes as long as a small model's
+
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise BuildError(f"no C++ compiler {compiler!r} was found; install g++, or set CXX")
+    sources = sorted(str(f) for f in SOURCES.glob("*.cpp"))
+    try:
+        with _ninja_on_path():
+            cpp_extension.load(
+                "fastdit_cpu",
+                sources,
+                extra_cflags=FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the compiler {compiler!r} failed: {error}") from error
+    return next(Path(folder).glob("*.so"))
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """The system frees the lock of a process that dies."""
+    import fcntl
+
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """PyTorch runs `ninja` by name, which an environment that is not activated has not on PATH."""
+    before = os.environ.get("PATH", "")
+    if shutil.which("ninja") is None:
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

@@ -1,0 +1,15 @@
+// All code of one instruction set: NAME, vectors of WIDTH floats, blocks of ROWS rows of weights.
+namespace fastdit {
+namespace {
+#define INLINED __attribute__((always_inline))
+#include "vector.h"
+#include "product.h"
+#include "network.h"
+#include "loop.h"
+}  // namespace
+
+#define AS_STRING(name) #name
+#define NAME_OF(name) AS_STRING(name)
+const InstructionSet NAME = {NAME_OF(NAME), WIDTH, ROWS, team_floats, thread_floats,
+                             useful_threads, run, multiply_adds};
+}  // namespace fastdit

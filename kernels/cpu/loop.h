@@ -1,0 +1,186 @@
+// The steps of a sampling loop for a group of images, which a team takes through it in lockstep.
+
+struct Loop : Network {
+  int64_t first_image, images, padded;  // padded: elements of a state, up to whole quads of vectors
+
+  template <class F> void share_out(int64_t total, F f) const {
+    const int64_t last = block_start(total, team.size, team.id + 1);
+    for (int64_t i = block_start(total, team.size, team.id); i < last; i++) f(i);
+  }
+
+  void load() const {
+    share_out(images, [&](int64_t g) {
+      const int64_t E = p.elements();
+      for (int64_t e = 0; e < padded; e++) {
+        at.state[g * padded + e] = e < E ? p.x[(first_image + g) * E + e] : 0.f;
+        at.x0[g * padded + e] = e < E ? p.x0[(first_image + g) * E + e] : 0.f;
+      }
+    });
+  }
+
+  void store() const {
+    share_out(images, [&](int64_t g) {
+      const int64_t E = p.elements();
+      for (int64_t e = 0; e < E; e++) {
+        p.x[(first_image + g) * E + e] = at.state[g * padded + e];
+        p.x0[(first_image + g) * E + e] = at.x0[g * padded + e];
+      }
+    });
+  }
+
+  // at.modulation of every row, with 1 + scale in the place of scale.
+  void modulate(int64_t step) const {
+    const int64_t D = p.hidden, parts = 6 * p.layers + 2;
+    share_out(rows * parts, [&](int64_t i) {
+      const int64_t r = i / parts, part = i % parts, image = r % images;
+      const int64_t label = p.rows[r / images * p.images + first_image + image];
+      const int64_t step_row = step * p.step_rows + (p.by_label ? 0 : label);
+      const float* by_step = p.by_step + step_row * p.width() + part * D;
+      const float* by_label = p.by_label ? p.by_label + label * p.width() + part * D : nullptr;
+      const float one = part % 3 == 0 ? 1.f : 0.f;  // scale
+      float* out = at.modulation + r * p.width() + part * D;
+      for (int64_t j = 0; j < D; j++)
+        out[j] = one + (by_label ? by_step[j] + by_label[j] : by_step[j]);
+    });
+  }
+
+  void read_tokens() const {
+    share_out(images * panels, [&](int64_t q) {
+      const int64_t F = p.features, start = q % panels * WIDTH;
+      const float* from = at.state + q / panels * padded + start * F;
+      float* in = (float*)(at.in + q * F);
+      for (int64_t i = 0; i < WIDTH; i++)
+        for (int64_t f = 0; f < F; f++)
+          in[f * WIDTH + i] = start + i < p.tokens ? from[i * F + f] : 0.f;
+    });
+  }
+
+  // Guidance, solver and noise on 4 * WIDTH elements of an image from e on, as
+  // fastdit.reference.sampler_update states them.
+  void update(int64_t step, int64_t g, int64_t e) const {
+    const float* c = p.coefficients + step * 10;
+    const int64_t F_out = p.out_features, image = first_image + g;
+    const float* out = (float*)(at.out + g * panels * F_out);
+    const int32_t* place = w.place + e;
+    for (int64_t i = 0; i < 4 * WIDTH; i++) at.eps[i] = out[place[i]];
+    if (p.learned())
+      for (int64_t i = 0; i < 4 * WIDTH; i++) at.range[i] = out[place[i] + p.features * WIDTH];
+    if (p.guided) {
+      const float* null_out = out + images * panels * F_out * WIDTH;
+      for (int64_t i = 0; i < 4 * WIDTH; i++)
+        if ((e + i) % p.channels < p.guided) {
+          const float null = null_out[place[i]];
+          at.eps[i] = null + p.scale * (at.eps[i] - null);
+        }
+    }
+    const bool noisy = (p.seeds || p.noise) && c[7] != 0.f;
+    if (noisy && p.seeds)
+      normals(p.seeds[2 * image], p.first + step + 1, p.seeds[2 * image + 1], e / 4, at.noise);
+    else if (noisy)
+      for (int64_t i = 0; i < 4 * WIDTH; i++)
+        at.noise[i] =
+            e + i < p.elements() ? p.noise[(step * p.images + image) * p.elements() + e + i] : 0.f;
+    for (int64_t i = 0; i < 4; i++) {
+      vf* x = (vf*)(at.state + g * padded + e) + i;
+      vf* x0 = (vf*)(at.x0 + g * padded + e) + i;
+      const vf eps = ((vf*)at.eps)[i], range = ((vf*)at.range)[i];
+      const vf now = at_least(at_most(c[0] * *x + c[1] * eps, c[2]), -c[2]);
+      vf next = c[3] * *x + c[4] * eps + c[5] * now;
+      next += c[6] * *x0;
+      if (noisy) {
+        vf sigma = splat(c[7]);
+        if (p.learned()) sigma = exponential(c[8] + (range + 1.f) * 0.5f * (c[9] - c[8]));
+        next += sigma * ((vf*)at.noise)[i];
+      }
+      *x = next;
+      *x0 = now;
+    }
+  }
+
+  void run() const {
+    load();
+    for (int64_t step = 0; step < p.steps; step++) {
+      team.wait();
+      modulate(step);
+      read_tokens();
+      team.wait();
+      forward(images);
+      const int64_t chunks = padded / (4 * WIDTH);
+      share_out(images * chunks, [&](int64_t i) {
+        update(step, i / chunks, i % chunks * 4 * WIDTH);
+      });
+    }
+    team.wait();
+    store();
+    team.wait();
+  }
+};
+
+
+static int64_t team_floats(const Problem& p, int64_t images) {
+  const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
+  const int64_t D = p.hidden, of_panel = (1 + 3 + 1 + 4) * D + p.out_features;
+  return (rows * panels * of_panel + images * panels * p.features) * WIDTH +
+         ceil_div(rows * p.width(), WIDTH) * WIDTH + 2 * images * p.padded(WIDTH);
+}
+
+static int64_t thread_floats(const Problem& p, int64_t images) {
+  const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
+  return (rows * panels * p.hidden + PAIR * panels * WIDTH + 3 * 4) * WIDTH;
+}
+
+static int64_t useful_threads(const Problem& p, int64_t images) {
+  const int64_t rows = p.guided ? 2 * images : images;
+  return ceil_div(rows * ceil_div(p.tokens, WIDTH), PAIR) * ceil_div(p.hidden, ROWS);
+}
+
+static void run(const Problem& p, const Weights& w, Team team, int64_t first_image, int64_t images,
+                float* shared, float* own) {
+  const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
+  const int64_t D = p.hidden, all = rows * panels, padded = p.padded(WIDTH);
+  auto take = [](float*& from, int64_t vectors) INLINED {
+    float* start = from;
+    from += vectors * WIDTH;
+    return start;
+  };
+  Memory at;
+  at.x = (vf*)take(shared, all * D);
+  at.qkv = (vf*)take(shared, all * 3 * D);
+  at.heads = (vf*)take(shared, all * D);
+  at.hidden = (vf*)take(shared, all * 4 * D);
+  at.out = (vf*)take(shared, all * p.out_features);
+  at.in = (vf*)take(shared, images * panels * p.features);
+  at.modulation = take(shared, ceil_div(rows * p.width(), WIDTH));
+  at.state = take(shared, images * padded / WIDTH);
+  at.x0 = take(shared, images * padded / WIDTH);
+  at.normed = (vf*)take(own, all * D);
+  at.scores = (vf*)take(own, PAIR * panels * WIDTH);
+  at.noise = take(own, 4);
+  at.eps = take(own, 4);
+  at.range = take(own, 4);
+
+  // Panels in pairs are shared first, as far as they go, then the rows of the weights.
+  const int64_t pairs = ceil_div(all, PAIR);
+  int64_t columns = least(team.size, pairs);
+  while (team.size % columns) columns--;
+  const int64_t column = team.id % columns;
+  Share mine;
+  mine.first_panel = least(all, block_start(pairs, columns, column) * PAIR);
+  mine.last_panel = least(all, block_start(pairs, columns, column + 1) * PAIR);
+  mine.part = team.id / columns;
+  mine.parts = team.size / columns;
+  Loop{{p, w, team, at, panels, mine, rows}, first_image, images, padded}.run();
+}
+
+static float multiply_adds(int64_t repeats) {
+  vf sum[16];
+  for (int i = 0; i < 16; i++) sum[i] = splat(i);
+  vf factor = splat(0.999f), addend = splat(0.001f);
+  asm volatile("" : "+x"(factor), "+x"(addend));
+  for (int64_t n = 0; n < repeats; n++)
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) sum[i] = sum[i] * factor + addend;
+  vf total = {};
+  for (int i = 0; i < 16; i++) total += sum[i];
+  return total[0];
+}

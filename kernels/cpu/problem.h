@@ -1,0 +1,111 @@
+// What the files of one instruction set and the code that calls them share.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastdit {
+
+// Some steps of a sampling loop; `Problem` in __init__.py has the same fields in the same order.
+// P images' states are [images][tokens * features], element n * features + f of token n.
+struct Problem {
+  int64_t tokens, features, out_features, channels, hidden, layers, heads, tanh_gelu;
+  int64_t images, steps, first;  // first: how many steps were taken before
+  int64_t step_rows;             // of by_step at one step
+  int64_t guided;                // channels that guidance holds for; 0: there is none
+  int64_t threads;
+  float eps, mlp_eps, scale;
+  const float* weights;         // as kernels/shape.py says
+  const float* by_step;         // [steps][step_rows][width]
+  const float* by_label;        // [labels][width], or null
+  const int64_t* rows;          // [images], or [2 * images] where guided
+  const float* coefficients;    // [steps][10], as fastdit.reference.COEFFICIENTS
+  const int64_t* seeds;         // [images][2] (key, stream), or null
+  const float* noise;           // [steps][images][tokens * features], or null
+  float *x, *x0;                // [images][tokens * features], in and out
+
+  int64_t elements() const { return tokens * features; }
+  // A state's elements, up to a whole number of quads of vectors.
+  int64_t padded(int64_t width) const { return (elements() + 4 * width - 1) / (4 * width) * 4 * width; }
+  int64_t width() const { return (6 * layers + 2) * hidden; }
+  bool learned() const { return out_features != features; }
+};
+
+// Weights in the order in which an instruction set multiplies by them: a matrix [M][K] is blocks of
+// rows, each [K][rows of the block]. Where the rows of a block start, `block_start` says.
+struct Layer {
+  const float *qkv, *qkv_bias, *proj, *proj_bias, *fc1, *fc1_bias, *fc2, *fc2_bias;
+};
+struct Weights {
+  const float *embed, *position;  // position: panels [tokens / width][hidden][width]
+  const Layer* layers;
+  const float *final, *final_bias;  // the noise's rows first, then those of the learned range
+  const int32_t* place;             // of the state's padded elements in an image's panels of output
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of `blocks` blocks of nearly equal size.
+inline int64_t block_start(int64_t total, int64_t blocks, int64_t i) {
+  return i * (total / blocks) + (i < total % blocks ? i : total % blocks);
+}
+
+// Spins first, since the others are seldom late; then sleeps, so that two threads that were put on
+// one CPU come apart.
+class Barrier {
+ public:
+  void wait(int size) {
+    const int turn = turn_.load();
+    if (arrived_.fetch_add(1) == size - 1) {
+      arrived_.store(0);
+      turn_.store(turn + 1);
+      if (sleepers_.load()) turn_.notify_all();
+      return;
+    }
+    for (int i = 0; i < 500; i++) {
+      if (turn_.load() != turn) return;
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+    sleepers_.fetch_add(1);
+    while (turn_.load() == turn) turn_.wait(turn);
+    sleepers_.fetch_sub(1);
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> turn_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+};
+
+// The threads that share a group of images, and the caller's place among them.
+struct Team {
+  int64_t id, size;
+  Barrier* barrier;
+  void wait() const {
+    if (size > 1) barrier->wait(size);
+  }
+};
+
+// The code for one instruction set.
+struct InstructionSet {
+  const char* name;
+  int width;  // floats of a vector
+  int rows;   // of a block of weights, at most
+  int64_t (*team_floats)(const Problem&, int64_t images);    // of memory that a team shares
+  int64_t (*thread_floats)(const Problem&, int64_t images);  // and that each of its threads needs
+  int64_t (*useful_threads)(const Problem&, int64_t images);  // of a team
+  void (*run)(const Problem&, const Weights&, Team, int64_t first_image, int64_t images,
+              float* shared, float* own);
+  float (*multiply_adds)(int64_t repeats);  // 16 vectors of them each
+};
+
+extern const InstructionSet plain;
+#if defined(__x86_64__)
+extern const InstructionSet avx2, avx512;
+#endif
+
+}  // namespace fastdit

@@ -1,0 +1,205 @@
+// The C interface: weights in blocks, images to threads, the instruction set chosen at run time.
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <omp.h>
+#include <vector>
+
+#include "problem.h"
+
+namespace fastdit {
+namespace {
+
+// The best instruction set this CPU has, or the one of a name; null where it has it not.
+const InstructionSet* choose(const char* name) {
+  const InstructionSet* found[3] = {&plain};
+  int count = 1;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (has_avx2) found[count++] = &avx2;
+  if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    found[count++] = &avx512;
+#endif
+  if (!name) return found[count - 1];
+  for (int i = 0; i < count; i++)
+    if (!std::strcmp(found[i]->name, name)) return found[i];
+  return nullptr;
+}
+
+// Denormals are zero while this lives: they would slow a thread down a hundredfold.
+class FlushDenormals {
+#if defined(__x86_64__)
+ public:
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#endif
+};
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+Floats allocate(int64_t count) {
+  const std::size_t bytes = ceil_div(count * sizeof(float), 4096) * 4096;
+  Floats memory(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
+// Row i of a matrix [M][K] as block_start lays it out; `from` says which row of w stands there.
+template <class From>
+void pack(const float* w, int64_t M, int64_t K, int64_t rows, float* out, From from) {
+  const int64_t blocks = ceil_div(M, rows);
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t start = block_start(M, blocks, b), n = block_start(M, blocks, b + 1) - start;
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t k = 0; k < K; k++) out[start * K + k * n + i] = w[from(start + i) * K + k];
+  }
+}
+
+// A model's weights as an instruction set takes them; biases stay the caller's.
+struct Packed {
+  Floats memory, final_bias;
+  std::vector<Layer> layers;
+  std::vector<int32_t> place;
+  Weights weights;
+
+  Packed(const Problem& p, const InstructionSet& set) : layers(p.layers), place(p.padded(set.width)) {
+    const int64_t D = p.hidden, F = p.features, F_out = p.out_features, W = set.width;
+    const int64_t panels = ceil_div(p.tokens, W), of_layer = 12 * D * D + 9 * D;
+    const float *embed = p.weights, *position = embed + D * F, *blocks = position + p.tokens * D;
+    const float *last = blocks + p.layers * of_layer, *last_bias = last + F_out * D;
+    memory = allocate(D * F + panels * D * W + p.layers * 12 * D * D + F_out * D);
+    final_bias = allocate(F_out);
+    float *to_position = memory.get(), *to_embed = to_position + panels * D * W;  // aligned vectors
+    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * 12 * D * D;
+
+    auto same = [](int64_t row) { return row; };
+    // The model's rows are [pixel][eps, range][channel], the kernel's [eps, range][pixel][channel].
+    auto channels_apart = [&](int64_t row) {
+      if (!p.learned()) return row;
+      const int64_t e = row % F, C = p.channels;
+      return e / C * 2 * C + row / F * C + e % C;
+    };
+    pack(embed, D, F, set.rows, to_embed, same);
+    pack(last, F_out, D, set.rows, to_final, channels_apart);
+    for (int64_t i = 0; i < F_out; i++) final_bias.get()[i] = last_bias[channels_apart(i)];
+    for (int64_t q = 0; q < panels; q++)
+      for (int64_t i = 0; i < D; i++)
+        for (int64_t n = q * W; n < (q + 1) * W; n++)
+          to_position[(q * D + i) * W + n % W] = n < p.tokens ? position[n * D + i] : 0.f;
+    for (int64_t e = 0; e < p.elements(); e++)  // those beyond are at 0, and stored by nobody
+      place[e] = (e / F / W * F_out + e % F) * W + e / F % W;
+#pragma omp parallel for num_threads(p.threads)
+    for (int64_t l = 0; l < p.layers; l++) {
+      const float* from = blocks + l * of_layer;
+      float* to = to_layers + l * 12 * D * D;
+      auto next = [&](int64_t M, int64_t K, const float*& weight, const float*& bias) {
+        pack(from, M, K, set.rows, to, same);
+        weight = to, bias = from + M * K;
+        to += M * K, from += M * K + M;
+      };
+      next(3 * D, D, layers[l].qkv, layers[l].qkv_bias);
+      next(D, D, layers[l].proj, layers[l].proj_bias);
+      next(4 * D, D, layers[l].fc1, layers[l].fc1_bias);
+      next(D, 4 * D, layers[l].fc2, layers[l].fc2_bias);
+    }
+    weights = {to_embed, to_position, layers.data(), to_final, final_bias.get(), place.data()};
+  }
+};
+
+// As many images in lockstep as keep a team's panels in the second cache, but enough for every
+// weight that is read to serve 16 panels; at most 8.
+int64_t images_together(const Problem& p, const InstructionSet& set) {
+  const int64_t cached = (1 << 18) / set.team_floats(p, 1);
+  const int64_t enough = ceil_div(16, ceil_div(p.tokens, set.width));
+  return std::min<int64_t>(std::max(cached, enough), 8);
+}
+
+// How many of T threads one image is worth: they exchange a layer's activations five times, which
+// takes as long as some million FLOP (measured: two threads gain from 3.6 MFLOP a layer on, 1.2
+// times, and lose at 1.6).
+int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t T) {
+  const int64_t rows = p.guided ? 2 : 1, D = p.hidden;
+  const int64_t flop = rows * 2 * p.tokens * (12 * D * D + 2 * p.tokens * D);
+  const int64_t most = std::min(T, set.useful_threads(p, 1));
+  return std::clamp<int64_t>(flop / 2'000'000, 1, most);
+}
+
+void trajectory(const Problem& p, const InstructionSet& set) {
+  const Packed packed(p, set);
+  const int64_t together = images_together(p, set), of_image = set.team_floats(p, 1);
+  const int64_t left_over = std::min(p.images, p.threads);  // at most, at any number of threads
+  const int64_t shared = set.team_floats(p, together), own = set.thread_floats(p, together);
+  const int64_t of_thread = shared + own + set.thread_floats(p, left_over);
+  const Floats memory = allocate(left_over * of_image + p.threads * of_thread);
+  std::vector<Barrier> barriers(p.threads);
+#pragma omp parallel num_threads(p.threads)
+  {
+    const FlushDenormals flush;
+    // There may be fewer threads than were asked for.
+    const int64_t T = omp_get_num_threads(), id = omp_get_thread_num();
+    float* mine = memory.get() + left_over * of_image + id * of_thread;
+
+    // Whole images for each thread, some in lockstep.
+    const int64_t of_each = p.images / T, end = of_each * (id + 1);
+    for (int64_t i = of_each * id; i < end; i += together)
+      set.run(p, packed.weights, {0, 1, nullptr}, i, std::min(together, end - i), mine,
+              mine + shared);
+
+    // The rest for teams of as many threads as they are worth.
+    const int64_t rest = p.images % T, worth = threads_of_an_image(p, set, T);
+    if (rest) {
+      const int64_t teams = std::clamp<int64_t>(T / worth, 1, rest), team = id % teams;
+      const int64_t first = block_start(rest, teams, team);
+      const int64_t count = block_start(rest, teams, team + 1) - first;
+      const int64_t size = std::min(ceil_div(T - team, teams), worth * count);
+      if (id / teams < size)
+        set.run(p, packed.weights, {id / teams, size, &barriers[team]}, p.images - rest + first,
+                count, memory.get() + first * of_image, mine + shared + own);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastdit
+
+using namespace fastdit;
+
+extern "C" {
+
+// Takes a problem's steps: 0, or 1 where memory does not suffice, or 2 where this CPU has no
+// instruction set of that name (null: the best it has).
+int fastdit_trajectory(const Problem* problem, const char* instruction_set) {
+  const InstructionSet* set = choose(instruction_set);
+  if (!set) return 2;
+  try {
+    trajectory(*problem, *set);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+const char* fastdit_instruction_set() { return choose(nullptr)->name; }
+
+// FLOP/s of multiply-adds on registers alone, on so many threads.
+double fastdit_peak(int64_t threads, int64_t repeats) {
+  const InstructionSet* set = choose(nullptr);
+  volatile float sink;
+  const auto start = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads)
+  sink = set->multiply_adds(repeats);
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+  return 2.0 * 16 * set->width * repeats * threads / taken.count();
+}
+}

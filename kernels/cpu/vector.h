@@ -1,0 +1,139 @@
+// Vectors of WIDTH floats, and the functions of them that a DiT needs. Included once for each
+// instruction set, inside a namespace of its own. NaN stays NaN throughout.
+
+typedef float vf __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t vu __attribute__((vector_size(4 * WIDTH)));
+typedef uint64_t vu64 __attribute__((vector_size(8 * WIDTH)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vf at_least(vf x, float low) { return x < low ? splat(low) : x; }
+INLINE vf at_most(vf x, float high) { return x > high ? splat(high) : x; }
+INLINE vf larger(vf x, vf y) { return x < y ? y : x; }
+INLINE vf square_root(vf x) {
+  for (int i = 0; i < WIDTH; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+}
+
+// The nearest integer n to x, |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
+INLINE vf nearest(vf x, vi* n) {
+  const vf magic = splat(12582912.f), y = x + magic;
+  *n = (vi)y - (vi)magic;
+  return y - magic;
+}
+
+// Cephes expf: x = n ln 2 + r, ln 2 in two parts. Underflows to 1.6e-38 instead of to 0.
+INLINE vf exponential(vf x) {
+  x = at_least(x, -87.f);
+  vi n;
+  const vf q = nearest(x * 1.44269504f, &n);
+  vf r = x - q * 0.693359375f;
+  r = r + q * 2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  return (vf)((vi)p + (n << 23));
+}
+
+// Cephes logf, for normal x > 0: x = 2^e (1 + f) with 1 + f from sqrt(1/2) to sqrt(2).
+INLINE vf logarithm(vf x) {
+  const vi bits = (vi)x, e = (bits - 0x3f3504f3) >> 23;
+  const vf f = (vf)(bits - (e << 23)) - 1.f, z = f * f, n = __builtin_convertvector(e, vf);
+  vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const vf y = f * z * p + n * -2.12194440e-4f - 0.5f * z;
+  return f + y + n * 0.693359375f;
+}
+
+// sin(pi v) and cos(pi v), |v| <= 1: v = turn / 2 + r with |r| <= 1/4 exactly, then Taylor.
+INLINE void sine_cosine_pi(vf v, vf* sine, vf* cosine) {
+  vi turn;
+  const vf r = v - 0.5f * nearest(v + v, &turn), s = r * r;
+  vf a = s * 0.082145887f - 0.59926453f;
+  a = a * s + 2.5501640f;
+  a = a * s - 5.1677128f;
+  a = r * (a * s + 3.14159265f);
+  vf b = s * -0.025806891f + 0.23533063f;
+  b = b * s - 1.3352628f;
+  b = b * s + 4.0587121f;
+  b = b * s - 4.9348022f;
+  b = b * s + 1.f;
+  const vi odd = (turn & 1) != 0;
+  const vf of_sine = odd ? b : a, of_cosine = odd ? a : b;
+  *sine = (vf)((vi)of_sine ^ ((turn & 2) << 30));
+  *cosine = (vf)((vi)of_cosine ^ (((turn + 1) & 2) << 30));
+}
+
+// x Phi(x), the exact GELU: Phi(c) - 1/2 = c P(c^2) for c = x clamped to +-5.5, beyond which Phi is
+// 0 or 1 in float32. P in Chebyshev's variable, fitted to Phi for the least largest error, 4e-8.
+INLINE vf gelu_erf(vf x) {
+  const vf c = at_least(at_most(x, 5.5f), -5.5f), w = c * c * (2.f / (5.5f * 5.5f)) - 1.f;
+  vf p = w * 5.380677176e-04f + -1.368825440e-03f;
+  p = p * w + 1.023878809e-03f;
+  p = p * w - 1.229412621e-03f;
+  p = p * w + 4.236333072e-03f;
+  p = p * w - 7.674657274e-03f;
+  p = p * w + 1.046865154e-02f;
+  p = p * w - 1.467137318e-02f;
+  p = p * w + 2.028797194e-02f;
+  p = p * w - 2.611246705e-02f;
+  p = p * w + 3.208174184e-02f;
+  p = p * w - 3.878726810e-02f;
+  p = p * w + 4.773699120e-02f;
+  p = p * w - 6.417247653e-02f;
+  p = p * w + 1.285519302e-01f;
+  return x * (c * p + 0.5f);
+}
+
+// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+INLINE vf gelu_tanh(vf x) {
+  const vf minus_2u = x * (x * x * 0.044715f + 1.f) * -1.5957691216f;
+  return x / (exponential(at_most(minus_2u, 87.f)) + 1.f);
+}
+
+// Philox4x32-10 on WIDTH counters at a time.
+INLINE void philox(vu c[4], uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; round++) {
+    const vu64 a = __builtin_convertvector(c[0], vu64) * (uint64_t)0xD2511F53u;
+    const vu64 b = __builtin_convertvector(c[2], vu64) * (uint64_t)0xCD9E8D57u;
+    const vu high_a = __builtin_convertvector(a >> 32, vu), low_a = __builtin_convertvector(a, vu);
+    const vu high_b = __builtin_convertvector(b >> 32, vu), low_b = __builtin_convertvector(b, vu);
+    c[0] = high_b ^ c[1] ^ key0;
+    c[1] = low_b;
+    c[2] = high_a ^ c[3] ^ key1;
+    c[3] = low_a;
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// The normals of WIDTH quads from `quad` on, 4 * WIDTH elements in order, as fastdit/noise.py
+// defines them.
+static __attribute__((noinline)) void normals(uint64_t key, uint32_t step, uint32_t stream,
+                                              uint32_t quad, float* out) {
+  vu c[4] = {vu{} + quad, vu{} + step, vu{} + stream, vu{}};
+  for (int i = 0; i < WIDTH; i++) c[0][i] += i;
+  philox(c, (uint32_t)key, (uint32_t)(key >> 32));
+  vf z[4];
+  for (int i = 0; i < 4; i += 2) {
+    const vf u = __builtin_convertvector(c[i], vf) * 0x1p-32f + 0x1p-33f;
+    const vf v = __builtin_convertvector((vi)c[i + 1], vf) * 0x1p-31f;
+    const vf radius = square_root(-2.f * logarithm(u));
+    sine_cosine_pi(v, &z[i + 1], &z[i]);
+    z[i] *= radius;
+    z[i + 1] *= radius;
+  }
+  for (int i = 0; i < WIDTH; i++)
+    for (int j = 0; j < 4; j++) out[4 * i + j] = z[j][i];
+}

@@ -1,0 +1,331 @@
+"""The whole loop as one op of C++: its numbers, its bits, and what it takes."""
+
+import math
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, engine, functional, reference
+from fastdit.conditioning import ModulationTables
+from fastdit.kernels import cpu
+from fastdit.packed import PackedDiT
+from fastdit.solvers import DDPM, SOLVERS
+from fastdit.testing import check_against_oracle, randomize, relative_error
+
+STEPS = 6
+ODD = DiTConfig(img_size=15, patch_size=3, hidden=50, n_heads=5, n_layers=2)  # 25 tokens of 27
+GUIDED = DiTConfig(
+    img_size=20,
+    in_channels=4,
+    hidden=48,
+    n_layers=2,
+    n_heads=3,
+    null_class=True,
+    modulation_act="silu",
+    gelu="tanh",
+    ln_eps=1e-6,
+    mlp_ln_eps=1e-4,
+    learn_sigma=True,
+)
+SHAPES = {
+    "seed": (DiTConfig(), None),
+    "odd": (ODD, None),
+    "one-token": (DiTConfig(img_size=4, patch_size=4, hidden=6, n_heads=6, n_layers=1), None),
+    "wide": (DiTConfig(img_size=32, hidden=512, n_heads=8, n_layers=1, gelu="tanh"), None),
+    "long": (DiTConfig(img_size=64, patch_size=4, hidden=33, n_heads=3, n_layers=1), None),
+    "guided": (GUIDED, Guidance(3.0, channels=3)),
+    "all-channels": (GUIDED, Guidance(0.5)),
+}
+
+
+def make_model(cfg=None):
+    model = fastdit.DiT.from_config(cfg or DiTConfig())
+    randomize(model)
+    return model.requires_grad_(False)
+
+
+def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, noise="seeds"):
+    """The arguments of `functional.trajectory` for a whole loop."""
+    model = make_model(cfg).to(dtype)
+    table = solver.table(DiffusionScheduler(STEPS, schedule="cosine"))
+    labels = [i % 3 for i in range(B)] + ([cfg.num_classes] * B if guidance else [])
+    tables = ModulationTables(model, table.timesteps, labels, 2**30)
+    S, P, C = len(table.timesteps), cfg.img_size**2, cfg.in_channels
+    z = torch.randn(S + 1, B, P, C, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return dict(
+        x=z[0],
+        x0=torch.zeros_like(z[0]),
+        packed=PackedDiT.of(model),
+        modulation=tables.steps(0, S, len(labels)),
+        coefficients=table.coefficients.to(dtype),
+        seeds=torch.tensor([[2**40 + 7, i] for i in range(B)]) if noise == "seeds" else None,
+        noise=z[1:] if noise == "noise" else None,
+        guidance=guidance,
+    )
+
+
+def launch(arguments, **options):
+    """The C++ launcher itself, which can be told an instruction set."""
+    a = dict(arguments)
+    guidance = a["guidance"] and (a["guidance"].scale, a["guidance"].channels)
+    sizes, eps = functional._sizes(a["packed"].cfg)
+    shape = cpu.Shape(*sizes[:-1], bool(sizes[-1]), *eps)
+    return cpu.trajectory(
+        *(a["x"], a["x0"], a["packed"].weights, *a["modulation"], a["coefficients"]),
+        *(a.get("first", 0), a["seeds"], a["noise"], guidance, shape),
+        **options,
+    )
+
+
+def instruction_sets():
+    best = ["plain", "avx2", "avx512"].index(cpu.instruction_set())
+    return ["plain", "avx2", "avx512"][: best + 1]
+
+
+@pytest.mark.parametrize(("cfg", "guidance"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("noise", ["seeds", "noise"])
+def test_every_instruction_set_obeys_the_error_rule(cfg, guidance, noise):
+    B = math.ceil(4096 / (cfg.img_size**2 * cfg.in_channels))
+    given = problem(cfg, B, guidance, noise=noise)
+    plain = functional.trajectory(**given, backend="reference")
+    oracle = functional.trajectory(**problem(cfg, B, guidance, dtype=torch.float64, noise=noise))
+    for name in instruction_sets():
+        for own, other, exact in zip(
+            launch(given, instruction_set=name), plain, oracle, strict=True
+        ):
+            check_against_oracle(own, other, exact)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), DDPM(clip=0.5)], ids=[*SOLVERS, "clipped"])
+def test_every_solver_obeys_the_error_rule(solver):
+    given = problem(GUIDED, 3, Guidance(2.0), solver)
+    exact = problem(GUIDED, 3, Guidance(2.0), solver, torch.float64)
+    check_against_oracle(
+        functional.trajectory(**given, backend="cpp")[0],
+        functional.trajectory(**given, backend="reference")[0],
+        functional.trajectory(**exact)[0],
+    )
+
+
+def test_all_200_steps_are_the_reference_loops():
+    batch = 3
+    model, scheduler = make_model(), DiffusionScheduler(200, schedule="cosine")
+    plain = reference.DiT.from_config(model.cfg)
+    plain.load_state_dict(model.state_dict())
+    z = torch.randn(201, batch, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(batch) % 16
+    images = Sampler(model, scheduler, execution="trajectory")(labels, x_T=z[0], noise=z[1:])
+    loop = reference.sample(plain, scheduler, z[0], labels, z[1:])
+    exact = reference.sample(plain.double(), scheduler, z[0].double(), labels, z[1:].double())
+    assert relative_error(images, loop) < 1e-5
+    assert relative_error(images, exact) < 1e-5
+
+
+@pytest.mark.parametrize(("cfg", "guidance"), SHAPES.values(), ids=SHAPES.keys())
+def test_an_image_has_the_same_bits_in_any_batch_order_and_threads(cfg, guidance):
+    """Images in lockstep, alone, shared by a team of threads: no sum depends on which."""
+    before = torch.get_num_threads()
+    full = problem(cfg, 11, guidance)
+
+    def part(chosen, threads, name):
+        torch.set_num_threads(threads)
+        rows = full["modulation"].rows
+        rows = torch.cat([r[chosen] for r in rows.split(11)])
+        given = full | dict(
+            x=full["x"][chosen],
+            x0=full["x0"][chosen],
+            seeds=full["seeds"][chosen],
+            modulation=full["modulation"]._replace(rows=rows),
+        )
+        return launch(given, instruction_set=name)[0]
+
+    try:
+        for name in instruction_sets():
+            expected = part(torch.arange(11), 1, name)
+            for threads in (1, 2, 3, 8):
+                order = torch.randperm(11, generator=torch.Generator().manual_seed(threads))
+                assert torch.equal(part(order, threads, name), expected[order])
+                for i in (0, 7):
+                    assert torch.equal(part(torch.tensor([i]), threads, name)[0], expected[i])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
+    """Cut by the tables' memory, by an interval of guidance, by the length of a call."""
+    scheduler, calls = DiffusionScheduler(12, schedule="cosine"), []
+    real = functional.trajectory
+
+    def counted(*args, **options):
+        calls.append((args[5], len(args[4]), options["guidance"] is not None))
+        return real(*args, **options)
+
+    monkeypatch.setattr(functional, "trajectory", counted)
+    sampler = Sampler(make_model(), scheduler, execution="trajectory")
+    whole = sampler([3, 0, 5], seed=1)
+    assert calls == [(0, 12, False)]
+    row = (6 * 4 + 2) * 64 * 4
+    small = Sampler(sampler.model, scheduler, execution="trajectory", table_bytes=9 * row)
+    assert relative_error(small([3, 0, 5], seed=1), whole) < 1e-6 and len(calls) > 3
+    calls.clear()
+    monkeypatch.setattr(engine, "_CALL_FLOP", 5 * 3 * 6.8e6)
+    assert torch.equal(sampler([3, 0, 5], seed=1, progress=True), whole)
+    assert [count for _, count, _ in calls] == [5, 5, 2]
+    calls.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(functional, "trajectory", counted)
+    guided = dict(guidance=Guidance(2.0, interval=(3, 8)))
+    model = make_model(GUIDED)
+    images = Sampler(model, scheduler, execution="trajectory", **guided)([1, 2])
+    assert calls == [(0, 4, False), (4, 5, True), (9, 3, False)]
+    assert (
+        relative_error(images, Sampler(model, scheduler, execution="eager", **guided)([1, 2]))
+        < 1e-5
+    )
+
+
+def test_nan_and_infinity_come_out_as_the_reference_has_them():
+    for bad in (math.nan, math.inf):
+        given = problem(DiTConfig(), 3)
+        given["x"][1, 5, 0] = bad
+        x, _ = functional.trajectory(**given, backend="cpp")
+        assert not x[1].isfinite().any() and x[0].isfinite().all() and x[2].isfinite().all()
+    for index in range(0, len(given["packed"].weights), 9973):  # one weight of each kind
+        given = problem(DiTConfig(), 3)
+        given["packed"].weights[index] = math.nan
+        assert functional.trajectory(**given, backend="cpp")[0].isnan().any()
+
+
+def test_denormals_cost_nothing_and_stay_the_callers():
+    given = problem(DiTConfig(), 2)
+    tiny = given | dict(x=given["x"] * 1e-40, coefficients=given["coefficients"] * 1e-38)
+    assert functional.trajectory(**tiny, backend="cpp")[0].isfinite().all()
+    assert (torch.tensor([1e-39]) * 0.5 > 0).all(), "denormals are flushed in the whole process"
+
+
+def test_any_strides_and_dtypes_of_the_tables_will_do():
+    given = problem(ODD, 3)
+    expected = functional.trajectory(**given, backend="cpp")
+    modulation = given["modulation"]
+    awkward = given | dict(
+        x=given["x"].transpose(1, 2).contiguous().transpose(1, 2),
+        coefficients=given["coefficients"].double().t().contiguous().t(),
+        modulation=modulation._replace(
+            by_step=modulation.by_step.repeat(1, 1, 2)[..., : modulation.by_step.shape[-1]],
+            rows=modulation.rows.repeat_interleave(2)[::2],
+        ),
+        seeds=given["seeds"].t().contiguous().t(),
+    )
+    before = awkward["x"].clone()
+    for own, other in zip(functional.trajectory(**awkward, backend="cpp"), expected, strict=True):
+        assert torch.equal(own, other)
+    assert torch.equal(awkward["x"], before)
+    first, second = (  # in two parts, the second told how many steps were before
+        {k: v[part] if k == "coefficients" else v for k, v in given.items()}
+        | dict(modulation=modulation._replace(by_step=modulation.by_step[part]))
+        for part in (slice(0, 2), slice(2, STEPS))
+    )
+    x, x0 = functional.trajectory(**first, backend="cpp")
+    again = functional.trajectory(**second | dict(x=x, x0=x0, first=2), backend="cpp")
+    assert torch.equal(again[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(2, 5, 3)), r"x: expected shape \[2, 256, 3\], got \[2, 5, 3\]"),
+        (dict(x0=torch.zeros(1, 256, 3)), r"x0: expected shape \[2, 256, 3\]"),
+        (dict(coefficients=torch.zeros(6, 9)), r"coefficients: expected shape \[6, 10\]"),
+        (dict(noise=torch.zeros(6, 2, 256, 3)), "noise: expected None where seeds are given"),
+        (dict(seeds=torch.zeros(2, 2)), "seeds: expected int64"),
+        (dict(guidance=Guidance(2.0)), r"modulation.rows: expected shape \[4\], got \[2\]"),
+        (dict(backend="c++"), "backend: expected one of reference, triton, cpp; got 'c\\+\\+'"),
+        (dict(backend="triton"), "backend: 'triton' expects tensors on CUDA"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        functional.trajectory(**problem(DiTConfig(), 2) | dict(backend="cpp") | change)
+
+
+def test_rows_past_the_tables_are_an_error():
+    given = problem(DiTConfig(), 2)
+    modulation = given["modulation"]._replace(rows=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"modulation.rows: expected values in \[0, 2\)"):
+        functional.trajectory(**given | dict(modulation=modulation))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hidden=516, n_layers=1), "takes a hidden size up to 512, got 516"),
+        (dict(img_size=68, n_layers=1), "takes up to 256 tokens, got 289"),
+    ],
+)
+def test_a_model_too_large_is_refused_by_name_and_sampled_otherwise(options, message):
+    model, scheduler = make_model(DiTConfig(**options)), DiffusionScheduler(2)
+    with pytest.raises(ValueError, match=f"execution: 'trajectory' {message}; use 'auto'"):
+        Sampler(model, scheduler, execution="trajectory")
+    assert Sampler(model, scheduler).execution_for(1) == "eager"
+
+
+def test_auto_reads_weights_alone_only_where_nothing_else_is_there():
+    def by_hook(model):
+        model.blocks[0].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+    def by_module(model):
+        model.blocks[0].mlp[1] = torch.nn.SiLU()
+
+    def by_attribute(model):
+        model.blocks[1].eps = 1e-2
+
+    def by_method(model):
+        denoise = model.denoise
+        model.denoise = lambda *args: 2 * denoise(*args)
+
+    scheduler = DiffusionScheduler(3, schedule="cosine")
+    for alter in (by_hook, by_module, by_attribute, by_method):
+        model = make_model()
+        sampler = Sampler(model, scheduler)
+        named = Sampler(model, scheduler, execution="trajectory")
+        plain = sampler([1, 2])
+        assert sampler.execution_for(2) == "trajectory"
+        alter(model)
+        assert sampler.execution_for(2) == "eager"
+        assert relative_error(sampler([1, 2]), plain) > 1e-5
+        with pytest.raises(ValueError, match="'trajectory' reads a fastdit.DiT's weights alone"):
+            named([1, 2])
+
+
+def test_auto_is_float32_on_a_cpu_and_unwatched():
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler, seen = Sampler(model, scheduler), []
+    assert sampler.execution_for(1) == "trajectory"
+    assert sampler.execution_for(1, watched=True) == "eager"
+    images = sampler([1, 2], progress=lambda k, x0: seen.append(k))
+    assert seen == [0, 1, 2] and relative_error(sampler([1, 2]), images) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sampler.execution_for(1) == "eager"
+    assert Sampler(model.double(), scheduler).execution_for(1) == "eager"
+
+
+def test_a_trajectory_shows_no_x0_and_says_so():
+    sampler = Sampler(make_model(), DiffusionScheduler(3), execution="trajectory")
+    with pytest.raises(ValueError, match="progress: execution='trajectory' shows no x0"):
+        sampler([1], progress=lambda k, x0: None)
+    with torch.inference_mode():
+        inside = sampler([3, 1])
+    assert torch.equal(sampler([3, 1]), inside)
+
+
+def test_the_op_passes_opcheck():
+    given = problem(DiTConfig(hidden=16, n_heads=2, n_layers=1), 2)
+    sizes, eps = functional._sizes(given["packed"].cfg)
+    torch.library.opcheck(
+        torch.ops.fastdit.trajectory.default,
+        (
+            *(given["x"], given["x0"], given["packed"].weights, *given["modulation"]),
+            *(given["coefficients"], 0, given["seeds"], None, None, None, sizes, eps, "cpp"),
+        ),
+    )
