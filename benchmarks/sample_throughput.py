@@ -10,7 +10,7 @@ with the same noise. Weights are random and none is zero: a fresh DiT returns ze
 speed nor error would mean much.
 The share is that of the floor of `roofline.py`, whose ceilings are measured in the same process.
 "FMA share", of the C++ trajectory, is the model's FLOP a second over what multiply-adds on
-registers alone reach, measured before each of its runs.
+registers alone reach, measured after each of its runs.
 
 Ways: the plain model in the plain loop, eager, compiled for each batch size, or (on CUDA) compiled
 with max-autotune and CUDA graphs; diffusers' DiT of the same sizes with its DDPM scheduler, which
@@ -219,9 +219,9 @@ def measure(
     for i in range(rounds):
         for name, sample in timed.items():
             bar.set_description(f"batch {batch}, {name}, round {i + 1} of {rounds}")
+            times[name].append(seconds(lambda s=sample: s(labels, None, None), case.device))
             if name == TRAJECTORY and case.device.type == "cpu":
                 peaks.append(cpu.peak_flop_per_second())
-            times[name].append(seconds(lambda s=sample: s(labels, None, None), case.device))
             bar.update()
     for name, row in rows.items():
         if name in times:

@@ -10,6 +10,9 @@ from fastdit.config import DiTConfig
 from fastdit.model import unwrap
 from fastdit.predictors import hoists, unaltered
 
+# Past both the C++ trajectory is no faster than a compiled step.
+_HIDDEN, _TOKENS = 384, 256
+
 EXECUTIONS = ("eager", "compile", "graph", "trajectory")
 
 
@@ -58,5 +61,22 @@ def automatic(
 
 
 def trajectory_pays(cfg: DiTConfig, rows: int) -> bool:
-    """Whether the C++ loop is faster on a CPU than steps compiled by PyTorch."""
-    return True
+    """Whether the C++ loop is faster on a CPU than steps compiled by PyTorch.
+
+    Measured by benchmarks/crossover.py on two cores with AVX-512: up to a hidden size of 384 it is,
+    at every batch from 1 to 64; at 512 up to 256 tokens in a batch, past which neither wins.
+    """
+    return cfg.hidden <= _HIDDEN or rows * cfg.n_tokens <= _TOKENS
+
+
+def rule(cfg: DiTConfig) -> str:
+    """What "auto" is for a model, in words."""
+    reason = functional.trajectory_obstacle("cpp", cfg, torch.device("cpu"), torch.float32)
+    if reason:
+        on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
+    elif cfg.hidden <= _HIDDEN:
+        on_cpu = "'trajectory' on a CPU in float32, at every batch"
+    else:
+        most = _TOKENS // cfg.n_tokens
+        on_cpu = f"'trajectory' on a CPU in float32 up to {most} rows, 'eager' beyond"
+    return f"'graph' on CUDA; {on_cpu}"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit.checkpoint import CheckpointInfo, inspect, load
+from fastdit.choice import EXECUTIONS
 from fastdit.cli_common import DEFAULT_OUT, Device, device_of, plain_errors
 from fastdit.cli_models import convert, encode, info
 from fastdit.cli_train import train
@@ -83,7 +84,7 @@ def sample(
         str | None, typer.Option(help="float32, bfloat16 or float16.  [the checkpoint's]")
     ] = None,
     execution: Annotated[
-        str, typer.Option(help="eager, compile, graph, or auto: graph on CUDA, else eager.")
+        str, typer.Option(help=f"{', '.join(EXECUTIONS)}, or auto, which `fastdit info` explains.")
     ] = "auto",
     vae: Annotated[
         str | None, typer.Option(help="Folder or name of the AutoencoderKL that decodes latents.")

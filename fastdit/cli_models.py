@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from fastdit import work
+from fastdit import choice, work
 from fastdit.checkpoint import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
 from fastdit.cli_common import Device, device_of, plain_errors
 from fastdit.config import PRESETS
@@ -77,6 +77,7 @@ def info(
         print(f"{'parameters':16} {parameters:,}")
         print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice in float32")
         print(f"{'forward':16} {work.flop(cfg, 1) / 1e9:,.2f} GFLOP an image\n")
+        print(f"--execution auto is {choice.rule(cfg)}\n")
         print(f"floor of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
         print("rows   ms a step   rows/s")
         for rows in (1, 2, 8, 32, 128):

@@ -29,6 +29,7 @@ class ModulationTables:
         timesteps: Sequence[int],
         labels: Sequence[int] | None,
         max_bytes: int,
+        joined: bool = False,
     ) -> None:
         """Plan the tables; the first chunk of steps is computed when it is asked for.
 
@@ -38,6 +39,8 @@ class ModulationTables:
             labels: one for each row of the batch; None for a batch without labels.
             max_bytes: bound of the tables and of the product that fills them; the rows that a
                 step picks, and the conditioning itself, are not counted.
+            joined: whether the layers are plain linears, whose weights are joined in a copy, so
+                that a small model's tables are not mostly the calling of its layers.
 
         Raises:
             ValueError: the tables of a single step exceed the bound.
@@ -52,6 +55,7 @@ class ModulationTables:
         self._timesteps = torch.tensor(timesteps, device=device)
         self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
         self._split = cfg.modulation_act == "none"
+        self._joined = _joined_weights(model) if joined else None
 
         # While a table is filled, one layer's product stands beside it.
         row_bytes = (sum(self._columns) + 6 * cfg.hidden) * itemsize
@@ -111,6 +115,8 @@ class ModulationTables:
         if e_y is None:
             return None
         e_y = e_y.view(-1, e_y.shape[-1])  # the null row alone is [D]
+        if self._joined is not None:
+            return e_y @ self._joined[0].t()
         table = e_y.new_empty(len(e_y), sum(self._columns))
         self._project(e_y, table)
         for part, columns in self._parts(torch.zeros_like(e_y[:1]), table):
@@ -119,9 +125,19 @@ class ModulationTables:
 
     def _project(self, c: Tensor, out: Tensor) -> None:
         """All layers' modulation of c [R, D], side by side into out [R, width]."""
+        if self._joined is not None:
+            torch.addmm(self._joined[1], c, self._joined[0].t(), out=out)
+            return
         for part, columns in self._parts(c, out):
             columns.copy_(part)
 
     def _parts(self, c: Tensor, table: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each layer's modulation of c, and the columns that it has in a table."""
         return zip(self._model.modulation_parts(c), table.split(self._columns, dim=-1), strict=True)
+
+
+def _joined_weights(model: DiT) -> tuple[Tensor, Tensor]:
+    """All modulation layers as one: weight [width, D] and bias [width]."""
+    layers = [*(block.adaLN_modulation for block in model.blocks), model.final_mod]
+    weight = torch.cat([layer.weight.detach() for layer in layers])
+    return weight, torch.cat([layer.bias.detach() for layer in layers])

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from fastdit import functional, work
 from fastdit.conditioning import ModulationTables
 from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
-from fastdit.noise import normal
 from fastdit.packed import PackedDiT
 from fastdit.predictors import AnyPredictor, HoistedDiT
 from fastdit.solvers import Guidance, StepTable
@@ -39,7 +38,41 @@ class Batch(NamedTuple):
     noise: Tensor | None  # [S, B, C, H, W]
 
 
-class Engine:
+class _Loop:
+    """A predictor on one device, in one dtype, and the state that its loops begin with."""
+
+    def __init__(
+        self, predictor: HoistedDiT | AnyPredictor, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        self._predictor, self._layout = predictor, predictor.layout
+
+    def _without_autocast(self) -> contextlib.AbstractContextManager:
+        """A model that is called as it is keeps its caller's autocast."""
+        if isinstance(self._predictor, AnyPredictor):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _start(self, batch: Batch, table: StepTable) -> tuple[State, Tensor]:
+        """The state before the first step, and the solver's coefficients."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if batch.x_T is None:
+            x = self._seeded(batch.keys, torch.zeros(1, dtype=torch.int64, device=self.device))[0]
+        else:
+            x = self._layout.to_state(batch.x_T.to(self.device))
+        # A copy, since the caller's x_T stays as it is, and no view, since a compiled step would
+        # tell the first state from the later ones by it.
+        x = x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        step = torch.zeros((), dtype=torch.int64, device=self.device)
+        return State(x, torch.zeros_like(x), step), table.coefficients.to(self.device, dtype)
+
+    def _seeded(self, keys: Tensor, steps: Tensor) -> Tensor:
+        """Noise of some steps, each like the state; elements are counted in the state's order."""
+        z = functional.normal(keys, steps, self._layout.shape.numel())
+        return z.view(*z.shape[:2], *self._layout.shape)
+
+
+class Engine(_Loop):
     """Runs batches through one model; the copy of its weights and its graphs are kept."""
 
     def __init__(
@@ -49,8 +82,7 @@ class Engine:
         dtype: torch.dtype,
         execution: str,
     ) -> None:
-        self.device, self.dtype = device, dtype
-        self._predictor, self._layout = predictor, predictor.layout
+        super().__init__(predictor, device, dtype)
         self._execution, self._step = execution, STEPS[execution]()
 
     def sample(
@@ -81,36 +113,12 @@ class Engine:
                     progress(k, self._layout.to_images(state.x0).clone())
             return self._layout.to_images(state.x).clone()  # what a graph wrote, it overwrites
 
-    def _without_autocast(self) -> contextlib.AbstractContextManager:
-        """A model that is called as it is keeps its caller's autocast."""
-        if isinstance(self._predictor, AnyPredictor):
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, enabled=False)
-
-    def _start(self, batch: Batch, table: StepTable) -> tuple[State, Tensor]:
-        """The state before the first step, and the solver's coefficients."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        if batch.x_T is None:
-            x = self._seeded(batch.keys, torch.zeros(1, dtype=torch.int64, device=self.device))[0]
-        else:
-            x = self._layout.to_state(batch.x_T.to(self.device))
-        # A copy, since the caller's x_T stays as it is, and no view, since a compiled step would
-        # tell the first state from the later ones by it.
-        x = x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-        step = torch.zeros((), dtype=torch.int64, device=self.device)
-        return State(x, torch.zeros_like(x), step), table.coefficients.to(self.device, dtype)
-
-    def _seeded(self, keys: Tensor, steps: Tensor) -> Tensor:
-        """Noise of some steps, each like the state; elements are counted in the state's order."""
-        z = normal(keys, steps, self._layout.shape.numel())
-        return z.view(*z.shape[:2], *self._layout.shape)
-
     def _noise(self, batch: Batch, x: Tensor, S: int) -> Iterable[tuple[Tensor | None, ...]]:
         """Each step's noise and seeds, one of them None; the k-th step (from 1) is step k."""
         if batch.noise is not None:
             noise = batch.noise.to(self.device)
             return ((self._layout.to_state(z).to(x.dtype, copy=True), None) for z in noise)
-        if self._execution != "eager" or functional.default_backend(x) == "triton":
+        if self._execution != "eager" or functional.makes_noise(x):
             return [(None, batch.keys)] * S
         return ((z.to(x.dtype), None) for z in self._seeded_steps(batch.keys, S))
 
@@ -121,7 +129,7 @@ class Engine:
             yield from self._seeded(keys, steps)
 
 
-class TrajectoryEngine(Engine):
+class TrajectoryEngine(_Loop):
     """Runs a loop in as few ops as there is reason for; the weights alone are read.
 
     A new op begins where guidance does or ends, where the next steps' modulation tables must be
@@ -129,7 +137,7 @@ class TrajectoryEngine(Engine):
     """
 
     def __init__(self, predictor: HoistedDiT, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(predictor, device, dtype, "eager")
+        super().__init__(predictor, device, dtype)
         self._model = predictor.model
 
     def sample(
@@ -144,7 +152,9 @@ class TrajectoryEngine(Engine):
         self._predictor.refresh()
         with self._without_autocast():
             packed = PackedDiT.of(self._model)
-            tables = ModulationTables(self._model, table.timesteps, batch.labels, table_bytes)
+            tables = ModulationTables(
+                self._model, table.timesteps, batch.labels, table_bytes, joined=True
+            )
             state, coefficients = self._start(batch, table)
             x, x0, k = state.x, state.x0, 0
             bar = _bar(progress, total=S)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import checks, ops, reference
+from fastdit import noise as noise_of
 from fastdit.config import DiTConfig
 from fastdit.errors import unknown_name
 from fastdit.packed import PackedDiT
@@ -194,7 +195,8 @@ def sampler_update(
             elements counted in the order of x's own.
         noise: z itself, like x. With neither seeds nor noise z is 0.
         guidance: scale, and how many channels it holds for.
-        backend: one of BACKENDS, or None.
+        backend: one of BACKENDS, "cpp" (float32 on a CPU, the default there but under
+            `torch.compile`), or None.
 
     Returns:
         (x_next, x0), both of x's shape and dtype.
@@ -210,14 +212,51 @@ def sampler_update(
     step = checks.check_update_tables(x, coefficients, step)
     checks.check_seeds(x, seeds, noise)
     tensors = (x, model_out, *(t for t in (x0_prev, noise) if t is not None))
-    if _runs_triton(backend, *tensors):
+    if backend is None and _suits_cpp(*tensors):
+        backend = "cpp"
+    if backend == "cpp" or _runs_triton(backend, *tensors):
+        if backend == "cpp" and not _takes_cpp(*tensors):
+            raise ValueError(
+                "backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'"
+            )
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
         return ops.sampler_update(
-            x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels
+            *(x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels),
+            "cpp" if backend == "cpp" else "triton",
         )
     return reference.sampler_update(
         x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
     )
+
+
+def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = None) -> Tensor:
+    """Standard normal noise as a pure function of seed, step and element.
+
+    Args:
+        seeds: [B, 2] int64, a row (key, stream) for each image; 0 <= stream < 2^32.
+        steps: [S] int64, 0 <= step < 2^32.
+        elements: how many normals an image has at each step.
+        backend: "cpp" on a CPU, the default there but under `torch.compile`; "reference"; or None.
+
+    Returns:
+        [S, B, elements] float32 on seeds' device.
+
+    Raises:
+        ValueError: elements is not positive, or the backend does not serve the device.
+
+    Source: Salmon et al. 2011 (Philox4x32-10); Box & Muller 1958.
+    """
+    if elements < 1:
+        raise ValueError(f"elements: expected at least 1, got {elements}")
+    if backend not in (None, "reference", "cpp"):
+        raise unknown_name("backend", str(backend), ("reference", "cpp"))
+    on_cpu = seeds.device.type == "cpu"
+    if backend == "cpp" and not on_cpu:
+        raise ValueError(f"backend: 'cpp' expects tensors on a CPU, got {seeds.device}")
+    chosen = on_cpu and not torch.compiler.is_compiling() and backend is None and has_cpp()
+    if backend == "cpp" or chosen:
+        return ops.normal(seeds, steps, elements)
+    return noise_of.normal(seeds, steps, elements)
 
 
 def trajectory(
@@ -322,8 +361,23 @@ def _sizes(cfg: DiTConfig) -> tuple[list[int], list[float]]:
     return sizes, [cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps]
 
 
+def makes_noise(*tensors: Tensor) -> bool:
+    """Whether `sampler_update` makes the noise of seeds in its own pass over such tensors."""
+    return default_backend(*tensors) == "triton" or _suits_cpp(*tensors)
+
+
+def _takes_cpp(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+
+
+def _suits_cpp(*tensors: Tensor) -> bool:
+    """Not where a compiler looks on, which fuses plain PyTorch, nor where kernels are tested."""
+    plain = not torch.compiler.is_compiling() and not _INTERPRET
+    return plain and _takes_cpp(*tensors) and has_cpp()
+
+
 def default_backend(*tensors: Tensor) -> str:
-    """The backend that None stands for on these tensors."""
+    """The backend that None stands for on these tensors, in most ops."""
     return "triton" if _obstacle_of(tensors) is None else "reference"
 
 

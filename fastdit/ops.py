@@ -59,6 +59,7 @@ _define(
     "(Tensor? dr, Tensor dh, Tensor r, Tensor y, Tensor gate, Tensor scale, Tensor mean,"
     " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
 )
+_define("fastdit::normal", "(Tensor seeds, Tensor steps, int elements) -> Tensor")
 _define("fastdit::attention", "(Tensor qkv, int n_heads) -> (Tensor out, Tensor lse)")
 _define(
     "fastdit::attention_backward",
@@ -73,7 +74,8 @@ _define(
 _define(
     "fastdit::sampler_update",
     "(Tensor x, Tensor model_out, Tensor coefficients, Tensor step, Tensor? x0_prev,"
-    " Tensor? seeds, Tensor? noise, float? scale, int? channels) -> (Tensor x_next, Tensor x0)",
+    " Tensor? seeds, Tensor? noise, float? scale, int? channels, str backend='triton')"
+    " -> (Tensor x_next, Tensor x0)",
 )
 
 
@@ -251,13 +253,17 @@ def _sampler_update(
     noise: Tensor | None,
     scale: float | None,
     channels: int | None,
+    backend: str = "triton",
 ) -> Any:
+    guidance = None if scale is None else (scale, channels)
+    given = x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
+    if backend == "cpp":
+        from fastdit.kernels import cpu
+
+        return cpu.sampler_update(*given)
     from fastdit.kernels import sampling
 
-    guidance = None if scale is None else (scale, channels)
-    return sampling.sampler_update(
-        x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
-    )
+    return sampling.sampler_update(*given)
 
 
 @torch.library.register_fake("fastdit::sampler_update")
@@ -266,6 +272,18 @@ def _(x: Tensor, *_: Any) -> Any:
 
 
 torch.library.register_autograd("fastdit::sampler_update", _no_derivative)
+
+
+@_implements("fastdit::normal")
+def _normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
+    from fastdit.kernels import cpu
+
+    return cpu.normal(seeds, steps, elements)
+
+
+@torch.library.register_fake("fastdit::normal")
+def _(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
+    return seeds.new_empty((len(steps), len(seeds), elements), dtype=torch.float32)
 
 
 @_implements("fastdit::trajectory")
@@ -339,6 +357,7 @@ gated_residual_layer_norm_modulate = torch.ops.fastdit.gated_residual_layer_norm
 attention = torch.ops.fastdit.attention.default
 sampler_update = torch.ops.fastdit.sampler_update.default
 trajectory = torch.ops.fastdit.trajectory.default
+normal = torch.ops.fastdit.normal.default
 
 
 def _fresh(like: Tensor) -> Tensor:

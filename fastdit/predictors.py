@@ -74,21 +74,21 @@ def unaltered(model: nn.Module) -> bool:
 _PASSING = {"training", "checkpointing", "cfg"}
 
 
-def _signature(model: nn.Module) -> list[tuple[Any, ...]]:
-    """By module: its name, class, hooks, choices such as a GELU's, and what shadows its methods."""
-    return [
-        (
-            name,
-            type(module),
-            bool(module._forward_hooks or module._forward_pre_hooks),
-            {k: v for k, v in vars(module).items() if k[0] != "_" and k not in _PASSING},
-        )
-        for name, module in model.named_modules()
-    ]
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    """A module's class, hooks, choices such as a GELU's, what shadows its methods; its children's.
+
+    Its own recursion, since `named_modules` takes longer than a step.
+    """
+    return (
+        type(module),
+        bool(module._forward_hooks or module._forward_pre_hooks),
+        {k: v for k, v in vars(module).items() if k[0] != "_" and k not in _PASSING},
+        {name: child and _signature(child) for name, child in module._modules.items()},
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _fresh_signature(cfg: DiTConfig) -> list[tuple[Any, ...]]:
+def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
     with torch.device("meta"):
         return _signature(DiT.from_config(cfg))
 

@@ -75,10 +75,13 @@ class Sampler:
                 autocast's inside autocast. Other than its own needs a `fastdit.DiT`. The sampler's
                 state is at least float32 whatever it is.
             execution: "eager"; "compile", the step as one graph of torch.compile, which pays back
-                after some hundred steps; "graph", the step replayed as a CUDA graph. The latter
-                two need a `fastdit.DiT` and copy it, as another dtype does: later calls see its
-                weights as they are then, but not modules that were exchanged or hooks that came.
-                "auto" is "graph" for a `fastdit.DiT` on CUDA and "eager" elsewhere.
+                after some hundred steps; "graph", the step replayed as a CUDA graph; "trajectory",
+                all steps as one op, for small models, from their weights alone, in C++ on a CPU
+                in float32. All but "eager" need a `fastdit.DiT`. "compile" and "graph" copy it, as
+                another dtype does: later calls see its weights as they are then, but not modules
+                that were exchanged or hooks that came; "trajectory" refuses these. "auto" is
+                "graph" for a `fastdit.DiT` on CUDA; on a CPU "trajectory" where it is the fastest
+                way and `progress` no function; "eager" elsewhere (`execution_for` says which).
             table_bytes: bound of the memory of the modulation tables, which are made for as many
                 steps at a time as fit.
             sample_shape: (C, H, W) of one image, for models other than DiT.
@@ -103,7 +106,7 @@ class Sampler:
             raise ValueError(f"table_bytes: expected a positive integer, got {table_bytes!r}")
         self.execution = execution
         self._check_execution()
-        self._engines: dict[tuple[torch.dtype, str], Engine] = {}
+        self._engines: dict[tuple[torch.dtype, str], Engine | TrajectoryEngine] = {}
         self._built_for = self._device_and_dtype()
         self._turn = threading.Lock()
         self._whose_turn: int | None = None
@@ -134,7 +137,8 @@ class Sampler:
                 the model uses noise[k] (the last adds none, and a deterministic solver none at
                 all).
             progress: True shows a progress bar on stderr; a function is called after each step
-                as `progress(k, x0)`, with k from 0 and the image predicted so far [B, C, H, W].
+                as `progress(k, x0)`, with k from 0 and the image predicted so far [B, C, H, W],
+                which "trajectory" does not show.
                 On CUDA both run ahead of the device, which works on what was launched.
 
         Returns:
@@ -252,7 +256,7 @@ class Sampler:
                 return torch.get_autocast_dtype(device.type)
         return self.dtype or own
 
-    def _current_engine(self, batch_size: int, watched: bool) -> Engine:
+    def _current_engine(self, batch_size: int, watched: bool) -> Engine | TrajectoryEngine:
         """An engine for how the model is now; one more for each autocast dtype and execution."""
         device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
@@ -269,7 +273,9 @@ class Sampler:
             self._engines[dtype, execution] = self._make_engine(device, dtype, execution)
         return self._engines[dtype, execution]
 
-    def _make_engine(self, device: torch.device, dtype: torch.dtype, execution: str) -> Engine:
+    def _make_engine(
+        self, device: torch.device, dtype: torch.dtype, execution: str
+    ) -> Engine | TrajectoryEngine:
         if not hoists(self.model):
             layout = TokenLayout(self.config) if self.config else ImageLayout(self.sample_shape)
             predictor = AnyPredictor(self.model, device, dtype, layout)

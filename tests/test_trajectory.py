@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, engine, functional, reference
+from fastdit import (
+    DiffusionScheduler,
+    DiTConfig,
+    Guidance,
+    Sampler,
+    choice,
+    engine,
+    functional,
+    reference,
+)
 from fastdit.conditioning import ModulationTables
 from fastdit.kernels import cpu
 from fastdit.packed import PackedDiT
@@ -329,3 +338,61 @@ def test_the_op_passes_opcheck():
             *(given["coefficients"], 0, given["seeds"], None, None, None, sizes, eps, "cpp"),
         ),
     )
+
+
+@pytest.mark.parametrize("layout", ["tokens", "images"])
+@pytest.mark.parametrize("learned", [False, True], ids=["eps", "learned"])
+@pytest.mark.parametrize("guidance", [None, Guidance(3.5), Guidance(2.5, channels=2)], ids=str)
+def test_an_update_by_itself_obeys_the_error_rule(layout, learned, guidance):
+    """Columns as reference.COEFFICIENTS; row 1 clips, row 2 is a last step."""
+    B, C = 4, 3
+    shape = [B, 21 * 17, C] if layout == "tokens" else [B, C, 21, 17]
+    out_shape = list(shape)
+    out_shape[0] *= 2 if guidance else 1
+    out_shape[2 if layout == "tokens" else 1] *= 2 if learned else 1
+    rows = [
+        (1.1, -0.4, math.inf, 0.7, -0.2, 0.3, 0.4, 0.8, -2.0, -1.0),
+        (1.3, -0.7, 1.25, 0.4, 0.3, 0.5, -0.2, 0.6, -1.5, -0.5),
+        (1.3, -0.7, math.inf, 0.4, 0.3, 0.5, -0.2, 0.0, -math.inf, -0.5),
+    ]
+    torch.manual_seed(0)
+    x, x0_prev, z = torch.randn(3, *shape)
+    model_out, seeds = torch.randn(out_shape), torch.tensor([[2**40 + 5, i] for i in range(B)])
+    coefficients = torch.tensor(rows)
+    for step in range(3):
+        for prev, noise in ((x0_prev, dict(seeds=seeds)), (None, dict(noise=z)), (None, {})):
+            wide = {k: v.double() if k == "noise" else v for k, v in noise.items()}
+            oracle = functional.sampler_update(
+                *(x.double(), model_out.double(), coefficients.double(), step),
+                *(None if prev is None else prev.double(),),
+                guidance=guidance,
+                **wide,
+            )
+            own, plain = (
+                functional.sampler_update(
+                    *(x, model_out, coefficients, step, prev),
+                    guidance=guidance,
+                    backend=backend,
+                    **noise,
+                )
+                for backend in (None, "reference")
+            )
+            for a, b, exact in zip(own, plain, oracle, strict=True):
+                check_against_oracle(a, b, exact)
+    assert not torch.equal(own[0], plain[0]) or guidance is None  # the C++ ran
+    with pytest.raises(ValueError, match="backend: 'cpp' expects float32 tensors on a CPU"):
+        functional.sampler_update(
+            *(x.double(), model_out, coefficients, 0), guidance=guidance, backend="cpp"
+        )
+
+
+def test_auto_goes_by_what_was_measured_and_says_so():
+    """At a hidden size of 512 steps compiled by PyTorch draw level past 256 tokens."""
+    scheduler = DiffusionScheduler(2)
+    wide = Sampler(make_model(SHAPES["wide"][0]), scheduler)  # 64 tokens
+    assert [wide.execution_for(B) for B in (1, 4, 5, 64)] == ["trajectory"] * 2 + ["eager"] * 2
+    small = Sampler(make_model(), scheduler)
+    assert {small.execution_for(B) for B in (1, 64, 4096)} == {"trajectory"}
+    assert choice.rule(wide.config).endswith("float32 up to 4 rows, 'eager' beyond")
+    assert choice.rule(small.config).endswith("'trajectory' on a CPU in float32, at every batch")
+    assert "takes a hidden size up to 512, got 1152" in choice.rule(fastdit.PRESETS["DiT-XL/2"])

@@ -8,6 +8,7 @@ these for an instruction set each, and `trajectory.cpp` gives images to threads.
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,15 @@ from torch import Tensor
 from fastdit.kernels.cpu.build import BuildError, library
 from fastdit.kernels.shape import Shape
 
-__all__ = ["MAX_HIDDEN", "MAX_TOKENS", "BuildError", "library", "obstacle", "trajectory"]
+__all__ = [
+    "MAX_HIDDEN",
+    "MAX_TOKENS",
+    "BuildError",
+    "library",
+    "obstacle",
+    "sampler_update",
+    "trajectory",
+]
 
 MAX_HIDDEN = 512
 MAX_TOKENS = 256
@@ -27,6 +36,9 @@ _INTEGERS = (
 _FLOATS = "eps mlp_eps scale".split()
 _POINTERS = "weights by_step by_label rows coefficients seeds noise x x0".split()
 
+_UPDATE_INTEGERS = "images elements channels space learned guided step threads".split()
+_UPDATE_POINTERS = "x model_out coefficients x0_prev noise seeds x_next x0".split()
+
 
 class _Problem(ctypes.Structure):
     """`Problem` of problem.h."""
@@ -35,6 +47,16 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _INTEGERS),
         *((name, ctypes.c_float) for name in _FLOATS),
         *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+class _Update(ctypes.Structure):
+    """`Update` of problem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _UPDATE_INTEGERS),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in _UPDATE_POINTERS),
     ]
 
 
@@ -114,15 +136,87 @@ def trajectory(
         scale=scale,
         **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
     )
+    _call(library().fastdit_trajectory, problem, instruction_set)
+    return x, x0
+
+
+def sampler_update(
+    x: Tensor,
+    model_out: Tensor,
+    coefficients: Tensor,
+    step: Tensor,
+    x0_prev: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    guidance: tuple[float, int | None] | None = None,
+    instruction_set: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step's update in float32; arguments as `fastdit.functional.sampler_update`'s.
+
+    Args:
+        step: [] int64; outside of the coefficients' rows the result is NaN.
+        guidance: (scale, how many channels or None for all) where model_out has 2B rows.
+        instruction_set: as for `trajectory`.
+
+    Returns:
+        (x_next, x0), contiguous, like x.
+
+    Raises:
+        BuildError, ValueError: as for `trajectory`.
+    """
+    channel, k = 1 if x.dim() == 4 else 2, int(step)
+    C, (scale, channels) = x.shape[channel], guidance or (1.0, 0)
+    row = torch.full((10,), float("nan"))
+    if 0 <= k < len(coefficients):
+        row = coefficients[k].float().contiguous()
+    given = dict(x=x, model_out=model_out, x0_prev=x0_prev, noise=noise, seeds=seeds)
+    tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
+    x_next, x0 = (x.new_empty(x.shape) for _ in range(2))
+    tensors |= dict(coefficients=row, x_next=x_next, x0=x0)
+    update = _Update(
+        images=len(x),
+        elements=x.shape[1:].numel(),
+        channels=C,
+        space=1 if channel == 2 else x.shape[2:].numel(),
+        learned=model_out.shape[channel] == 2 * C,
+        guided=C if channels is None else channels,
+        step=k,
+        threads=torch.get_num_threads(),
+        scale=scale,
+        **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
+    )
+    _call(library().fastdit_update, update, instruction_set)
+    return x_next, x0
+
+
+def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
+    """Standard normal noise, as `fastdit.noise.normal` defines it.
+
+    Args:
+        seeds: [B, 2] int64 rows of (key, stream).
+        steps: [S] int64.
+        elements: of an image at a step.
+
+    Returns:
+        [S, B, elements] float32.
+
+    Raises:
+        BuildError: the kernels cannot be built.
+    """
+    seeds, steps = seeds.contiguous(), steps.contiguous()
+    out = torch.empty(len(steps), len(seeds), elements)
+    sizes = len(seeds), len(steps), elements, torch.get_num_threads()
+    library().fastdit_normal(seeds.data_ptr(), steps.data_ptr(), *sizes, out.data_ptr())
+    return out
+
+
+def _call(function: Any, argument: ctypes.Structure, instruction_set: str | None) -> None:
     name = None if instruction_set is None else instruction_set.encode()
-    code = library().fastdit_trajectory(ctypes.byref(problem), name)
+    code = function(ctypes.byref(argument), name)
     if code == 1:
-        raise MemoryError(
-            f"trajectory: too little memory for {len(x)} images; take a smaller batch"
-        )
+        raise MemoryError("trajectory: too little memory; take a smaller batch")
     if code == 2:
         raise ValueError(f"instruction_set: expected one this CPU has, got {instruction_set!r}")
-    return x, x0
 
 
 def instruction_set() -> str:
@@ -130,6 +224,6 @@ def instruction_set() -> str:
     return library().fastdit_instruction_set().decode()
 
 
-def peak_flop_per_second(repeats: int = 10_000_000) -> float:
+def peak_flop_per_second(repeats: int = 2_000_000) -> float:
     """What multiply-adds on registers alone reach, on PyTorch's number of threads."""
     return library().fastdit_peak(torch.get_num_threads(), repeats)

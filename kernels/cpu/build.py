@@ -51,7 +51,10 @@ def library() -> ctypes.CDLL:
     loaded.fastdit_instruction_set.restype = ctypes.c_char_p
     loaded.fastdit_peak.restype = ctypes.c_double
     loaded.fastdit_peak.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    loaded.fastdit_trajectory.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    integers = [ctypes.c_int64] * 4
+    loaded.fastdit_normal.argtypes = [*[ctypes.c_void_p] * 2, *integers, ctypes.c_void_p]
+    for call in (loaded.fastdit_trajectory, loaded.fastdit_update):
+        call.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     return loaded
 
 

@@ -4,6 +4,7 @@ namespace {
 #define INLINED __attribute__((always_inline))
 #include "vector.h"
 #include "product.h"
+#include "update.h"
 #include "network.h"
 #include "loop.h"
 }  // namespace
@@ -11,5 +12,5 @@ namespace {
 #define AS_STRING(name) #name
 #define NAME_OF(name) AS_STRING(name)
 const InstructionSet NAME = {NAME_OF(NAME), WIDTH, ROWS, team_floats, thread_floats,
-                             useful_threads, run, multiply_adds};
+                             useful_threads, run, update, normals, multiply_adds};
 }  // namespace fastdit

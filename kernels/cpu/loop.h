@@ -55,46 +55,32 @@ struct Loop : Network {
     });
   }
 
-  // Guidance, solver and noise on 4 * WIDTH elements of an image from e on, as
-  // fastdit.reference.sampler_update states them.
-  void update(int64_t step, int64_t g, int64_t e) const {
+  void update_chunk(int64_t step, int64_t g, int64_t e) const {
     const float* c = p.coefficients + step * 10;
-    const int64_t F_out = p.out_features, image = first_image + g;
-    const float* out = (float*)(at.out + g * panels * F_out);
+    const int64_t panel_floats = panels * p.out_features * WIDTH, image = first_image + g;
+    const float *out = (float*)at.out + g * panel_floats, *null_out = out + images * panel_floats;
     const int32_t* place = w.place + e;
-    for (int64_t i = 0; i < 4 * WIDTH; i++) at.eps[i] = out[place[i]];
+    float *x = at.state + g * padded + e, *x0 = at.x0 + g * padded + e;
+    Chunk chunk;
+    for (int64_t i = 0; i < CHUNK; i++) chunk.x[i] = x[i], chunk.x0[i] = x0[i];
+    for (int64_t i = 0; i < CHUNK; i++) chunk.eps[i] = out[place[i]];
     if (p.learned())
-      for (int64_t i = 0; i < 4 * WIDTH; i++) at.range[i] = out[place[i] + p.features * WIDTH];
-    if (p.guided) {
-      const float* null_out = out + images * panels * F_out * WIDTH;
-      for (int64_t i = 0; i < 4 * WIDTH; i++)
+      for (int64_t i = 0; i < CHUNK; i++) chunk.range[i] = out[place[i] + p.features * WIDTH];
+    if (p.guided)
+      for (int64_t i = 0; i < CHUNK; i++)
         if ((e + i) % p.channels < p.guided) {
           const float null = null_out[place[i]];
-          at.eps[i] = null + p.scale * (at.eps[i] - null);
+          chunk.eps[i] = null + p.scale * (chunk.eps[i] - null);
         }
-    }
     const bool noisy = (p.seeds || p.noise) && c[7] != 0.f;
-    if (noisy && p.seeds)
-      normals(p.seeds[2 * image], p.first + step + 1, p.seeds[2 * image + 1], e / 4, at.noise);
-    else if (noisy)
-      for (int64_t i = 0; i < 4 * WIDTH; i++)
-        at.noise[i] =
-            e + i < p.elements() ? p.noise[(step * p.images + image) * p.elements() + e + i] : 0.f;
-    for (int64_t i = 0; i < 4; i++) {
-      vf* x = (vf*)(at.state + g * padded + e) + i;
-      vf* x0 = (vf*)(at.x0 + g * padded + e) + i;
-      const vf eps = ((vf*)at.eps)[i], range = ((vf*)at.range)[i];
-      const vf now = at_least(at_most(c[0] * *x + c[1] * eps, c[2]), -c[2]);
-      vf next = c[3] * *x + c[4] * eps + c[5] * now;
-      next += c[6] * *x0;
-      if (noisy) {
-        vf sigma = splat(c[7]);
-        if (p.learned()) sigma = exponential(c[8] + (range + 1.f) * 0.5f * (c[9] - c[8]));
-        next += sigma * ((vf*)at.noise)[i];
-      }
-      *x = next;
-      *x0 = now;
+    if (noisy && p.seeds) {
+      normals(p.seeds[2 * image], p.first + step + 1, p.seeds[2 * image + 1], e / 4, chunk.noise);
+    } else if (noisy) {
+      const float* z = p.noise + (step * p.images + image) * p.elements() + e;
+      for (int64_t i = 0; i < CHUNK; i++) chunk.noise[i] = e + i < p.elements() ? z[i] : 0.f;
     }
+    solve(c, noisy, p.learned(), chunk);
+    for (int64_t i = 0; i < CHUNK; i++) x[i] = chunk.x[i], x0[i] = chunk.x0[i];
   }
 
   void run() const {
@@ -105,9 +91,9 @@ struct Loop : Network {
       read_tokens();
       team.wait();
       forward(images);
-      const int64_t chunks = padded / (4 * WIDTH);
+      const int64_t chunks = padded / CHUNK;
       share_out(images * chunks, [&](int64_t i) {
-        update(step, i / chunks, i % chunks * 4 * WIDTH);
+        update_chunk(step, i / chunks, i % chunks * CHUNK);
       });
     }
     team.wait();
@@ -126,7 +112,7 @@ static int64_t team_floats(const Problem& p, int64_t images) {
 
 static int64_t thread_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
-  return (rows * panels * p.hidden + PAIR * panels * WIDTH + 3 * 4) * WIDTH;
+  return (rows * panels * p.hidden + PAIR * panels * WIDTH) * WIDTH;
 }
 
 static int64_t useful_threads(const Problem& p, int64_t images) {
@@ -155,9 +141,6 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   at.x0 = take(shared, images * padded / WIDTH);
   at.normed = (vf*)take(own, all * D);
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
-  at.noise = take(own, 4);
-  at.eps = take(own, 4);
-  at.range = take(own, 4);
 
   // Panels in pairs are shared first, as far as they go, then the rows of the weights.
   const int64_t pairs = ceil_div(all, PAIR);
@@ -169,7 +152,7 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   mine.last_panel = least(all, block_start(pairs, columns, column + 1) * PAIR);
   mine.part = team.id / columns;
   mine.parts = team.size / columns;
-  Loop{{p, w, team, at, panels, mine, rows}, first_image, images, padded}.run();
+  Loop{{p, w, team, at, panels, mine, columns, rows}, first_image, images, padded}.run();
 }
 
 static float multiply_adds(int64_t repeats) {

@@ -6,7 +6,6 @@ struct Memory {
   vf *x, *qkv, *heads, *hidden, *in, *out;    // [panel][features of each]
   float *modulation, *state, *x0;             // [row][width], [image][padded elements]
   vf *normed, *scores;                        // a thread's own: [panel][hidden], [PAIR][tokens]
-  float *noise, *eps, *range;                 // its own: 4 * WIDTH elements each
 };
 
 // Of f(i), i < n, in four chains, since an addition waits for the one before it.
@@ -25,6 +24,7 @@ struct Network {
   Memory at;
   int64_t panels;  // of a row
   Share mine;
+  int64_t columns;  // how many shares of the panels there are
   int64_t rows;
 
   const float* modulation(int64_t panel, int64_t part) const {
@@ -67,9 +67,9 @@ struct Network {
   void attend(int64_t head, int64_t query, int64_t vectors) const {
     const int64_t D = p.hidden, d = D / p.heads, N = p.tokens;
     const int64_t first = query / panels * panels, lanes = panels * WIDTH;
-    const vf* q = at.qkv + query * 3 * D + head * d;
+    const vf* q = at.qkv + query * 3 * D + head * 3 * d;
     for (int64_t key = 0; key < panels; key++) {
-      const float* k = (const float*)(at.qkv + (first + key) * 3 * D + D + head * d);
+      const float* k = (const float*)(q + (first + key - query) * 3 * D + d);
       const int64_t keys = least(WIDTH, N - key * WIDTH), blocks = ceil_div(keys, ROWS);
       for (int64_t n = 0; n < blocks; n++) {
         const int64_t j = block_start(keys, blocks, n), m = block_start(keys, blocks, n + 1) - j;
@@ -86,7 +86,7 @@ struct Network {
     }
     vf* out = at.heads + query * D + head * d;
     for (int64_t key = 0; key < panels; key++) {
-      const float* value = (const float*)(at.qkv + (first + key) * 3 * D + 2 * D + head * d);
+      const float* value = (const float*)(q + (first + key - query) * 3 * D + 2 * d);
       const int64_t keys = least(WIDTH, N - key * WIDTH), blocks = ceil_div(d, ROWS);
       for (int64_t n = 0; n < blocks; n++) {
         const int64_t i = block_start(d, blocks, n), m = block_start(d, blocks, n + 1) - i;
@@ -98,27 +98,36 @@ struct Network {
       for (int64_t i = 0; i < d; i++) out[v * D + i] *= inverse[v];
   }
 
-  void attention() const {
-    const int64_t pairs = ceil_div(panels, PAIR), tasks = rows * p.heads * pairs;
-    const int64_t last = block_start(tasks, team.size, team.id + 1);
-    for (int64_t i = block_start(tasks, team.size, team.id); i < last; i++) {
-      const int64_t row = i / (p.heads * pairs), pair = i % pairs, panel = pair * PAIR;
-      attend(i / pairs % p.heads, row * panels + panel, least(PAIR, panels - panel));
+  // Queries, keys and values of this thread's panels and heads, then their attention: where threads
+  // share the heads of a row they need nothing of each other.
+  void attention(const Layer& l) const {
+    const int64_t D = p.hidden, d = D / p.heads;
+    const int64_t first = block_start(p.heads, mine.parts, mine.part);
+    const int64_t last = block_start(p.heads, mine.parts, mine.part + 1);
+    const Share all_rows{mine.first_panel, mine.last_panel, 0, 1};
+    const float scale = 1.f / __builtin_sqrtf((float)d);
+    for (int64_t h = first; h < last; h++) {
+      const float* weight = l.qkv + h * 3 * d * D;
+      product(all_rows, weight, 3 * d, D, at.normed,
+              [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
+        vf* out = at.qkv + q * 3 * D + h * 3 * d + row;
+        const float* b = l.qkv_bias + h * 3 * d + row;
+        for (int64_t i = 0; i < n; i++) out[i] = (sums[i] + b[i]) * (row + i < d ? scale : 1.f);
+      });
     }
+    if (columns > 1) team.wait();  // keys and values of all of a row's panels
+    for (int64_t h = first; h < last; h++)
+      for (int64_t q = mine.first_panel, n; q < mine.last_panel; q += n) {
+        n = least(least(PAIR, mine.last_panel - q), panels - q % panels);
+        attend(h, q, n);
+      }
+    team.wait();
   }
 
   void layer(const Layer& l, int64_t first_part) const {
     const int64_t D = p.hidden, M = 4 * D;
     layer_norm(first_part, p.eps);
-    const float scale = 1.f / __builtin_sqrtf((float)(D / p.heads));
-    product(mine, l.qkv, 3 * D, D, at.normed, [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
-      vf* out = at.qkv + q * 3 * D + row;
-      const float* b = l.qkv_bias + row;
-      for (int64_t i = 0; i < n; i++) out[i] = (sums[i] + b[i]) * (row + i < D ? scale : 1.f);
-    });
-    team.wait();  // attention reads the keys and values of all of a row's panels
-    attention();
-    team.wait();
+    attention(l);
     add_gated(l.proj, l.proj_bias, D, at.heads, first_part + 2);
     wait_for_rows();
     layer_norm(first_part + 3, p.mlp_eps);

@@ -33,6 +33,19 @@ struct Problem {
   bool learned() const { return out_features != features; }
 };
 
+// One step's update of states in any layout; `Update` in __init__.py has the same fields.
+struct Update {
+  int64_t images, elements, channels;
+  int64_t space;    // elements from one channel to the next: 1 for tokens, H * W for images
+  int64_t learned;  // whether every group of channels * space of eps is followed by one of range
+  int64_t guided, step, threads;
+  float scale;
+  const float *x, *model_out, *coefficients;  // coefficients: the step's row
+  const float *x0_prev, *noise;               // or null
+  const int64_t* seeds;                       // or null
+  float *x_next, *x0;
+};
+
 // Weights in the order in which an instruction set multiplies by them: a matrix [M][K] is blocks of
 // rows, each [K][rows of the block]. Where the rows of a block start, `block_start` says.
 struct Layer {
@@ -100,6 +113,9 @@ struct InstructionSet {
   int64_t (*useful_threads)(const Problem&, int64_t images);  // of a team
   void (*run)(const Problem&, const Weights&, Team, int64_t first_image, int64_t images,
               float* shared, float* own);
+  void (*update)(const Update&, int64_t image, int64_t element);  // 4 * width elements from there
+  // Of a key, step and stream: 4 * width normals from a quad on.
+  void (*normals)(uint64_t key, uint32_t step, uint32_t stream, uint32_t quad, float* out);
   float (*multiply_adds)(int64_t repeats);  // 16 vectors of them each
 };
 

@@ -66,7 +66,8 @@ void pack(const float* w, int64_t M, int64_t K, int64_t rows, float* out, From f
   }
 }
 
-// A model's weights as an instruction set takes them; biases stay the caller's.
+// A model's weights as an instruction set takes them; biases stay the caller's but for qkv's, whose
+// rows are [head][query, key, value][d] here, and a matrix by itself for every head.
 struct Packed {
   Floats memory, final_bias;
   std::vector<Layer> layers;
@@ -78,10 +79,10 @@ struct Packed {
     const int64_t panels = ceil_div(p.tokens, W), of_layer = 12 * D * D + 9 * D;
     const float *embed = p.weights, *position = embed + D * F, *blocks = position + p.tokens * D;
     const float *last = blocks + p.layers * of_layer, *last_bias = last + F_out * D;
-    memory = allocate(D * F + panels * D * W + p.layers * 12 * D * D + F_out * D);
+    memory = allocate(D * F + panels * D * W + p.layers * (12 * D * D + 3 * D) + F_out * D);
     final_bias = allocate(F_out);
     float *to_position = memory.get(), *to_embed = to_position + panels * D * W;  // aligned vectors
-    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * 12 * D * D;
+    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * (12 * D * D + 3 * D);
 
     auto same = [](int64_t row) { return row; };
     // The model's rows are [pixel][eps, range][channel], the kernel's [eps, range][pixel][channel].
@@ -102,13 +103,21 @@ struct Packed {
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t l = 0; l < p.layers; l++) {
       const float* from = blocks + l * of_layer;
-      float* to = to_layers + l * 12 * D * D;
+      float* to = to_layers + l * (12 * D * D + 3 * D);
+      const int64_t d = D / p.heads;
+      float* to_bias = to + 12 * D * D;
+      layers[l].qkv = to, layers[l].qkv_bias = to_bias;
+      for (int64_t h = 0; h < p.heads; h++) {
+        auto row = [&](int64_t i) { return i / d * D + h * d + i % d; };
+        pack(from, 3 * d, D, set.rows, to + h * 3 * d * D, row);
+        for (int64_t i = 0; i < 3 * d; i++) to_bias[h * 3 * d + i] = from[3 * D * D + row(i)];
+      }
+      to += 3 * D * D, from += 3 * D * D + 3 * D;
       auto next = [&](int64_t M, int64_t K, const float*& weight, const float*& bias) {
         pack(from, M, K, set.rows, to, same);
         weight = to, bias = from + M * K;
         to += M * K, from += M * K + M;
       };
-      next(3 * D, D, layers[l].qkv, layers[l].qkv_bias);
       next(D, D, layers[l].proj, layers[l].proj_bias);
       next(4 * D, D, layers[l].fc1, layers[l].fc1_bias);
       next(D, 4 * D, layers[l].fc2, layers[l].fc2_bias);
@@ -188,6 +197,31 @@ int fastdit_trajectory(const Problem* problem, const char* instruction_set) {
     return 1;
   }
   return 0;
+}
+
+int fastdit_update(const Update* update, const char* instruction_set) {
+  const InstructionSet* set = choose(instruction_set);
+  if (!set) return 2;
+  const int64_t chunks = ceil_div(update->elements, 4 * set->width), total = update->images * chunks;
+#pragma omp parallel for num_threads(update->threads) if (total > 64)
+  for (int64_t i = 0; i < total; i++)
+    set->update(*update, i / chunks, i % chunks * 4 * set->width);
+  return 0;
+}
+
+// out [n_steps][n_seeds][elements] of seeds [n_seeds][2], as fastdit/noise.py defines it.
+void fastdit_normal(const int64_t* seeds, const int64_t* steps, int64_t n_seeds, int64_t n_steps,
+                    int64_t elements, int64_t threads, float* out) {
+  const InstructionSet* set = choose(nullptr);
+  const int64_t at_once = 4 * set->width, chunks = ceil_div(elements, at_once);
+  const int64_t total = n_steps * n_seeds * chunks;
+#pragma omp parallel for num_threads(threads) if (total > 64)
+  for (int64_t i = 0; i < total; i++) {
+    float z[64];
+    const int64_t row = i / chunks, first = i % chunks * at_once, *seed = seeds + row % n_seeds * 2;
+    set->normals(seed[0], steps[row / n_seeds], seed[1], first / 4, z);
+    std::copy_n(z, std::min(at_once, elements - first), out + row * elements + first);
+  }
 }
 
 const char* fastdit_instruction_set() { return choose(nullptr)->name; }
