@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastdit import functional
+from fastdit import backends
 from fastdit.config import DiTConfig
 from fastdit.model import unwrap
 from fastdit.predictors import hoists, unaltered
 
 # Past both the C++ trajectory is no faster than a compiled step.
-_HIDDEN, _TOKENS = 384, 256
+_HIDDEN, _TOKENS = 384, 128
 
 EXECUTIONS = ("eager", "compile", "graph", "trajectory")
 
@@ -34,8 +34,8 @@ def obstacle(
     if not unaltered(model):
         return "reads a fastdit.DiT's weights alone, got one with hooks or exchanged modules"
     if device.type == "cpu":
-        return functional.trajectory_obstacle("cpp", model.cfg, device, dtype)
-    return functional.trajectory_obstacle("triton", model.cfg, device, dtype)
+        return backends.trajectory_obstacle("cpp", model.cfg, device, dtype)
+    return backends.trajectory_obstacle("triton", model.cfg, device, dtype)
 
 
 def automatic(
@@ -55,7 +55,7 @@ def automatic(
     if watched or obstacle("trajectory", model, device, dtype) is not None:
         return "eager"
     assert hoists(model)
-    if not trajectory_pays(model.cfg, rows) or not functional.has_cpp():
+    if not trajectory_pays(model.cfg, rows) or not backends.has_cpp():
         return "eager"
     return "trajectory"
 
@@ -64,14 +64,14 @@ def trajectory_pays(cfg: DiTConfig, rows: int) -> bool:
     """Whether the C++ loop is faster on a CPU than steps compiled by PyTorch.
 
     Measured by benchmarks/crossover.py on two cores with AVX-512: up to a hidden size of 384 it is,
-    at every batch from 1 to 64; at 512 up to 256 tokens in a batch, past which neither wins.
+    at every batch from 1 to 64; at 512 it is for a batch of 64 tokens, but not for sure from 256 on.
     """
     return cfg.hidden <= _HIDDEN or rows * cfg.n_tokens <= _TOKENS
 
 
 def rule(cfg: DiTConfig) -> str:
     """What "auto" is for a model, in words."""
-    reason = functional.trajectory_obstacle("cpp", cfg, torch.device("cpu"), torch.float32)
+    reason = backends.trajectory_obstacle("cpp", cfg, torch.device("cpu"), torch.float32)
     if reason:
         on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
     elif cfg.hidden <= _HIDDEN:

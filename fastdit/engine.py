@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit import functional, work
+from fastdit import backends, functional, work
 from fastdit.conditioning import ModulationTables
 from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
 from fastdit.packed import PackedDiT
@@ -25,7 +25,9 @@ STEPS: dict[str, Callable[[], Step]] = {
 }
 Progress: TypeAlias = bool | Callable[[int, Tensor], None]
 
-_CALL_FLOP = 1e11  # of one op that cannot be interrupted: half a second on two CPUs of 2025
+# Of one op, which cannot be interrupted: half a second on two CPUs of 2025; more where laying out
+# the weights, which an op begins with, would otherwise be felt.
+_CALL_FLOP, _CALL_FLOP_PER_WEIGHT = 1e11, 3e4
 _NOISE_CHUNK = 2**18  # normals made at a time: a small batch's steps are made together
 
 
@@ -118,7 +120,7 @@ class Engine(_Loop):
         if batch.noise is not None:
             noise = batch.noise.to(self.device)
             return ((self._layout.to_state(z).to(x.dtype, copy=True), None) for z in noise)
-        if self._execution != "eager" or functional.makes_noise(x):
+        if self._execution != "eager" or backends.makes_noise(x):
             return [(None, batch.keys)] * S
         return ((z.to(x.dtype), None) for z in self._seeded_steps(batch.keys, S))
 
@@ -162,7 +164,9 @@ class TrajectoryEngine(_Loop):
                 while k < S:
                     now = guidance if guidance and guidance.active(table.timesteps[k]) else None
                     rows = 2 * B if now else B
-                    most = self._run_length(table.timesteps[k:], guidance, rows)
+                    most = self._run_length(
+                        *(table.timesteps[k:], guidance, rows, packed.weights.numel())
+                    )
                     modulation = tables.steps(k, most, rows)
                     steps = slice(k, k + len(modulation.by_step))
                     noise = None if batch.noise is None else self._to_states(batch.noise[steps])
@@ -177,9 +181,12 @@ class TrajectoryEngine(_Loop):
                     k = steps.stop
             return self._layout.to_images(x)
 
-    def _run_length(self, timesteps: list[int], guidance: Guidance | None, rows: int) -> int:
+    def _run_length(
+        self, timesteps: list[int], guidance: Guidance | None, rows: int, weights: int
+    ) -> int:
         """How many steps from here on are guided alike, and are a call's work at most."""
-        most = max(1, int(_CALL_FLOP // work.flop(self._model.cfg, rows)))
+        flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)
+        most = max(1, int(flop // work.flop(self._model.cfg, rows)))
         if guidance is None:
             return most
         active = guidance.active(timesteps[0])

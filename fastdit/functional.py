@@ -3,7 +3,7 @@
 In lower precision every op computes in at least float32 inside LayerNorm and softmax; with mixed
 dtypes a residual keeps x's dtype and a modulated output takes scale's.
 
-Every op takes `backend`: "triton" runs the fused kernels, on CUDA or ROCm, or on the CPU where
+Every op takes a `backend`: "triton" runs the fused kernels, on CUDA or ROCm, or on the CPU where
 TRITON_INTERPRET=1 was set before the import; it runs them or raises. "reference" is plain PyTorch,
 which a compiler sees through. None, the default, is "triton" where it can run, and "reference"
 elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere.
@@ -11,27 +11,16 @@ elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPU
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import warnings
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import checks, ops, reference
+from fastdit import backends, checks, ops, reference
 from fastdit import noise as noise_of
-from fastdit.config import DiTConfig
 from fastdit.errors import unknown_name
 from fastdit.packed import PackedDiT
 from fastdit.solvers import Guidance
 
-BACKENDS = ("reference", "triton")
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_HEAD_DIM = 128
 
 
@@ -45,7 +34,7 @@ def layer_norm_modulate(
         scale: [B, D], any row stride (a `chunk` of one [B, 6D] tensor needs no copy).
         shift: [B, D], like scale.
         eps: added to the variance.
-        backend: one of BACKENDS, or None.
+        backend: "triton", "reference" or None.
 
     Returns:
         [B, N, D] in scale's dtype.
@@ -58,7 +47,7 @@ def layer_norm_modulate(
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
     checks.check_device(x, scale=scale, shift=shift)
-    if _runs_triton(backend, x, scale, shift):
+    if backends.runs_triton(backend, x, scale, shift):
         return ops.layer_norm_modulate(x, scale, shift, eps)[0]
     if x.dtype == torch.float64:
         return reference.layer_norm_modulate(x, scale, shift, eps)
@@ -83,7 +72,7 @@ def gated_residual_layer_norm_modulate(
         scale: [B, D], the next sub-layer's.
         shift: [B, D], the next sub-layer's.
         eps: added to the variance.
-        backend: one of BACKENDS, or None.
+        backend: "triton", "reference" or None.
 
     Returns:
         (r, modulated): both [B, N, D]; r in x's dtype, modulated in scale's.
@@ -99,7 +88,7 @@ def gated_residual_layer_norm_modulate(
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     checks.check_device(x, y=y, gate=gate, scale=scale, shift=shift)
-    if _runs_triton(backend, x, y, gate, scale, shift):
+    if backends.runs_triton(backend, x, y, gate, scale, shift):
         residual, modulated, _, _ = ops.gated_residual_layer_norm_modulate(
             x, y, gate, scale, shift, eps
         )
@@ -120,7 +109,7 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
     Args:
         qkv: [B, N, 3D], the thirds of one linear, each head-major.
         n_heads: number of heads; must divide D. Triton takes head dims up to 128.
-        backend: one of BACKENDS, or None.
+        backend: "triton", "reference" or None.
 
     Returns:
         [B, N, D] in qkv's dtype, or autocast's.
@@ -146,7 +135,7 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
                 "use backend='reference'"
             )
         backend = "reference"
-    triton = _runs_triton(backend, qkv)
+    triton = backends.runs_triton(backend, qkv)
     if qkv.dtype != torch.float64 and torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     if N == 1 and qkv.dtype != torch.float64:
@@ -195,7 +184,7 @@ def sampler_update(
             elements counted in the order of x's own.
         noise: z itself, like x. With neither seeds nor noise z is 0.
         guidance: scale, and how many channels it holds for.
-        backend: one of BACKENDS, "cpp" (float32 on a CPU, the default there but under
+        backend: "triton", "reference", "cpp" (float32 on a CPU, the default there but under
             `torch.compile`), or None.
 
     Returns:
@@ -212,10 +201,10 @@ def sampler_update(
     step = checks.check_update_tables(x, coefficients, step)
     checks.check_seeds(x, seeds, noise)
     tensors = (x, model_out, *(t for t in (x0_prev, noise) if t is not None))
-    if backend is None and _suits_cpp(*tensors):
+    if backend is None and backends.suits_cpp(*tensors):
         backend = "cpp"
-    if backend == "cpp" or _runs_triton(backend, *tensors):
-        if backend == "cpp" and not _takes_cpp(*tensors):
+    if backend == "cpp" or backends.runs_triton(backend, *tensors):
+        if backend == "cpp" and not backends.takes_cpp(*tensors):
             raise ValueError(
                 "backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'"
             )
@@ -253,7 +242,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = No
     on_cpu = seeds.device.type == "cpu"
     if backend == "cpp" and not on_cpu:
         raise ValueError(f"backend: 'cpp' expects tensors on a CPU, got {seeds.device}")
-    chosen = on_cpu and not torch.compiler.is_compiling() and backend is None and has_cpp()
+    chosen = on_cpu and not torch.compiler.is_compiling() and backend is None and backends.has_cpp()
     if backend == "cpp" or chosen:
         return ops.normal(seeds, steps, elements)
     return noise_of.normal(seeds, steps, elements)
@@ -300,8 +289,7 @@ def trajectory(
     Source: Peebles & Xie 2023, section 3.2; Ho et al. 2020, algorithm 2.
     """
     checks.check_trajectory(x, x0, packed, modulation, coefficients, seeds, noise, guidance)
-    sizes, eps = _sizes(packed.cfg)
-    chosen = _trajectory_backend(backend, x, packed)
+    chosen = backends.of_trajectory(backend, x, packed)
     if chosen == "reference":
         return reference.trajectory(
             x, x0, packed, modulation, coefficients, first, seeds, noise, guidance
@@ -309,110 +297,10 @@ def trajectory(
     scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
     return ops.trajectory(
         *(x, x0, packed.weights, *modulation, coefficients, first, seeds, noise),
-        *(scale, channels, sizes, eps, chosen),
+        *(scale, channels, *backends.sizes_of(packed.cfg), chosen),
     )
-
-
-def trajectory_obstacle(
-    backend: str, cfg: DiTConfig, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Why "cpp" or "triton" takes no trajectory of such a model and state, or None."""
-    if backend == "cpp" and device.type != "cpu":
-        return f"expects tensors on a CPU, got {device}"
-    if backend == "cpp" and dtype != torch.float32:
-        return f"computes in float32, got {dtype}"
-    reason = None if backend == "cpp" else _obstacle(device, dtype)
-    return reason or ops.trajectory_obstacle(backend, *_sizes(cfg))
-
-
-@functools.cache
-def has_cpp() -> bool:
-    """Whether the C++ kernels are here or can be built; warns once where they cannot."""
-    try:
-        ops.build_cpp()
-    except RuntimeError as error:
-        warnings.warn(f"fastdit runs without its C++ kernels: {error}", stacklevel=2)
-        return False
-    return True
-
-
-def _trajectory_backend(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
-    known = (*BACKENDS, "cpp")
-    if backend not in (None, *known):
-        raise unknown_name("backend", str(backend), known)
-    if backend == "reference" or (backend is None and x.dtype == torch.float64):
-        return "reference"
-    where = packed.cfg, x.device, x.dtype
-    if backend is not None:
-        reason = trajectory_obstacle(backend, *where)
-        if reason:
-            raise ValueError(f"backend: {backend!r} {reason}; use backend='reference'")
-        return backend
-    if trajectory_obstacle("triton", *where) is None:
-        return "triton"
-    return "cpp" if trajectory_obstacle("cpp", *where) is None and has_cpp() else "reference"
-
-
-def _sizes(cfg: DiTConfig) -> tuple[list[int], list[float]]:
-    """A config as the kernels' `Shape` has it."""
-    patch = cfg.patch_size**2
-    sizes = [cfg.n_tokens, patch * cfg.in_channels, patch * cfg.out_channels, cfg.in_channels]
-    sizes += [cfg.hidden, cfg.n_layers, cfg.n_heads, int(cfg.gelu == "tanh")]
-    return sizes, [cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps]
-
-
-def makes_noise(*tensors: Tensor) -> bool:
-    """Whether `sampler_update` makes the noise of seeds in its own pass over such tensors."""
-    return default_backend(*tensors) == "triton" or _suits_cpp(*tensors)
-
-
-def _takes_cpp(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-
-
-def _suits_cpp(*tensors: Tensor) -> bool:
-    """Not where a compiler looks on, which fuses plain PyTorch, nor where kernels are tested."""
-    plain = not torch.compiler.is_compiling() and not _INTERPRET
-    return plain and _takes_cpp(*tensors) and has_cpp()
-
-
-def default_backend(*tensors: Tensor) -> str:
-    """The backend that None stands for on these tensors, in most ops."""
-    return "triton" if _obstacle_of(tensors) is None else "reference"
 
 
 def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     normed = F.layer_norm(x, x.shape[-1:], eps=eps)
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(scale.dtype)
-
-
-def _runs_triton(backend: str | None, *tensors: Tensor) -> bool:
-    """Whether the Triton op runs; raises where it was named and cannot."""
-    if backend not in (None, *BACKENDS):
-        raise unknown_name("backend", str(backend), BACKENDS)
-    if backend == "reference":
-        return False
-    obstacle = _obstacle_of(tensors)
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend: 'triton' {obstacle}; use backend='reference'")
-    return obstacle is None
-
-
-def _obstacle_of(tensors: Sequence[Tensor]) -> str | None:
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    return _obstacle(tensors[0].device, torch.float64 if wide else torch.float32)
-
-
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot run there, or None."""
-    if dtype == torch.float64:
-        return "computes in float32, got float64"
-    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRET):
-        return f"expects tensors on CUDA (or TRITON_INTERPRET=1 for the CPU), got {device}"
-    if not _HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if device.type == "cuda" and torch.version.hip is None:
-        properties = torch.cuda.get_device_properties(device.index or 0)
-        if properties.major < 8:
-            return f"needs Ampere or later, got {properties.name}"
-    return None

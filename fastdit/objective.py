@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdit import functional
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.losses import diffusion_loss
-from fastdit.noise import normal, philox4x32
+from fastdit.noise import philox4x32
 from fastdit.sources import Samples
 
 _EPS, _CHOICES = 0, 2  # the counter's second word, by what is drawn; a latent's own follows _EPS
@@ -70,7 +71,7 @@ class Objective(nn.Module):
         """The batch of samples `numbers`, [b] int64; the rest as in `Samples`."""
         seeds = torch.stack([torch.full_like(numbers, self._key), numbers], dim=1)
         kinds = torch.arange(_EPS, _EPS + (1 if std is None else 2), device=numbers.device)
-        drawn = normal(seeds, kinds, mean[0].numel()).view(len(kinds), *mean.shape)
+        drawn = functional.normal(seeds, kinds, mean[0].numel()).view(len(kinds), *mean.shape)
         drawn = drawn.to(mean.dtype)
         x0 = mean if std is None else mean + std * drawn[1]
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,8 @@ def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
         ways += ["reference max-autotune", "fastdit graph"]
     if importlib.util.find_spec("diffusers"):
         ways.append("diffusers eager")
+    if shutil.which("c++") and not torch.cuda.is_available():
+        ways.append("fastdit trajectory")
     assert set(rows) == {(way, batch) for way in ways for batch in (1, 2)}
     for (way, _), row in rows.items():
         assert way in done.stdout
@@ -86,6 +89,15 @@ def test_sample_throughput_takes_presets_dtypes_and_choices(tmp_path):
 def test_sample_throughput_refuses_bad_arguments(arguments, message):
     done = run("sample_throughput.py", *arguments)
     assert done.returncode == 2 and message in done.stderr
+
+
+def test_crossover_sets_both_ways_side_by_side(tmp_path):
+    path = tmp_path / "r.json"
+    done = run("crossover.py", *"--model toy --batch 2 --rounds 1 --json".split(), path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["auto"] == "trajectory" and row["ratio"] > 0
+    assert "batch 2" in done.stdout and f"{row['ratio']:.2f}" in done.stdout
 
 
 def test_roofline_measures_a_floor(tmp_path):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
 SAMPLING, TRAINING = RESULTS / "sample_throughput.json", RESULTS / "train_throughput.json"
+CROSSOVER = RESULTS / "crossover.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
 
 
@@ -25,6 +26,7 @@ def benchmark_modules(monkeypatch):
     for name in (
         "_harness",
         "sample_throughput",
+        "crossover",
         "train_throughput",
         "toy_recipes",
         "inductive_bias",
@@ -68,6 +70,13 @@ def test_the_sampling_table_is_the_measured_one(benchmark_modules):
     assert table(COLUMNS, document["rows"], markdown=True) in README
 
 
+def test_the_table_of_the_crossover_is_the_measured_one(benchmark_modules):
+    from _harness import table
+    from crossover import summary
+
+    assert table(*summary(read(CROSSOVER)["rows"]), markdown=True) in README
+
+
 def test_the_training_tables_are_the_measured_ones(benchmark_modules):
     from _harness import table
     from train_throughput import QUALITY_COLUMNS, RATE_COLUMNS
@@ -93,7 +102,9 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
     assert "![" in page and (ROOT / "docs" / "inductive_bias.png").exists()
 
 
-@pytest.mark.parametrize("path", [SAMPLING, TRAINING, TOY, BIAS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [SAMPLING, CROSSOVER, TRAINING, TOY, BIAS], ids=lambda path: path.stem
+)
 def test_results_name_their_machine_and_come_from_a_commit(path):
     machine = read(path)["machine"]
     assert machine["device"] in README and f"torch {machine['torch']}" in README

@@ -158,8 +158,8 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
 static float multiply_adds(int64_t repeats) {
   vf sum[16];
   for (int i = 0; i < 16; i++) sum[i] = splat(i);
-  vf factor = splat(0.999f), addend = splat(0.001f);
-  asm volatile("" : "+x"(factor), "+x"(addend));
+  volatile float unknown[2] = {0.999f, 0.001f};  // or the compiler would do the sums itself
+  const vf factor = splat(unknown[0]), addend = splat(unknown[1]);
   for (int64_t n = 0; n < repeats; n++)
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) sum[i] = sum[i] * factor + addend;

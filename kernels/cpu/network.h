@@ -63,7 +63,7 @@ struct Network {
     });
   }
 
-  // at.heads of one head, for NV panels of queries from panel `query` on.
+  // at.heads of one head, for one or two panels of queries from panel `query` on.
   void attend(int64_t head, int64_t query, int64_t vectors) const {
     const int64_t D = p.hidden, d = D / p.heads, N = p.tokens;
     const int64_t first = query / panels * panels, lanes = panels * WIDTH;

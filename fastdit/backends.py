@@ -1,0 +1,122 @@
+"""Which backend runs an op: what each needs, and what None stands for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdit import ops
+from fastdit.config import DiTConfig
+from fastdit.errors import unknown_name
+from fastdit.packed import PackedDiT
+
+BACKENDS = ("reference", "triton")  # those of every op
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def trajectory_obstacle(
+    backend: str, cfg: DiTConfig, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why "cpp" or "triton" takes no trajectory of such a model and state, or None."""
+    if backend == "cpp" and device.type != "cpu":
+        return f"expects tensors on a CPU, got {device}"
+    if backend == "cpp" and dtype != torch.float32:
+        return f"computes in float32, got {dtype}"
+    reason = None if backend == "cpp" else _obstacle(device, dtype)
+    return reason or ops.trajectory_obstacle(backend, *sizes_of(cfg))
+
+
+@functools.cache
+def has_cpp() -> bool:
+    """Whether the C++ kernels are here or can be built; warns once where they cannot."""
+    try:
+        ops.build_cpp()
+    except RuntimeError as error:
+        warnings.warn(f"fastdit runs without its C++ kernels: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def of_trajectory(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
+    known = (*BACKENDS, "cpp")
+    if backend not in (None, *known):
+        raise unknown_name("backend", str(backend), known)
+    if backend == "reference" or (backend is None and x.dtype == torch.float64):
+        return "reference"
+    where = packed.cfg, x.device, x.dtype
+    if backend is not None:
+        reason = trajectory_obstacle(backend, *where)
+        if reason:
+            raise ValueError(f"backend: {backend!r} {reason}; use backend='reference'")
+        return backend
+    if trajectory_obstacle("triton", *where) is None:
+        return "triton"
+    return "cpp" if trajectory_obstacle("cpp", *where) is None and has_cpp() else "reference"
+
+
+def sizes_of(cfg: DiTConfig) -> tuple[list[int], list[float]]:
+    """A config as the kernels' `Shape` has it."""
+    patch = cfg.patch_size**2
+    sizes = [cfg.n_tokens, patch * cfg.in_channels, patch * cfg.out_channels, cfg.in_channels]
+    sizes += [cfg.hidden, cfg.n_layers, cfg.n_heads, int(cfg.gelu == "tanh")]
+    return sizes, [cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps]
+
+
+def makes_noise(*tensors: Tensor) -> bool:
+    """Whether `sampler_update` makes the noise of seeds in its own pass over such tensors."""
+    return default_backend(*tensors) == "triton" or suits_cpp(*tensors)
+
+
+def takes_cpp(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+
+
+def suits_cpp(*tensors: Tensor) -> bool:
+    """Not where a compiler looks on, which fuses plain PyTorch, nor where kernels are tested."""
+    plain = not torch.compiler.is_compiling() and not _INTERPRET
+    return plain and takes_cpp(*tensors) and has_cpp()
+
+
+def default_backend(*tensors: Tensor) -> str:
+    """The backend that None stands for on these tensors, in most ops."""
+    return "triton" if _obstacle_of(tensors) is None else "reference"
+
+
+def runs_triton(backend: str | None, *tensors: Tensor) -> bool:
+    """Whether the Triton op runs; raises where it was named and cannot."""
+    if backend not in (None, *BACKENDS):
+        raise unknown_name("backend", str(backend), BACKENDS)
+    if backend == "reference":
+        return False
+    obstacle = _obstacle_of(tensors)
+    if backend == "triton" and obstacle:
+        raise ValueError(f"backend: 'triton' {obstacle}; use backend='reference'")
+    return obstacle is None
+
+
+def _obstacle_of(tensors: Sequence[Tensor]) -> str | None:
+    wide = any(t.dtype == torch.float64 for t in tensors)
+    return _obstacle(tensors[0].device, torch.float64 if wide else torch.float32)
+
+
+def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run there, or None."""
+    if dtype == torch.float64:
+        return "computes in float32, got float64"
+    if device.type != "cuda" and not (device.type == "cpu" and _INTERPRET):
+        return f"expects tensors on CUDA (or TRITON_INTERPRET=1 for the CPU), got {device}"
+    if not _HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if device.type == "cuda" and torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(device.index or 0)
+        if properties.major < 8:
+            return f"needs Ampere or later, got {properties.name}"
+    return None
