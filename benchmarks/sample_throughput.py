@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastdit
-from fastdit import choice, reference, testing, work
+from fastdit import backends, choice, reference, testing, work
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.kernels import cpu
 
@@ -286,6 +286,8 @@ def run(case: Case, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     )
     rows, floors, chosen = [], [], list(args.way)
     reason = choice.obstacle("trajectory", case.own, case.device, case.dtype)
+    if reason is None and case.device.type == "cpu" and not backends.has_cpp():
+        reason = "needs a C++ compiler"
     if TRAJECTORY in chosen and reason:
         print(f"without {TRAJECTORY}, which {reason}")
         chosen.remove(TRAJECTORY)

@@ -54,12 +54,43 @@ def of_trajectory(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
     where = packed.cfg, x.device, x.dtype
     if backend is not None:
         reason = trajectory_obstacle(backend, *where)
+        if backend == "cpp" and not reason and packed.weights.dtype != torch.float32:
+            reason = f"computes in float32, got weights in {packed.weights.dtype}"
         if reason:
             raise ValueError(f"backend: {backend!r} {reason}; use backend='reference'")
         return backend
     if trajectory_obstacle("triton", *where) is None:
         return "triton"
-    return "cpp" if trajectory_obstacle("cpp", *where) is None and has_cpp() else "reference"
+    if packed.weights.dtype != torch.float32 or trajectory_obstacle("cpp", *where) is not None:
+        return "reference"
+    return "cpp" if has_cpp() else "reference"
+
+
+def of_update(backend: str | None, *tensors: Tensor) -> str:
+    """The backend of an update of a state, the first tensor."""
+    known = (*BACKENDS, "cpp")
+    if backend not in (None, *known):
+        raise unknown_name("backend", str(backend), known)
+    if backend == "cpp" and not _takes_cpp(*tensors):
+        raise ValueError("backend: 'cpp' expects a float32 state on a CPU; use backend='reference'")
+    if backend is None and suits_cpp(*tensors):
+        return "cpp"
+    if backend == "cpp":
+        return backend
+    return "triton" if runs_triton(backend, *tensors) else "reference"
+
+
+def of_noise(backend: str | None, seeds: Tensor) -> str:
+    """The backend of noise by itself."""
+    known = ("reference", "cpp")
+    if backend not in (None, *known):
+        raise unknown_name("backend", str(backend), known)
+    on_cpu = seeds.device.type == "cpu"
+    if backend == "cpp" and not on_cpu:
+        raise ValueError(f"backend: 'cpp' expects tensors on a CPU, got {seeds.device}")
+    if backend is not None:
+        return backend
+    return "cpp" if on_cpu and not torch.compiler.is_compiling() and has_cpp() else "reference"
 
 
 def sizes_of(cfg: DiTConfig) -> tuple[list[int], list[float]]:
@@ -75,14 +106,20 @@ def makes_noise(*tensors: Tensor) -> bool:
     return default_backend(*tensors) == "triton" or suits_cpp(*tensors)
 
 
-def takes_cpp(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-
-
 def suits_cpp(*tensors: Tensor) -> bool:
-    """Not where a compiler looks on, which fuses plain PyTorch, nor where kernels are tested."""
-    plain = not torch.compiler.is_compiling() and not _INTERPRET
-    return plain and takes_cpp(*tensors) and has_cpp()
+    """Whether the C++ update is the default: not where gradients are asked for, or a compiler
+    looks on, which fuses plain PyTorch, nor where Triton's kernels are interpreted.
+    """
+    if torch.compiler.is_compiling() or _INTERPRET or not _takes_cpp(*tensors):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return has_cpp()
+
+
+def _takes_cpp(state: Tensor, *others: Tensor) -> bool:
+    narrow = state.dtype == torch.float32 and all(t.dtype != torch.float64 for t in others)
+    return narrow and state.device.type == "cpu"
 
 
 def default_backend(*tensors: Tensor) -> str:

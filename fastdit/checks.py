@@ -75,6 +75,7 @@ def check_trajectory(
     labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
     expected: dict[str, tuple[Tensor | None, list[int]]] = {
         "x": (x, state),
+        "packed.weights": (packed.weights, [packed.size]),
         "x0": (x0, state),
         "coefficients": (coefficients, [K, len(reference.COEFFICIENTS)]),
         "modulation.by_step": (by_step, [K, labels, width]),
@@ -87,6 +88,10 @@ def check_trajectory(
             raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
         if value is not None and name != "modulation.rows" and value.dtype not in DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+    if row.dtype != torch.int64:
+        raise ValueError(f"modulation.rows: expected int64, got {row.dtype}")
+    if x0.dtype != x.dtype:
+        raise ValueError(f"x0: expected x's dtype {x.dtype}, got {x0.dtype}")
     check_range("modulation.rows", row, labels if by_label is None else len(by_label))
     if guidance is not None and not 0 < (guidance.channels or 1) <= cfg.in_channels:
         raise ValueError(
@@ -95,7 +100,22 @@ def check_trajectory(
     check_seeds(x, seeds, noise)
     del expected["x"]
     given = {name: value for name, (value, _) in expected.items() if value is not None}
-    check_device(x, packed=packed.weights, **given)
+    check_device(x, **given)
+
+
+def check_noise(seeds: Tensor, steps: Tensor, elements: int) -> None:
+    if elements < 1:
+        raise ValueError(f"elements: expected at least 1, got {elements}")
+    if seeds.dtype != torch.int64 or seeds.dim() != 2 or seeds.shape[1] != 2:
+        raise ValueError(
+            f"seeds: expected int64 of shape [B, 2], got {seeds.dtype} of {list(seeds.shape)}"
+        )
+    if steps.dtype != torch.int64 or steps.dim() != 1:
+        raise ValueError(
+            f"steps: expected int64 of shape [S], got {steps.dtype} of {list(steps.shape)}"
+        )
+    if steps.device != seeds.device:
+        raise ValueError(f"steps: expected seeds' device {seeds.device}, got {steps.device}")
 
 
 def check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:

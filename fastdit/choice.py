@@ -10,9 +10,6 @@ from fastdit.config import DiTConfig
 from fastdit.model import unwrap
 from fastdit.predictors import hoists, unaltered
 
-# Past both the C++ trajectory is no faster than a compiled step.
-_HIDDEN, _TOKENS = 384, 128
-
 EXECUTIONS = ("eager", "compile", "graph", "trajectory")
 
 
@@ -38,45 +35,30 @@ def obstacle(
     return backends.trajectory_obstacle("triton", model.cfg, device, dtype)
 
 
-def automatic(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, rows: int, watched: bool
-) -> str:
+def automatic(model: nn.Module, device: torch.device, dtype: torch.dtype, watched: bool) -> str:
     """What "auto" stands for.
+
+    On a CPU the C++ trajectory, wherever it can be: measured by benchmarks/crossover.py, on two
+    cores with AVX-512, it is faster than compiled steps for every model that it takes, at every
+    batch. "auto" compiles nothing itself, since that takes longer than many a run.
 
     Args:
         model: as a `Sampler` holds it.
         device: the model's.
         dtype: of the forward.
-        rows: of a step's batch, null ones counted.
         watched: whether every step's x0 is asked for.
     """
     if device.type == "cuda":
         return "graph" if hoists(model) else "eager"
     if watched or obstacle("trajectory", model, device, dtype) is not None:
         return "eager"
-    assert hoists(model)
-    if not trajectory_pays(model.cfg, rows) or not backends.has_cpp():
-        return "eager"
-    return "trajectory"
-
-
-def trajectory_pays(cfg: DiTConfig, rows: int) -> bool:
-    """Whether the C++ loop is faster on a CPU than steps compiled by PyTorch.
-
-    Measured by benchmarks/crossover.py on two cores with AVX-512: up to a hidden size of 384 it is,
-    at every batch from 1 to 64; at 512 it is for a batch of 64 tokens, but not for sure from 256 on.
-    """
-    return cfg.hidden <= _HIDDEN or rows * cfg.n_tokens <= _TOKENS
+    return "trajectory" if backends.has_cpp() else "eager"
 
 
 def rule(cfg: DiTConfig) -> str:
     """What "auto" is for a model, in words."""
     reason = backends.trajectory_obstacle("cpp", cfg, torch.device("cpu"), torch.float32)
-    if reason:
-        on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
-    elif cfg.hidden <= _HIDDEN:
-        on_cpu = "'trajectory' on a CPU in float32, at every batch"
-    else:
-        most = _TOKENS // cfg.n_tokens
-        on_cpu = f"'trajectory' on a CPU in float32 up to {most} rows, 'eager' beyond"
-    return f"'graph' on CUDA; {on_cpu}"
+    on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
+    if reason is None:
+        on_cpu = "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
+    return f"'graph' on CUDA, {on_cpu}"

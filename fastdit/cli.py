@@ -131,7 +131,7 @@ def sample(
                 clip=clip,
                 guidance=guidance and asdict(guidance),
                 dtype=dtype,
-                execution=sampler.execution_for(batch_size),
+                execution=sampler.execution_for(),
                 vae=decoder and digest(decoder),
                 checkpoint=_digest(checkpoint),
             )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from fastdit.diffusion import timestep_embedding
 from fastdit.model import DiT
 from fastdit.reference import Modulation
+
+Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class ModulationTables:
@@ -29,7 +34,7 @@ class ModulationTables:
         timesteps: Sequence[int],
         labels: Sequence[int] | None,
         max_bytes: int,
-        joined: bool = False,
+        linear: Linear | None = None,
     ) -> None:
         """Plan the tables; the first chunk of steps is computed when it is asked for.
 
@@ -39,8 +44,9 @@ class ModulationTables:
             labels: one for each row of the batch; None for a batch without labels.
             max_bytes: bound of the tables and of the product that fills them; the rows that a
                 step picks, and the conditioning itself, are not counted.
-            joined: whether the layers are plain linears, whose weights are joined in a copy, so
-                that a small model's tables are not mostly the calling of its layers.
+            linear: applies weights to rows, as `F.linear`, in the place of the model's own layers,
+                which must be plain linears: those of modulation are joined in a copy, so that a
+                small model's tables are not mostly the calling of its layers.
 
         Raises:
             ValueError: the tables of a single step exceed the bound.
@@ -55,7 +61,8 @@ class ModulationTables:
         self._timesteps = torch.tensor(timesteps, device=device)
         self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
         self._split = cfg.modulation_act == "none"
-        self._joined = _joined_weights(model) if joined else None
+        self._linear = linear
+        self._joined = None if linear is None else _joined_weights(model)
 
         # While a table is filled, one layer's product stands beside it.
         row_bytes = (sum(self._columns) + 6 * cfg.hidden) * itemsize
@@ -98,16 +105,32 @@ class ModulationTables:
         """The steps from k on, as many as fit, where the last chunk was."""
         t, labels = self._timesteps[k : k + self._chunk], self._labels
         if self._split:
-            c, per_step = self._model.time_conditioning(t), 1
+            c, per_step = self._time_conditioning(t), 1
         else:
-            per_step = 1 if labels is None else len(labels)
-            y = None if labels is None else labels.repeat(len(t))
-            c = self._model.conditioning(t.repeat_interleave(per_step), y)
+            of_label = self._model.label_conditioning(labels)  # [labels, D], [D] or None
+            c = self._time_conditioning(t)[:, None]
+            c = F.silu(c if of_label is None else c + of_label)
+            c, per_step = c.flatten(0, 1), c.shape[1]
         if self._storage is None:
             self._storage = c.new_empty(self._chunk, per_step, sum(self._columns))
         steps = self._storage[: len(t)]
         self._project(c, steps.view(len(c), -1))
         return steps
+
+    def _time_conditioning(self, t: Tensor) -> Tensor:
+        """[S, D]"""
+        if self._linear is None:
+            return self._model.time_conditioning(t)
+        first, act, last = self._model.t_embed
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+        freq_shift = self._model.cfg.t_freq_shift
+        embedding = timestep_embedding(t, first.in_features, freq_shift=freq_shift)
+        hidden = act(self._apply(embedding.to(first.weight.dtype), first.weight, first.bias))
+        return self._apply(hidden, last.weight, last.bias)
+
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert self._linear is not None
+        return self._linear(x, weight, bias)
 
     def _label_table(self) -> Tensor | None:
         """`W e_y`, as what the layers give beyond their bias."""
@@ -116,7 +139,7 @@ class ModulationTables:
             return None
         e_y = e_y.view(-1, e_y.shape[-1])  # the null row alone is [D]
         if self._joined is not None:
-            return e_y @ self._joined[0].t()
+            return self._apply(e_y, self._joined[0], None)
         table = e_y.new_empty(len(e_y), sum(self._columns))
         self._project(e_y, table)
         for part, columns in self._parts(torch.zeros_like(e_y[:1]), table):
@@ -126,7 +149,7 @@ class ModulationTables:
     def _project(self, c: Tensor, out: Tensor) -> None:
         """All layers' modulation of c [R, D], side by side into out [R, width]."""
         if self._joined is not None:
-            torch.addmm(self._joined[1], c, self._joined[0].t(), out=out)
+            out.copy_(self._apply(c, *self._joined))
             return
         for part, columns in self._parts(c, out):
             columns.copy_(part)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdit import backends, functional, work
+from fastdit import backends, functional, ops, work
 from fastdit.conditioning import ModulationTables
 from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
 from fastdit.packed import PackedDiT
@@ -154,8 +155,9 @@ class TrajectoryEngine(_Loop):
         self._predictor.refresh()
         with self._without_autocast():
             packed = PackedDiT.of(self._model)
+            linear = ops.linear if self.device.type == "cpu" else F.linear
             tables = ModulationTables(
-                self._model, table.timesteps, batch.labels, table_bytes, joined=True
+                self._model, table.timesteps, batch.labels, table_bytes, linear
             )
             state, coefficients = self._start(batch, table)
             x, x0, k = state.x, state.x0, 0

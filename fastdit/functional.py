@@ -6,7 +6,8 @@ dtypes a residual keeps x's dtype and a modulated output takes scale's.
 Every op takes a `backend`: "triton" runs the fused kernels, on CUDA or ROCm, or on the CPU where
 TRITON_INTERPRET=1 was set before the import; it runs them or raises. "reference" is plain PyTorch,
 which a compiler sees through. None, the default, is "triton" where it can run, and "reference"
-elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere.
+elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere. The
+ops of sampling also have "cpp", C++ for float32 on a CPU, which is the default there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from fastdit import backends, checks, ops, reference
 from fastdit import noise as noise_of
-from fastdit.errors import unknown_name
 from fastdit.packed import PackedDiT
 from fastdit.solvers import Guidance
 
@@ -185,7 +185,7 @@ def sampler_update(
         noise: z itself, like x. With neither seeds nor noise z is 0.
         guidance: scale, and how many channels it holds for.
         backend: "triton", "reference", "cpp" (float32 on a CPU, the default there but under
-            `torch.compile`), or None.
+            `torch.compile` or where a gradient is asked for), or None.
 
     Returns:
         (x_next, x0), both of x's shape and dtype.
@@ -201,17 +201,11 @@ def sampler_update(
     step = checks.check_update_tables(x, coefficients, step)
     checks.check_seeds(x, seeds, noise)
     tensors = (x, model_out, *(t for t in (x0_prev, noise) if t is not None))
-    if backend is None and backends.suits_cpp(*tensors):
-        backend = "cpp"
-    if backend == "cpp" or backends.runs_triton(backend, *tensors):
-        if backend == "cpp" and not backends.takes_cpp(*tensors):
-            raise ValueError(
-                "backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'"
-            )
+    chosen = backends.of_update(backend, *tensors)
+    if chosen != "reference":
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
         return ops.sampler_update(
-            *(x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels),
-            "cpp" if backend == "cpp" else "triton",
+            *(x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels), chosen
         )
     return reference.sampler_update(
         x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
@@ -231,19 +225,12 @@ def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = No
         [S, B, elements] float32 on seeds' device.
 
     Raises:
-        ValueError: elements is not positive, or the backend does not serve the device.
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
 
     Source: Salmon et al. 2011 (Philox4x32-10); Box & Muller 1958.
     """
-    if elements < 1:
-        raise ValueError(f"elements: expected at least 1, got {elements}")
-    if backend not in (None, "reference", "cpp"):
-        raise unknown_name("backend", str(backend), ("reference", "cpp"))
-    on_cpu = seeds.device.type == "cpu"
-    if backend == "cpp" and not on_cpu:
-        raise ValueError(f"backend: 'cpp' expects tensors on a CPU, got {seeds.device}")
-    chosen = on_cpu and not torch.compiler.is_compiling() and backend is None and backends.has_cpp()
-    if backend == "cpp" or chosen:
+    checks.check_noise(seeds, steps, elements)
+    if backends.of_noise(backend, seeds) == "cpp":
         return ops.normal(seeds, steps, elements)
     return noise_of.normal(seeds, steps, elements)
 
@@ -276,8 +263,8 @@ def trajectory(
         seeds: [B, 2] int64 (key, stream); or
         noise: [K, B, P, C], z itself. With neither z is 0.
         guidance: scale, and how many channels it holds for; all K steps are guided.
-        backend: "cpp" (a CPU, float32, hidden up to 512, up to 256 tokens), "triton" (CUDA; hidden
-            64 or 128, 16 or 64 tokens), "reference", or None, which is the first that can run.
+        backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens), "cpp" (a CPU, float32, hidden
+            up to 512, up to 256 tokens), "reference", or None, the first of these that can run.
 
     Returns:
         (x, x0) after the last step, of x's shape and dtype.

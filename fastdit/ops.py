@@ -60,6 +60,7 @@ _define(
     " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
 )
 _define("fastdit::normal", "(Tensor seeds, Tensor steps, int elements) -> Tensor")
+_define("fastdit::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _define("fastdit::attention", "(Tensor qkv, int n_heads) -> (Tensor out, Tensor lse)")
 _define(
     "fastdit::attention_backward",
@@ -286,6 +287,18 @@ def _(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     return seeds.new_empty((len(steps), len(seeds), elements), dtype=torch.float32)
 
 
+@_implements("fastdit::linear")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from fastdit.kernels import cpu
+
+    return cpu.linear(x, weight, bias)
+
+
+@torch.library.register_fake("fastdit::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((len(x), len(weight)))
+
+
 @_implements("fastdit::trajectory")
 def _trajectory(
     x: Tensor,
@@ -358,6 +371,7 @@ attention = torch.ops.fastdit.attention.default
 sampler_update = torch.ops.fastdit.sampler_update.default
 trajectory = torch.ops.fastdit.trajectory.default
 normal = torch.ops.fastdit.normal.default
+linear = torch.ops.fastdit.linear.default
 
 
 def _fresh(like: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -69,17 +68,22 @@ class PackedDiT:
     def out_features(self) -> int:
         return self.cfg.patch_size**2 * self.cfg.out_channels
 
+    @property
+    def size(self) -> int:
+        """How many weights a model of this config has."""
+        return sum(torch.Size(shape).numel() for shape in self._shapes())
+
     def parts(self) -> Parts:
         """Views of the weights."""
+        shapes = self._shapes()
+        pieces = self.weights.split([torch.Size(shape).numel() for shape in shapes])
+        views = iter([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
+        embed, position = next(views), next(views)
+        layers = [Layer(*(next(views) for _ in Layer._fields)) for _ in range(self.cfg.n_layers)]
+        return Parts(embed, position, layers, *views)
+
+    def _shapes(self) -> list[tuple[int, ...]]:
         D, N, M = self.cfg.hidden, self.cfg.n_tokens, MLP_RATIO * self.cfg.hidden
         layer = [(3 * D, D), (3 * D,), (D, D), (D,), (M, D), (M,), (D, M), (D,)]
         shapes = [(D, self.features), (N, D), *layer * self.cfg.n_layers]
-        views = self._views([*shapes, (self.out_features, D), (self.out_features,)])
-        embed, position = next(views), next(views)
-        layers = [Layer(*(next(views) for _ in layer)) for _ in range(self.cfg.n_layers)]
-        return Parts(embed, position, layers, *views)
-
-    def _views(self, shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
-        sizes = [torch.Size(shape).numel() for shape in shapes]
-        pieces = self.weights.split(sizes)  # raises where the sizes do not add up
-        return (piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True))
+        return [*shapes, (self.out_features, D), (self.out_features,)]

@@ -66,7 +66,9 @@ def unaltered(model: nn.Module) -> bool:
 
     A fast path that reads the weights alone would pass over such changes.
     """
-    if type(model) is not DiT or not hoists(model):
+    modules = torch.nn.modules.module
+    anywhere = modules._global_forward_hooks or modules._global_forward_pre_hooks
+    if type(model) is not DiT or not hoists(model) or anywhere:
         return False
     return _signature(model) == _fresh_signature(model.cfg)
 
@@ -75,14 +77,20 @@ _PASSING = {"training", "checkpointing", "cfg"}
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    """A module's class, hooks, choices such as a GELU's, what shadows its methods; its children's.
+    """Of a module and its children: class, hooks, shapes, choices such as a GELU's, and whatever
+    shadows a method.
 
     Its own recursion, since `named_modules` takes longer than a step.
     """
     return (
         type(module),
         bool(module._forward_hooks or module._forward_pre_hooks),
-        {k: v for k, v in vars(module).items() if k[0] != "_" and k not in _PASSING},
+        {name: p is not None and p.shape for name, p in module._parameters.items()},
+        {
+            name: value
+            for name, value in vars(module).items()
+            if (name[0] != "_" and name not in _PASSING) or callable(value)
+        },
         {name: child and _signature(child) for name, child in module._modules.items()},
     )
 

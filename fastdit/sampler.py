@@ -148,7 +148,8 @@ class Sampler:
             ValueError: an argument's shape or range is wrong, or a weight is not finite; or under
                 "graph" the model has moved to another device or dtype.
             FloatingPointError: the model's predictions were not finite.
-            RuntimeError: `progress` called the sampler that calls it.
+            RuntimeError: `progress` called the sampler that calls it; or "trajectory" was named,
+                and its C++ cannot be built.
         """
         y = self._check_labels(labels)
         B = _batch_size(y, seeds, x_T)
@@ -161,7 +162,7 @@ class Sampler:
         if not (isinstance(progress, bool) or callable(progress)):
             raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
         with self._taking_turns():
-            engine = self._current_engine(B, callable(progress))
+            engine = self._current_engine(callable(progress))
             batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
             images = engine.sample(batch, self.table, self.guidance, self.table_bytes, progress)
             if not images.isfinite().all():
@@ -217,18 +218,16 @@ class Sampler:
                 f"dtype: expected {own} or None, since the model is no fastdit.DiT, got {dtype}"
             )
 
-    def execution_for(self, batch_size: int, watched: bool = False) -> str:
+    def execution_for(self, watched: bool = False) -> str:
         """How a call would run: `execution`, or what "auto" stands for.
 
         Args:
-            batch_size: how many images it would sample.
             watched: whether a function would be called after each step.
         """
         if self.execution != "auto":
             return self.execution
-        rows = 2 * batch_size if self.guidance else batch_size
         device, dtype = self._device_and_dtype()[0], self._forward_dtype()
-        return choice.automatic(self.model, device, dtype, rows, watched)
+        return choice.automatic(self.model, device, dtype, watched)
 
     def _check_execution(self, watched: bool = False) -> None:
         """Raise for an execution that was named and cannot be."""
@@ -256,7 +255,7 @@ class Sampler:
                 return torch.get_autocast_dtype(device.type)
         return self.dtype or own
 
-    def _current_engine(self, batch_size: int, watched: bool) -> Engine | TrajectoryEngine:
+    def _current_engine(self, watched: bool) -> Engine | TrajectoryEngine:
         """An engine for how the model is now; one more for each autocast dtype and execution."""
         device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
@@ -268,7 +267,7 @@ class Sampler:
             self._engines.clear()
             self._built_for = device, own
         self._check_execution(watched)
-        dtype, execution = self._forward_dtype(), self.execution_for(batch_size, watched)
+        dtype, execution = self._forward_dtype(), self.execution_for(watched)
         if (dtype, execution) not in self._engines:
             self._engines[dtype, execution] = self._make_engine(device, dtype, execution)
         return self._engines[dtype, execution]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MLP_RATIO = 4
-
 
 class Shape(NamedTuple):
     """Sizes and choices of a DiT. Its packed weights are one after another, row-major:

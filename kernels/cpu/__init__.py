@@ -20,8 +20,12 @@ __all__ = [
     "MAX_HIDDEN",
     "MAX_TOKENS",
     "BuildError",
+    "instruction_set",
     "library",
+    "linear",
+    "normal",
     "obstacle",
+    "peak_flop_per_second",
     "sampler_update",
     "trajectory",
 ]
@@ -57,6 +61,15 @@ class _Update(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _UPDATE_INTEGERS),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in _UPDATE_POINTERS),
+    ]
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of problem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "in", "out", "threads")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")),
     ]
 
 
@@ -166,10 +179,13 @@ def sampler_update(
     """
     channel, k = 1 if x.dim() == 4 else 2, int(step)
     C, (scale, channels) = x.shape[channel], guidance or (1.0, 0)
-    row = torch.full((10,), float("nan"))
+    row = torch.full((10,), float("nan"), dtype=torch.float32, device="cpu")
     if 0 <= k < len(coefficients):
         row = coefficients[k].float().contiguous()
-    given = dict(x=x, model_out=model_out, x0_prev=x0_prev, noise=noise, seeds=seeds)
+    given = dict(x=x, model_out=model_out.float(), seeds=seeds)
+    given |= {
+        n: None if t is None else t.float() for n, t in dict(x0_prev=x0_prev, noise=noise).items()
+    }
     tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
     x_next, x0 = (x.new_empty(x.shape) for _ in range(2))
     tensors |= dict(coefficients=row, x_next=x_next, x0=x0)
@@ -204,17 +220,40 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
         BuildError: the kernels cannot be built.
     """
     seeds, steps = seeds.contiguous(), steps.contiguous()
-    out = torch.empty(len(steps), len(seeds), elements)
+    out = seeds.new_empty((len(steps), len(seeds), elements), dtype=torch.float32)
     sizes = len(seeds), len(steps), elements, torch.get_num_threads()
     library().fastdit_normal(seeds.data_ptr(), steps.data_ptr(), *sizes, out.data_ptr())
     return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x weight^T + bias` in float32; a row's bits depend on no other row, nor on threads.
+
+    Args:
+        x: [R, K].
+        weight: [M, K].
+        bias: [M], or None.
+
+    Returns:
+        [R, M].
+
+    Raises:
+        BuildError, MemoryError: as for `trajectory`.
+    """
+    x, weight = x.detach().contiguous(), weight.detach().contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
+    y = x.new_empty((len(x), len(weight)))
+    sizes = len(x), x.shape[1], len(weight), torch.get_num_threads()
+    pointers = (None if t is None else t.data_ptr() for t in (x, weight, bias, y))
+    _call(library().fastdit_linear, _Linear(*sizes, *pointers), None)
+    return y
 
 
 def _call(function: Any, argument: ctypes.Structure, instruction_set: str | None) -> None:
     name = None if instruction_set is None else instruction_set.encode()
     code = function(ctypes.byref(argument), name)
     if code == 1:
-        raise MemoryError("trajectory: too little memory; take a smaller batch")
+        raise MemoryError("fastdit's C++ kernels: too little memory; take a smaller batch")
     if code == 2:
         raise ValueError(f"instruction_set: expected one this CPU has, got {instruction_set!r}")
 

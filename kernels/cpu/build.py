@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 SOURCES = Path(__file__).parent
 # No -march: an instruction set is chosen at run time, so that what is cached runs on any machine
@@ -47,20 +50,23 @@ def library() -> ctypes.CDLL:
     path = cache_folder() / f"cpu-{_digest()}.so"
     if not path.exists():
         _build(path)
-    loaded = ctypes.CDLL(str(path))  # calls release the GIL
+    try:
+        loaded = ctypes.CDLL(str(path))  # calls release the GIL
+    except OSError as error:
+        raise BuildError(f"{error}; XDG_CACHE_HOME names another folder to build in") from error
     loaded.fastdit_instruction_set.restype = ctypes.c_char_p
     loaded.fastdit_peak.restype = ctypes.c_double
     loaded.fastdit_peak.argtypes = [ctypes.c_int64, ctypes.c_int64]
     integers = [ctypes.c_int64] * 4
     loaded.fastdit_normal.argtypes = [*[ctypes.c_void_p] * 2, *integers, ctypes.c_void_p]
-    for call in (loaded.fastdit_trajectory, loaded.fastdit_update):
+    for call in (loaded.fastdit_trajectory, loaded.fastdit_update, loaded.fastdit_linear):
         call.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     return loaded
 
 
 def _digest() -> str:
-    """Of all that decides what is built."""
-    parts = [platform.machine(), sys.platform, *FLAGS]
+    """Of what decides what is built, and whether it can be loaded."""
+    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS]
     parts += [
         f.name + f.read_text() for f in sorted(SOURCES.iterdir()) if f.suffix in (".cpp", ".h")
     ]
@@ -69,6 +75,8 @@ def _digest() -> str:
 
 def _build(path: Path) -> None:
     """Built aside and renamed: a build that was killed leaves nothing that is taken for one."""
+    if sys.platform == "win32":
+        raise BuildError("they are written for g++ and clang, and not for Windows")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(path.with_suffix(".lock")):
@@ -89,7 +97,7 @@ def _compile(folder: str) -> Path:
     from torch.utils import cpp_extension  # not before: its import takes as long as a small model's
 
     compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    if shutil.which((shlex.split(compiler) or [""])[0]) is None:
         raise BuildError(f"no C++ compiler {compiler!r} was found; install g++, or set CXX")
     sources = sorted(str(f) for f in SOURCES.glob("*.cpp"))
     try:
@@ -120,11 +128,13 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
     """PyTorch runs `ninja` by name, which an environment that is not activated has not on PATH."""
-    before = os.environ.get("PATH", "")
-    if shutil.which("ninja") is None:
-        import ninja
+    if shutil.which("ninja") is not None:
+        yield
+        return
+    import ninja
 
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, before])
     try:
         yield
     finally:

@@ -12,5 +12,5 @@ namespace {
 #define AS_STRING(name) #name
 #define NAME_OF(name) AS_STRING(name)
 const InstructionSet NAME = {NAME_OF(NAME), WIDTH, ROWS, team_floats, thread_floats,
-                             useful_threads, run, update, normals, multiply_adds};
+                             useful_threads, run, update, normals, multiply_adds, linear};
 }  // namespace fastdit

@@ -155,15 +155,33 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   Loop{{p, w, team, at, panels, mine, columns, rows}, first_image, images, padded}.run();
 }
 
+// As many chains as there are registers for on any of them.
 static float multiply_adds(int64_t repeats) {
-  vf sum[16];
-  for (int i = 0; i < 16; i++) sum[i] = splat(i);
+  vf sum[12];
+  for (int i = 0; i < 12; i++) sum[i] = splat(i);
   volatile float unknown[2] = {0.999f, 0.001f};  // or the compiler would do the sums itself
   const vf factor = splat(unknown[0]), addend = splat(unknown[1]);
   for (int64_t n = 0; n < repeats; n++)
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) sum[i] = sum[i] * factor + addend;
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) sum[i] = sum[i] * factor + addend;
   vf total = {};
-  for (int i = 0; i < 16; i++) total += sum[i];
+  for (int i = 0; i < 12; i++) total += sum[i];
   return total[0];
+}
+
+// Two panels of rows of x [R][K] times a matrix in blocks [M][K], plus a bias: rows of out [R][M].
+static void linear(const Linear& l, const float* blocks, int64_t first_row, float* own) {
+  const int64_t rows = least(PAIR * WIDTH, l.rows - first_row);
+  for (int64_t i = 0; i < PAIR * WIDTH; i++)
+    for (int64_t k = 0; k < l.in; k++) {
+      const float x = i < rows ? l.x[(first_row + i) * l.in + k] : 0.f;
+      own[(i / WIDTH * l.in + k) * WIDTH + i % WIDTH] = x;
+    }
+  const Share all{0, ceil_div(rows, WIDTH), 0, 1};
+  product(all, blocks, l.out, l.in, (vf*)own, [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
+    const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
+    for (int64_t j = 0; j < lanes; j++)
+      for (int64_t i = 0; i < n; i++)
+        l.y[(start + j) * l.out + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);
+  });
 }

@@ -46,6 +46,13 @@ struct Update {
   float *x_next, *x0;
 };
 
+// y [rows][out] = x [rows][in] weight [out][in] + bias.
+struct Linear {
+  int64_t rows, in, out, threads;
+  const float *x, *weight, *bias;  // bias: or null
+  float* y;
+};
+
 // Weights in the order in which an instruction set multiplies by them: a matrix [M][K] is blocks of
 // rows, each [K][rows of the block]. Where the rows of a block start, `block_start` says.
 struct Layer {
@@ -116,7 +123,9 @@ struct InstructionSet {
   void (*update)(const Update&, int64_t image, int64_t element);  // 4 * width elements from there
   // Of a key, step and stream: 4 * width normals from a quad on.
   void (*normals)(uint64_t key, uint32_t step, uint32_t stream, uint32_t quad, float* out);
-  float (*multiply_adds)(int64_t repeats);  // 16 vectors of them each
+  float (*multiply_adds)(int64_t repeats);  // 12 vectors of them each
+  // Of two vectors of rows; own: 2 * width * in floats.
+  void (*linear)(const Linear&, const float* blocks, int64_t first_row, float* own);
 };
 
 extern const InstructionSet plain;

@@ -1,5 +1,5 @@
 // Vectors of WIDTH floats, and the functions of them that a DiT needs. Included once for each
-// instruction set, inside a namespace of its own. NaN stays NaN throughout.
+// instruction set, inside a namespace of its own. NaN stays NaN.
 
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
@@ -25,8 +25,8 @@ INLINE vf nearest(vf x, vi* n) {
 }
 
 // Cephes expf: x = n ln 2 + r, ln 2 in two parts. Underflows to 1.6e-38 instead of to 0.
-INLINE vf exponential(vf x) {
-  x = at_least(x, -87.f);
+INLINE vf exponential(vf of) {
+  const vf x = at_most(at_least(of, -87.f), 88.72f);
   vi n;
   const vf q = nearest(x * 1.44269504f, &n);
   vf r = x - q * 0.693359375f;
@@ -37,7 +37,8 @@ INLINE vf exponential(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  return (vf)((vi)p + (n << 23));
+  const vf y = (vf)((vi)p + (n << 23));
+  return of <= 88.72f ? y : of + __builtin_inff();  // overflow is infinite, NaN is NaN
 }
 
 // Cephes logf, for normal x > 0: x = 2^e (1 + f) with 1 + f from sqrt(1/2) to sqrt(2).
