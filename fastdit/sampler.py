@@ -80,8 +80,8 @@ class Sampler:
                 in float32. All but "eager" need a `fastdit.DiT`. "compile" and "graph" copy it, as
                 another dtype does: later calls see its weights as they are then, but not modules
                 that were exchanged or hooks that came; "trajectory" refuses these. "auto" is
-                "graph" for a `fastdit.DiT` on CUDA; on a CPU "trajectory" where it is the fastest
-                way and `progress` no function; "eager" elsewhere (`execution_for` says which).
+                "graph" for a `fastdit.DiT` on CUDA; on a CPU "trajectory" where it can be and
+                `progress` is no function; "eager" elsewhere (`execution_for` says which).
             table_bytes: bound of the memory of the modulation tables, which are made for as many
                 steps at a time as fit.
             sample_shape: (C, H, W) of one image, for models other than DiT.
