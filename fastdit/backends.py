@@ -25,12 +25,14 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 def trajectory_obstacle(
     backend: str, cfg: DiTConfig, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Why "cpp" or "triton" takes no trajectory of such a model and state, or None."""
+    """Why "cpp" or "triton" takes no trajectory of a model, its weights in a dtype, or None."""
     if backend == "cpp" and device.type != "cpu":
         return f"expects tensors on a CPU, got {device}"
     if backend == "cpp" and dtype != torch.float32:
         return f"computes in float32, got {dtype}"
     reason = None if backend == "cpp" else _obstacle(device, dtype)
+    if backend == "triton" and device.type == "cuda" and dtype == torch.float32 and cfg.hidden > 64:
+        reason = reason or f"takes a hidden size of 64 in float32, got {cfg.hidden}"  # it spills
     return reason or ops.trajectory_obstacle(backend, *sizes_of(cfg))
 
 
@@ -51,19 +53,16 @@ def of_trajectory(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
         raise unknown_name("backend", str(backend), known)
     if backend == "reference" or (backend is None and x.dtype == torch.float64):
         return "reference"
-    where = packed.cfg, x.device, x.dtype
+    dtype = x.dtype if x.dtype == torch.float64 else packed.weights.dtype
+    where = packed.cfg, x.device, dtype
     if backend is not None:
         reason = trajectory_obstacle(backend, *where)
-        if backend == "cpp" and not reason and packed.weights.dtype != torch.float32:
-            reason = f"computes in float32, got weights in {packed.weights.dtype}"
         if reason:
             raise ValueError(f"backend: {backend!r} {reason}; use backend='reference'")
         return backend
     if trajectory_obstacle("triton", *where) is None:
         return "triton"
-    if packed.weights.dtype != torch.float32 or trajectory_obstacle("cpp", *where) is not None:
-        return "reference"
-    return "cpp" if has_cpp() else "reference"
+    return "cpp" if trajectory_obstacle("cpp", *where) is None and has_cpp() else "reference"
 
 
 def of_update(backend: str | None, *tensors: Tensor) -> str:

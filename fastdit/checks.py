@@ -90,6 +90,8 @@ def check_trajectory(
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
     if row.dtype != torch.int64:
         raise ValueError(f"modulation.rows: expected int64, got {row.dtype}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x: expected float32 or float64, got {x.dtype}")
     if x0.dtype != x.dtype:
         raise ValueError(f"x0: expected x's dtype {x.dtype}, got {x0.dtype}")
     check_range("modulation.rows", row, labels if by_label is None else len(by_label))

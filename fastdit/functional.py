@@ -256,7 +256,7 @@ def trajectory(
     Args:
         x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
         x0: like x, the x0 of the step before; zeros before a first step.
-        packed: the model's weights, in x's dtype, or on CUDA in bfloat16.
+        packed: the model's weights, in x's dtype, or on CUDA in 16 bits.
         modulation: of the K steps; with guidance its rows are 2B, the null label's last.
         coefficients: [K, 10] float, as `sampler_update` takes them.
         first: how many steps were taken before: the noise of step k is that of step first + k + 1.

@@ -59,7 +59,7 @@ def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.
     rows = _padded(N)
     if dtype == torch.float32:
         return _configs(_FLOAT32["fwd"], rows, ("BM", "BN"))
-    family = _family(arch)
+    family = family_of(arch)
     sizes = _FWD[family]
     own = 32 if family == "gfx942" else 16
     if rows <= 128:
@@ -71,13 +71,13 @@ def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.
 
 def attention_dq_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
     """Launch configurations, the default first."""
-    sizes = _FLOAT32["dq"] if dtype == torch.float32 else _DQ[_family(arch)]
+    sizes = _FLOAT32["dq"] if dtype == torch.float32 else _DQ[family_of(arch)]
     return _configs(sizes, _padded(N), ("BM", "BN"))
 
 
 def attention_dkv_bwd_configs(N: int, d: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
     """Launch configurations, the default first."""
-    family = _family(arch)
+    family = family_of(arch)
     sizes = _DKV.get(f"{family} d{sum(head_pieces(d))}", _DKV[family])
     if family == "sm_100" and _padded(N) <= 64:
         sizes = sizes[1:]  # 64 x 64 spills
@@ -89,7 +89,7 @@ def _padded(N: int) -> int:
     return max(16, triton.next_power_of_2(N))
 
 
-def _family(arch: str) -> str:
+def family_of(arch: str) -> str:
     """The tested architecture whose matrix instructions another one has."""
     if arch.startswith("gfx"):
         return "gfx942"

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels.attention_configs import _family
+from fastdit.kernels.attention_configs import family_of
 from fastdit.kernels.common import INTERPRET, arch
 from fastdit.kernels.sampling import philox_normals
 from fastdit.kernels.shape import Shape
@@ -442,7 +442,7 @@ def trajectory_configs(shape: Shape, dtype: torch.dtype, arch: str) -> list[trit
         dtype: of the weights.
         arch: as `fastdit.kernels.common.arch` names it.
     """
-    family = _family(arch)
+    family = family_of(arch)
     sizes = _SIZES[family][shape.tokens, shape.hidden]
     if dtype == torch.float32:  # twice the shared memory, and plain cores
         sizes = [(32, 8, 1, 1)]

@@ -274,6 +274,10 @@ def test_any_strides_and_dtypes_of_the_tables_will_do():
         (dict(coefficients=torch.zeros(6, 9)), r"coefficients: expected shape \[6, 10\]"),
         (dict(noise=torch.zeros(6, 2, 256, 3)), "noise: expected None where seeds are given"),
         (dict(seeds=torch.zeros(2, 2)), "seeds: expected int64"),
+        (
+            dict(x=torch.zeros(2, 256, 3).half()),
+            "x: expected float32 or float64, got torch.float16",
+        ),
         (dict(x0=torch.zeros(2, 256, 3).half()), "x0: expected x's dtype torch.float32"),
         (
             dict(packed=PackedDiT(DiTConfig(), torch.zeros(7))),
@@ -281,6 +285,10 @@ def test_any_strides_and_dtypes_of_the_tables_will_do():
         ),
         (dict(guidance=Guidance(2.0)), r"modulation.rows: expected shape \[4\], got \[2\]"),
         (dict(backend="c++"), "backend: expected one of reference, triton, cpp; got 'c\\+\\+'"),
+        (
+            dict(packed=PackedDiT(DiTConfig(), torch.zeros(206128).bfloat16())),
+            "backend: 'cpp' computes in float32, got torch.bfloat16",
+        ),
         (dict(backend="triton"), "backend: 'triton' expects tensors on CUDA"),
     ],
 )
