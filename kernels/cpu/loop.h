@@ -178,7 +178,8 @@ static void linear(const Linear& l, const float* blocks, int64_t first_row, floa
       own[(i / WIDTH * l.in + k) * WIDTH + i % WIDTH] = x;
     }
   const Share all{0, ceil_div(rows, WIDTH), 0, 1};
-  product(all, blocks, l.out, l.in, (vf*)own, [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
+  product(all, blocks, l.out, l.in, (vf*)own,
+          [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
     const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
     for (int64_t j = 0; j < lanes; j++)
       for (int64_t i = 0; i < n; i++)

@@ -55,8 +55,10 @@ struct Network {
   }
 
   // x += gate * (w in + bias)
-  void add_gated(const float* weight, const float* bias, int64_t K, const vf* in, int64_t part) const {
-    product(mine, weight, p.hidden, K, in, [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
+  void add_gated(const float* weight, const float* bias, int64_t K, const vf* in,
+                 int64_t part) const {
+    product(mine, weight, p.hidden, K, in,
+            [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
       vf* x = at.x + q * p.hidden + row;
       const float *gate = modulation(q, part) + row, *b = bias + row;
       for (int64_t i = 0; i < n; i++) x[i] += gate[i] * (sums[i] + b[i]);
@@ -132,7 +134,8 @@ struct Network {
     wait_for_rows();
     layer_norm(first_part + 3, p.mlp_eps);
     auto into_hidden = [&](auto gelu) INLINED {
-      product(mine, l.fc1, M, D, at.normed, [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
+      product(mine, l.fc1, M, D, at.normed,
+              [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
         vf* out = at.hidden + q * M + row;
         const float* b = l.fc1_bias + row;
         for (int64_t i = 0; i < n; i++) out[i] = gelu(sums[i] + b[i]);
@@ -155,7 +158,8 @@ struct Network {
       share.first_panel = larger_of(mine.first_panel, row * panels);
       share.last_panel = least(mine.last_panel, (row + images) * panels);
       const vf* in = at.in - row * panels * p.features;
-      product(share, w.embed, D, p.features, in, [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
+      product(share, w.embed, D, p.features, in,
+              [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
         vf* x = at.x + q * D + r;
         const vf* position = (const vf*)w.position + q % panels * D + r;
         for (int64_t i = 0; i < n; i++) x[i] = sums[i] + position[i];
@@ -164,7 +168,8 @@ struct Network {
     wait_for_rows();
     for (int64_t i = 0; i < p.layers; i++) layer(w.layers[i], 6 * i);
     layer_norm(6 * p.layers, p.eps);
-    product(mine, w.final, p.out_features, D, at.normed, [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
+    product(mine, w.final, p.out_features, D, at.normed,
+            [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* out = at.out + q * p.out_features + r;
       for (int64_t i = 0; i < n; i++) out[i] = sums[i] + w.final_bias[r + i];
     });

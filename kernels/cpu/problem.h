@@ -28,7 +28,9 @@ struct Problem {
 
   int64_t elements() const { return tokens * features; }
   // A state's elements, up to a whole number of quads of vectors.
-  int64_t padded(int64_t width) const { return (elements() + 4 * width - 1) / (4 * width) * 4 * width; }
+  int64_t padded(int64_t width) const {
+    return (elements() + 4 * width - 1) / (4 * width) * 4 * width;
+  }
   int64_t width() const { return (6 * layers + 2) * hidden; }
   bool learned() const { return out_features != features; }
 };

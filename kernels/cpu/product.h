@@ -6,8 +6,8 @@
 
 static constexpr int PAIR = 2;  // panels at a time
 
-// c[v][i] (+)= sum over k of a[k * a_k + i * A_I] * b[v][k], for MR rows i and NV vectors v that lie
-// b_v and c_v vectors apart. Whatever MR and NV, an element is the same sum in the same order.
+// c[v][i] (+)= sum over k of a[k * a_k + i * A_I] * b[v][k], for MR rows i and NV vectors v, which
+// lie b_v and c_v vectors apart. Whatever MR and NV, an element is the same sum in the same order.
 template <int MR, int NV, int A_I>
 static __attribute__((noinline)) void block(const float* a, int64_t a_k, const vf* b, int64_t b_v,
                                             int64_t K, vf* c, int64_t c_v, bool add) {
@@ -57,8 +57,8 @@ struct Share {
   int64_t part, parts;  // of the blocks
 };
 
-// out = w in for a thread's share; w [M][K] in blocks, in [panel][K]. `finish(panel, row, rows, sums)`
-// takes the rows of one panel as they are done.
+// out = w in for a thread's share; w [M][K] in blocks, in [panel][K]. Rows of a panel, as they are
+// done, go to `finish(panel, row, rows, sums)`.
 template <class Finish>
 INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, const vf* in,
                     Finish finish) {
@@ -68,7 +68,8 @@ INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, con
   // As many panels at a time as stay in the first cache while all rows pass by; or all of them,
   // where the rows come from so far that they had better pass once.
   const int64_t cached = larger_of(PAIR, CACHED_FLOATS / (K * WIDTH) / PAIR * PAIR);
-  const int64_t group = M * K > FAR_FLOATS ? larger_of(PAIR, mine.last_panel - mine.first_panel) : cached;
+  const int64_t all = larger_of(PAIR, mine.last_panel - mine.first_panel);
+  const int64_t group = M * K > FAR_FLOATS ? all : cached;
   for (int64_t g = mine.first_panel; g < mine.last_panel; g += group) {
     const int64_t end = least(g + group, mine.last_panel);
     for (int64_t n = first; n < last; n++) {

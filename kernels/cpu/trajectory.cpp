@@ -74,7 +74,8 @@ struct Packed {
   std::vector<int32_t> place;
   Weights weights;
 
-  Packed(const Problem& p, const InstructionSet& set) : layers(p.layers), place(p.padded(set.width)) {
+  Packed(const Problem& p, const InstructionSet& set)
+      : layers(p.layers), place(p.padded(set.width)) {
     const int64_t D = p.hidden, F = p.features, F_out = p.out_features, W = set.width;
     const int64_t panels = ceil_div(p.tokens, W), of_layer = 12 * D * D + 9 * D;
     const float *embed = p.weights, *position = embed + D * F, *blocks = position + p.tokens * D;
@@ -202,7 +203,8 @@ int fastdit_trajectory(const Problem* problem, const char* instruction_set) {
 int fastdit_update(const Update* update, const char* instruction_set) {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
-  const int64_t chunks = ceil_div(update->elements, 4 * set->width), total = update->images * chunks;
+  const int64_t chunks = ceil_div(update->elements, 4 * set->width);
+  const int64_t total = update->images * chunks;
 #pragma omp parallel for num_threads(update->threads) if (total > 64)
   for (int64_t i = 0; i < total; i++)
     set->update(*update, i / chunks, i % chunks * 4 * set->width);
@@ -226,8 +228,8 @@ void fastdit_normal(const int64_t* seeds, const int64_t* steps, int64_t n_seeds,
 
 const char* fastdit_instruction_set() { return choose(nullptr)->name; }
 
-// The same bits for a row whatever the other rows and the number of threads; 1 where memory does not
-// suffice.
+// The same bits for a row whatever the other rows and the number of threads; 1 where memory does
+// not suffice.
 int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
