@@ -28,11 +28,11 @@ def obstacle(
         return f"needs a model on CUDA, got one on {device}"
     if execution != "trajectory":
         return None
-    if not unaltered(model):
-        return "reads a fastdit.DiT's weights alone, got one with hooks or exchanged modules"
-    if device.type == "cpu":
-        return backends.trajectory_obstacle("cpp", model.cfg, device, dtype)
-    return backends.trajectory_obstacle("triton", model.cfg, device, dtype)
+    backend = "cpp" if device.type == "cpu" else "triton"
+    reason = backends.trajectory_obstacle(backend, model.cfg, device, dtype)
+    if reason is None and not unaltered(model):
+        reason = "reads a fastdit.DiT's weights alone, got one with hooks or exchanged modules"
+    return reason
 
 
 def automatic(model: nn.Module, device: torch.device, dtype: torch.dtype, watched: bool) -> str:

@@ -97,7 +97,8 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
-    with torch.device("meta"):
+    # On "meta" it would import a second's worth of modules; the caller's random state must stay.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return _signature(DiT.from_config(cfg))
 
 
