@@ -70,13 +70,13 @@ def of_update(backend: str | None, *tensors: Tensor) -> str:
     known = (*BACKENDS, "cpp")
     if backend not in (None, *known):
         raise unknown_name("backend", str(backend), known)
-    if backend == "cpp" and not _takes_cpp(*tensors):
-        raise ValueError("backend: 'cpp' expects a float32 state on a CPU; use backend='reference'")
     if backend is None and suits_cpp(*tensors):
         return "cpp"
-    if backend == "cpp":
-        return backend
-    return "triton" if runs_triton(backend, *tensors) else "reference"
+    if backend != "cpp":
+        return "triton" if runs_triton(backend, *tensors) else "reference"
+    if not _takes_cpp(*tensors):
+        raise ValueError("backend: 'cpp' expects a float32 state on a CPU; use backend='reference'")
+    return backend
 
 
 def of_noise(backend: str | None, seeds: Tensor) -> str:
