@@ -32,53 +32,87 @@ class ModulationTables:
         self,
         model: DiT,
         timesteps: Sequence[int],
-        labels: Sequence[int] | None,
         max_bytes: int,
         linear: Linear | None = None,
     ) -> None:
-        """Plan the tables; the first chunk of steps is computed when it is asked for.
+        """Tables without a batch: `serve` plans for one.
 
         Args:
             model: its weights must stay as they are while the tables are in use.
             timesteps: one for each step of the loop, in order.
-            labels: one for each row of the batch; None for a batch without labels.
             max_bytes: bound of the tables and of the product that fills them; the rows that a
                 step picks, and the conditioning itself, are not counted.
             linear: applies weights to rows, as `F.linear`, in the place of the model's own layers,
                 which must be plain linears: those of modulation are joined in a copy, so that a
                 small model's tables are not mostly the calling of its layers.
+        """
+        self._model, self._max_bytes, self._linear = model, max_bytes, linear
+        cfg, self._device = model.cfg, model.pos_embed.device
+        self._timesteps = torch.tensor(timesteps, device=self._device)
+        self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
+        self._joined = None if linear is None else _joined_weights(model)
+        # While a table is filled, one layer's product stands beside it.
+        self._row_bytes = (sum(self._columns) + self._columns[0]) * model.pos_embed.element_size()
+        self._all_labels = self._labels_worth_a_table(len(timesteps))
+        self._distinct: list[int] | None = None  # the labels that have rows
+        self._labels: Tensor | None = None  # the same, unless there are none
+        self._chunk, self._first = 0, 0  # how many steps, and the first of those there are
+        self._storage: Tensor | None = None
+        self._steps: Tensor | None = None  # [steps of a chunk, labels or 1, width]
+        self._by_label: Tensor | None = None  # [labels, width]
+
+    @property
+    def split(self) -> bool:
+        """Whether the table of steps is the same for all labels."""
+        return self._model.cfg.modulation_act == "none"
+
+    def serve(self, labels: Sequence[int] | None) -> ModulationTables:
+        """Plan for a batch; a chunk of its steps is computed when it is asked for.
+
+        Args:
+            labels: one for each row of the batch; None for a batch without labels.
 
         Raises:
             ValueError: the tables of a single step exceed the bound.
         """
-        self._model, cfg = model, model.cfg
-        device, itemsize = model.pos_embed.device, model.pos_embed.element_size()
-        distinct = [] if labels is None else sorted(set(labels))
+        distinct = [] if labels is None else self._all_labels or sorted(set(labels))
         position = {label: i for i, label in enumerate(distinct)}
         rows = [0] if labels is None else [position[label] for label in labels]
-        self._row = torch.tensor(rows, device=device)
-        self._labels = torch.tensor(distinct, device=device) if distinct else None
-        self._timesteps = torch.tensor(timesteps, device=device)
-        self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
-        self._split = cfg.modulation_act == "none"
-        self._linear = linear
-        self._joined = None if linear is None else _joined_weights(model)
+        self._row = torch.tensor(rows, device=self._device)
 
-        # While a table is filled, one layer's product stands beside it.
-        row_bytes = (sum(self._columns) + 6 * cfg.hidden) * itemsize
-        label_rows = max(1, len(distinct))
-        fixed = label_rows * row_bytes if self._split else 0
-        step_bytes = row_bytes if self._split else label_rows * row_bytes
-        self._chunk = min((max_bytes - fixed) // step_bytes, len(timesteps))
-        if self._chunk < 1:
+        row_bytes, label_rows = self._row_bytes, max(1, len(distinct))
+        fixed = label_rows * row_bytes if self.split else 0
+        step_bytes = row_bytes if self.split else label_rows * row_bytes
+        chunk = min((self._max_bytes - fixed) // step_bytes, len(self._timesteps))
+        if chunk < 1:
             raise ValueError(
                 f"table_bytes: one step of {label_rows} distinct labels takes "
-                f"{fixed + step_bytes} bytes, got {max_bytes}"
+                f"{fixed + step_bytes} bytes, got {self._max_bytes}"
             )
-        self._by_label = self._label_table() if self._split else None  # [labels, width]
-        self._storage: Tensor | None = None
-        self._steps: Tensor | None = None  # [steps of a chunk, labels or 1, width]
-        self._first = 0  # of the chunk
+        self.release()
+        if distinct != self._distinct:
+            self._distinct, self._by_label = distinct, None
+            self._labels = torch.tensor(distinct, device=self._device) if distinct else None
+        if chunk != self._chunk:
+            self._chunk, self._storage, self._steps = chunk, None, None
+        if self.split and self._by_label is None:
+            self._by_label = self._label_table()
+        return self
+
+    def _labels_worth_a_table(self, n_steps: int) -> list[int]:
+        """All of a model's, where their rows are no more than the steps' and stay for all batches.
+
+        Made for one batch alone, only the rows it needs are made.
+        """
+        count = self._model.cfg.class_rows
+        fits = (count + n_steps) * self._row_bytes <= self._max_bytes
+        kept = self.split and self._linear is not None
+        return list(range(count)) if kept and fits and count <= n_steps else []
+
+    def release(self) -> None:
+        """Keep no more than may serve other batches too."""
+        if not self.split:
+            self._storage = self._steps = None
 
     @property
     def nbytes(self) -> int:
@@ -104,7 +138,7 @@ class ModulationTables:
     def _chunk_from(self, k: int) -> Tensor:
         """The steps from k on, as many as fit, where the last chunk was."""
         t, labels = self._timesteps[k : k + self._chunk], self._labels
-        if self._split:
+        if self.split:
             c, per_step = self._time_conditioning(t), 1
         else:
             of_label = self._model.label_conditioning(labels)  # [labels, D], [D] or None

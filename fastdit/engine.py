@@ -132,6 +132,15 @@ class Engine(_Loop):
             yield from self._seeded(keys, steps)
 
 
+class _Prepared(NamedTuple):
+    """What was made of a model's weights."""
+
+    weights: Tensor  # a copy of them all, to tell whether they are still the same
+    planned: tuple[list[int], int]  # timesteps and bound of the tables
+    packed: PackedDiT
+    tables: ModulationTables
+
+
 class TrajectoryEngine(_Loop):
     """Runs a loop in as few ops as there is reason for; the weights alone are read.
 
@@ -141,7 +150,8 @@ class TrajectoryEngine(_Loop):
 
     def __init__(self, predictor: HoistedDiT, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(predictor, device, dtype)
-        self._model = predictor.model
+        self._hoisted = predictor
+        self._prepared: _Prepared | None = None
 
     def sample(
         self,
@@ -152,43 +162,57 @@ class TrajectoryEngine(_Loop):
         progress: Progress,
     ) -> Tensor:
         B, S = len(batch.keys), len(table.timesteps)
-        self._predictor.refresh()
-        with self._without_autocast():
-            packed = PackedDiT.of(self._model)
-            linear = ops.linear if self.device.type == "cpu" else F.linear
-            tables = ModulationTables(
-                self._model, table.timesteps, batch.labels, table_bytes, linear
-            )
+        with self._without_autocast(), _bar(progress, total=S) as bar:
+            packed, tables = self._prepare(table.timesteps, table_bytes)
+            tables.serve(batch.labels)
             state, coefficients = self._start(batch, table)
             x, x0, k = state.x, state.x0, 0
-            bar = _bar(progress, total=S)
-            with bar:
-                while k < S:
-                    now = guidance if guidance and guidance.active(table.timesteps[k]) else None
-                    rows = 2 * B if now else B
-                    most = self._run_length(
-                        *(table.timesteps[k:], guidance, rows, packed.weights.numel())
-                    )
-                    modulation = tables.steps(k, most, rows)
-                    steps = slice(k, k + len(modulation.by_step))
-                    noise = None if batch.noise is None else self._to_states(batch.noise[steps])
-                    x, x0 = functional.trajectory(
-                        *(x, x0, packed, modulation, coefficients[steps], k),
-                        seeds=batch.keys if noise is None else None,
-                        noise=noise,
-                        guidance=now,
-                        backend="cpp" if self.device.type == "cpu" else "triton",
-                    )
-                    bar.update(steps.stop - k)
-                    k = steps.stop
+            while k < S:
+                now = guidance if guidance and guidance.active(table.timesteps[k]) else None
+                rows = 2 * B if now else B
+                most = self._run_length(
+                    *(table.timesteps[k:], guidance, rows, packed.weights.numel())
+                )
+                modulation = tables.steps(k, most, rows)
+                steps = slice(k, k + len(modulation.by_step))
+                noise = None if batch.noise is None else self._to_states(batch.noise[steps])
+                x, x0 = functional.trajectory(
+                    *(x, x0, packed, modulation, coefficients[steps], k),
+                    seeds=batch.keys if noise is None else None,
+                    noise=noise,
+                    guidance=now,
+                    backend="cpp" if self.device.type == "cpu" else "triton",
+                )
+                bar.update(steps.stop - k)
+                k = steps.stop
+            tables.release()
             return self._layout.to_images(x)
+
+    def _prepare(
+        self, timesteps: list[int], table_bytes: int
+    ) -> tuple[PackedDiT, ModulationTables]:
+        """What was made of the weights before, if a look at all of them finds none changed.
+
+        PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
+        """
+        source, planned = self._hoisted.source, (timesteps, table_bytes)
+        weights = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
+        old = self._prepared
+        if old is None or old.planned != planned or not torch.equal(old.weights, weights):
+            self._hoisted.refresh()
+            model, linear = self._hoisted.model, F.linear
+            if self.device.type == "cpu":
+                linear = ops.linear
+            tables = ModulationTables(model, *planned, linear)
+            old = self._prepared = _Prepared(weights, planned, PackedDiT.of(model), tables)
+        return old.packed, old.tables
 
     def _run_length(
         self, timesteps: list[int], guidance: Guidance | None, rows: int, weights: int
     ) -> int:
         """How many steps from here on are guided alike, and are a call's work at most."""
         flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)
-        most = max(1, int(flop // work.flop(self._model.cfg, rows)))
+        most = max(1, int(flop // work.flop(self._hoisted.cfg, rows)))
         if guidance is None:
             return most
         active = guidance.active(timesteps[0])

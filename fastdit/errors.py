@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -30,6 +30,19 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
             f"{name}: expected values in [0, {limit}), got {int(values.min())} to "
             f"{int(values.max())}"
         )
+
+
+def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """A NaN would paint every pixel. One reduction and one read-back where all is well."""
+    if not tensors:
+        return
+    # A value that is not finite leaves no sum finite; a sum that overflows is looked at again.
+    sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
+    if sums.isfinite().all():
+        return
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise ValueError(f"{what}: expected finite values, but {name} holds NaN or Inf")
 
 
 def from_options(cls: type[T], options: Any, complete: bool = False) -> T:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastdit import reference
 from fastdit.conditioning import ModulationTables
 from fastdit.config import DiTConfig
+from fastdit.errors import check_finite
 from fastdit.model import DiT
 
 
@@ -115,17 +116,19 @@ class HoistedDiT:
         self.cfg, self.dtype, self.layout = model.cfg, dtype, TokenLayout(model.cfg)
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self.model = _twin(model, dtype) if twin or floats != {dtype} else model
-        self._source = model
+        self.source = model
 
     def refresh(self) -> None:
         """Copy the weights: nothing tells whether they have changed.
 
         Raises:
-            ValueError: the model's parameters are other ones than when it was copied.
+            ValueError: a weight is not finite, or the model's parameters are other ones than when
+                it was copied.
         """
-        if self.model is self._source:
+        check_finite("model", dict(self.source.named_parameters()))
+        if self.model is self.source:
             return
-        own, new = _tensors(self.model), _tensors(self._source)
+        own, new = _tensors(self.model), _tensors(self.source)
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in new.items()}:
             raise ValueError(
                 "model: its parameters have other names or shapes than when this Sampler copied "
@@ -140,7 +143,7 @@ class HoistedDiT:
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
     ) -> Callable[[int, int], Tensor]:
-        return ModulationTables(self.model, timesteps, labels, table_bytes).rows
+        return ModulationTables(self.model, timesteps, table_bytes).serve(labels).rows
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         B, P, _ = x.shape
@@ -166,7 +169,8 @@ class AnyPredictor:
         self.model, self.device, self.dtype, self.layout = model, device, dtype, layout
 
     def refresh(self) -> None:
-        """Its weights are the model's own."""
+        """Its weights are the model's own; a ValueError where one is not finite."""
+        check_finite("model", dict(self.model.named_parameters()))
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int

@@ -39,7 +39,7 @@ def test_rows_are_the_models_modulation(name, labels):
     if labels and not cfg.use_class_cond:
         labels = None
     model = make(cfg)
-    tables = ModulationTables(model, TIMESTEPS, labels, 2**20)
+    tables = ModulationTables(model, TIMESTEPS, 2**20).serve(labels)
     y = None if labels is None else torch.tensor(labels)
     for k, t in enumerate(TIMESTEPS):
         expected = model.modulation(torch.full((4,), t), y)
@@ -53,7 +53,7 @@ def test_a_forward_is_the_same_code_with_tables_of_one_step(name):
     model = make(CONFIGS[name])
     x, t, y = torch.randn(4, 3, 16, 16).double(), torch.full((4,), 7), torch.tensor([3, 1, 3, 0])
     tokens = fastdit.reference.patchify(x, 4)
-    out = model.denoise(tokens, ModulationTables(model, [7], y.tolist(), 2**20).rows(0, 4))
+    out = model.denoise(tokens, ModulationTables(model, [7], 2**20).serve(y.tolist()).rows(0, 4))
     assert relative_error(fastdit.reference.unpatchify(out, 4), model(x, t, y)) < 1e-12
 
 
@@ -67,7 +67,7 @@ def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
     bound = row_bytes(labels) * steps
     if name == "split":
         bound = row_bytes(labels) + row_bytes() * steps
-    tables = ModulationTables(model, TIMESTEPS, wanted, bound)
+    tables = ModulationTables(model, TIMESTEPS, bound).serve(wanted)
     filled = []
     chunk_from = tables._chunk_from
     tables._chunk_from = lambda k: filled.append(k) or chunk_from(k)
@@ -81,12 +81,12 @@ def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
 
 def test_a_bound_below_one_step_is_an_error():
     model = make(CONFIGS["silu"])
-    ModulationTables(model, TIMESTEPS, [1, 2], row_bytes(2))
+    ModulationTables(model, TIMESTEPS, row_bytes(2)).serve([1, 2])
     with pytest.raises(ValueError, match=r"table_bytes: one step of 2 distinct labels takes"):
-        ModulationTables(model, TIMESTEPS, [1, 2], row_bytes(2) - 1)
+        ModulationTables(model, TIMESTEPS, row_bytes(2) - 1).serve([1, 2])
     model = make(CONFIGS["split"])
     with pytest.raises(ValueError, match=f"takes {row_bytes(3)} bytes, got 100"):
-        ModulationTables(model, TIMESTEPS, [1, 2, 2], 100)
+        ModulationTables(model, TIMESTEPS, 100).serve([1, 2, 2])
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_only_distinct_rows_are_computed(name, rows):
     """Five steps of six images with two labels: ten rows, or two, one of zeros, and five."""
     model, seen = make(CONFIGS[name]), []
     model.final_mod.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
-    tables = ModulationTables(model, TIMESTEPS, [4, 9, 4, 4, 9, 9], 2**20)
+    tables = ModulationTables(model, TIMESTEPS, 2**20).serve([4, 9, 4, 4, 9, 9])
     for k in range(5):
         tables.rows(k, 6)
     assert seen == rows
@@ -115,6 +115,41 @@ def test_layers_that_are_more_than_a_matrix_keep_what_they_add():
     layer.load_state_dict(model.final_mod.state_dict())
     model.final_mod = layer
     y = torch.tensor([3, 1])
-    tables = ModulationTables(model, TIMESTEPS, y.tolist(), 2**20)
+    tables = ModulationTables(model, TIMESTEPS, 2**20).serve(y.tolist())
     expected = model.modulation(torch.full((2,), 500), y)
     assert relative_error(tables.rows(1, 2), expected) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bound", [2**20, row_bytes(4)], ids=["ample", "tight"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tables_that_stay_serve_any_batch(name, bound):
+    model, cfg = make(CONFIGS[name]), CONFIGS[name]
+    kept = ModulationTables(model, TIMESTEPS, bound, torch.nn.functional.linear)
+    batches = [None, [3], [3, 1, 3], [0, 2], None, [9, 9, 9]] if cfg.use_class_cond else [None] * 2
+    for labels in batches:
+        rows = 3 if labels is None else len(labels)
+        y = None if labels is None else torch.tensor(labels)
+        kept.serve(labels)
+        for k, t in enumerate(TIMESTEPS):
+            expected = model.modulation(torch.full((rows,), t), y)
+            assert relative_error(kept.rows(k, rows), expected) < 1e-12
+            assert kept.nbytes <= bound
+        kept.release()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("classes", "seen"), [(3, [5, 3]), (9, [5, 1, 2])])
+def test_steps_and_few_labels_are_computed_once_for_all_batches(classes, seen):
+    """Five steps; the rows of labels that are no more than these are made together."""
+    model, rows = make(DiTConfig(**SMALL, num_classes=classes)), []
+
+    def linear(x, weight, bias):
+        if len(weight) == WIDTH:
+            rows.append(len(x))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    tables = ModulationTables(model, TIMESTEPS, 2**20, linear)
+    for labels in ([1], [2, 0], [0, 2, 2]):
+        tables.serve(labels).rows(0, len(labels))
+    assert sorted(rows) == sorted(seen)

@@ -63,7 +63,7 @@ def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, 
     model = make_model(cfg).to(dtype)
     table = solver.table(DiffusionScheduler(STEPS, schedule="cosine"))
     labels = [i % 3 for i in range(B)] + ([cfg.num_classes] * B if guidance else [])
-    tables = ModulationTables(model, table.timesteps, labels, 2**30)
+    tables = ModulationTables(model, table.timesteps, 2**30).serve(labels)
     S, P, C = len(table.timesteps), cfg.img_size**2, cfg.in_channels
     z = torch.randn(S + 1, B, P, C, generator=torch.Generator().manual_seed(1)).to(dtype)
     return dict(
