@@ -28,31 +28,34 @@ struct Loop : Network {
     });
   }
 
-  // at.modulation of every row, with 1 + scale in the place of scale.
+  // at.modulation of this thread's rows, with 1 + scale in the place of scale.
   void modulate(int64_t step) const {
     const int64_t D = p.hidden, parts = 6 * p.layers + 2;
-    share_out(rows * parts, [&](int64_t i) {
-      const int64_t r = i / parts, part = i % parts, image = r % images;
-      const int64_t label = p.rows[r / images * p.images + first_image + image];
+    for (int64_t r = mine.first_panel / panels; r < ceil_div(mine.last_panel, panels); r++) {
+      const int64_t label = p.rows[r / images * p.images + first_image + r % images];
       const int64_t step_row = step * p.step_rows + (p.by_label ? 0 : label);
-      const float* by_step = p.by_step + step_row * p.width() + part * D;
-      const float* by_label = p.by_label ? p.by_label + label * p.width() + part * D : nullptr;
-      const float one = part % 3 == 0 ? 1.f : 0.f;  // scale
-      float* out = at.modulation + r * p.width() + part * D;
-      for (int64_t j = 0; j < D; j++)
-        out[j] = one + (by_label ? by_step[j] + by_label[j] : by_step[j]);
-    });
+      const float* by_step = p.by_step + step_row * p.width();
+      const float* by_label = p.by_label ? p.by_label + label * p.width() : nullptr;
+      float* out = at.modulation + r * p.width();
+      for (int64_t part = 0; part < parts; part++) {
+        const float one = part % 3 == 0 ? 1.f : 0.f;  // scale
+        for (int64_t j = part * D; j < (part + 1) * D; j++)
+          out[j] = one + (by_label ? by_step[j] + by_label[j] : by_step[j]);
+      }
+    }
   }
 
+  // at.in of this thread's panels: the same tokens for every label.
   void read_tokens() const {
-    share_out(images * panels, [&](int64_t q) {
-      const int64_t F = p.features, start = q % panels * WIDTH;
-      const float* from = at.state + q / panels * padded + start * F;
+    const int64_t F = p.features;
+    for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
+      const int64_t image = q / panels % images, start = q % panels * WIDTH;
+      const float* from = at.state + image * padded + start * F;
       float* in = (float*)(at.in + q * F);
       for (int64_t i = 0; i < WIDTH; i++)
         for (int64_t f = 0; f < F; f++)
           in[f * WIDTH + i] = start + i < p.tokens ? from[i * F + f] : 0.f;
-    });
+    }
   }
 
   void update_chunk(int64_t step, int64_t g, int64_t e) const {
@@ -89,8 +92,7 @@ struct Loop : Network {
       team.wait();
       modulate(step);
       read_tokens();
-      team.wait();
-      forward(images);
+      forward();
       const int64_t chunks = padded / CHUNK;
       share_out(images * chunks, [&](int64_t i) {
         update_chunk(step, i / chunks, i % chunks * CHUNK);
@@ -105,14 +107,15 @@ struct Loop : Network {
 
 static int64_t team_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
-  const int64_t D = p.hidden, of_panel = (1 + 3 + 1 + 4) * D + p.out_features;
-  return (rows * panels * of_panel + images * panels * p.features) * WIDTH +
-         ceil_div(rows * p.width(), WIDTH) * WIDTH + 2 * images * p.padded(WIDTH);
+  const int64_t of_panel = (3 + 1 + 4 + 2 * SLICES) * p.hidden + p.out_features;
+  return rows * panels * of_panel * WIDTH + 2 * images * p.padded(WIDTH);
 }
 
 static int64_t thread_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
-  return (rows * panels * p.hidden + PAIR * panels * WIDTH) * WIDTH;
+  const int64_t of_panel = p.features + 2 * p.hidden;
+  return (rows * panels * of_panel + PAIR * panels * WIDTH + ceil_div(rows * p.width(), WIDTH)) *
+         WIDTH;
 }
 
 static int64_t useful_threads(const Problem& p, int64_t images) {
@@ -130,29 +133,34 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
     return start;
   };
   Memory at;
-  at.x = (vf*)take(shared, all * D);
   at.qkv = (vf*)take(shared, all * 3 * D);
   at.heads = (vf*)take(shared, all * D);
   at.hidden = (vf*)take(shared, all * 4 * D);
   at.out = (vf*)take(shared, all * p.out_features);
-  at.in = (vf*)take(shared, images * panels * p.features);
-  at.modulation = take(shared, ceil_div(rows * p.width(), WIDTH));
+  at.sums = (vf*)take(shared, 2 * SLICES * all * D);
   at.state = take(shared, images * padded / WIDTH);
   at.x0 = take(shared, images * padded / WIDTH);
+  at.in = (vf*)take(own, all * p.features);
+  at.x = (vf*)take(own, all * D);
   at.normed = (vf*)take(own, all * D);
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
+  at.modulation = take(own, ceil_div(rows * p.width(), WIDTH));
 
-  // Panels in pairs are shared first, as far as they go, then the rows of the weights.
-  const int64_t pairs = ceil_div(all, PAIR);
-  int64_t columns = least(team.size, pairs);
-  while (team.size % columns) columns--;
-  const int64_t column = team.id % columns;
+  // Panels in pairs are shared first, as far as they go, then slices, then the rows of these.
+  const int64_t pairs = ceil_div(all, PAIR), columns = least(team.size, pairs);
+  const int64_t of_slice = team.size / columns / SLICES;  // threads; 0: one has all slices
+  const int64_t of_column = larger_of(1, SLICES * of_slice);
+  team.size = columns * of_column;
+  if (team.id >= team.size) return;
+  const int64_t column = team.id / of_column, place = team.id % of_column;
   Share mine;
   mine.first_panel = least(all, block_start(pairs, columns, column) * PAIR);
   mine.last_panel = least(all, block_start(pairs, columns, column + 1) * PAIR);
-  mine.part = team.id / columns;
-  mine.parts = team.size / columns;
-  Loop{{p, w, team, at, panels, mine, columns, rows}, first_image, images, padded}.run();
+  mine.first_slice = of_slice ? place / of_slice : 0;
+  mine.last_slice = of_slice ? mine.first_slice + 1 : SLICES;
+  mine.part = of_slice ? place % of_slice : 0;
+  mine.parts = larger_of(1, of_slice);
+  Loop{{p, w, team, at, panels, all, mine, columns}, first_image, images, padded}.run();
 }
 
 // As many chains as there are registers for on any of them.
@@ -177,8 +185,8 @@ static void linear(const Linear& l, const float* blocks, int64_t first_row, floa
       const float x = i < rows ? l.x[(first_row + i) * l.in + k] : 0.f;
       own[(i / WIDTH * l.in + k) * WIDTH + i % WIDTH] = x;
     }
-  const Share all{0, ceil_div(rows, WIDTH), 0, 1};
-  product(all, blocks, l.out, l.in, (vf*)own,
+  const Share all{0, ceil_div(rows, WIDTH), 0, SLICES, 0, 1};
+  product(all, blocks, l.out, l.in, (vf*)own, l.in,
           [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
     const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
     for (int64_t j = 0; j < lanes; j++)

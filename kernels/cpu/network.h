@@ -1,11 +1,14 @@
 // A DiT's forward on a group of rows (an image each, or an image under one of two labels), by the
 // threads of a team.
 
-// What a team works in. Panel q belongs to row q / panels of the group.
+// What a team works in, and what each of its threads has for itself. Panel q belongs to row
+// q / panels of the group.
 struct Memory {
-  vf *x, *qkv, *heads, *hidden, *in, *out;    // [panel][features of each]
-  float *modulation, *state, *x0;             // [row][width], [image][padded elements]
-  vf *normed, *scores;                        // a thread's own: [panel][hidden], [PAIR][tokens]
+  vf *qkv, *heads, *hidden, *out;        // [panel][features of each]
+  vf* sums;                              // of slices, [product of two][slice][panel][hidden]
+  float *state, *x0;                     // [image][padded elements]
+  vf *in, *x, *normed, *scores;          // its own: [panel][features], [PAIR][tokens]
+  float* modulation;                     // its own: [row][width]
 };
 
 // Of f(i), i < n, in four chains, since an addition waits for the one before it.
@@ -23,18 +26,12 @@ struct Network {
   Team team;
   Memory at;
   int64_t panels;  // of a row
+  int64_t all;     // panels of the group
   Share mine;
   int64_t columns;  // how many shares of the panels there are
-  int64_t rows;
 
   const float* modulation(int64_t panel, int64_t part) const {
     return at.modulation + panel / panels * p.width() + part * p.hidden;
-  }
-
-  // Where threads share the rows of a product, they need each other's; where they share panels
-  // only, none of another's before attention.
-  void wait_for_rows() const {
-    if (mine.parts > 1) team.wait();
   }
 
   // at.normed of this thread's panels. Modulation holds 1 + scale.
@@ -54,15 +51,30 @@ struct Network {
     }
   }
 
-  // x += gate * (w in + bias)
-  void add_gated(const float* weight, const float* bias, int64_t K, const vf* in,
-                 int64_t part) const {
-    product(mine, weight, p.hidden, K, in,
-            [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
-      vf* x = at.x + q * p.hidden + row;
+  // x += gate * (w in + bias), where w is [hidden][K_0] and [hidden][K_1] for the slices of in's K
+  // features, the second starting at `cut`. Where threads have a slice each, all add up the sums.
+  void add_gated(int64_t use, const float* weight, const float* bias, int64_t K, int64_t cut,
+                 const vf* in, int64_t part) const {
+    const int64_t D = p.hidden;
+    vf *first = at.sums + use * SLICES * all * D, *second = first + all * D;
+    auto keep = [&](vf* to) INLINED {
+      return [=](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
+        for (int64_t i = 0; i < n; i++) to[q * D + row + i] = sums[i];
+      };
+    };
+    auto add = [&](int64_t q, int64_t row, int64_t n, const vf* of_second) INLINED {
+      vf* x = at.x + q * D + row;
+      const vf* of_first = first + q * D + row;
       const float *gate = modulation(q, part) + row, *b = bias + row;
-      for (int64_t i = 0; i < n; i++) x[i] += gate[i] * (sums[i] + b[i]);
-    });
+      for (int64_t i = 0; i < n; i++) x[i] += gate[i] * (of_first[i] + of_second[i] + b[i]);
+    };
+    if (mine.first_slice == 0) product(mine, weight, D, cut, in, K, keep(first));
+    const float* rest = weight + cut * D;
+    if (mine.last_slice - mine.first_slice == SLICES)
+      return product(mine, rest, D, K - cut, in + cut, K, add);
+    if (mine.first_slice == 1) product(mine, rest, D, K - cut, in + cut, K, keep(second));
+    team.wait();
+    for (int64_t q = mine.first_panel; q < mine.last_panel; q++) add(q, 0, D, second + q * D);
   }
 
   // at.heads of one head, for one or two panels of queries from panel `query` on.
@@ -103,14 +115,16 @@ struct Network {
   // Queries, keys and values of this thread's panels and heads, then their attention: where threads
   // share the heads of a row they need nothing of each other.
   void attention(const Layer& l) const {
-    const int64_t D = p.hidden, d = D / p.heads;
-    const int64_t first = block_start(p.heads, mine.parts, mine.part);
-    const int64_t last = block_start(p.heads, mine.parts, mine.part + 1);
-    const Share all_rows{mine.first_panel, mine.last_panel, 0, 1};
+    const int64_t D = p.hidden, d = D / p.heads, start = slice_start(p.heads, mine.first_slice);
+    const int64_t heads = slice_start(p.heads, mine.last_slice) - start;
+    const int64_t first = start + block_start(heads, mine.parts, mine.part);
+    const int64_t last = start + block_start(heads, mine.parts, mine.part + 1);
+    Share all_rows = mine;
+    all_rows.part = 0, all_rows.parts = 1;
     const float scale = 1.f / __builtin_sqrtf((float)d);
     for (int64_t h = first; h < last; h++) {
       const float* weight = l.qkv + h * 3 * d * D;
-      product(all_rows, weight, 3 * d, D, at.normed,
+      product(all_rows, weight, 3 * d, D, at.normed, D,
               [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
         vf* out = at.qkv + q * 3 * D + h * 3 * d + row;
         const float* b = l.qkv_bias + h * 3 * d + row;
@@ -123,52 +137,53 @@ struct Network {
         n = least(least(PAIR, mine.last_panel - q), panels - q % panels);
         attend(h, q, n);
       }
-    team.wait();
+  }
+
+  // at.hidden of a slice.
+  template <class Gelu> void into_hidden(const Layer& l, int64_t slice, Gelu gelu) const {
+    const int64_t D = p.hidden, M = 4 * D, start = slice_start(M, slice);
+    product(mine, l.fc1 + start * D, slice_start(M, slice + 1) - start, D, at.normed, D,
+            [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
+      vf* out = at.hidden + q * M + start + row;
+      const float* b = l.fc1_bias + start + row;
+      for (int64_t i = 0; i < n; i++) out[i] = gelu(sums[i] + b[i]);
+    });
   }
 
   void layer(const Layer& l, int64_t first_part) const {
     const int64_t D = p.hidden, M = 4 * D;
     layer_norm(first_part, p.eps);
     attention(l);
-    add_gated(l.proj, l.proj_bias, D, at.heads, first_part + 2);
-    wait_for_rows();
+    if (mine.parts > 1 || columns > 1) team.wait();  // for heads, or to keep keys until now
+    const int64_t cut = slice_start(p.heads, 1) * (D / p.heads);
+    add_gated(0, l.proj, l.proj_bias, D, cut, at.heads, first_part + 2);
     layer_norm(first_part + 3, p.mlp_eps);
-    auto into_hidden = [&](auto gelu) INLINED {
-      product(mine, l.fc1, M, D, at.normed,
-              [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
-        vf* out = at.hidden + q * M + row;
-        const float* b = l.fc1_bias + row;
-        for (int64_t i = 0; i < n; i++) out[i] = gelu(sums[i] + b[i]);
-      });
-    };
-    if (p.tanh_gelu)
-      into_hidden([](vf x) INLINED { return gelu_tanh(x); });
-    else
-      into_hidden([](vf x) INLINED { return gelu_erf(x); });
-    wait_for_rows();
-    add_gated(l.fc2, l.fc2_bias, M, at.hidden, first_part + 5);
-    wait_for_rows();
+    for (int64_t s = mine.first_slice; s < mine.last_slice; s++)
+      if (p.tanh_gelu)
+        into_hidden(l, s, [](vf x) INLINED { return gelu_tanh(x); });
+      else
+        into_hidden(l, s, [](vf x) INLINED { return gelu_erf(x); });
+    if (mine.parts > 1) team.wait();
+    add_gated(1, l.fc2, l.fc2_bias, M, slice_start(M, 1), at.hidden, first_part + 5);
   }
 
-  // at.out of at.in, which has a panel for each panel of the group's images; `images` of them.
-  void forward(int64_t images) const {
+  // at.out of at.in.
+  void forward() const {
     const int64_t D = p.hidden;
-    for (int64_t row = 0; row < rows; row += images) {  // the same tokens for every label
-      Share share = mine;
-      share.first_panel = larger_of(mine.first_panel, row * panels);
-      share.last_panel = least(mine.last_panel, (row + images) * panels);
-      const vf* in = at.in - row * panels * p.features;
-      product(share, w.embed, D, p.features, in,
-              [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
-        vf* x = at.x + q * D + r;
-        const vf* position = (const vf*)w.position + q % panels * D + r;
-        for (int64_t i = 0; i < n; i++) x[i] = sums[i] + position[i];
-      });
-    }
-    wait_for_rows();
+    Share rows = mine;  // all of them: each thread has x for itself
+    rows.part = 0, rows.parts = 1;
+    product(rows, w.embed, D, p.features, at.in, p.features,
+            [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
+      vf* x = at.x + q * D + r;
+      const vf* position = (const vf*)w.position + q % panels * D + r;
+      for (int64_t i = 0; i < n; i++) x[i] = sums[i] + position[i];
+    });
     for (int64_t i = 0; i < p.layers; i++) layer(w.layers[i], 6 * i);
     layer_norm(6 * p.layers, p.eps);
-    product(mine, w.final, p.out_features, D, at.normed,
+    const int64_t slices = mine.last_slice - mine.first_slice;
+    if (slices < SLICES) rows.part = mine.first_slice * mine.parts + mine.part;
+    if (slices < SLICES) rows.parts = SLICES * mine.parts;
+    product(rows, w.final, p.out_features, D, at.normed, D,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* out = at.out + q * p.out_features + r;
       for (int64_t i = 0; i < n; i++) out[i] = sums[i] + w.final_bias[r + i];

@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <thread>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -74,8 +75,14 @@ inline int64_t block_start(int64_t total, int64_t blocks, int64_t i) {
   return i * (total / blocks) + (i < total % blocks ? i : total % blocks);
 }
 
-// Spins first, since the others are seldom late; then sleeps, so that two threads that were put on
-// one CPU come apart.
+// A layer's heads and the MLP's features are two slices, each with sums of its own over what it gives
+// to x: so two threads exchange nothing else, and one thread gets the same bits.
+static constexpr int64_t SLICES = 2;
+inline int64_t slice_start(int64_t n, int64_t i) { return block_start(n, SLICES, i); }
+
+// Spins first, since the others are seldom late; then lets other threads have the CPU, since they may
+// be the ones that are waited for. Sleeps only where somebody was held up for long: to be woken takes
+// longer than a layer, so that the next to arrive would sleep as well, and so on at every barrier.
 class Barrier {
  public:
   void wait(int size) {
@@ -86,11 +93,9 @@ class Barrier {
       if (sleepers_.load()) turn_.notify_all();
       return;
     }
-    for (int i = 0; i < 500; i++) {
+    for (int i = 0; i < 3000; i++) {
       if (turn_.load() != turn) return;
-#if defined(__x86_64__)
-      _mm_pause();
-#endif
+      if (i >= 2000) std::this_thread::yield();
     }
     sleepers_.fetch_add(1);
     while (turn_.load() == turn) turn_.wait(turn);

@@ -51,23 +51,25 @@ INLINE int64_t larger_of(int64_t a, int64_t b) { return a < b ? b : a; }
 static constexpr int64_t CACHED_FLOATS = 8192;  // 32 KB of the first cache
 static constexpr int64_t FAR_FLOATS = 1 << 17;  // a matrix of 512 KB is not long in the second
 
-// What a thread has of its team's panels, and of the blocks of every matrix's rows.
+// What a thread has of its team's panels, of the two slices of every layer, and of a slice's rows.
+// Whatever has a slice by itself needs nothing of other threads but their sums over other slices.
 struct Share {
   int64_t first_panel, last_panel;
-  int64_t part, parts;  // of the blocks
+  int64_t first_slice, last_slice;
+  int64_t part, parts;  // of the blocks of rows
 };
 
-// out = w in for a thread's share; w [M][K] in blocks, in [panel][K]. Rows of a panel, as they are
-// done, go to `finish(panel, row, rows, sums)`.
+// out = w in for a thread's share; w [M][K] in blocks, in [panel][K] with panels in_v vectors apart.
+// Rows of a panel, as they are done, go to `finish(panel, row, rows, sums)`.
 template <class Finish>
 INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, const vf* in,
-                    Finish finish) {
+                    int64_t in_v, Finish finish) {
   const int64_t blocks = ceil_div(M, ROWS);
   const int64_t first = block_start(blocks, mine.parts, mine.part);
   const int64_t last = block_start(blocks, mine.parts, mine.part + 1);
   // As many panels at a time as stay in the first cache while all rows pass by; or all of them,
   // where the rows come from so far that they had better pass once.
-  const int64_t cached = larger_of(PAIR, CACHED_FLOATS / (K * WIDTH) / PAIR * PAIR);
+  const int64_t cached = larger_of(PAIR, CACHED_FLOATS / larger_of(1, K * WIDTH) / PAIR * PAIR);
   const int64_t all = larger_of(PAIR, mine.last_panel - mine.first_panel);
   const int64_t group = M * K > FAR_FLOATS ? all : cached;
   for (int64_t g = mine.first_panel; g < mine.last_panel; g += group) {
@@ -77,7 +79,7 @@ INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, con
       for (int64_t q = g; q < end; q += PAIR) {
         vf sums[PAIR * ROWS];
         const int64_t vectors = least(PAIR, end - q);
-        multiply<1>(rows, vectors, w + row * K, rows, in + q * K, K, K, sums, ROWS);
+        multiply<1>(rows, vectors, w + row * K, rows, in + q * in_v, in_v, K, sums, ROWS);
         for (int64_t v = 0; v < vectors; v++) finish(q + v, row, rows, sums + v * ROWS);
       }
     }

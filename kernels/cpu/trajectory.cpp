@@ -55,14 +55,16 @@ Floats allocate(int64_t count) {
   return memory;
 }
 
-// Row i of a matrix [M][K] as block_start lays it out; `from` says which row of w stands there.
+// A matrix [M][K], whose rows lie `stride` apart in w, in blocks of rows; `from` says which row of w
+// stands as row i.
 template <class From>
-void pack(const float* w, int64_t M, int64_t K, int64_t rows, float* out, From from) {
+void pack(const float* w, int64_t M, int64_t K, int64_t stride, int64_t rows, float* out,
+          From from) {
   const int64_t blocks = ceil_div(M, rows);
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t start = block_start(M, blocks, b), n = block_start(M, blocks, b + 1) - start;
     for (int64_t i = 0; i < n; i++)
-      for (int64_t k = 0; k < K; k++) out[start * K + k * n + i] = w[from(start + i) * K + k];
+      for (int64_t k = 0; k < K; k++) out[start * K + k * n + i] = w[from(start + i) * stride + k];
   }
 }
 
@@ -92,8 +94,8 @@ struct Packed {
       const int64_t e = row % F, C = p.channels;
       return e / C * 2 * C + row / F * C + e % C;
     };
-    pack(embed, D, F, set.rows, to_embed, same);
-    pack(last, F_out, D, set.rows, to_final, channels_apart);
+    pack(embed, D, F, F, set.rows, to_embed, same);
+    pack(last, F_out, D, D, set.rows, to_final, channels_apart);
     for (int64_t i = 0; i < F_out; i++) final_bias.get()[i] = last_bias[channels_apart(i)];
     for (int64_t q = 0; q < panels; q++)
       for (int64_t i = 0; i < D; i++)
@@ -110,18 +112,23 @@ struct Packed {
       layers[l].qkv = to, layers[l].qkv_bias = to_bias;
       for (int64_t h = 0; h < p.heads; h++) {
         auto row = [&](int64_t i) { return i / d * D + h * d + i % d; };
-        pack(from, 3 * d, D, set.rows, to + h * 3 * d * D, row);
+        pack(from, 3 * d, D, D, set.rows, to + h * 3 * d * D, row);
         for (int64_t i = 0; i < 3 * d; i++) to_bias[h * 3 * d + i] = from[3 * D * D + row(i)];
       }
       to += 3 * D * D, from += 3 * D * D + 3 * D;
-      auto next = [&](int64_t M, int64_t K, const float*& weight, const float*& bias) {
-        pack(from, M, K, set.rows, to, same);
+      // Slices as matrices of their own: [m][k] and the rows below it, or else the columns beside it.
+      auto next = [&](int64_t M, int64_t K, int64_t m, int64_t k, const float*& weight,
+                      const float*& bias) {
+        const bool below = m < M;
+        pack(from, m, k, K, set.rows, to, same);
+        pack(from + (below ? m * K : k), below ? M - m : M, below ? K : K - k, K, set.rows,
+             to + m * k, same);
         weight = to, bias = from + M * K;
         to += M * K, from += M * K + M;
       };
-      next(D, D, layers[l].proj, layers[l].proj_bias);
-      next(4 * D, D, layers[l].fc1, layers[l].fc1_bias);
-      next(D, 4 * D, layers[l].fc2, layers[l].fc2_bias);
+      next(D, D, D, slice_start(p.heads, 1) * d, layers[l].proj, layers[l].proj_bias);
+      next(4 * D, D, slice_start(4 * D, 1), D, layers[l].fc1, layers[l].fc1_bias);
+      next(D, 4 * D, D, slice_start(4 * D, 1), layers[l].fc2, layers[l].fc2_bias);
     }
     weights = {to_embed, to_position, layers.data(), to_final, final_bias.get(), place.data()};
   }
@@ -135,14 +142,14 @@ int64_t images_together(const Problem& p, const InstructionSet& set) {
   return std::min<int64_t>(std::max(cached, enough), 8);
 }
 
-// How many of T threads one image is worth: they exchange a layer's activations five times, which
-// takes as long as some million FLOP (measured: two threads gain from 3.6 MFLOP a layer on, 1.2
-// times, and lose at 1.6).
+// How many of T threads one image is worth: they exchange a layer's sums twice, which takes as long as
+// a fifth of a million FLOP (measured on two threads: nothing is gained at 0.4 MFLOP a layer, 1.4
+// times at 1.6, 1.6 times from 3.6 on). The lanes past the last token take their time too.
 int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t T) {
-  const int64_t rows = p.guided ? 2 : 1, D = p.hidden;
-  const int64_t flop = rows * 2 * p.tokens * (12 * D * D + 2 * p.tokens * D);
+  const int64_t lanes = (p.guided ? 2 : 1) * ceil_div(p.tokens, set.width) * set.width;
+  const int64_t D = p.hidden, flop = 2 * lanes * (12 * D * D + 2 * p.tokens * D);
   const int64_t most = std::min(T, set.useful_threads(p, 1));
-  return std::clamp<int64_t>(flop / 2'000'000, 1, most);
+  return std::clamp<int64_t>(flop / 800'000, 1, most);
 }
 
 void trajectory(const Problem& p, const InstructionSet& set) {
@@ -236,7 +243,7 @@ int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   const int64_t at_once = 2 * set->width, own = at_once * linear->in;
   const Floats blocks = allocate(linear->out * linear->in);
   const Floats panels = allocate(linear->threads * own);
-  pack(linear->weight, linear->out, linear->in, set->rows, blocks.get(),
+  pack(linear->weight, linear->out, linear->in, linear->in, set->rows, blocks.get(),
        [](int64_t row) { return row; });
 #pragma omp parallel for num_threads(linear->threads)
   for (int64_t i = 0; i < ceil_div(linear->rows, at_once); i++)
