@@ -25,7 +25,7 @@ class ModulationTables:
 
     A model without SiLU before its modulation linears splits exactly,
     `W (e_t + e_y) + b = (W e_t + b) + W e_y`: a row for each step and one for each label are all
-    there is to compute.
+    there is to compute, and serve other batches too, as long as the weights stay.
     """
 
     def __init__(

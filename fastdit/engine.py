@@ -200,10 +200,9 @@ class TrajectoryEngine(_Loop):
         old = self._prepared
         if old is None or old.planned != planned or not torch.equal(old.weights, weights):
             self._hoisted.refresh()
-            model, linear = self._hoisted.model, F.linear
-            if self.device.type == "cpu":
-                linear = ops.linear
-            tables = ModulationTables(model, *planned, linear)
+            model = self._hoisted.model
+            linear = ops.linear if self.device.type == "cpu" else F.linear
+            tables = ModulationTables(model, timesteps, table_bytes, linear)
             old = self._prepared = _Prepared(weights, planned, PackedDiT.of(model), tables)
         return old.packed, old.tables
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdit.kernels import adaln, attention, attention_configs, sampling, trajectory
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
 from fastdit.kernels.shape import Shape
+from fastdit.kernels.trajectory_configs import trajectory_configs
 
 WIDTHS = (64, 72, 384, 1152)
 HEAD_DIMS = (32, 64, 72, 80, 96, 128)
@@ -249,7 +250,7 @@ def _trajectory(arch: str, every: bool) -> Iterator[Case]:
             _meta(2 * B if guided else B, dtype=torch.int64),
         )
         seeds, noise = _meta(B, 2, dtype=torch.int64), _meta(K, *x.shape, dtype=_F32)
-        for config in _chosen(trajectory.trajectory_configs(shape, _BF16, arch), every):
+        for config in _chosen(trajectory_configs(shape, _BF16, arch), every):
             yield Case(
                 " ".join(filter(None, (f"N{N} F{F} D{D} d{d}", kind, _name(config)))),
                 arch,

@@ -70,7 +70,7 @@ struct Network {
     };
     if (mine.first_slice == 0) product(mine, weight, D, cut, in, K, keep(first));
     const float* rest = weight + cut * D;
-    if (mine.last_slice - mine.first_slice == SLICES)
+    if (mine.has_all_slices())
       return product(mine, rest, D, K - cut, in + cut, K, add);
     if (mine.first_slice == 1) product(mine, rest, D, K - cut, in + cut, K, keep(second));
     team.wait();
@@ -119,12 +119,10 @@ struct Network {
     const int64_t heads = slice_start(p.heads, mine.last_slice) - start;
     const int64_t first = start + block_start(heads, mine.parts, mine.part);
     const int64_t last = start + block_start(heads, mine.parts, mine.part + 1);
-    Share all_rows = mine;
-    all_rows.part = 0, all_rows.parts = 1;
     const float scale = 1.f / __builtin_sqrtf((float)d);
     for (int64_t h = first; h < last; h++) {
       const float* weight = l.qkv + h * 3 * d * D;
-      product(all_rows, weight, 3 * d, D, at.normed, D,
+      product(mine.of_all_rows(), weight, 3 * d, D, at.normed, D,
               [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
         vf* out = at.qkv + q * 3 * D + h * 3 * d + row;
         const float* b = l.qkv_bias + h * 3 * d + row;
@@ -167,12 +165,10 @@ struct Network {
     add_gated(1, l.fc2, l.fc2_bias, M, slice_start(M, 1), at.hidden, first_part + 5);
   }
 
-  // at.out of at.in.
+  // at.out of at.in. Each thread has x for itself.
   void forward() const {
     const int64_t D = p.hidden;
-    Share rows = mine;  // all of them: each thread has x for itself
-    rows.part = 0, rows.parts = 1;
-    product(rows, w.embed, D, p.features, at.in, p.features,
+    product(mine.of_all_rows(), w.embed, D, p.features, at.in, p.features,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* x = at.x + q * D + r;
       const vf* position = (const vf*)w.position + q % panels * D + r;
@@ -180,10 +176,7 @@ struct Network {
     });
     for (int64_t i = 0; i < p.layers; i++) layer(w.layers[i], 6 * i);
     layer_norm(6 * p.layers, p.eps);
-    const int64_t slices = mine.last_slice - mine.first_slice;
-    if (slices < SLICES) rows.part = mine.first_slice * mine.parts + mine.part;
-    if (slices < SLICES) rows.parts = SLICES * mine.parts;
-    product(rows, w.final, p.out_features, D, at.normed, D,
+    product(mine.without_slices(), w.final, p.out_features, D, at.normed, D,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* out = at.out + q * p.out_features + r;
       for (int64_t i = 0; i < n; i++) out[i] = sums[i] + w.final_bias[r + i];

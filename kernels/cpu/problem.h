@@ -75,14 +75,15 @@ inline int64_t block_start(int64_t total, int64_t blocks, int64_t i) {
   return i * (total / blocks) + (i < total % blocks ? i : total % blocks);
 }
 
-// A layer's heads and the MLP's features are two slices, each with sums of its own over what it gives
-// to x: so two threads exchange nothing else, and one thread gets the same bits.
+// A layer's heads and the MLP's features are two slices, each with sums of its own over what it
+// gives to x: so two threads exchange nothing else, and one thread gets the same bits.
 static constexpr int64_t SLICES = 2;
 inline int64_t slice_start(int64_t n, int64_t i) { return block_start(n, SLICES, i); }
 
-// Spins first, since the others are seldom late; then lets other threads have the CPU, since they may
-// be the ones that are waited for. Sleeps only where somebody was held up for long: to be woken takes
-// longer than a layer, so that the next to arrive would sleep as well, and so on at every barrier.
+// Spins first, since the others are seldom late; then lets other threads have the CPU, since they
+// may be the ones that are waited for. Sleeps only where somebody was held up for long: to be woken
+// takes longer than a layer, so that the next to arrive would sleep as well, and so on at every
+// barrier.
 class Barrier {
  public:
   void wait(int size) {

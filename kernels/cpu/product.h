@@ -57,10 +57,18 @@ struct Share {
   int64_t first_panel, last_panel;
   int64_t first_slice, last_slice;
   int64_t part, parts;  // of the blocks of rows
+
+  bool has_all_slices() const { return last_slice - first_slice == SLICES; }
+  // All rows of the same panels; and a part of them, where slices are none: one for each thread.
+  Share of_all_rows() const { return {first_panel, last_panel, 0, SLICES, 0, 1}; }
+  Share without_slices() const {
+    if (has_all_slices()) return *this;
+    return {first_panel, last_panel, 0, SLICES, first_slice * parts + part, SLICES * parts};
+  }
 };
 
-// out = w in for a thread's share; w [M][K] in blocks, in [panel][K] with panels in_v vectors apart.
-// Rows of a panel, as they are done, go to `finish(panel, row, rows, sums)`.
+// out = w in for a thread's share; w [M][K] in blocks, in [panel][K] with panels in_v vectors
+// apart. Rows of a panel, as they are done, go to `finish(panel, row, rows, sums)`.
 template <class Finish>
 INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, const vf* in,
                     int64_t in_v, Finish finish) {

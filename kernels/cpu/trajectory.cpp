@@ -55,8 +55,8 @@ Floats allocate(int64_t count) {
   return memory;
 }
 
-// A matrix [M][K], whose rows lie `stride` apart in w, in blocks of rows; `from` says which row of w
-// stands as row i.
+// A matrix [M][K], whose rows lie `stride` apart in w, in blocks of rows; `from` says which row of
+// w stands as row i.
 template <class From>
 void pack(const float* w, int64_t M, int64_t K, int64_t stride, int64_t rows, float* out,
           From from) {
@@ -116,7 +116,8 @@ struct Packed {
         for (int64_t i = 0; i < 3 * d; i++) to_bias[h * 3 * d + i] = from[3 * D * D + row(i)];
       }
       to += 3 * D * D, from += 3 * D * D + 3 * D;
-      // Slices as matrices of their own: [m][k] and the rows below it, or else the columns beside it.
+      // Slices as matrices of their own: [m][k] and the rows below it, or else the columns beside
+      // it.
       auto next = [&](int64_t M, int64_t K, int64_t m, int64_t k, const float*& weight,
                       const float*& bias) {
         const bool below = m < M;
@@ -142,9 +143,9 @@ int64_t images_together(const Problem& p, const InstructionSet& set) {
   return std::min<int64_t>(std::max(cached, enough), 8);
 }
 
-// How many of T threads one image is worth: they exchange a layer's sums twice, which takes as long as
-// a fifth of a million FLOP (measured on two threads: nothing is gained at 0.4 MFLOP a layer, 1.4
-// times at 1.6, 1.6 times from 3.6 on). The lanes past the last token take their time too.
+// How many of T threads one image is worth: they exchange a layer's sums twice, which takes 2 to 3
+// microseconds (measured on two threads: nothing is gained at 0.4 MFLOP a layer, 1.4 times at 1.6,
+// 1.6 times from 3.6 on). The lanes past the last token take their time too.
 int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t T) {
   const int64_t lanes = (p.guided ? 2 : 1) * ceil_div(p.tokens, set.width) * set.width;
   const int64_t D = p.hidden, flop = 2 * lanes * (12 * D * D + 2 * p.tokens * D);

@@ -16,6 +16,7 @@ from fastdit import DiT, noise, reference  # noqa: E402
 from fastdit.diffusion import DiffusionScheduler  # noqa: E402
 from fastdit.kernels import trajectory as kernels  # noqa: E402
 from fastdit.kernels.shape import Shape  # noqa: E402
+from fastdit.kernels.trajectory_configs import trajectory_configs  # noqa: E402
 from fastdit.packed import PackedDiT  # noqa: E402
 from fastdit.solvers import DDIM, DDPM, DPMSolverPP, Guidance  # noqa: E402
 from fastdit.testing import check_against_oracle, randomize, relative_error  # noqa: E402
@@ -251,7 +252,7 @@ def test_a_last_step_adds_no_noise(device):
 def test_every_configuration_gives_the_same_images(name, device):
     case = Case(CASES[name]["model"], images=1)
     default = case.launch(device)
-    configs = kernels.trajectory_configs(case.shape, torch.bfloat16, "sm_80")
+    configs = trajectory_configs(case.shape, torch.bfloat16, "sm_80")
     for config in configs[:1] if INTERPRETED else configs:
         for a, b in zip(case.launch(device, config), default, strict=True):
             assert relative_error(a, b.double()) < 1e-6

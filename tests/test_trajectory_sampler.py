@@ -1,0 +1,227 @@
+"""A Sampler whose loop is one op: when it is taken, what it keeps, and that nothing else shows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import (
+    DiffusionScheduler,
+    DiTConfig,
+    Guidance,
+    Sampler,
+    choice,
+    engine,
+    functional,
+    reference,
+)
+from fastdit.packed import PackedDiT
+from fastdit.testing import randomize, relative_error
+
+GUIDED = DiTConfig(
+    img_size=20,
+    in_channels=4,
+    hidden=48,
+    n_layers=2,
+    n_heads=3,
+    null_class=True,
+    modulation_act="silu",
+    gelu="tanh",
+    ln_eps=1e-6,
+    mlp_ln_eps=1e-4,
+    learn_sigma=True,
+)
+
+
+def make_model(cfg=None):
+    model = fastdit.DiT.from_config(cfg or DiTConfig())
+    randomize(model)
+    return model.requires_grad_(False)
+
+
+def test_all_200_steps_are_the_reference_loops():
+    batch = 3
+    model, scheduler = make_model(), DiffusionScheduler(200, schedule="cosine")
+    plain = reference.DiT.from_config(model.cfg)
+    plain.load_state_dict(model.state_dict())
+    z = torch.randn(201, batch, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(batch) % 16
+    images = Sampler(model, scheduler, execution="trajectory")(labels, x_T=z[0], noise=z[1:])
+    loop = reference.sample(plain, scheduler, z[0], labels, z[1:])
+    exact = reference.sample(plain.double(), scheduler, z[0].double(), labels, z[1:].double())
+    assert relative_error(images, loop) < 1e-5
+    assert relative_error(images, exact) < 1e-5
+
+
+@pytest.mark.parametrize("cfg", [DiTConfig(), replace(GUIDED, hidden=96)], ids=["split", "silu"])
+def test_a_samplers_image_has_the_same_bits_beside_any_others(cfg):
+    """Its modulation too: tables of other labels, other numbers of threads, other bounds."""
+    before = torch.get_num_threads()
+    model, scheduler = make_model(cfg), DiffusionScheduler(7, schedule="cosine")
+    row = (6 * cfg.n_layers + 2) * cfg.hidden * 4
+    images = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for labels in ([3], [3, 0], [3, 0, 5], [3, *range(10)]):
+                for table_bytes in (2**30, 40 * row):
+                    sampler = Sampler(
+                        model, scheduler, execution="trajectory", table_bytes=table_bytes
+                    )
+                    images.append(sampler(labels, seeds=range(5, 5 + len(labels)))[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(image, images[0]) for image in images)
+
+
+def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
+    """Cut by the tables' memory, by an interval of guidance, by the length of a call."""
+    scheduler, calls = DiffusionScheduler(12, schedule="cosine"), []
+    real = functional.trajectory
+
+    def counted(*args, **options):
+        calls.append((args[5], len(args[4]), options["guidance"] is not None))
+        return real(*args, **options)
+
+    monkeypatch.setattr(functional, "trajectory", counted)
+    sampler = Sampler(make_model(), scheduler, execution="trajectory")
+    whole = sampler([3, 0, 5], seed=1)
+    assert calls == [(0, 12, False)]
+    row = (6 * 4 + 2) * 64 * 4
+    small = Sampler(sampler.model, scheduler, execution="trajectory", table_bytes=9 * row)
+    assert torch.equal(small([3, 0, 5], seed=1), whole) and len(calls) > 3
+    calls.clear()
+    monkeypatch.setattr(engine, "_CALL_FLOP", 5 * 3 * 6.8e6)
+    monkeypatch.setattr(engine, "_CALL_FLOP_PER_WEIGHT", 0)
+    assert torch.equal(sampler([3, 0, 5], seed=1, progress=True), whole)
+    assert [count for _, count, _ in calls] == [5, 5, 2]
+    calls.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(functional, "trajectory", counted)
+    guided = dict(guidance=Guidance(2.0, interval=(3, 8)))
+    model = make_model(GUIDED)
+    images = Sampler(model, scheduler, execution="trajectory", **guided)([1, 2])
+    assert calls == [(0, 4, False), (4, 5, True), (9, 3, False)]
+    assert (
+        relative_error(images, Sampler(model, scheduler, execution="eager", **guided)([1, 2]))
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hidden=516, n_layers=1), "takes a hidden size up to 512, got 516"),
+        (dict(img_size=68, n_layers=1), "takes up to 256 tokens, got 289"),
+    ],
+)
+def test_a_model_too_large_is_refused_by_name_and_sampled_otherwise(options, message):
+    model, scheduler = make_model(DiTConfig(**options)), DiffusionScheduler(2)
+    with pytest.raises(ValueError, match=f"execution: 'trajectory' {message}; use 'auto'"):
+        Sampler(model, scheduler, execution="trajectory")
+    assert Sampler(model, scheduler).execution_for() == "eager"
+
+
+def test_auto_reads_weights_alone_only_where_nothing_else_is_there():
+    def by_hook(model):
+        model.blocks[0].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+    def by_module(model):
+        model.blocks[0].mlp[1] = torch.nn.SiLU()
+
+    def by_attribute(model):
+        model.blocks[1].eps = 1e-2
+
+    def by_method(model):
+        denoise = model.denoise
+        model.denoise = lambda *args: 2 * denoise(*args)
+
+    scheduler = DiffusionScheduler(3, schedule="cosine")
+
+    def by_private_method(model):
+        run = model.blocks[0]._run
+        model.blocks[0]._run = lambda *args: run(*(2 * a for a in args))
+
+    def by_shape(model):
+        mlp = model.blocks[0].mlp
+        mlp[0].weight = torch.nn.Parameter(mlp[0].weight[:200])
+        mlp[0].bias = torch.nn.Parameter(mlp[0].bias[:200])
+        mlp[2].weight = torch.nn.Parameter(mlp[2].weight[:, :200])
+
+    def by_bias(model):
+        model.blocks[0].mlp[0].bias = None
+
+    changes = (by_hook, by_module, by_attribute, by_method, by_private_method, by_shape, by_bias)
+    for alter in changes:
+        model = make_model()
+        sampler = Sampler(model, scheduler)
+        named = Sampler(model, scheduler, execution="trajectory")
+        plain = sampler([1, 2])
+        assert sampler.execution_for() == "trajectory"
+        alter(model)
+        assert sampler.execution_for() == "eager"
+        assert relative_error(sampler([1, 2]), plain) > 1e-5
+        with pytest.raises(ValueError, match="'trajectory' reads a fastdit.DiT's weights alone"):
+            named([1, 2])
+
+
+def test_auto_is_float32_on_a_cpu_and_unwatched():
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler, seen = Sampler(model, scheduler), []
+    assert sampler.execution_for() == "trajectory"
+    assert sampler.execution_for(watched=True) == "eager"
+    images = sampler([1, 2], progress=lambda k, x0: seen.append(k))
+    assert seen == [0, 1, 2] and relative_error(sampler([1, 2]), images) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sampler.execution_for() == "eager"
+    assert Sampler(model.double(), scheduler).execution_for() == "eager"
+
+
+def test_a_trajectory_shows_no_x0_and_says_so():
+    sampler = Sampler(make_model(), DiffusionScheduler(3), execution="trajectory")
+    with pytest.raises(ValueError, match="progress: execution='trajectory' shows no x0"):
+        sampler([1], progress=lambda k, x0: None)
+    with torch.inference_mode():
+        inside = sampler([3, 1])
+    assert torch.equal(sampler([3, 1]), inside)
+
+
+def test_the_rule_of_auto_is_said_in_words():
+    assert choice.rule(DiTConfig()).endswith(
+        "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
+    )
+    assert "takes a hidden size up to 512, got 1152" in choice.rule(fastdit.PRESETS["DiT-XL/2"])
+
+
+@pytest.mark.parametrize("cfg", [DiTConfig(), GUIDED], ids=["split", "silu"])
+def test_what_is_kept_of_the_weights_follows_each_of_them(cfg):
+    """Though `p.data` passes by PyTorch's counters of changes."""
+    model, scheduler = make_model(cfg), DiffusionScheduler(3, schedule="cosine")
+    labels = [cfg.num_classes - 1, 0]
+    guided = dict(guidance=Guidance(2.0)) if cfg.null_class else {}
+    sampler = Sampler(model, scheduler, execution="trajectory", **guided)
+    first = sampler(labels)
+    for name, p in model.named_parameters():
+        last = p.data.view(-1)[-1].clone()
+        p.data.view(-1)[-1] += 0.5
+        fresh = Sampler(model, scheduler, execution="trajectory", **guided)
+        changed = sampler(labels)
+        assert torch.equal(changed, fresh(labels)) and not torch.equal(changed, first), name
+        p.data.view(-1)[-1] = float("nan")
+        with pytest.raises(ValueError, match=f"finite values, but {name} holds NaN"):
+            sampler(labels)
+        p.data.view(-1)[-1] = last
+    assert torch.equal(sampler(labels), first)
+
+
+def test_nothing_is_made_twice_of_weights_that_stay(monkeypatch):
+    made, of = [], PackedDiT.of
+    monkeypatch.setattr(PackedDiT, "of", lambda model: made.append(model) or of(model))
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler = Sampler(model, scheduler, execution="trajectory")
+    images = [sampler(labels, seeds=[5, 6]) for labels in ([1, 3], [2, 3], None)]
+    assert len(made) == 1
+    for labels, kept in zip(([1, 3], [2, 3], None), images, strict=True):
+        fresh = Sampler(model, scheduler, execution="trajectory")
+        assert torch.equal(fresh(labels, seeds=[5, 6]), kept)
