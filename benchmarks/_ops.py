@@ -54,6 +54,14 @@ FULL = (
     Case(UPDATE, (64, 4, 32, 32), "mixed"),
     Case(UPDATE, (256, 3, 16, 16), "float32"),
 )
+# The toy's, when it samples and when it trains; DiT-S/4, DiT-XL/2.
+_CPU_ROWS = ((64, 16, 64), (256, 16, 64), (8, 64, 384), (2, 256, 1152))
+CPU = (
+    *(Case(op, shape, "float32") for op in (PLAIN_LN, GATED_LN) for shape in _CPU_ROWS),
+    *(Case(ATTENTION, shape, "float32") for shape in ((64, 16, 4, 16), (4, 256, 6, 64))),
+    Case(UPDATE, (64, 3, 16, 16), "float32"),
+    Case(UPDATE, (16, 4, 32, 32), "mixed"),
+)
 QUICK = (
     Case(PLAIN_LN, (2, 16, 72)),
     Case(GATED_LN, (2, 16, 72), "float32"),
@@ -135,7 +143,7 @@ def make(way: str, op: str, device: torch.device) -> Callable[..., Any]:
     if way in SDPA:
         return functools.partial(_sdpa, SDPA[way])
     if way == "fastdit":
-        # Named on a GPU, where the kernels must run or raise; on a CPU plain PyTorch runs.
+        # Named on a GPU, where the kernels must run or raise; on a CPU what is best there.
         backend = "triton" if device.type == "cuda" else None
         return functools.partial(getattr(functional, op), backend=backend)
     plain = getattr(reference, op)

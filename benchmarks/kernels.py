@@ -1,6 +1,6 @@
 """Each op, forward and backward, beside what PyTorch has for it, with the error beside the speed.
 
-    python benchmarks/kernels.py                                # a table, with --json a file
+    python benchmarks/kernels.py             # a table, with --json a file; on a CPU in float32
     python benchmarks/kernels.py --quick --op attention         # tiny shapes
     pytest benchmarks/kernels.py --benchmark-enable -k attention
 
@@ -45,6 +45,7 @@ from _harness import (  # noqa: E402
 )
 from _ops import (  # noqa: E402
     ATTENTION,
+    CPU,
     DTYPES,
     FULL,
     OPS,
@@ -177,7 +178,8 @@ def side_stream(args: argparse.Namespace) -> Any:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = _args(metafunc.config)
-    chosen = [c for c in (QUICK if options.quick else FULL) if c.op in options.op]
+    known = QUICK if options.quick else CPU if options.device == "cpu" else FULL
+    chosen = [c for c in known if c.op in options.op]
     passes = {"forward": False, "backward": True}
     cases = [
         pytest.param(case, way, name, id=f"{case}-{name}-{way}".replace(" ", "-"))
@@ -194,9 +196,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("moved", sorted(moved), ids="{}B".format)
     elif metafunc.function is test_matmul:
         dtypes = dict.fromkeys(case.dtype for case in chosen if case.op == ATTENTION)
-        sizes = {"bfloat16": (256,), "float32": (256,)}
-        if not options.quick:
-            sizes = {"bfloat16": (8192, 4096), "float32": (4096,)}
+        sizes = {"bfloat16": (8192, 4096), "float32": (4096,)}
+        if options.quick or options.device == "cpu":
+            sizes = dict.fromkeys(sizes, (256,) if options.quick else (1024,))
         products = [(dtype, n) for dtype in dtypes for n in sizes[dtype]]
         metafunc.parametrize(("dtype", "n"), products)
 
@@ -315,13 +317,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes; always so on a CPU")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--rounds", type=int, help="timed rounds of each; default 30, quick 5")
     parser.add_argument("--json", type=Path, metavar="PATH")
     args = parser.parse_args(argv)
     if args.rounds is not None and args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
-    args.quick = args.quick or args.device == "cpu"
     args.rounds = args.rounds or (5 if args.quick else 30)
     return args
 
@@ -335,7 +336,7 @@ def main() -> None:
     options += ["--no-header", "--benchmark-quiet", "-p", "no:cacheprovider", __file__]
     with fresh_compile_cache():
         code = pytest.main([str(option) for option in options], plugins=[script])
-    where = "Triton" if args.device != "cpu" else "PyTorch's own ops, since this is a CPU"
+    where = "Triton" if args.device != "cpu" else "C++, and PyTorch's attention, on this CPU"
     print(f"\nfastdit ran {where}; sizes {'tiny' if args.quick else 'full'}.")
     print(table(COLUMNS, script.rows))
     sys.exit(code)

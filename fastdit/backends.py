@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
 from fastdit import ops
 from fastdit.config import DiTConfig
@@ -17,6 +19,10 @@ from fastdit.errors import unknown_name
 from fastdit.packed import PackedDiT
 
 BACKENDS = ("reference", "triton")  # those of every op
+
+# Below, the calling of an op outweighs what the C++ LayerNorms save (benchmarks/kernels.py, on two
+# CPUs: even at 65,000 elements forward and 100,000 backward, 1.5 and 2.6 times as fast at 262,000).
+_CPP_ELEMENTS = 100_000
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,7 +36,7 @@ def trajectory_obstacle(
         return f"expects tensors on a CPU, got {device}"
     if backend == "cpp" and dtype != torch.float32:
         return f"computes in float32, got {dtype}"
-    reason = None if backend == "cpp" else _obstacle(device, dtype)
+    reason = _transform_obstacle() if backend == "cpp" else _obstacle(device, dtype)
     if backend == "triton" and device.type == "cuda" and dtype == torch.float32 and cfg.hidden > 64:
         reason = reason or f"takes a hidden size of 64 in float32, got {cfg.hidden}"  # it spills
     return reason or ops.trajectory_obstacle(backend, *sizes_of(cfg))
@@ -65,18 +71,29 @@ def of_trajectory(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
     return "cpp" if trajectory_obstacle("cpp", *where) is None and has_cpp() else "reference"
 
 
+def of_layer_norm(backend: str | None, *tensors: Tensor) -> str:
+    """The backend of a LayerNorm with its modulation, and of its backward."""
+    takes = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    if backend == "cpp" and not takes:
+        raise ValueError("backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'")
+    prefers = takes and tensors[0].numel() >= _CPP_ELEMENTS and _cpp_is_default()
+    return _of_fused(backend, prefers, tensors)
+
+
 def of_update(backend: str | None, *tensors: Tensor) -> str:
     """The backend of an update of a state, the first tensor."""
+    if backend == "cpp" and not _takes_update(*tensors):
+        raise ValueError("backend: 'cpp' expects a float32 state on a CPU; use backend='reference'")
+    return _of_fused(backend, backend is None and updates_in_cpp(*tensors), tensors)
+
+
+def _of_fused(backend: str | None, prefers_cpp: bool, tensors: Sequence[Tensor]) -> str:
     known = (*BACKENDS, "cpp")
     if backend not in (None, *known):
         raise unknown_name("backend", str(backend), known)
-    if backend is None and suits_cpp(*tensors):
+    if backend == "cpp" or (backend is None and prefers_cpp):
         return "cpp"
-    if backend != "cpp":
-        return "triton" if runs_triton(backend, *tensors) else "reference"
-    if not _takes_cpp(*tensors):
-        raise ValueError("backend: 'cpp' expects a float32 state on a CPU; use backend='reference'")
-    return backend
+    return "triton" if runs_triton(backend, *tensors) else "reference"
 
 
 def of_noise(backend: str | None, seeds: Tensor) -> str:
@@ -102,23 +119,30 @@ def sizes_of(cfg: DiTConfig) -> tuple[list[int], list[float]]:
 
 def makes_noise(*tensors: Tensor) -> bool:
     """Whether `sampler_update` makes the noise of seeds in its own pass over such tensors."""
-    return default_backend(*tensors) == "triton" or suits_cpp(*tensors)
+    return default_backend(*tensors) == "triton" or updates_in_cpp(*tensors)
 
 
-def suits_cpp(*tensors: Tensor) -> bool:
-    """Whether the C++ update is the default: not where gradients are asked for, or a compiler
-    looks on, which fuses plain PyTorch, nor where Triton's kernels are interpreted.
-    """
-    if torch.compiler.is_compiling() or _INTERPRET or not _takes_cpp(*tensors):
+def updates_in_cpp(*tensors: Tensor) -> bool:
+    """Whether the C++ update is the default; it has no gradients."""
+    if not _takes_update(*tensors):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return has_cpp()
+    return _cpp_is_default()
 
 
-def _takes_cpp(state: Tensor, *others: Tensor) -> bool:
+def _takes_update(state: Tensor, *others: Tensor) -> bool:
     narrow = state.dtype == torch.float32 and all(t.dtype != torch.float64 for t in others)
     return narrow and state.device.type == "cpu"
+
+
+def _cpp_is_default() -> bool:
+    """Not where a compiler looks on, which fuses plain PyTorch, nor where Triton's kernels are
+    interpreted.
+    """
+    if torch.compiler.is_compiling() or _INTERPRET or _transform_obstacle() is not None:
+        return False
+    return has_cpp()
 
 
 def default_backend(*tensors: Tensor) -> str:
@@ -143,8 +167,21 @@ def _obstacle_of(tensors: Sequence[Tensor]) -> str | None:
     return _obstacle(tensors[0].device, torch.float64 if wide else torch.float32)
 
 
+def _transform_obstacle() -> str | None:
+    """torch.func and forward-mode derivatives know nothing of our ops: a jvp would pass them by
+    without a word.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level < 0 and peek_interpreter_stack() is None:
+        return None
+    return "knows neither torch.func's transforms nor forward-mode derivatives"
+
+
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run there, or None."""
+    if (reason := _transform_obstacle()) is not None:
+        return reason
     if dtype == torch.float64:
         return "computes in float32, got float64"
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRET):

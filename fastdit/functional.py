@@ -6,8 +6,9 @@ dtypes a residual keeps x's dtype and a modulated output takes scale's.
 Every op takes a `backend`: "triton" runs the fused kernels, on CUDA or ROCm, or on the CPU where
 TRITON_INTERPRET=1 was set before the import; it runs them or raises. "reference" is plain PyTorch,
 which a compiler sees through. None, the default, is "triton" where it can run, and "reference"
-elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere. The
-ops of sampling also have "cpp", C++ for float32 on a CPU, which is the default there.
+elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere. All
+but attention also have "cpp", C++ for float32 on a CPU, which is the default there where nothing is
+being compiled, of the LayerNorms from 100,000 elements on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def layer_norm_modulate(
         scale: [B, D], any row stride (a `chunk` of one [B, 6D] tensor needs no copy).
         shift: [B, D], like scale.
         eps: added to the variance.
-        backend: "triton", "reference" or None.
+        backend: "triton", "reference", "cpp" (all in float32 on a CPU), or None.
 
     Returns:
         [B, N, D] in scale's dtype.
@@ -47,8 +48,9 @@ def layer_norm_modulate(
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
     checks.check_device(x, scale=scale, shift=shift)
-    if backends.runs_triton(backend, x, scale, shift):
-        return ops.layer_norm_modulate(x, scale, shift, eps)[0]
+    chosen = backends.of_layer_norm(backend, x, scale, shift)
+    if chosen != "reference":
+        return ops.layer_norm_modulate(x, scale, shift, eps, chosen)[0]
     if x.dtype == torch.float64:
         return reference.layer_norm_modulate(x, scale, shift, eps)
     return _layer_norm_modulate(x, scale, shift, eps)
@@ -72,7 +74,7 @@ def gated_residual_layer_norm_modulate(
         scale: [B, D], the next sub-layer's.
         shift: [B, D], the next sub-layer's.
         eps: added to the variance.
-        backend: "triton", "reference" or None.
+        backend: "triton", "reference", "cpp" (all in float32 on a CPU), or None.
 
     Returns:
         (r, modulated): both [B, N, D]; r in x's dtype, modulated in scale's.
@@ -88,9 +90,10 @@ def gated_residual_layer_norm_modulate(
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     checks.check_device(x, y=y, gate=gate, scale=scale, shift=shift)
-    if backends.runs_triton(backend, x, y, gate, scale, shift):
+    chosen = backends.of_layer_norm(backend, x, y, gate, scale, shift)
+    if chosen != "reference":
         residual, modulated, _, _ = ops.gated_residual_layer_norm_modulate(
-            x, y, gate, scale, shift, eps
+            x, y, gate, scale, shift, eps, chosen
         )
         return residual, modulated
     if x.dtype == torch.float64:

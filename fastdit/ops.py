@@ -42,22 +42,24 @@ def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _define(
     "fastdit::layer_norm_modulate",
-    "(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor h, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor scale, Tensor shift, float eps, str backend='triton')"
+    " -> (Tensor h, Tensor mean, Tensor rstd)",
 )
 _define(
     "fastdit::layer_norm_modulate_backward",
-    "(Tensor dh, Tensor x, Tensor scale, Tensor mean, Tensor rstd)"
+    "(Tensor dh, Tensor x, Tensor scale, Tensor mean, Tensor rstd, str backend='triton')"
     " -> (Tensor dx, Tensor dscale, Tensor dshift)",
 )
 _define(
     "fastdit::gated_residual_layer_norm_modulate",
-    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps)"
-    " -> (Tensor r, Tensor h, Tensor mean, Tensor rstd)",
+    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps,"
+    " str backend='triton') -> (Tensor r, Tensor h, Tensor mean, Tensor rstd)",
 )
 _define(
     "fastdit::gated_residual_layer_norm_modulate_backward",
     "(Tensor? dr, Tensor dh, Tensor r, Tensor y, Tensor gate, Tensor scale, Tensor mean,"
-    " Tensor rstd) -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
+    " Tensor rstd, str backend='triton')"
+    " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
 )
 _define("fastdit::normal", "(Tensor seeds, Tensor steps, int elements) -> Tensor")
 _define("fastdit::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -81,34 +83,33 @@ _define(
 
 
 @_implements("fastdit::layer_norm_modulate")
-def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
-    from fastdit.kernels import adaln
-
-    return adaln.layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
+def _layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton"
+) -> Any:
+    return _adaln_kernels(backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
 
 
 @torch.library.register_fake("fastdit::layer_norm_modulate")
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton") -> Any:
     return (x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
 
 
 @_implements("fastdit::layer_norm_modulate_backward")
 def _layer_norm_modulate_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, backend: str = "triton"
 ) -> Any:
-    from fastdit.kernels import adaln
-
-    dx, _, _, dscale, dshift = adaln.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
+    kernels = _adaln_kernels(backend)
+    dx, _, _, dscale, dshift = kernels.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
     return dx, dscale, dshift
 
 
 @torch.library.register_fake("fastdit::layer_norm_modulate_backward")
-def _(dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor) -> Any:
+def _(dh: Tensor, x: Tensor, scale: Tensor, *_: Any) -> Any:
     return _fresh(x), _fresh(scale), _fresh(scale)
 
 
 def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, _, _ = inputs
+    x, scale, _, _, ctx.backend = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -117,8 +118,9 @@ def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _layer_norm_gradients(ctx: Any, dh: Tensor | None, *_: None) -> Any:
     if dh is None:
-        return None, None, None, None
-    return *torch.ops.fastdit.layer_norm_modulate_backward(dh, *ctx.saved_tensors), None
+        return (None,) * 5
+    backward = torch.ops.fastdit.layer_norm_modulate_backward
+    return *backward(dh, *ctx.saved_tensors, ctx.backend), None, None
 
 
 torch.library.register_autograd(
@@ -128,14 +130,20 @@ torch.library.register_autograd("fastdit::layer_norm_modulate_backward", _no_der
 
 
 @_implements("fastdit::gated_residual_layer_norm_modulate")
-def _gated(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
-    from fastdit.kernels import adaln
-
-    return adaln.layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
+def _gated(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    backend: str = "triton",
+) -> Any:
+    return _adaln_kernels(backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
 
 
 @torch.library.register_fake("fastdit::gated_residual_layer_norm_modulate")
-def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, *_: Any) -> Any:
     return (_fresh(x), x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
 
 
@@ -149,28 +157,21 @@ def _gated_backward(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    backend: str = "triton",
 ) -> Any:
-    from fastdit.kernels import adaln
-
-    return adaln.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
+    kernels = _adaln_kernels(backend)
+    return kernels.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
 
 
 @torch.library.register_fake("fastdit::gated_residual_layer_norm_modulate_backward")
 def _(
-    dr: Tensor | None,
-    dh: Tensor,
-    r: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    dr: Tensor | None, dh: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, *_: Any
 ) -> Any:
     return tuple(_fresh(t) for t in (r, y, gate, scale, scale))
 
 
 def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
-    _, y, gate, scale, _, _ = inputs
+    _, y, gate, scale, _, _, ctx.backend = inputs
     r, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -181,10 +182,10 @@ def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -
     r, y, gate, scale, mean, rstd = ctx.saved_tensors
     if dh is None:  # the modulated output went unused
         if dr is None:
-            return (None,) * 6
+            return (None,) * 7
         dh = torch.zeros_like(r, dtype=scale.dtype)
     backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward
-    return *backward(dr, dh, r, y, gate, scale, mean, rstd), None
+    return *backward(dr, dh, r, y, gate, scale, mean, rstd, ctx.backend), None, None
 
 
 torch.library.register_autograd(
@@ -346,6 +347,16 @@ def build_cpp() -> None:
     from fastdit.kernels import cpu
 
     cpu.library()
+
+
+def _adaln_kernels(backend: str) -> Any:
+    if backend == "cpp":
+        from fastdit.kernels.cpu import adaln as cpp
+
+        return cpp
+    from fastdit.kernels import adaln
+
+    return adaln
 
 
 def _trajectory_kernels(backend: str) -> Any:

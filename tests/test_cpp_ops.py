@@ -7,6 +7,7 @@ import torch
 
 from fastdit import Guidance, functional, noise
 from fastdit.kernels import cpu
+from fastdit.kernels.cpu import adaln
 from fastdit.testing import check_against_oracle, relative_error
 
 
@@ -104,3 +105,117 @@ def test_a_learned_range_that_overflows_is_infinite():
         )
         assert torch.equal(own.isinf(), plain.isinf())
         assert plain.isinf().all() or torch.allclose(own, plain, rtol=1e-5)
+
+
+LAYER_NORMS = ["layer_norm_modulate", "gated_residual_layer_norm_modulate"]
+by_layer_norm = pytest.mark.parametrize("op", LAYER_NORMS)
+
+
+def layer_norm_inputs(op, shape):
+    """Modulation comes as chunk views of one tensor, as the model makes it."""
+    B, N, D = shape
+    x, y = torch.randn(2, B, N, D)
+    gate, scale, shift = torch.randn(B, 3 * D).chunk(3, dim=1)
+    return [x, scale, shift] if op == LAYER_NORMS[0] else [x, y, gate, scale, shift]
+
+
+def outputs_and_gradients(op, inputs, upstream, backend):
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    outs = getattr(functional, op)(*leaves, backend=backend)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    torch.autograd.backward(outs, upstream[: len(outs)])
+    return [t.detach() for t in (*outs, *(leaf.grad for leaf in leaves))]
+
+
+@by_layer_norm
+@pytest.mark.parametrize("width", [7, 33, 64])
+def test_layer_norms_are_the_same_in_every_instruction_set(op, width):
+    inputs = layer_norm_inputs(op, (3, 70, width))
+    x, scale, shift = inputs[0], *inputs[-2:]
+    gated = inputs[1:3] if len(inputs) == 5 else []
+    dr, dh = torch.randn(2, *x.shape)
+    runs = []
+    for name in cpu.instruction_sets():
+        r, h, mean, rstd = adaln.layer_norm_modulate_fwd(
+            x, scale, shift, 1e-5, *gated, instruction_set=name
+        )
+        residual = (dr, *gated) if gated else None
+        gradients = adaln.layer_norm_modulate_bwd(
+            dh, r, scale, mean, rstd, residual, instruction_set=name
+        )
+        runs.append([t for t in (r, h, *gradients) if t is not None])
+    for run in runs:
+        for a, b in zip(run, runs[0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@by_layer_norm
+def test_layer_norms_have_the_same_bits_for_any_batch_and_threads(op):
+    torch.manual_seed(0)
+    inputs, upstream = layer_norm_inputs(op, (9, 150, 40)), torch.randn(2, 9, 150, 40).unbind()
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(outputs_and_gradients(op, inputs, upstream, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    alone = outputs_and_gradients(op, [t[4:5] for t in inputs], [u[4:5] for u in upstream], "cpp")
+    for first, second, third, one in zip(*runs, alone, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, third)
+        assert torch.equal(first[4:5], one)
+
+
+@by_layer_norm
+def test_layer_norms_take_any_strides_and_no_images(op):
+    inputs = layer_norm_inputs(op, (3, 5, 10))
+    strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
+    upstream = [torch.ones(3, 5, 10).expand(3, 5, 10)] * 2
+    expected = outputs_and_gradients(op, inputs, upstream, "cpp")
+    for a, b in zip(outputs_and_gradients(op, strided, upstream, "cpp"), expected, strict=True):
+        assert torch.equal(a, b)
+    for shape in ((0, 5, 10), (2, 0, 10)):
+        empty = outputs_and_gradients(
+            op, layer_norm_inputs(op, shape), [torch.ones(shape)] * 2, "cpp"
+        )
+        assert all(not t.any() for t in empty)
+
+
+@by_layer_norm
+def test_a_nan_stays_in_its_token(op):
+    inputs = layer_norm_inputs(op, (2, 40, 20))
+    inputs[0][1, 7, 3] = math.nan
+    out = getattr(functional, op)(*inputs, backend="cpp")
+    out = out[1] if isinstance(out, tuple) else out
+    assert out[1, 7].isnan().all() and out.isnan().sum() == 20
+
+
+@by_layer_norm
+def test_layer_norms_pass_opcheck(op):
+    inputs = [t.requires_grad_() for t in layer_norm_inputs(op, (2, 3, 10))]
+    torch.library.opcheck(getattr(torch.ops.fastdit, op).default, (*inputs, 1e-5, "cpp"))
+
+
+@by_layer_norm
+def test_layer_norms_in_cpp_are_float32_and_once_differentiable(op):
+    inputs = layer_norm_inputs(op, (2, 3, 10))
+    with pytest.raises(ValueError, match="backend: 'cpp' expects float32 tensors on a CPU"):
+        getattr(functional, op)(*(t.bfloat16() for t in inputs), backend="cpp")
+    x = inputs[0].requires_grad_()
+    out = getattr(functional, op)(*inputs, backend="cpp")
+    out = out[1] if isinstance(out, tuple) else out
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(dx.sum(), x)
+
+
+@by_layer_norm
+def test_layer_norms_are_in_cpp_where_that_is_worth_a_call(op):
+    for shape, backend in (((4, 16, 64), "reference"), ((98, 16, 64), "cpp")):
+        inputs = layer_norm_inputs(op, shape)
+        default, named = (getattr(functional, op)(*inputs, backend=b) for b in (None, backend))
+        other = getattr(functional, op)(*inputs, backend={"cpp": "reference"}.get(backend, "cpp"))
+        pick = (lambda out: out[1]) if isinstance(default, tuple) else (lambda out: out)
+        assert torch.equal(pick(default), pick(named))
+        assert not torch.equal(pick(default), pick(other))

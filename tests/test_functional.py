@@ -7,8 +7,7 @@ from fastdit import functional, reference
 from fastdit.testing import check_against_oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHAPES = [(1, 1, 64), (3, 5, 72), (3, 16, 64), (1, 63, 384), (3, 300, 96)]
-by_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+SHAPES = [(1, 1, 64), (3, 5, 72), (3, 16, 64), (1, 63, 384), (3, 300, 96), (2, 130, 36)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-D{}".format(*s))
 
 
@@ -22,10 +21,10 @@ def inputs_of(op, shape, dtype):
     return [x, scale, shift] if op == "layer_norm_modulate" else [x, y, gate, scale, shift]
 
 
-def outputs_and_gradients(module, op, inputs, upstream):
+def outputs_and_gradients(module, op, inputs, upstream, **options):
     """Every output and every input's gradient, flat."""
     leaves = [i.detach().requires_grad_() for i in inputs]
-    outs = getattr(module, op)(*leaves, 4 if op == "attention" else 1e-5)
+    outs = getattr(module, op)(*leaves, 4 if op == "attention" else 1e-5, **options)
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.backward(outs, [upstream] * len(outs))
     return [t.detach().flatten() for t in (*outs, *(leaf.grad for leaf in leaves))]
@@ -35,8 +34,14 @@ def outputs_and_gradients(module, op, inputs, upstream):
     "op", ["layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention"]
 )
 @by_shape
-@by_dtype
-def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [*((dtype, None) for dtype in DTYPES.values()), (torch.float32, "cpp")],
+    ids=[*DTYPES, "float32-cpp"],
+)
+def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype, backend):
+    if (op, backend) == ("attention", "cpp"):
+        pytest.skip("attention is PyTorch's on a CPU")
     runs = []
     torch.manual_seed(0)
     elements = shape[0] * shape[2]  # of the smallest tensor, a modulation's gradient
@@ -45,7 +50,7 @@ def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype):
         exact = [i.double() for i in inputs]
         runs.append(
             (
-                outputs_and_gradients(functional, op, inputs, upstream),
+                outputs_and_gradients(functional, op, inputs, upstream, backend=backend),
                 outputs_and_gradients(reference, op, inputs, upstream),
                 outputs_and_gradients(reference, op, exact, upstream.double()),
             )
@@ -169,7 +174,7 @@ x, y, m = torch.zeros(2, 3, 8), torch.zeros(2, 3, 8), torch.zeros(2, 8)
         ),
         (
             lambda: functional.layer_norm_modulate(x, m, m, backend="cuda"),
-            "backend: expected one of reference, triton; got 'cuda'",
+            "backend: expected one of reference, triton, cpp; got 'cuda'",
         ),
         (
             lambda: functional.attention(torch.zeros(1, 2, 3 * 136), 1, backend="triton"),
@@ -193,3 +198,29 @@ def test_bad_arguments_are_value_errors_that_name_them(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("op", ["layer_norm_modulate", "gated_residual_layer_norm_modulate"])
+def test_transforms_see_the_ops(op):
+    """Custom ops would give a jvp without a tangent, and no gradient to torch.func."""
+    torch.manual_seed(0)
+    inputs = inputs_of(op, (50, 33, 64), torch.float32)  # of which C++ is the default
+
+    def out(*tensors):
+        result = getattr(functional, op)(*tensors)
+        return result[1] if isinstance(result, tuple) else result
+
+    _, tangent = torch.func.jvp(out, tuple(inputs), tuple(torch.ones_like(t) for t in inputs))
+    h = 1e-3
+    difference = (out(*(t + h for t in inputs)) - out(*(t - h for t in inputs))) / (2 * h)
+    assert torch.allclose(tangent, difference, atol=1e-2)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out(*leaves).square().sum().backward()
+    gradient = torch.func.grad(lambda x: out(x, *inputs[1:]).square().sum())(inputs[0])
+    assert torch.allclose(gradient, leaves[0].grad, rtol=1e-4, atol=1e-4)
+
+    def named(x):
+        return functional.layer_norm_modulate(x, x[:, 0], x[:, 0], 1e-5, "triton")
+
+    with pytest.raises(ValueError, match="backend: 'triton' knows neither torch.func's"):
+        torch.func.vmap(named)(torch.randn(2, 3, 4, 8))

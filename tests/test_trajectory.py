@@ -87,11 +87,6 @@ def launch(arguments, **options):
     )
 
 
-def instruction_sets():
-    best = ["plain", "avx2", "avx512"].index(cpu.instruction_set())
-    return ["plain", "avx2", "avx512"][: best + 1]
-
-
 @pytest.mark.parametrize(("cfg", "guidance"), SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("noise", ["seeds", "noise"])
 def test_every_instruction_set_obeys_the_error_rule(cfg, guidance, noise):
@@ -99,7 +94,7 @@ def test_every_instruction_set_obeys_the_error_rule(cfg, guidance, noise):
     given = problem(cfg, B, guidance, noise=noise)
     plain = functional.trajectory(**given, backend="reference")
     oracle = functional.trajectory(**problem(cfg, B, guidance, dtype=torch.float64, noise=noise))
-    for name in instruction_sets():
+    for name in cpu.instruction_sets():
         for own, other, exact in zip(
             launch(given, instruction_set=name), plain, oracle, strict=True
         ):
@@ -136,7 +131,7 @@ def test_an_image_has_the_same_bits_in_any_batch_order_and_threads(cfg, guidance
         return launch(given, instruction_set=name)[0]
 
     try:
-        for name in instruction_sets():
+        for name in cpu.instruction_sets():
             expected = part(torch.arange(11), 1, name)
             for threads in (1, 2, 3, 8):
                 order = torch.randperm(11, generator=torch.Generator().manual_seed(threads))

@@ -1,19 +1,19 @@
-"""The whole sampling loop of a small DiT in one call of C++; see `trajectory`.
+"""C++ for a CPU: the whole sampling loop of a small DiT in one call (`trajectory`), and ops of it.
 
 `problem.h` says what the parts share, `vector.h` holds the mathematics, `product.h` the matrix
-products, `network.h` a forward, `loop.h` the steps; `plain.cpp`, `avx2.cpp` and `avx512.cpp` are
-these for an instruction set each, and `trajectory.cpp` gives images to threads.
+products, `network.h` a forward, `loop.h` the steps, `adaln.h` a LayerNorm with all that surrounds
+it; `plain.cpp`, `avx2.cpp` and `avx512.cpp` are these for an instruction set each, `trajectory.cpp`
+gives images to threads, and `adaln.cpp` rows.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.kernels.cpu.build import BuildError, library
+from fastdit.kernels.cpu.build import BuildError, call, library
 from fastdit.kernels.shape import Shape
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MAX_TOKENS",
     "BuildError",
     "instruction_set",
+    "instruction_sets",
     "library",
     "linear",
     "normal",
@@ -149,7 +150,7 @@ def trajectory(
         scale=scale,
         **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
     )
-    _call(library().fastdit_trajectory, problem, instruction_set)
+    call(library().fastdit_trajectory, problem, instruction_set)
     return x, x0
 
 
@@ -201,7 +202,7 @@ def sampler_update(
         scale=scale,
         **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
     )
-    _call(library().fastdit_update, update, instruction_set)
+    call(library().fastdit_update, update, instruction_set)
     return x_next, x0
 
 
@@ -245,22 +246,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.new_empty((len(x), len(weight)))
     sizes = len(x), x.shape[1], len(weight), torch.get_num_threads()
     pointers = (None if t is None else t.data_ptr() for t in (x, weight, bias, y))
-    _call(library().fastdit_linear, _Linear(*sizes, *pointers), None)
+    call(library().fastdit_linear, _Linear(*sizes, *pointers), None)
     return y
-
-
-def _call(function: Any, argument: ctypes.Structure, instruction_set: str | None) -> None:
-    name = None if instruction_set is None else instruction_set.encode()
-    code = function(ctypes.byref(argument), name)
-    if code == 1:
-        raise MemoryError("fastdit's C++ kernels: too little memory; take a smaller batch")
-    if code == 2:
-        raise ValueError(f"instruction_set: expected one this CPU has, got {instruction_set!r}")
 
 
 def instruction_set() -> str:
     """The best that this CPU has: "plain", "avx2" or "avx512"."""
     return library().fastdit_instruction_set().decode()
+
+
+def instruction_sets() -> list[str]:
+    """All that this CPU has, the best last."""
+    names = ["plain", "avx2", "avx512"]
+    return names[: names.index(instruction_set()) + 1]
 
 
 def peak_flop_per_second(repeats: int = 2_000_000) -> float:

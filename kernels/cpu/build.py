@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,9 +60,19 @@ def library() -> ctypes.CDLL:
     loaded.fastdit_peak.argtypes = [ctypes.c_int64, ctypes.c_int64]
     integers = [ctypes.c_int64] * 4
     loaded.fastdit_normal.argtypes = [*[ctypes.c_void_p] * 2, *integers, ctypes.c_void_p]
-    for call in (loaded.fastdit_trajectory, loaded.fastdit_update, loaded.fastdit_linear):
-        call.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    for name in ("trajectory", "update", "linear", "adaln", "adaln_backward"):
+        getattr(loaded, f"fastdit_{name}").argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     return loaded
+
+
+def call(function: Any, argument: ctypes.Structure, instruction_set: str | None) -> None:
+    """Call a function of the library, and raise for the code that it returns."""
+    name = None if instruction_set is None else instruction_set.encode()
+    code = function(ctypes.byref(argument), name)
+    if code == 1:
+        raise MemoryError("fastdit's C++ kernels: too little memory; take a smaller batch")
+    if code == 2:
+        raise ValueError(f"instruction_set: expected one this CPU has, got {instruction_set!r}")
 
 
 def _digest() -> str:

@@ -7,10 +7,12 @@ namespace {
 #include "update.h"
 #include "network.h"
 #include "loop.h"
+#include "adaln.h"
 }  // namespace
 
 #define AS_STRING(name) #name
 #define NAME_OF(name) AS_STRING(name)
 const InstructionSet NAME = {NAME_OF(NAME), WIDTH, ROWS, team_floats, thread_floats,
-                             useful_threads, run, update, normals, multiply_adds, linear};
+                             useful_threads, run, update, normals, multiply_adds, linear,
+                             adaln, adaln_backward};
 }  // namespace fastdit

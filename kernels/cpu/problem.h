@@ -56,6 +56,22 @@ struct Linear {
   float* y;
 };
 
+// r = x + gate * y and h = LN(r) * (1 + scale) + shift; without a gate r is x, and is not written.
+// Rows of modulation lie their stride apart. `AdaLN` in adaln.py has the same fields.
+struct AdaLN {
+  int64_t images, tokens, hidden, gate_stride, scale_stride, shift_stride, threads;
+  float eps;
+  const float *x, *y, *gate, *scale, *shift;  // y, gate: or null
+  float *r, *h, *mean, *rstd;                 // mean, rstd: [images * tokens]
+};
+
+// Its gradients; those of the modulation of each chunk of an image's tokens.
+struct AdaLNBackward {
+  int64_t images, tokens, hidden, gate_stride, scale_stride, chunk_tokens, threads;
+  const float *dr, *dh, *r, *y, *gate, *scale, *mean, *rstd;  // dr, y, gate: or null
+  float *dx, *dy, *partial;  // partial: [images][chunks][dscale, dshift, dgate][hidden]
+};
+
 // Weights in the order in which an instruction set multiplies by them: a matrix [M][K] is blocks of
 // rows, each [K][rows of the block]. Where the rows of a block start, `block_start` says.
 struct Layer {
@@ -134,11 +150,16 @@ struct InstructionSet {
   float (*multiply_adds)(int64_t repeats);  // 12 vectors of them each
   // Of two vectors of rows; own: 2 * width * in floats.
   void (*linear)(const Linear&, const float* blocks, int64_t first_row, float* own);
+  void (*adaln)(const AdaLN&, int64_t first_row, int64_t last_row);
+  void (*adaln_backward)(const AdaLNBackward&, int64_t chunk);
 };
 
 extern const InstructionSet plain;
 #if defined(__x86_64__)
 extern const InstructionSet avx2, avx512;
 #endif
+
+// The best that this CPU has, or the one of a name; null where it has it not.
+const InstructionSet* choose(const char* name);
 
 }  // namespace fastdit

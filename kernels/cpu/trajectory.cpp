@@ -11,9 +11,7 @@
 #include "problem.h"
 
 namespace fastdit {
-namespace {
 
-// The best instruction set this CPU has, or the one of a name; null where it has it not.
 const InstructionSet* choose(const char* name) {
   const InstructionSet* found[3] = {&plain};
   int count = 1;
@@ -30,6 +28,8 @@ const InstructionSet* choose(const char* name) {
     if (!std::strcmp(found[i]->name, name)) return found[i];
   return nullptr;
 }
+
+namespace {
 
 // Denormals are zero while this lives: they would slow a thread down a hundredfold.
 class FlushDenormals {
