@@ -294,6 +294,20 @@ def derive(rows: list[dict[str, Any]]) -> None:
             row["ratio"] = base / row["us"]
 
 
+SUMMARY = {
+    **{"op": "", "pass": "", "shape": "", "dtype": "", "us": ".0f"},
+    **{"ratio": ".2f", "of compiled": ".2f", "error": ".1e"},
+}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """fastdit's rows alone, with the compiled reference's ratio beside their own."""
+    key = ("op", "pass", "shape", "dtype")
+    compiled = {tuple(r[k] for k in key): r.get("ratio") for r in rows if r["way"] == "compiled"}
+    own = [row for row in rows if row["way"] == "fastdit"]
+    return [row | {"of compiled": compiled.get(tuple(row[k] for k in key))} for row in own]
+
+
 class Script:
     """The plugin of `python benchmarks/kernels.py`: every row goes to the file as it comes."""
 

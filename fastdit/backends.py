@@ -20,8 +20,8 @@ from fastdit.packed import PackedDiT
 
 BACKENDS = ("reference", "triton")  # those of every op
 
-# Below, the calling of an op outweighs what the C++ LayerNorms save (benchmarks/kernels.py, on two
-# CPUs: even at 65,000 elements forward and 100,000 backward, 1.5 and 2.6 times as fast at 262,000).
+# Below, the calling of an op outweighs what the C++ LayerNorms save; at 262,000 elements they are
+# 2.3 times as fast forward, and backward as fast or faster (benchmarks/kernels.py on two CPUs).
 _CPP_ELEMENTS = 100_000
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
 SAMPLING, TRAINING = RESULTS / "sample_throughput.json", RESULTS / "train_throughput.json"
-CROSSOVER = RESULTS / "crossover.json"
+CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
 
 
@@ -30,6 +30,8 @@ def benchmark_modules(monkeypatch):
         "train_throughput",
         "toy_recipes",
         "inductive_bias",
+        "kernels",
+        "_ops",
     ):
         sys.modules.pop(name, None)
 
@@ -77,6 +79,14 @@ def test_the_table_of_the_crossover_is_the_measured_one(benchmark_modules):
     assert table(*summary(read(CROSSOVER)["rows"]), markdown=True) in README
 
 
+def test_the_table_of_the_ops_is_the_measured_one(benchmark_modules):
+    from _harness import table
+
+    from kernels import SUMMARY, summary
+
+    assert table(SUMMARY, summary(read(KERNELS)["rows"]), markdown=True) in README
+
+
 def test_the_training_tables_are_the_measured_ones(benchmark_modules):
     from _harness import table
     from train_throughput import QUALITY_COLUMNS, RATE_COLUMNS
@@ -103,7 +113,7 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
 
 
 @pytest.mark.parametrize(
-    "path", [SAMPLING, CROSSOVER, TRAINING, TOY, BIAS], ids=lambda path: path.stem
+    "path", [SAMPLING, CROSSOVER, KERNELS, TRAINING, TOY, BIAS], ids=lambda path: path.stem
 )
 def test_results_name_their_machine_and_come_from_a_commit(path):
     machine = read(path)["machine"]
