@@ -350,7 +350,11 @@ def main() -> None:
     options += ["--no-header", "--benchmark-quiet", "-p", "no:cacheprovider", __file__]
     with fresh_compile_cache():
         code = pytest.main([str(option) for option in options], plugins=[script])
-    where = "Triton" if args.device != "cpu" else "C++, and PyTorch's attention, on this CPU"
+    where = (
+        "Triton"
+        if args.device != "cpu"
+        else "what is best on this CPU: C++, and PyTorch for attention and few elements"
+    )
     print(f"\nfastdit ran {where}; sizes {'tiny' if args.quick else 'full'}.")
     print(table(COLUMNS, script.rows))
     sys.exit(code)

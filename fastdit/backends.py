@@ -20,8 +20,9 @@ from fastdit.packed import PackedDiT
 
 BACKENDS = ("reference", "triton")  # those of every op
 
-# Below, the calling of an op outweighs what the C++ LayerNorms save; at 262,000 elements they are
-# 2.3 times as fast forward, and backward as fast or faster (benchmarks/kernels.py on two CPUs).
+# Below, the calling of an op outweighs what the C++ LayerNorms save; at 197,000 elements and more
+# they are 1.6 to 2.4 times as fast forward, and 0.9 to 1.9 times backward (benchmarks/kernels.py on
+# two CPUs).
 _CPP_ELEMENTS = 100_000
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -76,7 +77,9 @@ def of_layer_norm(backend: str | None, *tensors: Tensor) -> str:
     takes = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
     if backend == "cpp" and not takes:
         raise ValueError("backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'")
-    prefers = takes and tensors[0].numel() >= _CPP_ELEMENTS and _cpp_is_default()
+    prefers = (
+        backend is None and takes and tensors[0].numel() >= _CPP_ELEMENTS and _cpp_is_default()
+    )
     return _of_fused(backend, prefers, tensors)
 
 
@@ -91,7 +94,9 @@ def _of_fused(backend: str | None, prefers_cpp: bool, tensors: Sequence[Tensor])
     known = (*BACKENDS, "cpp")
     if backend not in (None, *known):
         raise unknown_name("backend", str(backend), known)
-    if backend == "cpp" or (backend is None and prefers_cpp):
+    if backend == "cpp" and (reason := _transform_obstacle()) is not None:
+        raise ValueError(f"backend: 'cpp' {reason}; use backend='reference'")
+    if backend == "cpp" or prefers_cpp:
         return "cpp"
     return "triton" if runs_triton(backend, *tensors) else "reference"
 

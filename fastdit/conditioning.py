@@ -51,8 +51,10 @@ class ModulationTables:
         self._timesteps = torch.tensor(timesteps, device=self._device)
         self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
         self._joined = None if linear is None else _joined_weights(model)
-        # While a table is filled, one layer's product stands beside it.
-        self._row_bytes = (sum(self._columns) + self._columns[0]) * model.pos_embed.element_size()
+        self.split = cfg.modulation_act == "none"  # the table of steps is the same for all labels
+        # While a table is filled layer by layer, one layer's product stands beside it.
+        width = sum(self._columns) + (self._columns[0] if linear is None else 0)
+        self._row_bytes = width * model.pos_embed.element_size()
         self._all_labels = self._labels_worth_a_table(len(timesteps))
         self._distinct: list[int] | None = None  # the labels that have rows
         self._labels: Tensor | None = None  # the same, unless there are none
@@ -60,11 +62,6 @@ class ModulationTables:
         self._storage: Tensor | None = None
         self._steps: Tensor | None = None  # [steps of a chunk, labels or 1, width]
         self._by_label: Tensor | None = None  # [labels, width]
-
-    @property
-    def split(self) -> bool:
-        """Whether the table of steps is the same for all labels."""
-        return self._model.cfg.modulation_act == "none"
 
     def serve(self, labels: Sequence[int] | None) -> ModulationTables:
         """Plan for a batch; a chunk of its steps is computed when it is asked for.
@@ -145,6 +142,10 @@ class ModulationTables:
             c = self._time_conditioning(t)[:, None]
             c = F.silu(c if of_label is None else c + of_label)
             c, per_step = c.flatten(0, 1), c.shape[1]
+        if self._joined is not None:
+            self._storage = self._steps = None
+            self._storage = self._apply(c, *self._joined).view(len(t), per_step, -1)
+            return self._storage
         if self._storage is None:
             self._storage = c.new_empty(self._chunk, per_step, sum(self._columns))
         steps = self._storage[: len(t)]
@@ -182,9 +183,6 @@ class ModulationTables:
 
     def _project(self, c: Tensor, out: Tensor) -> None:
         """All layers' modulation of c [R, D], side by side into out [R, width]."""
-        if self._joined is not None:
-            out.copy_(self._apply(c, *self._joined))
-            return
         for part, columns in self._parts(c, out):
             columns.copy_(part)
 

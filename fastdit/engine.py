@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fastdit import backends, functional, ops, work
 from fastdit.conditioning import ModulationTables
+from fastdit.config import DiTConfig
 from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
 from fastdit.packed import PackedDiT
 from fastdit.predictors import AnyPredictor, HoistedDiT
@@ -136,7 +137,7 @@ class _Prepared(NamedTuple):
     """What was made of a model's weights."""
 
     weights: Tensor  # a copy of them all, to tell whether they are still the same
-    planned: tuple[list[int], int]  # timesteps and bound of the tables
+    planned: tuple[DiTConfig, tuple[int, ...], int]  # timesteps and bound of the tables
     packed: PackedDiT
     tables: ModulationTables
 
@@ -150,7 +151,7 @@ class TrajectoryEngine(_Loop):
 
     def __init__(self, predictor: HoistedDiT, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(predictor, device, dtype)
-        self._hoisted = predictor
+        self._hoisted = predictor  # `_predictor`, known to be a DiT's
         self._prepared: _Prepared | None = None
 
     def sample(
@@ -195,10 +196,12 @@ class TrajectoryEngine(_Loop):
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
-        source, planned = self._hoisted.source, (timesteps, table_bytes)
+        source = self._hoisted.source
+        planned = source.cfg, tuple(timesteps), table_bytes
         weights = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
         old = self._prepared
         if old is None or old.planned != planned or not torch.equal(old.weights, weights):
+            self._prepared = None  # what follows may fail half way
             self._hoisted.refresh()
             model = self._hoisted.model
             linear = ops.linear if self.device.type == "cpu" else F.linear

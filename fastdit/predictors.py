@@ -119,7 +119,7 @@ class HoistedDiT:
         self.source = model
 
     def refresh(self) -> None:
-        """Copy the weights: nothing tells whether they have changed.
+        """Copy the weights, changed or not.
 
         Raises:
             ValueError: a weight is not finite, or the model's parameters are other ones than when

@@ -79,9 +79,10 @@ class Sampler:
                 all steps as one op, for small models, from their weights alone, in C++ on a CPU
                 in float32. All but "eager" need a `fastdit.DiT`. "compile" and "graph" copy it, as
                 another dtype does: later calls see its weights as they are then, but not modules
-                that were exchanged or hooks that came; "trajectory" refuses these. "auto" is
-                "graph" for a `fastdit.DiT` on CUDA; on a CPU "trajectory" where it can be and
-                `progress` is no function; "eager" elsewhere (`execution_for` says which).
+                that were exchanged or hooks that came; "trajectory" refuses these, and keeps two
+                copies of the weights. "auto" is "graph" for a `fastdit.DiT` on CUDA; on a CPU
+                "trajectory" where it can be and `progress` is no function; "eager" elsewhere
+                (`execution_for` says which).
             table_bytes: bound of the memory of the modulation tables, which are made for as many
                 steps at a time as fit.
             sample_shape: (C, H, W) of one image, for models other than DiT.

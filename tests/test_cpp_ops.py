@@ -1,4 +1,4 @@
-"""The updates and the noise of a loop in C++, each by itself."""
+"""Updates, noise and LayerNorms in C++, each by itself."""
 
 import math
 
@@ -171,8 +171,8 @@ def test_layer_norms_have_the_same_bits_for_any_batch_and_threads(op):
 def test_layer_norms_take_any_strides_and_no_images(op):
     inputs = layer_norm_inputs(op, (3, 5, 10))
     strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
-    upstream = [torch.ones(3, 5, 10).expand(3, 5, 10)] * 2
-    expected = outputs_and_gradients(op, inputs, upstream, "cpp")
+    upstream = torch.randn(3, 10, 5).transpose(1, 2), torch.randn(3, 1, 1).expand(3, 5, 10)
+    expected = outputs_and_gradients(op, inputs, [u.contiguous() for u in upstream], "cpp")
     for a, b in zip(outputs_and_gradients(op, strided, upstream, "cpp"), expected, strict=True):
         assert torch.equal(a, b)
     for shape in ((0, 5, 10), (2, 0, 10)):

@@ -1,9 +1,11 @@
 """The public ops: the error rule against float64, and errors that name the argument."""
 
+import functools
+
 import pytest
 import torch
 
-from fastdit import functional, reference
+from fastdit import backends, functional, reference
 from fastdit.testing import check_against_oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -219,8 +221,13 @@ def test_transforms_see_the_ops(op):
     gradient = torch.func.grad(lambda x: out(x, *inputs[1:]).square().sum())(inputs[0])
     assert torch.allclose(gradient, leaves[0].grad, rtol=1e-4, atol=1e-4)
 
-    def named(x):
-        return functional.layer_norm_modulate(x, x[:, 0], x[:, 0], 1e-5, "triton")
+    for backend in ("triton", "cpp"):
+        named = functools.partial(getattr(functional, op), backend=backend)
+        with pytest.raises(ValueError, match=f"backend: '{backend}' knows neither torch.func's"):
+            torch.func.jvp(named, tuple(inputs), tuple(torch.ones_like(t) for t in inputs))
 
-    with pytest.raises(ValueError, match="backend: 'triton' knows neither torch.func's"):
-        torch.func.vmap(named)(torch.randn(2, 3, 4, 8))
+
+def test_naming_the_reference_builds_nothing(monkeypatch):
+    monkeypatch.setattr(backends, "has_cpp", lambda: pytest.fail("the C++ was asked for"))
+    for op in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
+        getattr(functional, op)(*inputs_of(op, (50, 33, 64), torch.float32), backend="reference")

@@ -40,6 +40,7 @@ SHAPES = {
     "odd": (ODD, None),
     "one-token": (DiTConfig(img_size=4, patch_size=4, hidden=6, n_heads=6, n_layers=1), None),
     "one-head": (DiTConfig(img_size=8, hidden=7, n_heads=1, n_layers=2), None),
+    "threads-a-slice": (DiTConfig(img_size=16, hidden=192, n_heads=3, n_layers=1), None),
     "wide": (DiTConfig(img_size=32, hidden=512, n_heads=8, n_layers=1, gelu="tanh"), None),
     "long": (DiTConfig(img_size=64, patch_size=4, hidden=33, n_heads=3, n_layers=1), None),
     "guided-team": (replace(GUIDED, hidden=96), Guidance(2.0)),

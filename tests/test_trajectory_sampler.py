@@ -89,7 +89,7 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
     whole = sampler([3, 0, 5], seed=1)
     assert calls == [(0, 12, False)]
     row = (6 * 4 + 2) * 64 * 4
-    small = Sampler(sampler.model, scheduler, execution="trajectory", table_bytes=9 * row)
+    small = Sampler(sampler.model, scheduler, execution="trajectory", table_bytes=6 * row)
     assert torch.equal(small([3, 0, 5], seed=1), whole) and len(calls) > 3
     calls.clear()
     monkeypatch.setattr(engine, "_CALL_FLOP", 5 * 3 * 6.8e6)
@@ -225,3 +225,36 @@ def test_nothing_is_made_twice_of_weights_that_stay(monkeypatch):
     for labels, kept in zip(([1, 3], [2, 3], None), images, strict=True):
         fresh = Sampler(model, scheduler, execution="trajectory")
         assert torch.equal(fresh(labels, seeds=[5, 6]), kept)
+
+
+def test_what_is_kept_follows_the_config_and_the_steps():
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler = Sampler(model, scheduler, execution="trajectory")
+    before = sampler([1, 2])
+    for change in (dict(t_freq_shift=1), dict(modulation_act="silu")):
+        model.cfg = replace(model.cfg, **change)
+        images = sampler([1, 2])
+        assert torch.equal(images, Sampler(model, scheduler, execution="trajectory")([1, 2]))
+        assert relative_error(images, before) > 1e-4
+        before = images
+    sampler.table.timesteps[0] -= 1
+    assert relative_error(sampler([1, 2]), before) > 1e-6
+
+
+def test_weights_that_came_and_went_in_a_call_that_failed_leave_nothing(monkeypatch):
+    """The model is in bfloat16, so that the loop has a copy of its own, and its tables are made
+    in parts, from that copy.
+    """
+    model, scheduler = make_model().bfloat16(), DiffusionScheduler(9, schedule="cosine")
+    row = (6 * 4 + 2) * 64 * 4
+    options = dict(dtype=torch.float32, execution="trajectory", table_bytes=6 * row)
+    sampler = Sampler(model, scheduler, **options)
+    weight = model.t_embed[0].weight.data
+    expected, before = sampler([1, 2]), weight.clone()
+    weight.mul_(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedDiT, "of", lambda model: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            sampler([1, 2])
+    weight.copy_(before)
+    assert torch.equal(sampler([1, 2]), expected)

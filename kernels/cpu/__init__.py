@@ -1,9 +1,9 @@
 """C++ for a CPU: the whole sampling loop of a small DiT in one call (`trajectory`), and ops of it.
 
 `problem.h` says what the parts share, `vector.h` holds the mathematics, `product.h` the matrix
-products, `network.h` a forward, `loop.h` the steps, `adaln.h` a LayerNorm with all that surrounds
-it; `plain.cpp`, `avx2.cpp` and `avx512.cpp` are these for an instruction set each, `trajectory.cpp`
-gives images to threads, and `adaln.cpp` rows.
+products, `update.h` a solver's step, `network.h` a forward, `loop.h` the steps, `adaln.h` a
+LayerNorm with all that surrounds it; `plain.cpp`, `avx2.cpp` and `avx512.cpp` are these for an
+instruction set each, `trajectory.cpp` gives images to threads, and `adaln.cpp` rows.
 """
 
 from __future__ import annotations

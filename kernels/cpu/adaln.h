@@ -90,7 +90,8 @@ static void adaln_backward(const AdaLNBackward& p, int64_t chunk) {
       const vf d = dn(k, D - k);
       sum += d, sum_with_n += d * normed(k, D - k);
     }
-    const float mean_dn = sum_of_lanes<WIDTH>(sum) / D, mean_dn_n = sum_of_lanes<WIDTH>(sum_with_n) / D;
+    const float mean_dn = sum_of_lanes<WIDTH>(sum) / D;
+    const float mean_dn_n = sum_of_lanes<WIDTH>(sum_with_n) / D;
     for (int64_t k = 0; k < D; k += WIDTH) {
       const int64_t n = D - k;
       const vf dh = load(p.dh + at + k, n), of_row = normed(k, n);

@@ -152,7 +152,8 @@ struct Network {
     const int64_t D = p.hidden, M = 4 * D;
     layer_norm(first_part, p.eps);
     attention(l);
-    if (mine.parts > 1 || columns > 1) team.wait();  // for heads, or to keep keys until now
+    // For others' heads; and where no sums are waited for, others still read this thread's keys.
+    if (mine.parts > 1 || (columns > 1 && mine.has_all_slices())) team.wait();
     const int64_t cut = slice_start(p.heads, 1) * (D / p.heads);
     add_gated(0, l.proj, l.proj_bias, D, cut, at.heads, first_part + 2);
     layer_norm(first_part + 3, p.mlp_eps);
