@@ -20,8 +20,9 @@ class ModulationTables:
     """What `model.modulation` gives at each step of a loop, for the labels of a batch.
 
     In sampling all images share the timestep, so that modulation depends on (step, label) alone:
-    it is computed for the distinct labels only, for many steps in one matrix product a layer, and
-    as many steps at a time as a bound of memory allows.
+    it is computed for the distinct labels only (where tables stay for other batches, for all labels
+    if these are few), for many steps in one matrix product a layer, and as many steps at a time as
+    a bound of memory allows.
 
     A model without SiLU before its modulation linears splits exactly,
     `W (e_t + e_y) + b = (W e_t + b) + W e_y`: a row for each step and one for each label are all
