@@ -137,7 +137,7 @@ class _Prepared(NamedTuple):
     """What was made of a model's weights."""
 
     weights: Tensor  # a copy of them all, to tell whether they are still the same
-    planned: tuple[DiTConfig, tuple[int, ...], int]  # timesteps and bound of the tables
+    planned: tuple[DiTConfig, tuple[int, ...], int]  # and the bound of the tables
     packed: PackedDiT
     tables: ModulationTables
 
