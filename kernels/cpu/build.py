@@ -23,9 +23,11 @@ import torch
 SOURCES = Path(__file__).parent
 # No -march: an instruction set is chosen at run time, so that what is cached runs on any machine
 # that shares the cache. No -ffast-math: NaN must stay, and its start-up code would flush denormals
-# in the whole process. OpenMP's threads are those of PyTorch.
+# in the whole process. OpenMP's threads are those of PyTorch. PyTorch 2.11 would compile as C++17,
+# which has no `std::atomic::wait`.
 FLAGS = [
-    *("-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    *("-std=c++20", "-O3", "-fopenmp"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
     *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
 ]
 
