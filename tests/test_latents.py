@@ -23,8 +23,7 @@ from fastdit.testing import randomize
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
+    AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(8, 8),

@@ -190,10 +190,9 @@ def test_a_layout_refuses_a_model_that_it_cannot_hold(tmp_path):
 @pytest.fixture(scope="module")
 def transformer():
     """A tiny DiT of diffusers, 1,000 classes, whose blocks share one embedder's weights."""
-    from diffusers import DiTTransformer2DModel
-
+    diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(
+    model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,

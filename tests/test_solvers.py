@@ -177,8 +177,7 @@ def arguments_of(scheduler, **options):
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_ddim_is_that_of_diffusers(eta, clip):
-    from diffusers import DDIMScheduler
-
+    DDIMScheduler = pytest.importorskip("diffusers").DDIMScheduler
     scheduler = DiffusionScheduler(100, schedule="linear-scaled")
     options = dict(clip_sample=clip is not None, timestep_spacing="leading")
     theirs = DDIMScheduler(**arguments_of(scheduler, **options))
@@ -193,8 +192,7 @@ def test_ddim_is_that_of_diffusers(eta, clip):
 
 
 def test_dpm_solver_pp_is_that_of_diffusers():
-    from diffusers import DPMSolverMultistepScheduler
-
+    DPMSolverMultistepScheduler = pytest.importorskip("diffusers").DPMSolverMultistepScheduler
     scheduler = DiffusionScheduler(100, schedule="linear-scaled")
     options = dict(algorithm_type="dpmsolver++", final_sigmas_type="zero")
     theirs = DPMSolverMultistepScheduler(**arguments_of(scheduler, **options))

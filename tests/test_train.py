@@ -200,21 +200,34 @@ def test_autocast_trains_float32_weights_in_bfloat16_products():
 
 
 TRAIN = """
-import sys
+import os, random, signal, sys, threading, time
 from fastdit import DiTConfig
 from fastdit.recipe import Recipe
 from fastdit.runs import RunFolder
 from fastdit.sources import Shapes
 from fastdit.train import Trainer
-out = sys.argv[1]
+out, last = sys.argv[1], int(sys.argv[2])
+
+class Doomed(Trainer):
+    # After its step number `last`, counted from here, it has a step's or a save's time to live.
+    taken = 0
+
+    def train_step(self):
+        begin = time.monotonic()
+        super().train_step()
+        self.taken += 1
+        if self.taken == last:
+            left = random.uniform(0, 2) * (time.monotonic() - begin)
+            threading.Timer(left, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
 config = DiTConfig(hidden=16, n_layers=1, n_heads=1, null_class=True)
-recipe = Recipe(steps=60, batch_size=32, ema=0.9, label_dropout=0.1)
+recipe = Recipe(steps=100, batch_size=32, ema=0.9, label_dropout=0.1)
 saved = RunFolder(out).newest()
 if saved is None:
-    trainer = Trainer(config, recipe, Shapes(16), out, save_every=1)
+    trainer = Doomed(config, recipe, Shapes(16), out, save_every=1)
 else:
-    trainer = Trainer.resume(saved, out, save_every=1)
-print("started", trainer.step, flush=True)
+    trainer = Doomed.resume(saved, out, save_every=1)
+print(trainer.step, flush=True)
 trainer.run()
 """
 KILLS = 20
@@ -227,31 +240,24 @@ def test_a_run_killed_at_twenty_random_moments_always_resumes(tmp_path):
     bits are those of a run that nobody killed.
     """
 
-    def start(out):
-        command = [sys.executable, "-W", "ignore", "-c", TRAIN, str(out)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        with process.stdout:
-            return process, int(process.stdout.readline().split()[1])
+    def run(out, last):
+        command = [sys.executable, "-W", "ignore", "-c", TRAIN, str(out), str(last)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        return done.returncode, int(done.stdout)
 
-    whole, step = start(tmp_path / "whole")
-    begin = time.monotonic()
-    assert (step, whole.wait()) == (0, 0)
-    a_step = (time.monotonic() - begin) / 60
-
+    assert run(tmp_path / "whole", -1) == (0, 0)
     folder, at = RunFolder(tmp_path / "killed"), 0
     for kill in range(KILLS):
-        process, step = start(folder.path)
+        code, step = run(folder.path, 1 + kill % 2)
+        assert code == -signal.SIGKILL
         assert step >= at, "no progress is lost"
-        time.sleep(random.uniform(0, 5) * a_step)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
         saved = folder.newest()
         assert saved is not None or kill == 0, "there is always a good checkpoint"
         at = saved.header["step"] if saved is not None else 0
-    process, step = start(folder.path)
-    assert process.wait() == 0
-    assert 0 < step < 60, "killed in the middle"
-    for name in (WEIGHTS_FILE, "checkpoints/step-00000060.safetensors"):
+    code, step = run(folder.path, -1)
+    assert code == 0
+    assert 0 < step < 100, "killed in the middle"
+    for name in (WEIGHTS_FILE, "checkpoints/step-00000100.safetensors"):
         ours, theirs = (load_file(tmp_path / run / name) for run in ("killed", "whole"))
         assert same_tensors(ours, theirs), name
 
