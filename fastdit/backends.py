@@ -127,6 +127,18 @@ def makes_noise(*tensors: Tensor) -> bool:
     return default_backend(*tensors) == "triton" or updates_in_cpp(*tensors)
 
 
+def gelu_rides(*tensors: Tensor) -> bool:
+    """Whether a tanh GELU can ride in the product of such tensors: at inference on CUDA."""
+    if torch.compiler.is_compiling() or _transform_obstacle() is not None:
+        return False
+    first = tensors[0]
+    if first.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return first.numel() > 0 and all(t.dtype == first.dtype != torch.float64 for t in tensors)
+
+
 def updates_in_cpp(*tensors: Tensor) -> bool:
     """Whether the C++ update is the default; it has no gradients."""
     if not _takes_update(*tensors):

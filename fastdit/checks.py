@@ -58,6 +58,16 @@ def check_update_tensors(
     check_device(x, model_out=model_out, **given)
 
 
+def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor) -> None:
+    for t in out or ():
+        if t.shape != like.shape or t.dtype != like.dtype or not t.is_contiguous():
+            raise ValueError(
+                f"out: expected two contiguous tensors of shape {list(like.shape)} and "
+                f"{like.dtype}, got {list(t.shape)}, strides {list(t.stride())}, {t.dtype}"
+            )
+        check_device(like, out=t)
+
+
 def check_trajectory(
     x: Tensor,
     x0: Tensor,

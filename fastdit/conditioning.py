@@ -118,9 +118,9 @@ class ModulationTables:
         tables = [t for t in (self._storage, self._by_label) if t is not None]
         return sum(t.numel() * t.element_size() for t in tables)
 
-    def rows(self, k: int, count: int) -> Tensor:
-        """The modulation at step k of the batch's first `count` rows: [count, width]."""
-        return self.steps(k, 1, count).at(0)
+    def rows(self, k: int, rows: int, out: Tensor | None = None) -> Tensor:
+        """The modulation at step k of the batch's first rows: [rows, width], in `out` if given."""
+        return self.steps(k, 1, rows).at(0, out)
 
     def steps(self, k: int, most: int, count: int) -> Modulation:
         """At steps k, k + 1, ..., for the first `count` rows: at most so many steps as are asked.

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from fastdit import backends, functional, ops, work
 from fastdit.conditioning import ModulationTables
 from fastdit.config import DiTConfig
-from fastdit.execution import Compiled, Graphed, Inputs, State, Step, advance
+from fastdit.execution import Compiled, Eager, Graphed, Inputs, State, Step
 from fastdit.packed import PackedDiT
 from fastdit.predictors import AnyPredictor, HoistedDiT
 from fastdit.solvers import Guidance, StepTable
 
 STEPS: dict[str, Callable[[], Step]] = {
-    "eager": lambda: advance,
+    "eager": Eager,
     "compile": Compiled,
     "graph": Graphed,
 }
@@ -110,7 +110,8 @@ class Engine(_Loop):
             noise = self._noise(batch, state.x, len(table.timesteps))
             steps = _bar(progress, guided)
             for k, (is_guided, (z, seeds)) in enumerate(zip(steps, noise, strict=True)):
-                needed = conditioning(k, 2 * B if is_guided else B)
+                rows = 2 * B if is_guided else B
+                needed = conditioning(k, rows, self._step.conditioning_buffer(rows))
                 inputs = Inputs(needed, z, seeds, coefficients)
                 state = self._step(predictor, state, inputs, guidance if is_guided else None)
                 if callable(progress):

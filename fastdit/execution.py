@@ -1,6 +1,6 @@
 """How the steps of a sampling loop run: eagerly, compiled, or as a replayed CUDA graph.
 
-All three run `advance`, and are called like it; they differ in nothing but where it runs.
+All three run `advance`; they differ in nothing but where it runs, and where it leaves its results.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import functools
 import threading
 import types
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +41,18 @@ class Inputs(NamedTuple):
     coefficients: Tensor  # [S, 10]
 
 
-Step: TypeAlias = Callable[[Any, State, Inputs, Guidance | None], State]  # as `advance`
-
-
 def advance(
-    predictor: HoistedDiT | AnyPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+    predictor: HoistedDiT | AnyPredictor,
+    state: State,
+    inputs: Inputs,
+    guidance: Guidance | None,
+    in_place: bool = False,
 ) -> State:
-    """One step of the loop: the model, then guidance, the solver and its noise in one op."""
+    """One step of the loop: the model, then guidance, the solver and its noise in one op.
+
+    Args:
+        in_place: write the next state over the one given; it must be contiguous.
+    """
     x, x0 = functional.sampler_update(
         state.x,
         predictor(state.x, inputs.conditioning),
@@ -56,11 +62,35 @@ def advance(
         seeds=inputs.seeds,
         noise=inputs.noise,
         guidance=guidance,
+        out=(state.x, state.x0) if in_place else None,
     )
-    return State(x, x0, state.step + 1)
+    return State(x, x0, state.step.add_(1) if in_place else state.step + 1)
 
 
-class Compiled:
+class Step(ABC):
+    """A way to run a step."""
+
+    @abstractmethod
+    def __call__(
+        self, predictor: Any, state: State, inputs: Inputs, guidance: Guidance | None
+    ) -> State:
+        """Called as `advance`."""
+
+    def conditioning_buffer(self, rows: int) -> Tensor | None:
+        """Where to put the next step's conditioning of so many rows, to save a copy; or None."""
+        return None
+
+
+class Eager(Step):
+    """`advance` as it is."""
+
+    def __call__(
+        self, predictor: Any, state: State, inputs: Inputs, guidance: Guidance | None
+    ) -> State:
+        return advance(predictor, state, inputs, guidance)
+
+
+class Compiled(Step):
     """`advance` as one graph of torch.compile.
 
     Batches of two and more share a dynamic graph, whatever the number of steps; a single image
@@ -93,7 +123,7 @@ class Compiled:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_advance(device: str, *kind: Hashable) -> Step:
+def _compiled_advance(device: str, *kind: Hashable) -> Callable[..., State]:
     """The compiled step that all samplers of one kind share.
 
     PyTorch counts recompilations by code object, and gives up at eight: each kind has its own.
@@ -105,7 +135,7 @@ def _compiled_advance(device: str, *kind: Hashable) -> Step:
     return torch.compile(own, fullgraph=True, options=options)
 
 
-class Graphed:
+class Graphed(Step):
     """`advance` captured in CUDA graphs: one launch a step, and no wait of host for device.
 
     There is a graph for each batch size, set of active rows (with or without null rows), way of
@@ -133,6 +163,13 @@ class Graphed:
                 self._graphs[key] = self._capture(predictor, state, inputs, guidance)
             self._graphs.move_to_end(key)
             return self._graphs[key].replay(state, inputs)
+
+    def conditioning_buffer(self, rows: int) -> Tensor | None:
+        """That of the graph which ran last, and probably runs next."""
+        if not self._graphs:
+            return None
+        own = self._graphs[next(reversed(self._graphs))].conditioning
+        return own if len(own) == rows else None
 
     def _make_room(self) -> None:
         if len(self._graphs) == self._max_graphs:
@@ -162,9 +199,7 @@ class Graphed:
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                after = advance(predictor, state, inputs, guidance)
-                for own, new in zip(state, after, strict=True):
-                    own.copy_(new)
+                advance(predictor, state, inputs, guidance, in_place=True)
             torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.current_stream().wait_stream(self._stream)
         return _Captured(graph, state, inputs)
@@ -184,6 +219,10 @@ class _Captured:
     def __init__(self, graph: torch.cuda.CUDAGraph, state: State, inputs: Inputs) -> None:
         self._graph, self._state, self._inputs = graph, state, inputs
         self._constant: tuple[Tensor | None, ...] = (None, None)
+
+    @property
+    def conditioning(self) -> Tensor:
+        return self._inputs.conditioning
 
     def replay(self, state: State, inputs: Inputs) -> State:
         _load(self._state, state)

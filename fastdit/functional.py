@@ -151,6 +151,29 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D3 // 3)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """GELU of a linear layer, `gelu(x W^T + b)`, as one product where PyTorch has that.
+
+    It has a tanh GELU in the epilogue of CUDA's products, without gradients: a pass over the widest
+    tensor of a block less. There GELU is computed before the product is rounded.
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [M, D].
+        bias: [M], or None.
+        approximate: "tanh" or "none", as `torch.nn.functional.gelu` takes it.
+
+    Returns:
+        [..., M].
+
+    Source: Hendrycks & Gimpel 2016, section 2.
+    """
+    if bias is not None and approximate == "tanh" and backends.gelu_rides(x, weight, bias):
+        rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        return rows.view(*x.shape[:-1], len(weight))
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
 def sampler_update(
     x: Tensor,
     model_out: Tensor,
@@ -160,6 +183,7 @@ def sampler_update(
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
     guidance: Guidance | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Guidance, one solver step and its noise; any solver that is linear in x, eps and x0.
@@ -187,6 +211,8 @@ def sampler_update(
             elements counted in the order of x's own.
         noise: z itself, like x. With neither seeds nor noise z is 0.
         guidance: scale, and how many channels it holds for.
+        out: where to write x_next and x0: two contiguous tensors like x, which may be x and
+            x0_prev themselves, and no other parts of them. Nothing may ask for a gradient.
         backend: "triton", "reference", "cpp" (float32 on a CPU, the default there but under
             `torch.compile` or where a gradient is asked for), or None.
 
@@ -203,16 +229,24 @@ def sampler_update(
     checks.check_update_tensors(x, model_out, guidance, x0_prev=x0_prev, noise=noise)
     step = checks.check_update_tables(x, coefficients, step)
     checks.check_seeds(x, seeds, noise)
+    checks.check_out(out, x)
     tensors = (x, model_out, *(t for t in (x0_prev, noise) if t is not None))
     chosen = backends.of_update(backend, *tensors)
     if chosen != "reference":
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
-        return ops.sampler_update(
-            *(x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels), chosen
-        )
-    return reference.sampler_update(
+        given = (x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels, chosen)
+        if out is None:
+            return ops.sampler_update(*given)
+        ops.sampler_update_out(*given, *out)
+        return out
+    results = reference.sampler_update(
         x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
     )
+    if out is None:
+        return results
+    for to, result in zip(out, results, strict=True):
+        to.copy_(result)
+    return out
 
 
 def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = None) -> Tensor:

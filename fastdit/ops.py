@@ -115,6 +115,12 @@ _define(
     " Tensor? seeds, Tensor? noise, float? scale, int? channels, str backend='triton')"
     " -> (Tensor x_next, Tensor x0)",
 )
+_define(
+    "fastdit::sampler_update_out",
+    "(Tensor x, Tensor model_out, Tensor coefficients, Tensor step, Tensor? x0_prev,"
+    " Tensor? seeds, Tensor? noise, float? scale, int? channels, str backend,"
+    " Tensor(a!) x_next, Tensor(b!) x0) -> ()",
+)
 
 
 @_implements("fastdit::layer_norm_modulate")
@@ -291,16 +297,17 @@ def _sampler_update(
     scale: float | None,
     channels: int | None,
     backend: str = "triton",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
     guidance = None if scale is None else (scale, channels)
     given = x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
     if backend == "cpp":
         from fastdit.kernels import cpu
 
-        return cpu.sampler_update(*given)
+        return cpu.sampler_update(*given, out=out)
     from fastdit.kernels import sampling
 
-    return sampling.sampler_update(*given)
+    return sampling.sampler_update(*given, out=out)
 
 
 @_shapes("fastdit::sampler_update")
@@ -309,6 +316,17 @@ def _(x: Tensor, *_: Any) -> Any:
 
 
 torch.library.register_autograd("fastdit::sampler_update", _no_derivative)
+
+
+@_implements("fastdit::sampler_update_out")
+def _sampler_update_out(*given: Any) -> None:
+    *arguments, x_next, x0 = given
+    _sampler_update(*arguments, out=(x_next, x0))
+
+
+@_shapes("fastdit::sampler_update_out")
+def _(*_: Any) -> None:
+    return None
 
 
 @_implements("fastdit::normal")
@@ -415,6 +433,7 @@ layer_norm_modulate = torch.ops.fastdit.layer_norm_modulate.default
 gated_residual_layer_norm_modulate = torch.ops.fastdit.gated_residual_layer_norm_modulate.default
 attention = torch.ops.fastdit.attention.default
 sampler_update = torch.ops.fastdit.sampler_update.default
+sampler_update_out = torch.ops.fastdit.sampler_update_out.default
 trajectory = torch.ops.fastdit.trajectory.default
 normal = torch.ops.fastdit.normal.default
 linear = torch.ops.fastdit.linear.default

@@ -1,17 +1,17 @@
 """Noise predictors as a sampling loop sees them: what it repeats, and what is done before it.
 
 Both kinds have the same members. `layout` says how images lie in the loop's state; `begin` does
-for a batch what its steps need not repeat, and returns `conditioning(k, rows)`, what step k needs
-beside the state; `predictor(x, conditioning)` is the model's output. Of 2B rows of conditioning
-the last B are those of the null label.
+for a batch what its steps need not repeat, and returns `conditioning(k, rows, out=None)`, what step
+k needs beside the state, in `out` where that is given; `predictor(x, conditioning)` is the model's
+output. Of 2B rows of conditioning the last B are those of the null label.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,12 @@ from fastdit.conditioning import ModulationTables
 from fastdit.config import DiTConfig
 from fastdit.errors import check_finite
 from fastdit.model import DiT
+
+
+class Conditioning(Protocol):
+    """What a step needs beside the state: of step k, for the batch's first so many rows."""
+
+    def __call__(self, k: int, rows: int, out: Tensor | None = None) -> Tensor: ...
 
 
 class ImageLayout:
@@ -142,14 +148,17 @@ class HoistedDiT:
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
-    ) -> Callable[[int, int], Tensor]:
+    ) -> Conditioning:
         return ModulationTables(self.model, timesteps, table_bytes).serve(labels).rows
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         B, P, _ = x.shape
-        tokens = x.to(self.dtype).view(B, self.cfg.n_tokens, -1)
+        tokens = x.view(B, self.cfg.n_tokens, -1)
         if len(modulation) != B:
-            tokens = torch.cat([tokens, tokens])
+            tokens = tokens.expand(2, *tokens.shape)  # copied once, into the model's dtype
+            tokens = tokens.to(self.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        else:
+            tokens = tokens.to(self.dtype)
         return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)
 
 
@@ -174,10 +183,14 @@ class AnyPredictor:
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
-    ) -> Callable[[int, int], Tensor]:
+    ) -> Conditioning:
         t = torch.tensor(timesteps, device=self.device)
         y = [] if labels is None else [torch.tensor(labels, device=self.device)]
-        return lambda k, rows: torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1)
+
+        def conditioning(k: int, rows: int, out: Tensor | None = None) -> Tensor:
+            return torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1, out=out)
+
+        return conditioning
 
     def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:
         t, y = conditioning[:, 0], conditioning[:, 1] if conditioning.shape[1] == 2 else None

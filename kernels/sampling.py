@@ -86,8 +86,8 @@ def sampler_update_kernel(
     p_x0_prev,  # [B, E], where HAS_PREV
     p_seeds,  # [B, 2] int64 (key, stream), where NOISE is 1
     p_noise,  # [B, E], where NOISE is 2
-    p_x_next,  # [B, E] out
-    p_x0,  # [B, E] out
+    p_x_next,  # [B, E] out; may be p_x
+    p_x0,  # [B, E] out; may be p_x0_prev
     scale,
     S,
     B,
@@ -125,8 +125,6 @@ def sampler_update_kernel(
     limit = _coefficient(p_c + 2, known)
     b_x0 = _coefficient(p_c, known) * b_x + _coefficient(p_c + 1, known) * b_eps
     b_x0 = tl.where(b_x0 > limit, limit, tl.where(b_x0 < -limit, -limit, b_x0))  # NaN stays NaN
-    tl.store(p_x0 + i_b * E + o, b_x0.to(p_x0.dtype.element_ty), mask=m)
-
     b_next = (
         _coefficient(p_c + 3, known) * b_x
         + _coefficient(p_c + 4, known) * b_eps
@@ -148,6 +146,8 @@ def sampler_update_kernel(
                 b_next += tl.exp(low + (b_v + 1) * 0.5 * (high - low)) * b_z
             else:
                 b_next += sigma * b_z
+    tl.debug_barrier()  # all have read what may now be replaced
+    tl.store(p_x0 + i_b * E + o, b_x0.to(p_x0.dtype.element_ty), mask=m)
     tl.store(p_x_next + i_b * E + o, b_next.to(p_x_next.dtype.element_ty), mask=m)
 
 
@@ -167,6 +167,7 @@ def sampler_update(
     noise: Tensor | None = None,
     guidance: tuple[float, int | None] | None = None,
     config: triton.Config | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the update; arguments as `fastdit.functional.sampler_update`, which checks them.
 
@@ -189,7 +190,7 @@ def sampler_update(
     x, model_out = x.contiguous(), model_out.contiguous()
     coefficients = coefficients.float().contiguous()
     x0_prev, seeds, noise = (None if t is None else t.contiguous() for t in (x0_prev, seeds, noise))
-    x_next, x0 = torch.empty_like(x), torch.empty_like(x)
+    x_next, x0 = out or (torch.empty_like(x), torch.empty_like(x))
     if x.numel():
         scale, channels = guidance or (1.0, 0)
         space = 1 if channel == 2 else x.shape[2] * x.shape[3]

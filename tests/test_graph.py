@@ -1,10 +1,24 @@
 """The graph execution: its bookkeeping anywhere, captures and what they cost on a GPU."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, choice, engine, execution
+from fastdit import (
+    DiffusionScheduler,
+    DiTConfig,
+    Guidance,
+    Sampler,
+    backends,
+    choice,
+    engine,
+    execution,
+    reference,
+)
+from fastdit.predictors import HoistedDiT
 from fastdit.testing import randomize, relative_error
 
 STEPS = 12
@@ -29,8 +43,7 @@ class FakeGraph:
         self.arguments = predictor, state, inputs, guidance
 
     def replay(self):
-        for own, new in zip(self.arguments[1], execution.advance(*self.arguments), strict=True):
-            own.copy_(new)
+        execution.advance(*self.arguments, in_place=True)
 
 
 @pytest.fixture
@@ -201,3 +214,78 @@ def test_a_failed_capture_leaves_a_sampler_that_works(monkeypatch):
     eager = Sampler(model, make_scheduler(), execution="eager")
     assert relative_error(sampler([0]), eager([0])) < 1e-5
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+# What starts no kernel: views of what is there.
+VIEWS = {"view", "t", "permute", "split", "expand", "_unsafe_view", "slice", "select", "unsqueeze"}
+
+
+class Nodes(TorchDispatchMode):
+    """Counts the kernels of what runs under it, one for each op that makes something."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
+    """What a capture holds for two images, counted on tensors without data, by op."""
+    monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(backends, "gelu_rides", lambda *_: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    B, rows = 2, 4 if guidance else 2
+    with torch.device("meta"), torch.no_grad():
+        predictor = HoistedDiT(fastdit.DiT.from_config(cfg), dtype, twin=True)
+        x = torch.empty(B, cfg.img_size**2, cfg.in_channels)
+        state = execution.State(x, torch.empty_like(x), torch.empty((), dtype=torch.int64))
+        width = (6 * cfg.n_layers + 2) * cfg.hidden
+        inputs = execution.Inputs(
+            torch.empty(rows, width, dtype=dtype),
+            None,
+            torch.empty(B, 2, dtype=torch.int64),
+            torch.empty(50, 10),
+        )
+        with Nodes() as nodes:
+            execution.advance(predictor, state, inputs, guidance, in_place=True)
+    return nodes.counts
+
+
+def test_a_captured_step_holds_few_nodes(monkeypatch):
+    """Of a layer: four products, attention, two passes, and an exact GELU of its own."""
+    xl = fastdit.PRESETS["DiT-XL/2"]
+    counts = nodes_of_a_step(monkeypatch, xl, torch.bfloat16, Guidance(4.0, channels=3))
+    assert counts.pop("_addmm_activation") == xl.n_layers
+    assert counts == {
+        "_to_copy": 1,  # twice the tokens, in the model's dtype
+        "addmm": 3 * xl.n_layers + 2,
+        "add": 1,  # positions
+        "layer_norm_modulate": 1,
+        "gated_residual_layer_norm_modulate": 2 * xl.n_layers,
+        "attention": xl.n_layers,
+        "sampler_update_out": 1,
+        "add_": 1,  # the step's number
+    }
+    toy = nodes_of_a_step(monkeypatch, fastdit.PRESETS["toy"], torch.float32, None)
+    assert toy.total() == 4 * (4 + 1 + 2 + 1) + 6
+
+
+def test_a_steps_conditioning_goes_straight_to_its_graph(graphs_without_cuda, monkeypatch):
+    """From a loop's second step on: rows are gathered into the tensor that the graph reads."""
+    gathered, at = [], reference.Modulation.at
+
+    def watch(self, k, out=None):
+        gathered.append(out is not None)
+        return at(self, k, out)
+
+    monkeypatch.setattr(reference.Modulation, "at", watch)
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    sampler([1, 2, 3])
+    assert gathered == [False] + [True] * (STEPS - 1)
+    sampler([1, 2, 3])
+    assert all(gathered[STEPS:])

@@ -182,6 +182,19 @@ def test_where_sigma_is_zero_neither_noise_nor_the_range_is_used():
     assert_equal(x_next, 0.9 * x + 0.1 * eps)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@by_layout
+def test_results_may_replace_what_they_are_made_of(shape, backend):
+    x, x0_prev = randn(2, *shape).float()
+    rows = dict.fromkeys(("x0_x", "x0_eps", "x", "x0", "x0_prev"), 0.7)
+    given = dict(coefficients=table(rows), step=torch.tensor(0), backend=backend)
+    expected = functional.sampler_update(x, x + 1, x0_prev=x0_prev, **given)
+    out = x, x0_prev
+    results = functional.sampler_update(x, x + 1, x0_prev=x0_prev, out=out, **given)
+    for result, place, value in zip(results, out, expected, strict=True):
+        assert result is place and torch.equal(place, value)
+
+
 def test_the_step_chooses_the_row_as_an_int_or_as_a_tensor():
     x, eps = randn(2, 2, 6, 3)
     coefficients = table(*[dict(x=k + 1) for k in range(3)])
@@ -249,6 +262,11 @@ update = functional.sampler_update
         ),
         (lambda: update(x, x, c.to("meta"), s), "coefficients: expected x's device cpu, got meta"),
         (lambda: update(x, x, c, s.to("meta")), "step: expected x's device cpu, got meta"),
+        (
+            lambda: update(x, x, c, s, out=(x, x.bfloat16())),
+            "out: expected two contiguous tensors of shape [2, 6, 3] and torch.float32, got",
+        ),
+        (lambda: update(x, x, c, s, out=(x, x.to("meta"))), "out: expected x's device cpu, got"),
         (lambda: update(x, x.to("meta"), c, s), "model_out: expected x's device cpu, got meta"),
         (lambda: Guidance(2.0, (5, 5)), "interval: expected integers 0 <= low < high, got (5, 5)"),
         (

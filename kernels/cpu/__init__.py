@@ -164,6 +164,7 @@ def sampler_update(
     noise: Tensor | None = None,
     guidance: tuple[float, int | None] | None = None,
     instruction_set: str | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step's update in float32; arguments as `fastdit.functional.sampler_update`'s.
 
@@ -188,7 +189,7 @@ def sampler_update(
         n: None if t is None else t.float() for n, t in dict(x0_prev=x0_prev, noise=noise).items()
     }
     tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
-    x_next, x0 = (x.new_empty(x.shape) for _ in range(2))
+    x_next, x0 = out or (x.new_empty(x.shape), x.new_empty(x.shape))
     tensors |= dict(coefficients=row, x_next=x_next, x0=x0)
     update = _Update(
         images=len(x),
