@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,17 @@ def run_python(code: str, cwd: Path) -> str:
 
 def test_version_is_the_installed_one():
     assert fastdit.__version__ == importlib.metadata.version("fastdit")
+
+
+def test_the_lowest_versions_asked_for_are_those_that_were_tested():
+    """2.11 is 2.11.0: pyproject.toml's bounds, and what tests/with_oldest.sh installs."""
+    project = (ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)[;"]', project.partition("dependencies")[2]))
+    lines = (ROOT / "constraints-oldest.txt").read_text().split()
+    pins = dict(line.split("==") for line in lines)
+    assert {"torch", "triton", "numpy"} <= bounds.keys() == pins.keys()
+    for package, bound in bounds.items():
+        assert pins[package].startswith(bound), package
 
 
 def test_every_public_name_exists():
