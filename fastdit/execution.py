@@ -128,7 +128,8 @@ def _compiled_advance(device: str, *kind: Hashable) -> Callable[..., State]:
 
     PyTorch counts recompilations by code object, and gives up at eight: each kind has its own.
     """
-    own = types.FunctionType(advance.__code__.replace(), advance.__globals__)
+    code, defaults = advance.__code__.replace(), advance.__defaults__
+    own = types.FunctionType(code, advance.__globals__, argdefs=defaults)
     # By default Python calls a graph's kernels, and checks strides that the guards have checked:
     # for one image of the toy on a CPU, a fifth of a step.
     options: dict[str, Any] = {"size_asserts": False, "cpp_wrapper": device == "cpu"}
