@@ -42,18 +42,29 @@ class Inputs(NamedTuple):
 
 
 def advance(
+    predictor: HoistedDiT | AnyPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+) -> State:
+    """One step of the loop: the model, then guidance, the solver and its noise in one op."""
+    x, x0 = _update(predictor, state, inputs, guidance, out=None)
+    return State(x, x0, state.step + 1)
+
+
+def advance_in_place(
+    predictor: HoistedDiT, state: State, inputs: Inputs, guidance: Guidance | None
+) -> None:
+    """`advance`, with the next state in the place of the one given, which must be contiguous."""
+    _update(predictor, state, inputs, guidance, out=(state.x, state.x0))
+    state.step.add_(1)
+
+
+def _update(
     predictor: HoistedDiT | AnyPredictor,
     state: State,
     inputs: Inputs,
     guidance: Guidance | None,
-    in_place: bool = False,
-) -> State:
-    """One step of the loop: the model, then guidance, the solver and its noise in one op.
-
-    Args:
-        in_place: write the next state over the one given; it must be contiguous.
-    """
-    x, x0 = functional.sampler_update(
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    return functional.sampler_update(
         state.x,
         predictor(state.x, inputs.conditioning),
         inputs.coefficients,
@@ -62,9 +73,8 @@ def advance(
         seeds=inputs.seeds,
         noise=inputs.noise,
         guidance=guidance,
-        out=(state.x, state.x0) if in_place else None,
+        out=out,
     )
-    return State(x, x0, state.step.add_(1) if in_place else state.step + 1)
 
 
 class Step(ABC):
@@ -128,8 +138,7 @@ def _compiled_advance(device: str, *kind: Hashable) -> Callable[..., State]:
 
     PyTorch counts recompilations by code object, and gives up at eight: each kind has its own.
     """
-    code, defaults = advance.__code__.replace(), advance.__defaults__
-    own = types.FunctionType(code, advance.__globals__, argdefs=defaults)
+    own = types.FunctionType(advance.__code__.replace(), advance.__globals__)
     # By default Python calls a graph's kernels, and checks strides that the guards have checked:
     # for one image of the toy on a CPU, a fifth of a step.
     options: dict[str, Any] = {"size_asserts": False, "cpp_wrapper": device == "cpu"}
@@ -200,7 +209,7 @@ class Graphed(Step):
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
-                advance(predictor, state, inputs, guidance, in_place=True)
+                advance_in_place(predictor, state, inputs, guidance)
             torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.current_stream().wait_stream(self._stream)
         return _Captured(graph, state, inputs)

@@ -139,8 +139,9 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
             )
         backend = "reference"
     triton = backends.runs_triton(backend, qkv)
-    if qkv.dtype != torch.float64 and torch.is_autocast_enabled(qkv.device.type):
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    kind = qkv.device.type  # "meta" has no autocast
+    if qkv.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
+        qkv = qkv.to(torch.get_autocast_dtype(kind))
     if N == 1 and qkv.dtype != torch.float64:
         return qkv[..., 2 * d * n_heads :].clone()
     if triton:

@@ -37,13 +37,13 @@ def make_scheduler():
 
 
 class FakeGraph:
-    """What a captured graph does, on the CPU: `advance`, from and to the same tensors."""
+    """What a captured graph does, on the CPU: `advance_in_place`, on tensors of its own."""
 
     def __init__(self, predictor, state, inputs, guidance):
         self.arguments = predictor, state, inputs, guidance
 
     def replay(self):
-        execution.advance(*self.arguments, in_place=True)
+        execution.advance_in_place(*self.arguments)
 
 
 @pytest.fixture
@@ -238,7 +238,6 @@ def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
     """What a capture holds for two images, counted on tensors without data, by op."""
     monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
     monkeypatch.setattr(backends, "gelu_rides", lambda *_: True)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     B, rows = 2, 4 if guidance else 2
     with torch.device("meta"), torch.no_grad():
         predictor = HoistedDiT(fastdit.DiT.from_config(cfg), dtype, twin=True)
@@ -252,7 +251,7 @@ def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
             torch.empty(50, 10),
         )
         with Nodes() as nodes:
-            execution.advance(predictor, state, inputs, guidance, in_place=True)
+            execution.advance_in_place(predictor, state, inputs, guidance)
     return nodes.counts
 
 
