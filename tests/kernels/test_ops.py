@@ -235,7 +235,7 @@ def test_a_first_tile_of_keys_without_weight_is_finite(contracted, device):
     assert relative_error(actual, reference.attention(qkv.double(), 1)) < 1e-5
 
 
-@pytest.mark.parametrize("N", [40, 300], ids=["one-pass", "running"])
+@pytest.mark.parametrize("N", [24, 300], ids=["one-pass", "running"])
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e12, 1e37], ids="{:.0e}".format)
 def test_attention_is_right_for_scores_of_any_size(size, N, contracted, device):
     """Three keys in four have the greatest score, the others a smaller one.
