@@ -87,7 +87,7 @@ def layer_norm_modulate_fwd_kernel(
     b_mean = _mean(b_r0, b_r1, D)
     b_r0 = tl.where(m_0, b_r0 - b_mean[:, None], 0.0)
     b_r1 = tl.where(m_1, b_r1 - b_mean[:, None], 0.0)
-    b_rstd = 1.0 / tl.sqrt(_mean(b_r0 * b_r0, b_r1 * b_r1, D) + eps)
+    b_rstd = tl.rsqrt(_mean(b_r0 * b_r0, b_r1 * b_r1, D) + eps)
     tl.store(p_mean + o_row, b_mean, mask=m_n)
     tl.store(p_rstd + o_row, b_rstd, mask=m_n)
 

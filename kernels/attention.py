@@ -103,7 +103,7 @@ def attention_fwd_kernel(
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
         # Where all keys so far score -inf: -inf - -inf is no number, -inf - 0 weighs nothing.
         b_top = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_s * scale_log2 - (b_top * scale_log2)[:, None])
+        b_p = tl.exp2((b_s - b_top[:, None]) * scale_log2)
         b_decay = tl.exp2((b_max - b_top) * scale_log2)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
@@ -119,9 +119,10 @@ def attention_fwd_kernel(
     b_lse = b_max * scale_log2 + tl.log2(b_sum)
     tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_lse, mask=o_m < N)
     p_out += ((i_b * N + i_m) * n_heads + i_h) * D
-    _store(p_out, n_heads * D, N - i_m, b_o0 / b_sum[:, None], 0, D0, BM, D)
+    b_weight = (1.0 / b_sum)[:, None]
+    _store(p_out, n_heads * D, N - i_m, b_o0 * b_weight, 0, D0, BM, D)
     if D1:
-        _store(p_out, n_heads * D, N - i_m, b_o1 / b_sum[:, None], D0, D1, BM, D)
+        _store(p_out, n_heads * D, N - i_m, b_o1 * b_weight, D0, D1, BM, D)
 
 
 @triton.jit
@@ -161,19 +162,21 @@ def attention_one_pass_fwd_kernel(
         b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
     if not EVEN:
         b_s = tl.where(tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
-    b_max = tl.max(b_s, 1) * scale_log2
-    b_p = tl.exp2(b_s * scale_log2 - b_max[:, None])
+    b_max = tl.max(b_s, 1)
+    b_p = tl.exp2((b_s - b_max[:, None]) * scale_log2)
     b_sum = tl.sum(b_p, 1)
 
     o_m = i_m + tl.arange(0, BM)
-    tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
+    b_lse = b_max * scale_log2 + tl.log2(b_sum)
+    tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_lse, mask=o_m < N)
     p_out += ((i_b * N + i_m) * n_heads + i_h) * D
+    b_weight = (1.0 / b_sum)[:, None]
     b_v0 = _tile(p_v, s_n, N, 0, D0, BN, D, EVEN, DOT)
-    b_o0 = tl.dot(b_p.to(DOT), b_v0, input_precision=PRECISION) / b_sum[:, None]
+    b_o0 = tl.dot(b_p.to(DOT), b_v0, input_precision=PRECISION) * b_weight
     _store(p_out, n_heads * D, N - i_m, b_o0, 0, D0, BM, D)
     if D1:
         b_v1 = _tile(p_v, s_n, N, D0, D1, BN, D, EVEN, DOT)
-        b_o1 = tl.dot(b_p.to(DOT), b_v1, input_precision=PRECISION) / b_sum[:, None]
+        b_o1 = tl.dot(b_p.to(DOT), b_v1, input_precision=PRECISION) * b_weight
         _store(p_out, n_heads * D, N - i_m, b_o1, D0, D1, BM, D)
 
 

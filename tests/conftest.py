@@ -24,6 +24,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32():
+    """cuDNN's convolutions, such as the plain model's patches, take TF32 unless they are told."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture
 def latents(tmp_path):
     """Shards as `fastdit encode` leaves them: ten latents of three classes, four a file."""

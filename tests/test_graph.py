@@ -132,7 +132,7 @@ def test_a_graph_made_in_inference_mode_runs_outside(graphs_without_cuda):
 
 @pytest.mark.gpu
 def test_auto_is_graph_on_a_gpu():
-    assert Sampler(make_model("cuda"), make_scheduler()).execution == "graph"
+    assert Sampler(make_model("cuda"), make_scheduler()).execution_for() == "graph"
 
 
 @pytest.mark.gpu

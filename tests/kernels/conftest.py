@@ -6,10 +6,14 @@ of its own, since the variable must be set before Triton is imported.
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# What Hopper has by default. Named, cuBLAS counts as deterministic, and the fixture below raises no
+# warning at every product; it is read once, when the first one runs.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
 
@@ -25,3 +29,40 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def contracted(monkeypatch):
+    """A product that is added to at once is rounded with the sum, once: a fused multiply-add.
+
+    A GPU's compilers make one wherever they can, and the interpreter never does. A product that is
+    reshaped in between is rounded by itself, as a product that serves a whole row is there.
+    """
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+
+    def multiply(self, a, b):
+        product = self.binary_op(a, b, np.multiply)
+        if product.data.dtype == np.float32:
+            product.exact = np.multiply(a.data, b.data, dtype=np.float64)
+        return product
+
+    def fused(op):
+        def add(self, a, b):
+            exact_a, exact_b = (getattr(t, "exact", None) for t in (a, b))
+            if exact_a is None and exact_b is None:
+                return self.binary_op(a, b, op)
+            if exact_a is not None:
+                total = op(exact_a, b.data, dtype=np.float64)
+            else:
+                total = op(a.data, exact_b, dtype=np.float64)
+            return interpreter.TensorHandle(total.astype(np.float32), a.dtype.scalar)
+
+        return add
+
+    monkeypatch.setattr(builder, "create_fmul", multiply)
+    monkeypatch.setattr(builder, "create_fadd", fused(np.add))
+    monkeypatch.setattr(builder, "create_fsub", fused(np.subtract))

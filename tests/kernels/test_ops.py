@@ -225,14 +225,30 @@ def test_every_layer_norm_configuration_computes_the_same(D, device):
             assert relative_error(actual, leaf.grad) < 1e-6, config
 
 
-def test_a_first_tile_of_keys_without_weight_is_finite(device):
+def test_a_first_tile_of_keys_without_weight_is_finite(contracted, device):
     """Every key so far scores -inf: a running softmax must not make -inf - -inf of it."""
     qkv = torch.ones(1, 300, 3, device=device)
     qkv[0, :, 0] = 1e25
     qkv[0, :128, 1] = -1e25
     qkv[0, :, 2] = torch.randn(300)
     actual = functional.attention(qkv, 1, backend="triton")
-    assert relative_error(actual, reference.attention(qkv, 1)) < 1e-5
+    assert relative_error(actual, reference.attention(qkv.double(), 1)) < 1e-5
+
+
+@pytest.mark.parametrize("N", [24, 300], ids=["one-pass", "running"])
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e12, 1e37], ids="{:.0e}".format)
+def test_attention_is_right_for_scores_of_any_size(size, N, contracted, device):
+    """Three keys in four have the greatest score, the others a smaller one.
+
+    A fused `score * c - maximum * c` is not 0 at the maximum but what the second product was
+    rounded by, which past 2^31 an exponential makes infinite, or nothing of all keys.
+    """
+    qkv = torch.randn(2, N, 3 * 16)
+    qkv[..., :32] = 0
+    qkv[..., 0] = 1.7
+    qkv[..., 16] = torch.where(torch.arange(N) % 4 == 0, -0.3, 1.1) * size
+    exact = reference.attention(qkv.double(), 1)
+    assert relative_error(functional.attention(qkv.to(device), 1, backend="triton"), exact) < 1e-6
 
 
 VIEWS = {

@@ -163,6 +163,14 @@ def test_the_loop_meets_the_error_rule(name, device):
             assert relative_error(triple[0], triple[2]) < 1e-5
 
 
+def assert_same_arithmetic(a, b):
+    """Of two kernels compiled apart, which may fuse other products with their sums.
+
+    To the bit where interpreted; compiled, some roundings of two steps differ, fewer than sixteen.
+    """
+    assert torch.equal(a, b) if INTERPRETED else relative_error(a, b) < 16 * 2**-24
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tables_in_the_weights_dtype_are_read_as_they_are(dtype, device):
     case = Case(PIXELS, images=2, steps=1)
@@ -171,7 +179,7 @@ def test_tables_in_the_weights_dtype_are_read_as_they_are(dtype, device):
     widened = reference.Modulation(rounded.by_step.float(), rounded.by_label.float(), rows)
     results = [case.launch(device, modulation=tables) for tables in (rounded, widened)]
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        assert_same_arithmetic(a, b)
 
 
 def test_both_kinds_of_tables_give_the_same_images(device):
@@ -179,7 +187,7 @@ def test_both_kinds_of_tables_give_the_same_images(device):
     by_step, by_label, rows = case.modulation
     tables = reference.Modulation(by_step + by_label, None, rows)
     for a, b in zip(case.launch(device, modulation=tables), case.launch(device), strict=True):
-        assert torch.equal(a, b)
+        assert_same_arithmetic(a, b)
 
 
 def test_an_image_does_not_depend_on_its_batch(device):
