@@ -74,7 +74,7 @@ def of_trajectory(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
 
 def of_layer_norm(backend: str | None, *tensors: Tensor) -> str:
     """The backend of a LayerNorm with its modulation, and of its backward."""
-    takes = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    takes = tensors[0].device.type == "cpu" and all(t.dtype == torch.float32 for t in tensors)
     if backend == "cpp" and not takes:
         raise ValueError("backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'")
     prefers = (
@@ -137,8 +137,9 @@ def updates_in_cpp(*tensors: Tensor) -> bool:
 
 
 def _takes_update(state: Tensor, *others: Tensor) -> bool:
-    narrow = state.dtype == torch.float32 and all(t.dtype != torch.float64 for t in others)
-    return narrow and state.device.type == "cpu"
+    if state.device.type != "cpu" or state.dtype != torch.float32:
+        return False
+    return all(t.dtype != torch.float64 for t in others)
 
 
 def _cpp_is_default() -> bool:
@@ -168,7 +169,7 @@ def runs_triton(backend: str | None, *tensors: Tensor) -> bool:
 
 
 def _obstacle_of(tensors: Sequence[Tensor]) -> str | None:
-    wide = any(t.dtype == torch.float64 for t in tensors)
+    wide = torch.float64 in [t.dtype for t in tensors]
     return _obstacle(tensors[0].device, torch.float64 if wide else torch.float32)
 
 
@@ -189,6 +190,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if dtype == torch.float64:
         return "computes in float32, got float64"
+    # A tracer follows a function, and warns of one that remembers.
+    return _on(device) if torch.compiler.is_compiling() else _remembered_on(device)
+
+
+def _on(device: torch.device) -> str | None:
+    """Why Triton runs nothing on a device, or None."""
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRET):
         return f"expects tensors on CUDA (or TRITON_INTERPRET=1 for the CPU), got {device}"
     if not _HAS_TRITON:
@@ -198,3 +205,6 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         if properties.major < 8:
             return f"needs Ampere or later, got {properties.name}"
     return None
+
+
+_remembered_on = functools.cache(_on)

@@ -24,14 +24,30 @@ def _no_derivative(ctx: Any, *gradients: Any) -> Any:
     )
 
 
+def call(op: Any, *args: Any) -> Any:
+    """Run an op; past PyTorch's autograd, which is Python here, where it would have no part."""
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
+    ):
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a launch for every device, made on the one its first tensor is on."""
+    """Register a launch for every device, made on the one its first tensor is on.
+
+    The first of its arguments is a tensor, or where it is None the second.
+    """
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(launch)
         def on_its_device(*args: Any) -> Any:
-            first = next(a for a in args if isinstance(a, Tensor))
-            with torch.cuda.device_of(first):  # Triton launches on the current one
+            first = args[1] if args[0] is None else args[0]
+            # Triton launches on the current one.
+            if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+                return launch(*args)
+            with torch.cuda.device_of(first):
                 return launch(*args)
 
         torch.library.impl(name, "default", on_its_device)
@@ -198,9 +214,7 @@ torch.library.register_autograd(
 
 @_implements("fastdit::attention")
 def _attention(qkv: Tensor, n_heads: int) -> Any:
-    from fastdit.kernels import attention
-
-    return attention.attention_fwd(qkv, n_heads)
+    return _attention_kernels().attention_fwd(qkv, n_heads)
 
 
 @torch.library.register_fake("fastdit::attention")
@@ -214,9 +228,7 @@ def _(qkv: Tensor, n_heads: int) -> Any:
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int
 ) -> Tensor:
-    from fastdit.kernels import attention
-
-    return attention.attention_bwd(dout, qkv, out, lse, n_heads)
+    return _attention_kernels().attention_bwd(dout, qkv, out, lse, n_heads)
 
 
 @torch.library.register_fake("fastdit::attention_backward")
@@ -258,14 +270,9 @@ def _sampler_update(
     backend: str = "triton",
 ) -> Any:
     guidance = None if scale is None else (scale, channels)
-    given = x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
-    if backend == "cpp":
-        from fastdit.kernels import cpu
-
-        return cpu.sampler_update(*given)
-    from fastdit.kernels import sampling
-
-    return sampling.sampler_update(*given)
+    return _sampling_kernels(backend).sampler_update(
+        x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
+    )
 
 
 @torch.library.register_fake("fastdit::sampler_update")
@@ -349,6 +356,8 @@ def build_cpp() -> None:
     cpu.library()
 
 
+# Called at every launch: an import statement takes time where it has nothing to do, too.
+@functools.cache
 def _adaln_kernels(backend: str) -> Any:
     if backend == "cpp":
         from fastdit.kernels.cpu import adaln as cpp
@@ -359,6 +368,25 @@ def _adaln_kernels(backend: str) -> Any:
     return adaln
 
 
+@functools.cache
+def _attention_kernels() -> Any:
+    from fastdit.kernels import attention
+
+    return attention
+
+
+@functools.cache
+def _sampling_kernels(backend: str) -> Any:
+    if backend == "cpp":
+        from fastdit.kernels import cpu
+
+        return cpu
+    from fastdit.kernels import sampling
+
+    return sampling
+
+
+@functools.cache
 def _trajectory_kernels(backend: str) -> Any:
     if backend == "cpp":
         from fastdit.kernels import cpu
