@@ -132,7 +132,8 @@ def check_noise(seeds: Tensor, steps: Tensor, elements: int) -> None:
 
 def check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
     """Returns step as a tensor."""
-    S, columns = coefficients.shape[0] if coefficients.dim() else 0, len(reference.COEFFICIENTS)
+    columns = len(reference.COEFFICIENTS)
+    S = coefficients.shape[0] if coefficients.dim() else 0
     if coefficients.shape != (S, columns) or coefficients.dtype not in DTYPES:
         raise ValueError(
             f"coefficients: expected floats of shape [S, {columns}], got {coefficients.dtype} of "
