@@ -35,25 +35,28 @@ def call(op: Any, *args: Any) -> Any:
 
 
 def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a launch for every device, made on the one its first tensor is on.
-
-    The first of its arguments is a tensor, or where it is None the second.
-    """
+    """Register a launch for every device."""
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(launch)
-        def on_its_device(*args: Any) -> Any:
-            first = args[1] if args[0] is None else args[0]
-            # Triton launches on the current one.
-            if not first.is_cuda or first.get_device() == torch.cuda.current_device():
-                return launch(*args)
-            with torch.cuda.device_of(first):
-                return launch(*args)
-
-        torch.library.impl(name, "default", on_its_device)
+        torch.library.impl(name, "default", on_its_device(launch))
         return launch
 
     return register
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch where the first argument is, or where that is None the second: both are tensors."""
+
+    @functools.wraps(launch)
+    def launched(*args: Any) -> Any:
+        first = args[1] if args[0] is None else args[0]
+        # Triton launches on the current device.
+        if not first.is_cuda or first.get_device() == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device_of(first):
+            return launch(*args)
+
+    return launched
 
 
 _define(
