@@ -138,8 +138,8 @@ def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
 def _layer_norm_gradients(ctx: Any, dh: Tensor | None, *_: None) -> Any:
     if dh is None:
         return (None,) * 5
-    backward = torch.ops.fastdit.layer_norm_modulate_backward
-    return *backward(dh, *ctx.saved_tensors, ctx.backend), None, None
+    backward = torch.ops.fastdit.layer_norm_modulate_backward.default
+    return *call(backward, dh, *ctx.saved_tensors, ctx.backend), None, None
 
 
 torch.library.register_autograd(
@@ -203,8 +203,8 @@ def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -
         if dr is None:
             return (None,) * 7
         dh = torch.zeros_like(r, dtype=scale.dtype)
-    backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward
-    return *backward(dr, dh, r, y, gate, scale, mean, rstd, ctx.backend), None, None
+    backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward.default
+    return *call(backward, dr, dh, r, y, gate, scale, mean, rstd, ctx.backend), None, None
 
 
 torch.library.register_autograd(
@@ -250,7 +250,8 @@ def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
 def _attention_gradients(ctx: Any, dout: Tensor | None, _: None) -> Any:
     if dout is None:
         return None, None
-    return torch.ops.fastdit.attention_backward(dout, *ctx.saved_tensors, ctx.n_heads), None
+    backward = torch.ops.fastdit.attention_backward.default
+    return call(backward, dout, *ctx.saved_tensors, ctx.n_heads), None
 
 
 torch.library.register_autograd(
