@@ -19,6 +19,7 @@ from fastdit.errors import unknown_name
 from fastdit.packed import PackedDiT
 
 BACKENDS = ("reference", "triton")  # those of every op
+_BACKENDS_OR_NONE = (None, *BACKENDS)
 
 # Below, the calling of an op outweighs what the C++ LayerNorms save; at 197,000 elements and more
 # they are 1.6 to 2.4 times as fast forward, and 0.9 to 1.9 times backward (benchmarks/kernels.py on
@@ -74,7 +75,7 @@ def of_trajectory(backend: str | None, x: Tensor, packed: PackedDiT) -> str:
 
 def of_layer_norm(backend: str | None, *tensors: Tensor) -> str:
     """The backend of a LayerNorm with its modulation, and of its backward."""
-    takes = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    takes = tensors[0].is_cpu and all(t.dtype == torch.float32 for t in tensors)
     if backend == "cpp" and not takes:
         raise ValueError("backend: 'cpp' expects float32 tensors on a CPU; use backend='reference'")
     prefers = (
@@ -91,14 +92,13 @@ def of_update(backend: str | None, *tensors: Tensor) -> str:
 
 
 def _of_fused(backend: str | None, prefers_cpp: bool, tensors: Sequence[Tensor]) -> str:
-    known = (*BACKENDS, "cpp")
-    if backend not in (None, *known):
-        raise unknown_name("backend", str(backend), known)
     if backend == "cpp" and (reason := _transform_obstacle()) is not None:
         raise ValueError(f"backend: 'cpp' {reason}; use backend='reference'")
     if backend == "cpp" or prefers_cpp:
         return "cpp"
-    return "triton" if runs_triton(backend, *tensors) else "reference"
+    if backend not in _BACKENDS_OR_NONE:
+        raise unknown_name("backend", str(backend), (*BACKENDS, "cpp"))
+    return "triton" if _runs_triton(backend, tensors) else "reference"
 
 
 def of_noise(backend: str | None, seeds: Tensor) -> str:
@@ -149,8 +149,9 @@ def updates_in_cpp(*tensors: Tensor) -> bool:
 
 
 def _takes_update(state: Tensor, *others: Tensor) -> bool:
-    narrow = state.dtype == torch.float32 and all(t.dtype != torch.float64 for t in others)
-    return narrow and state.device.type == "cpu"
+    if not state.is_cpu or state.dtype != torch.float32:
+        return False
+    return all(t.dtype != torch.float64 for t in others)
 
 
 def _cpp_is_default() -> bool:
@@ -169,8 +170,12 @@ def default_backend(*tensors: Tensor) -> str:
 
 def runs_triton(backend: str | None, *tensors: Tensor) -> bool:
     """Whether the Triton op runs; raises where it was named and cannot."""
-    if backend not in (None, *BACKENDS):
+    if backend not in _BACKENDS_OR_NONE:
         raise unknown_name("backend", str(backend), BACKENDS)
+    return _runs_triton(backend, tensors)
+
+
+def _runs_triton(backend: str | None, tensors: Sequence[Tensor]) -> bool:
     if backend == "reference":
         return False
     obstacle = _obstacle_of(tensors)
@@ -180,8 +185,10 @@ def runs_triton(backend: str | None, *tensors: Tensor) -> bool:
 
 
 def _obstacle_of(tensors: Sequence[Tensor]) -> str | None:
-    wide = any(t.dtype == torch.float64 for t in tensors)
-    return _obstacle(tensors[0].device, torch.float64 if wide else torch.float32)
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return _obstacle(t.device, t.dtype)
+    return _obstacle(tensors[0].device, torch.float32)
 
 
 def _transform_obstacle() -> str | None:
@@ -201,6 +208,12 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if dtype == torch.float64:
         return "computes in float32, got float64"
+    # A tracer warns of a function that remembers: it follows what is inside.
+    return _on(device) if torch.compiler.is_compiling() else _remembered_on(device)
+
+
+def _on(device: torch.device) -> str | None:
+    """Why Triton runs nothing on a device, or None."""
     if device.type != "cuda" and not (device.type == "cpu" and _INTERPRET):
         return f"expects tensors on CUDA (or TRITON_INTERPRET=1 for the CPU), got {device}"
     if not _HAS_TRITON:
@@ -210,3 +223,6 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         if properties.major < 8:
             return f"needs Ampere or later, got {properties.name}"
     return None
+
+
+_remembered_on = functools.cache(_on)

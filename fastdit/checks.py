@@ -21,41 +21,51 @@ def check_tokens(name: str, x: Tensor) -> None:
 
 
 def check_modulation(x: Tensor, **modulation: Tensor) -> None:
-    expected = (x.shape[0], x.shape[2])
+    """Shapes, dtypes and devices."""
+    B, _, D = x.shape
+    expected, device = (B, D), x.device
     for name, value in modulation.items():
         if value.shape != expected:
             raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
         if value.dtype not in DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+        if value.device != device:
+            raise _other_device(name, x, value)
 
 
 def check_update_tensors(
-    x: Tensor, model_out: Tensor, guidance: Guidance | None, **like_x: Tensor | None
+    x: Tensor,
+    model_out: Tensor,
+    guidance: Guidance | None,
+    x0_prev: Tensor | None,
+    noise: Tensor | None,
 ) -> None:
-    if x.dim() not in (3, 4):
-        raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(x.shape)}")
-    given = {name: value for name, value in like_x.items() if value is not None}
-    for name, value in {"x": x, "model_out": model_out, **given}.items():
-        if value.dtype not in DTYPES:
+    """Shapes, dtypes and devices."""
+    shape = x.shape
+    if len(shape) not in (3, 4):
+        raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(shape)}")
+    for name, value in (("x", x), ("model_out", model_out), ("x0_prev", x0_prev), ("noise", noise)):
+        if value is not None and value.dtype not in DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
-    for name, value in given.items():
-        if value.shape != x.shape:
-            raise ValueError(f"{name}: expected x's shape {list(x.shape)}, got {list(value.shape)}")
-    dim = 1 if x.dim() == 4 else 2
-    eps, learned = list(x.shape), list(x.shape)
+        if value is not None and name != "model_out" and value.shape != shape:
+            raise ValueError(f"{name}: expected x's shape {list(shape)}, got {list(value.shape)}")
+    dim = 1 if len(shape) == 4 else 2
+    eps, learned = list(shape), list(shape)
     learned[dim] *= 2
     if guidance is not None:
-        eps[0] = learned[0] = 2 * x.shape[0]
-        if guidance.channels is not None and not 0 < guidance.channels <= x.shape[dim]:
+        eps[0] = learned[0] = 2 * shape[0]
+        if guidance.channels is not None and not 0 < guidance.channels <= shape[dim]:
             raise ValueError(
-                f"guidance: expected 1 to {x.shape[dim]} channels, got {guidance.channels}"
+                f"guidance: expected 1 to {shape[dim]} channels, got {guidance.channels}"
             )
     if list(model_out.shape) not in (eps, learned):
         raise ValueError(
             f"model_out: expected shape {eps}, or {learned} with a learned range"
             f"{'' if guidance is None else ' (2B rows for guidance)'}, got {list(model_out.shape)}"
         )
-    check_device(x, model_out=model_out, **given)
+    for name, value in (("model_out", model_out), ("x0_prev", x0_prev), ("noise", noise)):
+        if value is not None and value.device != x.device:
+            raise _other_device(name, x, value)
 
 
 def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor) -> None:
@@ -132,7 +142,8 @@ def check_noise(seeds: Tensor, steps: Tensor, elements: int) -> None:
 
 def check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
     """Returns step as a tensor."""
-    S, columns = coefficients.shape[0] if coefficients.dim() else 0, len(reference.COEFFICIENTS)
+    columns = len(reference.COEFFICIENTS)
+    S = coefficients.shape[0] if coefficients.dim() else 0
     if coefficients.shape != (S, columns) or coefficients.dtype not in DTYPES:
         raise ValueError(
             f"coefficients: expected floats of shape [S, {columns}], got {coefficients.dtype} of "
@@ -166,4 +177,8 @@ def check_seeds(x: Tensor, seeds: Tensor | None, noise: Tensor | None) -> None:
 def check_device(x: Tensor, **others: Tensor) -> None:
     for name, value in others.items():
         if value.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {value.device}")
+            raise _other_device(name, x, value)
+
+
+def _other_device(name: str, x: Tensor, value: Tensor) -> ValueError:
+    return ValueError(f"{name}: expected x's device {x.device}, got {value.device}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import backends, checks, ops, reference
+from fastdit import backends, checks, ops, reference, registration
 from fastdit import noise as noise_of
 from fastdit.packed import PackedDiT
 from fastdit.solvers import Guidance
@@ -47,10 +47,9 @@ def layer_norm_modulate(
     """
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
-    checks.check_device(x, scale=scale, shift=shift)
     chosen = backends.of_layer_norm(backend, x, scale, shift)
     if chosen != "reference":
-        return ops.layer_norm_modulate(x, scale, shift, eps, chosen)[0]
+        return registration.call(ops.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
     if x.dtype == torch.float64:
         return reference.layer_norm_modulate(x, scale, shift, eps)
     return _layer_norm_modulate(x, scale, shift, eps)
@@ -89,11 +88,11 @@ def gated_residual_layer_norm_modulate(
     if y.shape != x.shape:
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
-    checks.check_device(x, y=y, gate=gate, scale=scale, shift=shift)
+    checks.check_device(x, y=y)
     chosen = backends.of_layer_norm(backend, x, y, gate, scale, shift)
     if chosen != "reference":
-        residual, modulated, _, _ = ops.gated_residual_layer_norm_modulate(
-            x, y, gate, scale, shift, eps, chosen
+        residual, modulated, _, _ = registration.call(
+            ops.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
         )
         return residual, modulated
     if x.dtype == torch.float64:
@@ -145,7 +144,7 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
     if N == 1 and qkv.dtype != torch.float64:
         return qkv[..., 2 * d * n_heads :].clone()
     if triton:
-        return ops.attention(qkv, n_heads)[0]
+        return registration.call(ops.attention, qkv, n_heads)[0]
     if qkv.dtype == torch.float64:
         return reference.attention(qkv, n_heads)
     q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
@@ -227,17 +226,17 @@ def sampler_update(
     Source: Ho et al. 2020, equation 11; Song et al. 2021 (DDIM), equation 12; Lu et al. 2022
     (DPM-Solver++), algorithm 2; Nichol & Dhariwal 2021, equation 15; Ho & Salimans 2022, eq. 6.
     """
-    checks.check_update_tensors(x, model_out, guidance, x0_prev=x0_prev, noise=noise)
+    checks.check_update_tensors(x, model_out, guidance, x0_prev, noise)
     step = checks.check_update_tables(x, coefficients, step)
     checks.check_seeds(x, seeds, noise)
     checks.check_out(out, x)
-    tensors = (x, model_out, *(t for t in (x0_prev, noise) if t is not None))
+    tensors = [t for t in (x, model_out, x0_prev, noise) if t is not None]
     chosen = backends.of_update(backend, *tensors)
     if chosen != "reference":
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
         given = (x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels, chosen)
         if out is None:
-            return ops.sampler_update(*given)
+            return registration.call(ops.sampler_update, *given)
         ops.sampler_update_out(*given, *out)
         return out
     results = reference.sampler_update(

@@ -8,71 +8,14 @@ one of them runs. Arguments are checked in `functional`, not here.
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
+
+from fastdit.registration import call, implements, no_derivative, shapes
 
 _define = torch.library.define
-_INDUCTOR_FORMATS_UNKNOWN_OPS = TorchVersion(torch.__version__) < "2.13"
-
-
-def _no_derivative(ctx: Any, *gradients: Any) -> Any:
-    raise NotImplementedError(
-        "fastdit's kernels have no second derivative, and sampler_update and trajectory no first; "
-        "use backend='reference' for it"
-    )
-
-
-def _implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a launch for every device, made on the one its first tensor is on."""
-
-    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(launch)
-        def on_its_device(*args: Any) -> Any:
-            first = next(a for a in args if isinstance(a, Tensor))
-            with torch.cuda.device_of(first):  # Triton launches on the current one
-                return launch(*args)
-
-        torch.library.impl(name, "default", on_its_device)
-        return launch
-
-    return register
-
-
-def _shapes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what says an op's results' shapes, which compilers call before they see the op."""
-
-    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fake)
-        def introduced(*args: Any) -> Any:
-            _introduce(name)
-            return fake(*args)
-
-        torch.library.register_fake(name, introduced)
-        return fake
-
-    return register
-
-
-def _introduce(name: str) -> None:
-    """Tell Inductor of an op before it meets the op in a graph.
-
-    Before PyTorch 2.13 it writes out the arguments of an op that it does not know, for a message
-    that nobody reads. Late in a deep graph this text doubles with every layer: a sampling step of
-    ten layers compiled for two minutes, one of twelve did not end.
-    """
-    lowering = sys.modules.get("torch._inductor.lowering")
-    if not _INDUCTOR_FORMATS_UNKNOWN_OPS or lowering is None:
-        return
-    namespace, _, op_name = name.partition("::")
-    op = getattr(getattr(torch.ops, namespace), op_name).default
-    if op not in lowering.lowerings:  # as Inductor itself would add it
-        exact = lowering.tag_to_layout_constraint(torch._C.Tag.needs_exact_strides)
-        lowering.make_fallback(op, exact)
 
 
 _define(
@@ -123,19 +66,19 @@ _define(
 )
 
 
-@_implements("fastdit::layer_norm_modulate")
+@implements("fastdit::layer_norm_modulate")
 def _layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton"
 ) -> Any:
     return _adaln_kernels(backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
 
 
-@_shapes("fastdit::layer_norm_modulate")
+@shapes("fastdit::layer_norm_modulate")
 def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton") -> Any:
     return (x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
 
 
-@_implements("fastdit::layer_norm_modulate_backward")
+@implements("fastdit::layer_norm_modulate_backward")
 def _layer_norm_modulate_backward(
     dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, backend: str = "triton"
 ) -> Any:
@@ -144,7 +87,7 @@ def _layer_norm_modulate_backward(
     return dx, dscale, dshift
 
 
-@_shapes("fastdit::layer_norm_modulate_backward")
+@shapes("fastdit::layer_norm_modulate_backward")
 def _(dh: Tensor, x: Tensor, scale: Tensor, *_: Any) -> Any:
     return _fresh(x), _fresh(scale), _fresh(scale)
 
@@ -160,17 +103,17 @@ def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
 def _layer_norm_gradients(ctx: Any, dh: Tensor | None, *_: None) -> Any:
     if dh is None:
         return (None,) * 5
-    backward = torch.ops.fastdit.layer_norm_modulate_backward
-    return *backward(dh, *ctx.saved_tensors, ctx.backend), None, None
+    backward = torch.ops.fastdit.layer_norm_modulate_backward.default
+    return *call(backward, dh, *ctx.saved_tensors, ctx.backend), None, None
 
 
 torch.library.register_autograd(
     "fastdit::layer_norm_modulate", _layer_norm_gradients, setup_context=_save_layer_norm
 )
-torch.library.register_autograd("fastdit::layer_norm_modulate_backward", _no_derivative)
+torch.library.register_autograd("fastdit::layer_norm_modulate_backward", no_derivative)
 
 
-@_implements("fastdit::gated_residual_layer_norm_modulate")
+@implements("fastdit::gated_residual_layer_norm_modulate")
 def _gated(
     x: Tensor,
     y: Tensor,
@@ -183,12 +126,12 @@ def _gated(
     return _adaln_kernels(backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
 
 
-@_shapes("fastdit::gated_residual_layer_norm_modulate")
+@shapes("fastdit::gated_residual_layer_norm_modulate")
 def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, *_: Any) -> Any:
     return (_fresh(x), x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
 
 
-@_implements("fastdit::gated_residual_layer_norm_modulate_backward")
+@implements("fastdit::gated_residual_layer_norm_modulate_backward")
 def _gated_backward(
     dr: Tensor | None,
     dh: Tensor,
@@ -204,7 +147,7 @@ def _gated_backward(
     return kernels.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
 
 
-@_shapes("fastdit::gated_residual_layer_norm_modulate_backward")
+@shapes("fastdit::gated_residual_layer_norm_modulate_backward")
 def _(
     dr: Tensor | None, dh: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, *_: Any
 ) -> Any:
@@ -225,42 +168,38 @@ def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -
         if dr is None:
             return (None,) * 7
         dh = torch.zeros_like(r, dtype=scale.dtype)
-    backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward
-    return *backward(dr, dh, r, y, gate, scale, mean, rstd, ctx.backend), None, None
+    backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward.default
+    return *call(backward, dr, dh, r, y, gate, scale, mean, rstd, ctx.backend), None, None
 
 
 torch.library.register_autograd(
     "fastdit::gated_residual_layer_norm_modulate", _gated_gradients, setup_context=_save_gated
 )
 torch.library.register_autograd(
-    "fastdit::gated_residual_layer_norm_modulate_backward", _no_derivative
+    "fastdit::gated_residual_layer_norm_modulate_backward", no_derivative
 )
 
 
-@_implements("fastdit::attention")
+@implements("fastdit::attention")
 def _attention(qkv: Tensor, n_heads: int) -> Any:
-    from fastdit.kernels import attention
-
-    return attention.attention_fwd(qkv, n_heads)
+    return _attention_kernels().attention_fwd(qkv, n_heads)
 
 
-@_shapes("fastdit::attention")
+@shapes("fastdit::attention")
 def _(qkv: Tensor, n_heads: int) -> Any:
     B, N, D3 = qkv.shape
     lse = qkv.new_empty((B, n_heads, N), dtype=torch.float32)
     return qkv.new_empty((B, N, D3 // 3)), lse
 
 
-@_implements("fastdit::attention_backward")
+@implements("fastdit::attention_backward")
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int
 ) -> Tensor:
-    from fastdit.kernels import attention
-
-    return attention.attention_bwd(dout, qkv, out, lse, n_heads)
+    return _attention_kernels().attention_bwd(dout, qkv, out, lse, n_heads)
 
 
-@_shapes("fastdit::attention_backward")
+@shapes("fastdit::attention_backward")
 def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> Tensor:
     return _fresh(qkv)
 
@@ -276,16 +215,17 @@ def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
 def _attention_gradients(ctx: Any, dout: Tensor | None, _: None) -> Any:
     if dout is None:
         return None, None
-    return torch.ops.fastdit.attention_backward(dout, *ctx.saved_tensors, ctx.n_heads), None
+    backward = torch.ops.fastdit.attention_backward.default
+    return call(backward, dout, *ctx.saved_tensors, ctx.n_heads), None
 
 
 torch.library.register_autograd(
     "fastdit::attention", _attention_gradients, setup_context=_save_attention
 )
-torch.library.register_autograd("fastdit::attention_backward", _no_derivative)
+torch.library.register_autograd("fastdit::attention_backward", no_derivative)
 
 
-@_implements("fastdit::sampler_update")
+@implements("fastdit::sampler_update")
 def _sampler_update(
     x: Tensor,
     model_out: Tensor,
@@ -301,59 +241,53 @@ def _sampler_update(
 ) -> Any:
     guidance = None if scale is None else (scale, channels)
     given = x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
-    if backend == "cpp":
-        from fastdit.kernels import cpu
-
-        return cpu.sampler_update(*given, out=out)
-    from fastdit.kernels import sampling
-
-    return sampling.sampler_update(*given, out=out)
+    return _sampling_kernels(backend).sampler_update(*given, out=out)
 
 
-@_shapes("fastdit::sampler_update")
+@shapes("fastdit::sampler_update")
 def _(x: Tensor, *_: Any) -> Any:
     return _fresh(x), _fresh(x)
 
 
-torch.library.register_autograd("fastdit::sampler_update", _no_derivative)
+torch.library.register_autograd("fastdit::sampler_update", no_derivative)
 
 
-@_implements("fastdit::sampler_update_out")
+@implements("fastdit::sampler_update_out")
 def _sampler_update_out(*given: Any) -> None:
     *arguments, x_next, x0 = given
     _sampler_update(*arguments, out=(x_next, x0))
 
 
-@_shapes("fastdit::sampler_update_out")
+@shapes("fastdit::sampler_update_out")
 def _(*_: Any) -> None:
     return None
 
 
-@_implements("fastdit::normal")
+@implements("fastdit::normal")
 def _normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     from fastdit.kernels import cpu
 
     return cpu.normal(seeds, steps, elements)
 
 
-@_shapes("fastdit::normal")
+@shapes("fastdit::normal")
 def _(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     return seeds.new_empty((len(steps), len(seeds), elements), dtype=torch.float32)
 
 
-@_implements("fastdit::linear")
+@implements("fastdit::linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from fastdit.kernels import cpu
 
     return cpu.linear(x, weight, bias)
 
 
-@_shapes("fastdit::linear")
+@shapes("fastdit::linear")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((len(x), len(weight)))
 
 
-@_implements("fastdit::trajectory")
+@implements("fastdit::trajectory")
 def _trajectory(
     x: Tensor,
     x0: Tensor,
@@ -378,12 +312,12 @@ def _trajectory(
     )
 
 
-@_shapes("fastdit::trajectory")
+@shapes("fastdit::trajectory")
 def _(x: Tensor, *_: Any) -> Any:
     return _fresh(x), _fresh(x)
 
 
-torch.library.register_autograd("fastdit::trajectory", _no_derivative)
+torch.library.register_autograd("fastdit::trajectory", no_derivative)
 
 
 def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str | None:
@@ -402,6 +336,8 @@ def build_cpp() -> None:
     cpu.library()
 
 
+# Called at every launch: an import statement takes time where it has nothing to do, too.
+@functools.cache
 def _adaln_kernels(backend: str) -> Any:
     if backend == "cpp":
         from fastdit.kernels.cpu import adaln as cpp
@@ -412,6 +348,25 @@ def _adaln_kernels(backend: str) -> Any:
     return adaln
 
 
+@functools.cache
+def _attention_kernels() -> Any:
+    from fastdit.kernels import attention
+
+    return attention
+
+
+@functools.cache
+def _sampling_kernels(backend: str) -> Any:
+    if backend == "cpp":
+        from fastdit.kernels import cpu
+
+        return cpu
+    from fastdit.kernels import sampling
+
+    return sampling
+
+
+@functools.cache
 def _trajectory_kernels(backend: str) -> Any:
     if backend == "cpp":
         from fastdit.kernels import cpu

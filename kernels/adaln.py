@@ -19,14 +19,18 @@ just past three quarters of a power of two, where under a quarter of the lanes a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastdit.kernels.common import power_of_two_pieces
+from fastdit.kernels.launch import PREPARED, PreparedLaunch
 
 _TOKENS = 32  # a program of the backward: its three partial sums are 1/32 of a pass over the rows
+_SUMS = 256  # channels that a program of the second stage sums
 
 
 @triton.jit
@@ -257,20 +261,31 @@ def layer_norm_modulate_fwd(
     """
     B, N, D = x.shape
     x, y = x.contiguous(), None if y is None else y.contiguous()
-    gate, scale, shift = (None if m is None else _unit_stride(m) for m in (gate, scale, shift))
+    gate, s_gate = (None, 0) if gate is None else _rows(gate)
+    (scale, s_scale), (shift, s_shift) = _rows(scale), _rows(shift)
     r = x if gate is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=scale.dtype)
-    mean, rstd = (x.new_empty((B, N), dtype=torch.float32) for _ in range(2))
+    mean = x.new_empty((B, N), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     if x.numel():
-        config = config or layer_norm_modulate_fwd_configs(D)[0]
-        D0, D1 = power_of_two_pieces(D)
-        layer_norm_modulate_fwd_kernel[(B * triton.cdiv(N, config.kwargs["ROWS"]),)](
-            *(x, y, gate, scale, shift, r, h, mean, rstd),
-            *(0 if gate is None else gate.stride(0), scale.stride(0), shift.stride(0), N, eps),
-            *(D, D0, D1, gate is not None),
-            **config.all_kwargs(),
-        )
+        launch = _prepare_fwd(B, N, D, gate is not None, config)
+        tensors = (x, y, gate, scale, shift, r, h, mean, rstd)
+        launch(tensors, s_gate, s_scale, s_shift, N, float(eps))
     return r, h, mean, rstd
+
+
+@functools.lru_cache(PREPARED)
+def _prepare_fwd(
+    B: int, N: int, D: int, gated: bool, config: triton.Config | None
+) -> PreparedLaunch:
+    config = config or layer_norm_modulate_fwd_configs(D)[0]
+    D0, D1 = power_of_two_pieces(D)
+    return PreparedLaunch(
+        layer_norm_modulate_fwd_kernel,
+        (B * triton.cdiv(N, config.kwargs["ROWS"]),),
+        **dict(D=D, D0=D0, D1=D1, GATED=gated),
+        **config.all_kwargs(),
+    )
 
 
 def layer_norm_modulate_bwd(
@@ -300,36 +315,53 @@ def layer_norm_modulate_bwd(
     B, N, D = r.shape
     dr, y, gate = residual if residual else (None, None, None)
     dh, r = dh.contiguous(), r.contiguous()
-    dr, y = (None if t is None else t.contiguous() for t in (dr, y))
-    scale, gate = _unit_stride(scale), None if gate is None else _unit_stride(gate)
+    dr, y = None if dr is None else dr.contiguous(), None if y is None else y.contiguous()
+    scale, s_scale = _rows(scale)
+    gate, s_gate = (None, 0) if gate is None else _rows(gate)
     dx = torch.empty_like(r)
     dy = None if y is None else torch.empty_like(y)
+    dscale = scale.new_empty(B, D)
+    dshift = torch.empty_like(dscale)
     dgate = None if gate is None else gate.new_empty(B, D)
-    dscale, dshift = scale.new_empty(B, D), scale.new_empty(B, D)
     if not r.numel():
         for t in (dgate, dscale, dshift):
             if t is not None:
                 t.zero_()
         return dx, dy, dgate, dscale, dshift
-    config = config or layer_norm_modulate_bwd_configs(D)[0]
-    D0, D1 = power_of_two_pieces(D)
-    chunks = triton.cdiv(N, _TOKENS)
+    chunks = -(-N // _TOKENS)
     partial = r.new_empty((B, chunks, 3, D), dtype=torch.float32)
-    layer_norm_modulate_bwd_kernel[(B * chunks,)](
-        *(dh, dr, r, y, gate, scale, mean, rstd, dx, dy, partial),
-        *(0 if gate is None else gate.stride(0), scale.stride(0), N),
-        *(D, D0, D1, gate is not None, dr is not None, _TOKENS),
-        **config.all_kwargs(),
-    )
-    sum_partials_kernel[(B, triton.cdiv(D, 256))](
-        *(partial, dscale, dshift, dgate, chunks, D, gate is not None, 256), num_warps=1
-    )
+    rows, sums = _prepare_bwd(B, N, D, gate is not None, dr is not None, config)
+    tensors = (dh, dr, r, y, gate, scale, mean, rstd, dx, dy, partial)
+    rows(tensors, s_gate, s_scale, N)
+    sums((partial, dscale, dshift, dgate), chunks)
     return dx, dy, dgate, dscale, dshift
 
 
-def _unit_stride(modulation: Tensor) -> Tensor:
-    """[B, D] whose channels lie side by side; rows may lie anywhere."""
-    return modulation if modulation.stride(-1) == 1 else modulation.contiguous()
+@functools.lru_cache(PREPARED)
+def _prepare_bwd(
+    B: int, N: int, D: int, gated: bool, has_dr: bool, config: triton.Config | None
+) -> tuple[PreparedLaunch, PreparedLaunch]:
+    """The pass over the rows, and that over its partial sums."""
+    config = config or layer_norm_modulate_bwd_configs(D)[0]
+    D0, D1 = power_of_two_pieces(D)
+    rows = PreparedLaunch(
+        layer_norm_modulate_bwd_kernel,
+        (B * triton.cdiv(N, _TOKENS),),
+        **dict(D=D, D0=D0, D1=D1, GATED=gated, HAS_DR=has_dr, TOKENS=_TOKENS),
+        **config.all_kwargs(),
+    )
+    grid = B, triton.cdiv(D, _SUMS)
+    sums = PreparedLaunch(sum_partials_kernel, grid, D=D, GATED=gated, BLOCK=_SUMS, num_warps=1)
+    return rows, sums
+
+
+def _rows(modulation: Tensor) -> tuple[Tensor, int]:
+    """[B, D] whose channels lie side by side, and from one of its rows to the next."""
+    row, channel = modulation.stride()
+    if channel == 1:
+        return modulation, row
+    modulation = modulation.contiguous()
+    return modulation, modulation.stride(0)
 
 
 def _power_of_two_below(n: int) -> int:

@@ -15,8 +15,8 @@ Nothing is summed by atomics: dQ has its own pass, which also leaves delta for t
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
 
 import torch
 import triton
@@ -27,11 +27,9 @@ from fastdit.kernels.attention_configs import (
     attention_dkv_bwd_configs,
     attention_dq_bwd_configs,
     attention_fwd_configs,
-    head_pieces,
 )
-from fastdit.kernels.common import INTERPRET, arch
-
-_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+from fastdit.kernels.attention_launch import kind_of, prepare, unit_stride
+from fastdit.kernels.launch import PREPARED, PreparedLaunch
 
 
 @triton.jit
@@ -344,22 +342,30 @@ def attention_fwd(
     Returns:
         (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32 to the base 2).
     """
-    qkv = _unit_stride(qkv)
-    B, N, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    d = width // n_heads
-    out = qkv.new_empty(B, N, width)
+    qkv, s_b, s_n = unit_stride(qkv)
+    B, N, width = qkv.shape
+    out = qkv.new_empty((B, N, width // 3))
     lse = qkv.new_empty((B, n_heads, N), dtype=torch.float32)
-    if not out.numel():
-        return out, lse
-    config = config or attention_fwd_configs(N, qkv.dtype, arch(qkv.device))[0]
+    if out.numel():
+        launch, scale = _forward(qkv.shape, n_heads, kind_of(qkv), config)
+        launch((qkv, out, lse), s_b, s_n, N, n_heads, scale * math.log2(math.e))
+    return out, lse
+
+
+@functools.lru_cache(PREPARED)
+def _forward(
+    shape: torch.Size,
+    n_heads: int,
+    kind: tuple[torch.dtype, str, str],
+    config: triton.Config | None,
+) -> tuple[PreparedLaunch, float]:
+    """The forward's launch, and the scale of its scores."""
+    N, (dtype, target, precision) = shape[1], kind
+    config = config or attention_fwd_configs(N, dtype, target)[0]
     one_pass = N <= config.kwargs["BN"]
     kernel = attention_one_pass_fwd_kernel if one_pass else attention_fwd_kernel
-    kernel[(B * n_heads * triton.cdiv(N, config.kwargs["BM"]),)](
-        *(qkv, out, lse, qkv.stride(0), qkv.stride(1), N, n_heads),
-        d**-0.5 * math.log2(math.e),
-        **_constants(qkv, d, config),
-    )
-    return out, lse
+    launch = prepare(kernel, "BM", shape, n_heads, dtype, precision, config)
+    return launch, _scale(shape, n_heads)
 
 
 def attention_bwd(
@@ -385,50 +391,36 @@ def attention_bwd(
     Returns:
         dqkv [B, N, 3 * h * d] in qkv's dtype.
     """
-    qkv, dout = _unit_stride(qkv), dout.contiguous()
-    B, N, width = dout.shape
-    d = width // n_heads
+    (qkv, s_b, s_n), dout = unit_stride(qkv), dout.contiguous()
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    if not dqkv.numel():
-        return dqkv
-    delta = torch.empty_like(lse)
-    target = arch(qkv.device)
-    dq = dq or attention_dq_bwd_configs(N, qkv.dtype, target)[0]
-    dkv = dkv or attention_dkv_bwd_configs(N, d, qkv.dtype, target)[0]
-    scale = d**-0.5
-    sizes = (qkv.stride(0), qkv.stride(1), N, n_heads, scale, scale * math.log2(math.e))
-    attention_dq_bwd_kernel[(B * n_heads * triton.cdiv(N, dq.kwargs["BM"]),)](
-        *(qkv, out, dout, lse, delta, dqkv), *sizes, **_constants(qkv, d, dq)
-    )
-    attention_dkv_bwd_kernel[(B * n_heads * triton.cdiv(N, dkv.kwargs["BN"]),)](
-        *(qkv, dout, lse, delta, dqkv), *sizes, **_constants(qkv, d, dkv)
-    )
+    if dqkv.numel():
+        delta = torch.empty_like(lse)
+        dq_pass, dkv_pass, scale = _backward(qkv.shape, n_heads, kind_of(qkv), dq, dkv)
+        numbers = s_b, s_n, qkv.shape[1], n_heads, scale, scale * math.log2(math.e)
+        dq_pass((qkv, out, dout, lse, delta, dqkv), *numbers)
+        dkv_pass((qkv, dout, lse, delta, dqkv), *numbers)
     return dqkv
 
 
-def _constants(qkv: Tensor, d: int, config: triton.Config) -> dict[str, Any]:
-    D0, D1 = head_pieces(d)
-    N, BM, BN = qkv.shape[1], config.kwargs["BM"], config.kwargs["BN"]
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if torch.version.hip and arch(qkv.device) != "gfx942":
-        tf32 = False  # the only one of AMD's that has it
-    return dict(
-        D=d,
-        D0=D0,
-        D1=D1,
-        EVEN=N % BM == 0 and N % BN == 0,
-        # The interpreter has no bfloat16 arithmetic.
-        DOT=tl.float32 if INTERPRET else _DOT_DTYPES[qkv.dtype],
-        PRECISION="tf32" if tf32 else "ieee",
-        **config.all_kwargs(),
+@functools.lru_cache(PREPARED)
+def _backward(
+    shape: torch.Size,
+    n_heads: int,
+    kind: tuple[torch.dtype, str, str],
+    dq: triton.Config | None,
+    dkv: triton.Config | None,
+) -> tuple[PreparedLaunch, PreparedLaunch, float]:
+    """The passes of dQ, and of dK with dV, and the scale of the scores."""
+    N, (dtype, target, precision) = shape[1], kind
+    dq = dq or attention_dq_bwd_configs(N, dtype, target)[0]
+    d = shape[2] // 3 // n_heads
+    dkv = dkv or attention_dkv_bwd_configs(N, d, dtype, target)[0]
+    return (
+        prepare(attention_dq_bwd_kernel, "BM", shape, n_heads, dtype, precision, dq),
+        prepare(attention_dkv_bwd_kernel, "BN", shape, n_heads, dtype, precision, dkv),
+        _scale(shape, n_heads),
     )
 
 
-def _unit_stride(qkv: Tensor) -> Tensor:
-    """[B, N, 3D] whose channels lie side by side; batches and rows may lie anywhere.
-
-    But not one element apart, which Triton takes for a constant, nor so far that the offsets of a
-    tile's rows, 256 at most, leave 32 bits.
-    """
-    fits = qkv.stride(2) == 1 and qkv.stride(1) != 1 and qkv.stride(1) < 2**23
-    return qkv if fits else qkv.clone(memory_format=torch.contiguous_format)
+def _scale(shape: torch.Size, n_heads: int) -> float:
+    return (shape[2] // 3 // n_heads) ** -0.5

@@ -18,10 +18,14 @@ to the next. A group of CHANNELS * SPACE elements of eps is followed by as many 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastdit.kernels.launch import PREPARED, PreparedLaunch
 
 _MAX_ROW = 2**30  # elements of an image: offsets inside a row, twice as long learned, are int32
 
@@ -189,25 +193,36 @@ def sampler_update(
         raise ValueError(f"x: expected fewer than 2^30 elements an image, got {E}")
     x, model_out = x.contiguous(), model_out.contiguous()
     coefficients = coefficients.float().contiguous()
-    x0_prev, seeds, noise = (None if t is None else t.contiguous() for t in (x0_prev, seeds, noise))
+    x0_prev = None if x0_prev is None else x0_prev.contiguous()
+    seeds = None if seeds is None else seeds.contiguous()
+    noise = None if noise is None else noise.contiguous()
     x_next, x0 = out or (torch.empty_like(x), torch.empty_like(x))
     if x.numel():
         scale, channels = guidance or (1.0, 0)
-        space = 1 if channel == 2 else x.shape[2] * x.shape[3]
-        mode = 1 if seeds is not None else 2 if noise is not None else 0
-        config = config or sampler_update_configs()[0]
-        sampler_update_kernel[(B * triton.cdiv(E, config.kwargs["BLOCK"]),)](
-            *(x, model_out, coefficients, step, x0_prev, seeds, noise, x_next, x0),
-            *(
-                float(scale),
-                coefficients.shape[0],
-                B,
-                E,
-                space,
-                C,
-                C if channels is None else channels,
-            ),
-            *(model_out.shape[channel] == 2 * C, x0_prev is not None, mode),
-            **config.all_kwargs(),
+        launch = _prepare(
+            *(B, E, C, C if channels is None else channels, model_out.shape[channel] == 2 * C),
+            *(x0_prev is not None, 1 if seeds is not None else 2 if noise is not None else 0),
+            config,
         )
+        space = 1 if channel == 2 else E // C
+        tensors = (x, model_out, coefficients, step, x0_prev, seeds, noise, x_next, x0)
+        launch(tensors, float(scale), coefficients.shape[0], B, E, space)
     return x_next, x0
+
+
+@functools.lru_cache(PREPARED)
+def _prepare(
+    B: int,
+    E: int,
+    channels: int,
+    guided: int,
+    learned: bool,
+    has_prev: bool,
+    noise: int,
+    config: triton.Config | None,
+) -> PreparedLaunch:
+    config = config or sampler_update_configs()[0]
+    grid = (B * triton.cdiv(E, config.kwargs["BLOCK"]),)
+    constants = dict(CHANNELS=channels, GUIDED=guided, LEARNED=learned)
+    constants |= dict(HAS_PREV=has_prev, NOISE=noise)
+    return PreparedLaunch(sampler_update_kernel, grid, **constants, **config.all_kwargs())

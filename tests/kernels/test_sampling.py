@@ -255,26 +255,15 @@ def test_nothing_is_launched_for_an_empty_batch():
 def test_a_launch_can_be_recorded_without_data(monkeypatch):
     launches = []
 
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: launches.append((grid, arguments, options))
+    def record(self, tensors, *numbers):
+        launches.append((self._grid, numbers, self._constants))
 
-    monkeypatch.setattr(sampling, "sampler_update_kernel", Recorder())
+    monkeypatch.setattr(sampling.PreparedLaunch, "__call__", record)
     arguments = Case(TOKENS4, guided=3, learned=True).arguments()
     meta = {k: None if v is None else v.to("meta") for k, v in arguments.items()}
     sampling.sampler_update(**meta, guidance=(4.0, 3))
-    ((grid, positional, options),) = launches
+    ((grid, numbers, constants),) = launches
     assert grid == (6,)
-    assert positional[9:] == (
-        4.0,
-        arguments["coefficients"].shape[0],
-        3,
-        1372,
-        1,
-        4,
-        3,
-        True,
-        False,
-        1,
-    )
-    assert options["BLOCK"] == 1024
+    assert numbers == (4.0, arguments["coefficients"].shape[0], 3, 1372, 1)
+    expected = dict(CHANNELS=4, GUIDED=3, LEARNED=True, HAS_PREV=False, NOISE=1, BLOCK=1024)
+    assert expected.items() <= constants.items()

@@ -1,0 +1,68 @@
+"""What the attention launchers share: which views the kernels read, and launches made once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdit.kernels.attention_configs import head_pieces
+from fastdit.kernels.common import INTERPRET, arch
+from fastdit.kernels.launch import PreparedLaunch
+
+_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def kind_of(qkv: Tensor) -> tuple[torch.dtype, str, str]:
+    """What a launch depends on besides sizes: dtype, architecture, and precision of products."""
+    dtype, target = qkv.dtype, arch(qkv.device)
+    if dtype != torch.float32:
+        return dtype, target, "ieee"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if torch.version.hip and target != "gfx942":
+        tf32 = False  # the only one of AMD's that has it
+    return dtype, target, "tf32" if tf32 else "ieee"
+
+
+def prepare(
+    kernel: Any,
+    own: str,
+    qkv_shape: torch.Size,
+    n_heads: int,
+    dtype: torch.dtype,
+    precision: str,
+    config: triton.Config,
+) -> PreparedLaunch:
+    """A kernel whose programs own a tile of a head's rows; own names the tile's size."""
+    B, N, width = qkv_shape
+    d = width // 3 // n_heads
+    D0, D1 = head_pieces(d)
+    BM, BN = config.kwargs["BM"], config.kwargs["BN"]
+    return PreparedLaunch(
+        kernel,
+        (B * n_heads * triton.cdiv(N, config.kwargs[own]),),
+        D=d,
+        D0=D0,
+        D1=D1,
+        EVEN=N % BM == 0 and N % BN == 0,
+        # The interpreter has no bfloat16 arithmetic.
+        DOT=tl.float32 if INTERPRET else _DOT_DTYPES[dtype],
+        PRECISION=precision,
+        **config.all_kwargs(),
+    )
+
+
+def unit_stride(qkv: Tensor) -> tuple[Tensor, int, int]:
+    """[B, N, 3D] whose channels lie side by side, and its strides; batches and rows lie anywhere.
+
+    But not one element apart, which Triton takes for a constant, nor so far that the offsets of a
+    tile's rows, 256 at most, leave 32 bits.
+    """
+    s_b, s_n, channel = qkv.stride()
+    if channel == 1 and s_n != 1 and s_n < 2**23:
+        return qkv, s_b, s_n
+    qkv = qkv.clone(memory_format=torch.contiguous_format)
+    return qkv, qkv.stride(0), qkv.stride(1)
