@@ -184,7 +184,11 @@ def compare(contest: Contest, device: torch.device, results: Results) -> None:
     for i, config in enumerate(contest.configs):
         values = {k: v for k, v in config.all_kwargs().items() if v is not None}
         row = {"kernel": contest.kernel, "shape": contest.shape, "dtype": contest.dtype}
-        row |= {"arch": sizes.family_of(arch(device)), "values": values, "default": "default" if i == 0 else ""}
+        row |= {
+            "arch": sizes.family_of(arch(device)),
+            "values": values,
+            "default": "default" if i == 0 else "",
+        }
         results["rows"].append(row)
 
         def time(config: triton.Config = config) -> tuple[float, ...]:
