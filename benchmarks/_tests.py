@@ -36,17 +36,20 @@ class Suite:
 
     def __init__(self, results: Results, threads: int) -> None:
         self._results, self._threads = results, threads
-        self._lock, self._written = threading.Lock(), 0.0
+        self._lock, self._changed, self._written = threading.Lock(), False, 0.0
 
     def add(self, row: Row) -> None:
         with self._lock:
             self._results["rows"].append(row)
-            if time.monotonic() > self._written + WRITE_EVERY:
-                self.write()
+            self._changed = True
 
-    def write(self) -> None:
-        self._results.write()
-        self._written = time.monotonic()
+    def write(self, at_once: bool = False) -> None:
+        """To the file, where there is something new; once a second, since a file is many rows."""
+        with self._lock:
+            due = at_once or time.monotonic() > self._written + WRITE_EVERY
+            if self._changed and due:
+                self._results.write()
+                self._changed, self._written = False, time.monotonic()
 
     def run(self, names: list[str]) -> None:
         """Run tests in one process, and what a crash leaves in another."""
@@ -86,6 +89,7 @@ class Suite:
                         rows[name] = row
                         self.add(row)
                 seen = len(lines)
+                self.write()
                 time.sleep(0 if over else 0.2)
             status, said = process.returncode, output.read_text(errors="replace")
         if status not in (0, 1) and running is not None and running not in rows:
@@ -125,14 +129,14 @@ def collect(selection: list[str], marked: str | None) -> tuple[list[str], list[R
     return sorted(dict.fromkeys(names), key=lambda name: name.split("[")[0]), failed
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tests", nargs="+", help="files, folders or names, as pytest takes them")
     parser.add_argument("--marked", metavar="MARK", help="only these, as pytest's -m")
     cpus = len(os.sched_getaffinity(0))
     parser.add_argument("--processes", type=int, default=max(1, min(8, cpus)))
     parser.add_argument("--json", type=Path, metavar="PATH")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.processes < 1:
         parser.error(f"--processes: expected at least 1, got {args.processes}")
     return args
@@ -151,7 +155,7 @@ def main() -> None:
     shards = [names[i : i + size] for i in range(0, len(names), size)]
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(suite.run, shards))
-    suite.write()
+    suite.write(at_once=True)
     rows = results["rows"]
     counts = {o: sum(r["outcome"] == o for r in rows) for o in ("passed", "failed", "skipped")}
     for row in rows:

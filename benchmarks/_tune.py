@@ -199,13 +199,17 @@ def compare(contest: Contest, device: torch.device, results: Results) -> None:
         results.write()
 
 
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--group", choices=("xl", "trajectory", "others"), default="xl")
     parser.add_argument("--json", type=Path, metavar="PATH")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
     if not torch.cuda.is_available():
-        parser.error("expected a GPU, found none")
+        sys.exit("_tune.py: expected a GPU, found none")
     device = torch.device("cuda")
     facts = machine(device)
     print_machine(facts)

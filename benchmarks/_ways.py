@@ -63,7 +63,8 @@ class Case:
         return torch.promote_types(self.dtype, torch.float32)
 
     def labels(self, batch: int) -> Tensor:
-        return torch.arange(batch, device=self.device) % self.cfg.num_classes
+        """On the CPU, where a sampler looks at them."""
+        return torch.arange(batch) % self.cfg.num_classes
 
     def judged(self, batch: int) -> int:
         """How many of a batch's images are held against the oracle: its first ones."""
@@ -76,7 +77,9 @@ class Case:
         judged, T = self.judged(batch), self.scheduler.T
         seeds = torch.tensor([[0, i] for i in range(judged)])
         layout = TokenLayout(self.cfg)
-        z = functional.normal(seeds, torch.arange(T + 1), layout.shape.numel())
+        # Two images' are a moment's work: no reason to build C++ where all else is on a GPU.
+        backend = None if self.device.type == "cpu" else "reference"
+        z = functional.normal(seeds, torch.arange(T + 1), layout.shape.numel(), backend)
         images = layout.to_images(z.view(-1, *layout.shape)).unflatten(0, (T + 1, judged))
         rest = (T + 1, batch - judged, *self.cfg.sample_shape)
         z = torch.cat([images.to(self.device), torch.randn(rest, device=self.device)], dim=1)
@@ -87,7 +90,7 @@ class Case:
         """The judged images in float64."""
         x_T, noise = self.noise(judged)
         exact = self._reference(torch.float64)
-        labels = self.labels(judged)
+        labels = self.labels(judged).to(self.device)
         return reference.sample(exact, self.scheduler, x_T.double(), labels, noise.double())
 
 
@@ -109,7 +112,7 @@ def reference_way(case: Case, **compile_options: Any) -> Way:
         low_precision = case.dtype == torch.bfloat16
         with torch.autocast(case.device.type, torch.bfloat16, enabled=low_precision):
             x_T = x_T.to(case.state_dtype)
-            return reference.sample(model, case.scheduler, x_T, labels, noise)
+            return reference.sample(model, case.scheduler, x_T, labels.to(case.device), noise)
 
     return sample
 
@@ -138,6 +141,7 @@ def diffusers_way(case: Case) -> Way:
 
     @torch.no_grad()
     def sample(labels: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
+        labels = labels.to(case.device)
         x = torch.randn(len(labels), *cfg.sample_shape, device=case.device, dtype=case.dtype)
         for t in scheduler.timesteps:
             out = model(x, timestep=t.to(x.device).expand(len(x)), class_labels=labels).sample
