@@ -43,6 +43,16 @@ class Suite:
             self._results["rows"].append(row)
             self._changed = True
 
+    def mark(self, name: str, running: bool) -> None:
+        """Keep which tests run, so that the file names one that never ends."""
+        with self._lock:
+            now = self._results["running"]
+            if running:
+                now.append(name)
+            elif name in now:
+                now.remove(name)
+            self._changed = True
+
     def write(self, at_once: bool = False) -> None:
         """To the file, where there is something new; once a second, since a file is many rows."""
         with self._lock:
@@ -81,6 +91,7 @@ class Suite:
                 lines = _lines(log)
                 for row in lines[seen:]:
                     name = row["test"]
+                    self.mark(name, row["outcome"] == "began")
                     if row["outcome"] == "began":
                         running = name
                     elif name in rows:
@@ -96,6 +107,7 @@ class Suite:
             tail = f"the process ended with status {status}\n{said[-2000:]}"
             rows[running] = {"test": running, "outcome": "failed", "tail": tail}
             self.add(rows[running])
+            self.mark(running, False)
         return set(rows), status, said
 
 
@@ -146,7 +158,7 @@ def main() -> None:
     args = parse()
     facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print_machine(facts)
-    results = Results(args.json, facts, vars(args), rows=[])
+    results = Results(args.json, facts, vars(args), rows=[], running=[])
     suite = Suite(results, max(1, len(os.sched_getaffinity(0)) // args.processes))
     names, broken = collect(args.tests, args.marked)
     for row in broken:

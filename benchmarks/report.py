@@ -64,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="skip what was done, on this machine and code, by the run whose --out it was  [--out]",
     )
-    processes = max(1, min(8, len(os.sched_getaffinity(0))))
+    processes = min(14, len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--processes", type=int, default=processes, help="of tests, and of compilers"
     )

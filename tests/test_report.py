@@ -232,7 +232,7 @@ def test_a_crash_costs_one_test_a_broken_file_its_own_and_a_kill_none(tmp_path):
     options = ("--processes", 1, "--json", "rows.json", "test_some.py", "test_broken.py")
     process = start(BENCHMARKS / "_tests.py", *options, cwd=tmp_path)
     path = tmp_path / "rows.json"
-    wait_for(path, lambda d: outcomes(path).get("test_some.py::test_e") == "failed", process)
+    wait_for(path, lambda d: d["running"] == ["test_some.py::test_f"], process)
     os.killpg(process.pid, signal.SIGKILL)  # while test_f sleeps
     process.communicate()
     assert outcomes(path) == {
@@ -244,6 +244,7 @@ def test_a_crash_costs_one_test_a_broken_file_its_own_and_a_kill_none(tmp_path):
         "test_some.py::test_d": "skipped",
         "test_some.py::test_e": "failed",
     }
+    assert json.loads(path.read_text())["running"] == ["test_some.py::test_f"]
     tails = {row["test"]: row.get("tail", "") for row in json.loads(path.read_text())["rows"]}
     assert "nothing_of_this_name" in tails["test_broken.py"]
     assert "ended with status 3" in tails["test_some.py::test_c"]
