@@ -172,26 +172,29 @@ def precompile(jobs: Iterable[Contest]) -> None:
         AsyncCompileMode(pool, ignore_errors=True),
     ):
         for contest in jobs:
-            launch = contest.prepare()
-            for config in contest.configs:
-                for made in aot.record(functools.partial(launch, config)):
-                    made.kernel.warmup(grid=made.grid, **made.args, **made.options)
+            attempt({}, FIGURE, functools.partial(_warm_up, contest))
+
+
+def _warm_up(contest: Contest) -> None:
+    launch = contest.prepare()
+    for config in contest.configs:
+        for made in aot.record(functools.partial(launch, config)):
+            made.kernel.warmup(grid=made.grid, **made.args, **made.options)
 
 
 def compare(contest: Contest, device: torch.device, results: Results) -> None:
     """A row a configuration, the default first."""
-    launch = contest.prepare()
+    launch: Launch | None = None
     for i, config in enumerate(contest.configs):
         values = {k: v for k, v in config.all_kwargs().items() if v is not None}
         row = {"kernel": contest.kernel, "shape": contest.shape, "dtype": contest.dtype}
-        row |= {
-            "arch": sizes.family_of(arch(device)),
-            "values": values,
-            "default": "default" if i == 0 else "",
-        }
+        row |= {"arch": sizes.family_of(arch(device)), "values": values}
+        row["default"] = "default" if i == 0 else ""
         results["rows"].append(row)
 
         def time(config: triton.Config = config) -> tuple[float, ...]:
+            nonlocal launch
+            launch = launch or contest.prepare()
             return triton.testing.do_bench(lambda: launch(config), quantiles=[0.5, 0.2, 0.8])
 
         if (times := attempt(row, FIGURE, time)) is not None:
