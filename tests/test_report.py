@@ -136,18 +136,32 @@ def wait_for(path, ready, process, seconds=120):
     raise AssertionError(f"{path}: nothing in {seconds} s")
 
 
-def start(*command, **options):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+@pytest.fixture
+def start():
+    """Starts a script; at the end of the test it and its own processes are no more."""
+    started = []
+
+    def make(*command, **options):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+        started.append(process)
+        return process
+
+    yield make
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
 
 
-def test_a_kill_of_the_runner_loses_no_finished_unit(tmp_path, stand_in):
+def test_a_kill_of_the_runner_loses_no_finished_unit(tmp_path, stand_in, start):
     facts = {"benchmarks": str(BENCHMARKS), "folder": str(tmp_path / "out"), "facts": FACTS}
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(script=str(tmp_path / "stand_in.py"), **facts))
@@ -175,7 +189,7 @@ def is_measured(row):
 
 
 @pytest.mark.parametrize("script", LONG)
-def test_a_killed_benchmark_leaves_a_whole_file_of_its_rows(script, tmp_path):
+def test_a_killed_benchmark_leaves_a_whole_file_of_its_rows(script, tmp_path, start):
     path, options = tmp_path / "rows.json", LONG[script].split()
     options = ["fastdit eager" if option == "{}" else option for option in options]
     process = start(BENCHMARKS / script, *options, "--json", path)
@@ -190,7 +204,7 @@ def test_a_killed_benchmark_leaves_a_whole_file_of_its_rows(script, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run where there is no GPU")
 @pytest.mark.parametrize("signalled", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
-def test_a_killed_report_leaves_a_whole_file_of_its_rows(signalled, tmp_path):
+def test_a_killed_report_leaves_a_whole_file_of_its_rows(signalled, tmp_path, start):
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     process = start(
         *(BENCHMARKS / "report.py", "--unit", "train", "--out", tmp_path / "out"), env=environment
@@ -226,7 +240,7 @@ def outcomes(path):
     return {row["test"]: row["outcome"] for row in json.loads(path.read_text())["rows"]}
 
 
-def test_a_crash_costs_one_test_a_broken_file_its_own_and_a_kill_none(tmp_path):
+def test_a_crash_costs_one_test_a_broken_file_its_own_and_a_kill_none(tmp_path, start):
     (tmp_path / "test_some.py").write_text(TESTS)
     (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
     options = ("--processes", 1, "--json", "rows.json", "test_some.py", "test_broken.py")
@@ -284,7 +298,7 @@ def test_the_plan_fits_a_first_command_and_its_units_take_their_options(benchmar
     assert so_far == sorted(so_far)
 
 
-def test_plan_is_printed_and_writes_nothing(tmp_path):
+def test_plan_is_printed_and_writes_nothing(tmp_path, start):
     process = start(BENCHMARKS / "report.py", "--plan", "--out", tmp_path / "out")
     said = process.communicate()[0]
     assert process.returncode == 0 and "tune-trajectory" in said
@@ -292,7 +306,7 @@ def test_plan_is_printed_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
-def test_report_does_not_pretend_to_have_a_gpu(tmp_path):
+def test_report_does_not_pretend_to_have_a_gpu(tmp_path, start):
     process = start(BENCHMARKS / "report.py", "--unit", "smoke", "tune", "--out", tmp_path / "out")
     said = process.communicate()[0]
     assert process.returncode == 0, said
@@ -301,7 +315,7 @@ def test_report_does_not_pretend_to_have_a_gpu(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_report_says_what_kernels_compile_to_and_resumes(tmp_path):
+def test_report_says_what_kernels_compile_to_and_resumes(tmp_path, start):
     arguments = "--aot --arch sm_90 --match sampler_update --processes 2 --resume --out".split()
     process = start(BENCHMARKS / "report.py", *arguments, tmp_path)
     said = process.communicate()[0]
