@@ -126,7 +126,7 @@ def test_roofline_knows_the_parts_of_memory(monkeypatch):
 
 
 def test_train_throughput_times_all_loops_and_judges(tmp_path):
-    arguments = "--rounds 2 --steps 2 --batch 64 --per-class 8 --seeds 0 1 --full-steps 4"
+    arguments = "--rounds 2 --steps 2 --batch 64 --per-class 8 --seeds 1 --full-steps 4"
     ways = ("--way", "plain eager", "fastdit eager", "fastdit by block")
     ways += ("--json", tmp_path / "r.json")
     done = run("train_throughput.py", *arguments.split(), *ways)
@@ -144,9 +144,7 @@ def test_train_throughput_times_all_loops_and_judges(tmp_path):
     assert rows["fastdit by block"]["loss"] == pytest.approx(rows["fastdit eager"]["loss"], 1e-4)
     assert rows["fastdit eager"]["memory MiB"] < rows["plain eager"]["memory MiB"]
     learned = document["learned"]
-    assert [(row["seed"], len(row["losses by pass"])) for row in learned] == [(0, 4)] * 2 + [
-        (1, 4)
-    ] * 2
+    assert [(row["seed"], len(row["losses by pass"])) for row in learned] == [(1, 4)] * 2
     assert all(0 < row["final loss"] < 2 for row in learned)
 
 
