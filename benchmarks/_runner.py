@@ -144,6 +144,8 @@ class Runner:
             document = Document(path, self._facts, self._arguments)
             if self._earlier is not None:
                 document.load(self._earlier / path.name)
+                if document.units:
+                    document.write()  # where this run's files lie, though it may add nothing
             self._documents[unit.file] = document
         return self._documents[unit.file]
 
@@ -199,10 +201,9 @@ def _start(unit: Unit, found: Path, said: Path) -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a unit and the processes it began, if it still runs."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    """End a unit, and the processes it began even where it has died."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 

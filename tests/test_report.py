@@ -120,6 +120,9 @@ def test_a_resumed_run_skips_what_was_done_on_this_machine_and_code(tmp_path, st
     document = read(tmp_path)
     assert rows_of(document, "good") == [0, 1] and rows_of(document, "new") == [0]
     assert rows_of(document, "bad") == [0, 1, 2], "more than the second try had"
+    elsewhere = tmp_path / "elsewhere"
+    assert runner(elsewhere, earlier=tmp_path / "out").run(first[:1])
+    assert rows_of(read(elsewhere), "good") == [0, 1], "files hold both runs"
     runner(tmp_path, facts=FACTS | {"code": "other"}, earlier=tmp_path / "out").run(first[:1])
     assert (tmp_path / "runs").read_text().splitlines()[-1] == "2 "
     assert list(read(tmp_path)["units"]) == ["good"]
