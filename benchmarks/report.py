@@ -19,6 +19,7 @@ import time
 BEGAN = time.monotonic()  # before a first import of torch, which can take half a minute
 
 import argparse  # noqa: E402
+import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -28,6 +29,7 @@ from typing import Any  # noqa: E402
 
 import _aot  # noqa: E402
 import torch  # noqa: E402
+from _advice import print_advice  # noqa: E402
 from _harness import ROOT, machine, print_machine  # noqa: E402
 from _runner import BENCHMARKS, Runner  # noqa: E402
 from _units import DRY, plan, plan_table  # noqa: E402
@@ -93,6 +95,8 @@ def run_units(args: argparse.Namespace, facts: dict[str, Any], on_gpu: bool) -> 
     deadline = BEGAN + args.limit
     runner = Runner(args.out / folder, facts, vars(args), deadline, earlier)
     done = runner.run(units)
+    if on_gpu and (tuned := args.out / folder / "tune.json").exists():
+        print_advice(json.loads(tuned.read_text())["rows"])  # of a unit that was cut short too
     print(f"{time.monotonic() - BEGAN:.0f} s of {args.limit:.0f}; files in {args.out / folder}")
     return done
 
