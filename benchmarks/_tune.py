@@ -1,119 +1,228 @@
-"""Every launch configuration on DiT's shapes: what `report.py --stage tune` times. GPU only.
+"""Every launch configuration on DiT's shapes, side by side. GPU only.
+
+    python benchmarks/_tune.py --group xl --json rows.json
 
 Triton's `do_bench` times, with the L2 cache cleared before each launch. The two attention
-backwards are passes of one launcher: either is timed with the other at its default.
+backwards are passes of one launcher: either is timed with the other at its default. Configurations
+are compiled on all CPUs before the first is timed; the file is written anew after each. What the
+rows mean for the code, `_advice.py` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from _advice import print_advice
+from _harness import Results, attempt, machine, print_machine
 from _ops import ATTENTION, PLAIN_LN, UPDATE, Case, inputs
-from torch import Tensor
+from triton.runtime._async_compile import AsyncCompileMode
 
-from fastdit.kernels import adaln, sampling
+from fastdit import PRESETS, DiffusionScheduler, DiTConfig
+from fastdit.backends import sizes_of
+from fastdit.kernels import adaln, aot, sampling, trajectory
 from fastdit.kernels import attention as attn
 from fastdit.kernels import attention_configs as sizes
 from fastdit.kernels.common import arch
+from fastdit.kernels.shape import Shape
+from fastdit.kernels.trajectory_configs import trajectory_configs
+from fastdit.solvers import DDPM
+from fastdit.work import products
 
-COLUMNS = {
-    "kernel": "",
-    "shape": "",
-    "dtype": "",
-    "config": "",
-    "us": ".1f",
-    "p20": ".1f",
-    "p80": ".1f",
-    "default": "",
-}
-_TOKENS = tuple(Case(PLAIN_LN, (64, 256, D)) for D in (384, 768, 1152))
-_HEADS = tuple(
-    Case(ATTENTION, shape)
-    for shape in ((64, 256, 16, 72), (16, 1024, 16, 72), (64, 256, 16, 64), (64, 64, 16, 72))
-)
-_STATES = (Case(UPDATE, (64, 4, 32, 32), "mixed"),)
-
-Job = tuple[str, Callable[[], list[dict[str, Any]]]]
+Launch = Callable[[triton.Config], Any]
+FIGURE = "us"
+TRAJECTORY_STEPS = 20
 
 
-def jobs() -> Iterator[Job]:
-    """(name, what times its configurations) of each kernel and shape."""
-    makers = ((_layer_norm, _TOKENS), (_attention, _HEADS), (_update, _STATES))
-    for maker, cases in makers:
-        for case in cases:
-            yield f"{case}", lambda maker=maker, case=case: maker(case, torch.device("cuda"))
+@dataclass(frozen=True)
+class Contest:
+    """One kernel on one shape; `prepare` makes its inputs, and what launches a configuration."""
+
+    kernel: str
+    shape: str
+    dtype: str
+    configs: list[triton.Config]
+    prepare: Callable[[], Launch]
 
 
-def _compare(
-    kernel: str, case: Case, configs: list[triton.Config], launch: Callable[[Any], object]
-) -> list[dict[str, Any]]:
-    """A row a configuration, the fastest first, those that do not run last."""
-    rows = []
-    for i, config in enumerate(configs):
-        names = ", ".join(f"{k} {v}" for k, v in config.all_kwargs().items() if v is not None)
-        row = {"kernel": kernel, "shape": case.size, "dtype": case.dtype, "config": names}
-        row["default"] = "default" if i == 0 else ""
-        try:
-            median, low, high = triton.testing.do_bench(
-                lambda config=config: launch(config), quantiles=[0.5, 0.2, 0.8]
-            )
-            row |= {"us": median * 1e3, "p20": low * 1e3, "p80": high * 1e3}
-        except Exception as error:  # too much shared memory, a compiler error: the others go on
-            row |= {"us": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
-        rows.append(row)
-    return sorted(rows, key=lambda r: r["us"] if isinstance(r["us"], float) else float("inf"))
+def contests(group: str, device: torch.device) -> Iterator[Contest]:
+    """Those of a group, what sampling needs first."""
+    if group == "xl":
+        rows = (128, 32, 2)
+        for B in rows:
+            yield from _attention(Case(ATTENTION, (B, 256, 16, 72)), device, ("fwd",))
+            yield from _layer_norm(Case(PLAIN_LN, (B, 256, 1152)), device, ("fwd",))
+        for B in rows[:2]:
+            yield from _attention(Case(ATTENTION, (B, 256, 16, 72)), device, ("dq", "dkv"))
+            yield from _layer_norm(Case(PLAIN_LN, (B, 256, 1152)), device, ("bwd",))
+    elif group == "trajectory":
+        for B in (1, 132, 1056):
+            yield _trajectory(PRESETS["toy"], B, device)
+    else:
+        for D in (384, 768):
+            yield from _layer_norm(Case(PLAIN_LN, (64, 256, D)), device, ("fwd", "bwd"))
+        for shape in ((16, 1024, 16, 72), (64, 256, 16, 64), (64, 64, 16, 72)):
+            yield from _attention(Case(ATTENTION, shape), device, ("fwd", "dq", "dkv"))
+        yield _update(Case(UPDATE, (64, 4, 32, 32), "mixed"), device)
+        for changes in ({"img_size": 32}, {"hidden": 128}):
+            yield _trajectory(DiTConfig(**changes), 132, device)
 
 
-def _layer_norm(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    (x, scale, shift), _ = inputs(case, device, seed=0)
-    y, dh, dr = (torch.randn_like(x) for _ in range(3))
-    D, gate = case.shape[-1], torch.randn_like(scale)
-    fwd, bwd = adaln.layer_norm_modulate_fwd_configs(D), adaln.layer_norm_modulate_bwd_configs(D)
-    rows = []
-    for name, residual in (("layer_norm", ()), ("gated_residual_layer_norm", (y, gate))):
+def _layer_norm(case: Case, device: torch.device, passes: tuple[str, ...]) -> Iterator[Contest]:
+    D = case.shape[-1]
+    configs = {
+        "fwd": adaln.layer_norm_modulate_fwd_configs(D),
+        "bwd": adaln.layer_norm_modulate_bwd_configs(D),
+    }
 
-        def forward(config: Any, residual: tuple[Tensor, ...] = residual) -> Any:
-            return adaln.layer_norm_modulate_fwd(
-                x, scale, shift, 1e-6, *(residual or (None, None)), config
-            )
+    def prepare(gated: bool, backward: bool) -> Launch:
+        (x, scale, shift), _ = inputs(case, device, seed=0)
+        y, dh, dr = (torch.randn_like(x) for _ in range(3))
+        residual = (y, torch.randn_like(scale)) if gated else (None, None)
+        if not backward:
+            return lambda c: adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-6, *residual, c)
+        # What the forward would leave: its statistics' values change no time.
+        mean, rstd = torch.zeros(2, *case.shape[:2], device=device)
+        of_residual = (dr, *residual) if gated else None
+        return lambda c: adaln.layer_norm_modulate_bwd(dh, x, scale, mean, rstd, of_residual, c)
 
-        r, _, mean, rstd = forward(None)
-        gated = (dr, *residual) if residual else None
-
-        def backward(config: Any, a: tuple = (dh, r, scale, mean, rstd, gated)) -> Any:
-            return adaln.layer_norm_modulate_bwd(*a, config)
-
-        rows += _compare(f"{name}_modulate_fwd", case, fwd, forward)
-        rows += _compare(f"{name}_modulate_bwd", case, bwd, backward)
-    return rows
+    for name in passes:
+        for gated in (True, False):
+            kernel = f"{'gated_residual_' if gated else ''}layer_norm_modulate_{name}"
+            make = functools.partial(prepare, gated, name == "bwd")
+            yield Contest(kernel, case.size, case.dtype, configs[name], make)
 
 
-def _attention(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    (qkv,), _ = inputs(case, device, seed=0)
+def _attention(case: Case, device: torch.device, passes: tuple[str, ...]) -> Iterator[Contest]:
     _, N, h, d = case.shape
-    out, lse = attn.attention_fwd(qkv, h)
-    a = (torch.randn_like(out), qkv, out, lse, h)
-    on = (qkv.dtype, arch(device))
-    fwd, dq = sizes.attention_fwd_configs(N, *on), sizes.attention_dq_bwd_configs(N, *on)
-    dkv = sizes.attention_dkv_bwd_configs(N, d, *on)
-    return [
-        *_compare("attention_fwd", case, fwd, lambda c: attn.attention_fwd(qkv, h, c)),
-        *_compare("attention_dq_bwd", case, dq, lambda c: attn.attention_bwd(*a, dq=c)),
-        *_compare("attention_dkv_bwd", case, dkv, lambda c: attn.attention_bwd(*a, dkv=c)),
-    ]
+    on = (torch.bfloat16, arch(device))
+    configs = {
+        "fwd": sizes.attention_fwd_configs(N, *on),
+        "dq": sizes.attention_dq_bwd_configs(N, *on),
+        "dkv": sizes.attention_dkv_bwd_configs(N, d, *on),
+    }
+
+    def prepare(name: str) -> Launch:
+        (qkv,), _ = inputs(case, device, seed=0)
+        if name == "fwd":
+            return lambda c: attn.attention_fwd(qkv, h, c)
+        out, dout = (qkv.new_empty(*qkv.shape[:2], h * d).normal_() for _ in range(2))
+        lse = torch.zeros(case.shape[0], h, N, device=device)
+        return lambda c: attn.attention_bwd(dout, qkv, out, lse, h, **{name: c})
+
+    for name in passes:
+        kernel = f"attention_{name}" + ("" if name == "fwd" else "_bwd")
+        make = functools.partial(prepare, name)
+        yield Contest(kernel, case.size, case.dtype, configs[name], make)
 
 
-def _update(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    tensors, options = inputs(case, device, seed=0)
-    guidance = (options["guidance"].scale, options["guidance"].channels)
-    return _compare(
-        "sampler_update",
-        case,
-        sampling.sampler_update_configs(),
-        lambda c: sampling.sampler_update(
+def _update(case: Case, device: torch.device) -> Contest:
+    def prepare() -> Launch:
+        tensors, options = inputs(case, device, seed=0)
+        guidance = (options["guidance"].scale, options["guidance"].channels)
+        return lambda c: sampling.sampler_update(
             *tensors, seeds=options["seeds"], guidance=guidance, config=c
-        ),
-    )
+        )
+
+    configs = sampling.sampler_update_configs()
+    return Contest("sampler_update", case.size, case.dtype, configs, prepare)
+
+
+def _trajectory(cfg: DiTConfig, B: int, device: torch.device) -> Contest:
+    """Of a model like the toy, in bfloat16: in float32 there is one configuration."""
+    (integers, floats), dtype = sizes_of(cfg), torch.bfloat16
+    *numbers, tanh = integers
+    shape = Shape(*numbers, bool(tanh), *floats)
+
+    def prepare() -> Launch:
+        def randn(*size: int) -> torch.Tensor:
+            return 0.1 * torch.randn(size, device=device)
+
+        table = DDPM().table(DiffusionScheduler(TRAJECTORY_STEPS, schedule="cosine"), None)
+        by_step = randn(TRAJECTORY_STEPS, 1, shape.width).to(dtype)
+        by_label = randn(cfg.num_classes, shape.width).to(dtype)
+        rows = torch.arange(B, device=device) % cfg.num_classes
+        seeds = torch.arange(2 * B, device=device).view(B, 2)
+        x = randn(B, cfg.img_size**2, cfg.in_channels)
+        # Embedding and positions, the layers' products with their biases, the last one.
+        weights = sum(p.inner * p.columns * p.times for p in products(cfg, 1))
+        weights += shape.tokens * cfg.hidden + 9 * cfg.hidden * cfg.n_layers + shape.out_features
+        tensors = (x, torch.zeros_like(x), randn(weights).to(dtype), by_step, by_label, rows)
+        others = (table.coefficients.to(device), 0, seeds, None, None, shape)
+        return lambda c: trajectory.trajectory(*tensors, *others, c)
+
+    size = f"{B}x{shape.tokens}x{cfg.hidden}"
+    configs = trajectory_configs(shape, dtype, arch(device))
+    return Contest("trajectory", size, "bfloat16", configs, prepare)
+
+
+def precompile(jobs: Iterable[Contest]) -> None:
+    """All configurations side by side; what cannot be compiled says so when its turn comes."""
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for contest in jobs:
+            attempt({}, FIGURE, functools.partial(_warm_up, contest))
+
+
+def _warm_up(contest: Contest) -> None:
+    launch = contest.prepare()
+    for config in contest.configs:
+        for made in aot.record(functools.partial(launch, config)):
+            made.kernel.warmup(grid=made.grid, **made.args, **made.options)
+
+
+def compare(contest: Contest, device: torch.device, results: Results) -> None:
+    """A row a configuration, the default first."""
+    launch: Launch | None = None
+    for i, config in enumerate(contest.configs):
+        values = {k: v for k, v in config.all_kwargs().items() if v is not None}
+        row = {"kernel": contest.kernel, "shape": contest.shape, "dtype": contest.dtype}
+        row |= {"arch": sizes.family_of(arch(device)), "values": values}
+        row["default"] = "default" if i == 0 else ""
+        results["rows"].append(row)
+
+        def time(config: triton.Config = config) -> tuple[float, ...]:
+            nonlocal launch
+            launch = launch or contest.prepare()
+            return triton.testing.do_bench(lambda: launch(config), quantiles=[0.5, 0.2, 0.8])
+
+        if (times := attempt(row, FIGURE, time)) is not None:
+            row |= {name: t * 1e3 for name, t in zip((FIGURE, "p20", "p80"), times, strict=True)}
+        results.write()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--group", choices=("xl", "trajectory", "others"), default="xl")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    if not torch.cuda.is_available():
+        sys.exit("_tune.py: expected a GPU, found none")
+    device = torch.device("cuda")
+    facts = machine(device)
+    print_machine(facts)
+    results = Results(args.json, facts, vars(args), rows=[])
+    precompile(contests(args.group, device))
+    for contest in contests(args.group, device):
+        compare(contest, device, results)
+    print_advice(results["rows"])
+    sys.exit(any(row[FIGURE] == "failed" for row in results["rows"]))
+
+
+if __name__ == "__main__":
+    main()

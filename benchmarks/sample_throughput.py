@@ -4,17 +4,18 @@
     python benchmarks/sample_throughput.py --preset DiT-S/8 --batch 1 4 --steps 10
 
 The ways are timed in turn, round by round, in one process; figures are medians over the rounds,
-and ratios, to the reference eager and compiled, medians of the rounds' ratios. Before the rounds
-each way samples once with recorded noise, and that result is held against the reference in float64
-with the same noise. Weights are random and none is zero: a fresh DiT returns zeros, and neither
-speed nor error would mean much.
+and ratios, to the reference eager and compiled where these are among the ways, medians of the
+rounds' ratios. Each way's first images are held against the reference in float64 with the same
+noise: all of a batch on a CPU, the first two on a GPU. Weights are random and none is zero: a fresh
+DiT returns zeros, and neither speed nor error would mean much. The file of --json is written anew
+after every run, and a way that fails or runs out of memory is a row that says so.
 The share is that of the floor of `roofline.py`, whose ceilings are measured in the same process.
 "FMA share", of the C++ trajectory, is the model's FLOP a second over what multiply-adds on
 registers alone reach, measured after each of its runs.
 
-Ways: the plain model in the plain loop, eager, compiled for each batch size, or (on CUDA) compiled
-with max-autotune and CUDA graphs; diffusers' DiT of the same sizes with its DDPM scheduler, which
-is another network and has no error here; fastdit in each of its executions.
+Ways: the plain model in the plain loop, eager, compiled for each batch size, or (on CUDA, where it
+is named) compiled with max-autotune and CUDA graphs; diffusers' DiT of the same sizes with its DDPM
+scheduler, which is another network and has no error here; fastdit in each of its executions.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +33,38 @@ import roofline
 import torch
 from _harness import (
     DTYPES,
+    Results,
+    attempt,
     fresh_compile_cache,
     machine,
     median_ratio,
     print_machine,
     seconds,
     table,
-    write_json,
 )
-from torch import Tensor, nn
+from _ways import (
+    BASELINE,
+    COMPILED,
+    MAX_AUTOTUNE,
+    TRAJECTORY,
+    WAYS,
+    Case,
+    Way,
+    obstacle,
+    trajectory_obstacle,
+)
 from tqdm import tqdm
 
 import fastdit
-from fastdit import backends, choice, reference, testing, work
+from fastdit import testing, work
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.kernels import cpu
 
-BASELINE = "reference eager"
-TRAJECTORY = "fastdit trajectory"
-COMPILED = ("reference compiled", "reference max-autotune", "fastdit compile")
+FIGURE = "images/s"
 COLUMNS = {
     "way": "",
     "batch": "d",
-    "images/s": ".1f",
+    FIGURE: ".1f",
     "min": ".1f",
     "max": ".1f",
     "ms/step": ".2f",
@@ -66,253 +76,151 @@ COLUMNS = {
     "compile s": ".1f",
 }
 MEMORY_COLUMNS = {"peak MiB": ".0f", "parts MiB": ".0f"}  # what a way adds to the model; on CUDA
+Row = dict[str, Any]
 
 
-@dataclass
-class Case:
-    """One model on one device, and how long and in what dtype it is sampled."""
+class Measurement:
+    """All ways at one batch: rows that fill as they are timed, and the floor of a step."""
 
-    preset: str
-    model: fastdit.DiT
-    scheduler: fastdit.DiffusionScheduler
-    dtype: torch.dtype
-    device: torch.device
-    plain: reference.DiT = field(init=False)
-    own: fastdit.DiT = field(init=False)
+    def __init__(self, case: Case, batch: int, names: list[str], write: Callable[[], None]) -> None:
+        self.case, self.batch, self._write = case, batch, write
+        self.labels = case.labels(batch)
+        facts = {"preset": case.preset, "dtype": str(case.dtype).removeprefix("torch.")}
+        self.rows: dict[str, Row] = {name: {**facts, "way": name, "batch": batch} for name in names}
+        self.times: dict[str, list[float]] = {}
+        self.peaks: list[float] = []  # what multiply-adds reach, after each trajectory on a CPU
 
-    def __post_init__(self) -> None:
-        self.plain = reference.DiT.from_config(self.model.cfg).to(self.device)
-        self.plain.load_state_dict(self.model.state_dict())
-        if self.dtype == torch.float64:
-            self.plain.double()
-        self.own = fastdit.DiT.from_config(self.model.cfg).to(self.device)
-        self.own.load_state_dict(self.model.state_dict())
-        self.own.to(self.dtype)
+    def first_run(self, name: str) -> Row:
+        """Make the way and sample once, for its compilation, memory and error."""
+        row, on_gpu = self.rows[name], self.case.device.type == "cuda"
 
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+        def sample() -> Way:
+            # Made anew, so that what each holds is seen; compiled code is kept by PyTorch.
+            way, kept = WAYS[name](self.case), []
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            row["first run s"] = seconds(
+                lambda: kept.append(way(self.labels, None)), self.case.device
+            )
+            if on_gpu:
+                row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            self._judge(name, way, kept[0])
+            return way
 
-    def labels(self, batch: int) -> Tensor:
-        return torch.arange(batch, device=self.device) % self.model.cfg.num_classes
+        if (way := attempt(row, FIGURE, sample)) is not None:
+            self.times[name] = []
+            if name == "fastdit graph":
+                parts = (self.batch, self.case.dtype, self.case.scheduler.T)
+                row["parts"] = roofline.memory_parts(self.case.cfg, *parts)
+                row["parts MiB"] = sum(row["parts"].values()) / 2**20
+        self._write()
+        return way
 
-    def recorded(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(x_T, noise) for one error run."""
-        shape = (self.scheduler.T + 1, batch, *self.model.cfg.sample_shape)
-        z = torch.randn(shape, generator=torch.Generator().manual_seed(batch)).to(self.device)
-        return z[0], z[1:]
+    def _judge(self, name: str, way: Way, images: torch.Tensor) -> None:
+        if name.startswith("diffusers"):
+            return
+        judged = self.case.judged(self.batch)
+        if name.startswith("reference"):
+            images = way(self.labels, self.case.noise(self.batch))
+        oracle = self.case.oracle(judged)
+        self.rows[name]["error"] = testing.relative_error(images[:judged], oracle)
 
+    def time(self, name: str, way: Way) -> bool:
+        """One timed run more; False where it failed."""
+        call = lambda: seconds(lambda: way(self.labels, None), self.case.device)  # noqa: E731
+        taken = attempt(self.rows[name], FIGURE, call)
+        if taken is None:
+            del self.times[name]
+        else:
+            self.times[name].append(taken)
+            if name == TRAJECTORY and self.case.device.type == "cpu":
+                self.peaks.append(cpu.peak_flop_per_second())
+            self._fill()
+        self._write()
+        return taken is not None
 
-# A way: (labels, x_T, noise) -> images; with x_T and noise None it makes its own.
-Way = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    def _fill(self) -> None:
+        """The figures of the runs so far; ratios, of the rounds that all ways have run."""
+        for name, times in self.times.items():
+            row = self.rows[name]
+            if not times:
+                continue
+            median = statistics.median(times)
+            row |= {FIGURE: self.batch / median, "min": self.batch / max(times)}
+            row |= {"max": self.batch / min(times), "seconds": times}
+            row["ms/step"] = median / self.case.scheduler.T * 1e3
+            for ratio, base in (("ratio", BASELINE), ("to compiled", "reference compiled")):
+                if whole := min(len(times), len(self.times.get(base, ()))):
+                    row[ratio] = median_ratio(self.times[base][:whole], times[:whole])
+            if name == TRAJECTORY and self.peaks:
+                flop = work.flop(self.case.cfg, self.batch) * self.case.scheduler.T
+                achieved = [flop / taken for taken in times[: len(self.peaks)]]
+                row |= {"FMA share": median_ratio(achieved, self.peaks), "FMA peaks": self.peaks}
+            if name in COMPILED:
+                row["compile s"] = max(0.0, row["first run s"] - median)  # 0 where it was there
 
-
-def reference_way(case: Case, **compile_options: Any) -> Way:
-    """The plain loop; in 16 bits under autocast, as its users run it."""
-    model: nn.Module = case.plain
-    if compile_options:
-        # One graph a batch size is the fastest it gets; fullgraph: it never falls back unseen.
-        model = torch.compile(model, dynamic=False, fullgraph=True, **compile_options)
-
-    def sample(labels: Tensor, x_T: Tensor | None, noise: Tensor | None) -> Tensor:
-        if x_T is None:
-            shape = (len(labels), *case.model.cfg.sample_shape)
-            x_T = torch.randn(shape, device=case.device, dtype=case.state_dtype)
-        low_precision = case.dtype == torch.bfloat16
-        with torch.autocast(case.device.type, torch.bfloat16, enabled=low_precision):
-            x_T = x_T.to(case.state_dtype)
-            return reference.sample(model, case.scheduler, x_T, labels, noise)
-
-    return sample
-
-
-def diffusers_way(case: Case) -> Way:
-    """diffusers' transformer and scheduler in the loop of its DiTPipeline, without guidance."""
-    from diffusers import DDPMScheduler, DiTTransformer2DModel
-
-    cfg = case.model.cfg
-    model = DiTTransformer2DModel(
-        num_attention_heads=cfg.n_heads,
-        attention_head_dim=cfg.head_dim,
-        in_channels=cfg.in_channels,
-        out_channels=cfg.out_channels,
-        num_layers=cfg.n_layers,
-        sample_size=cfg.img_size,
-        patch_size=cfg.patch_size,
-        num_embeds_ada_norm=cfg.num_classes,
-    )
-    model = model.to(case.device).eval()
-    if case.dtype != torch.float32:
-        model = model.to(case.dtype)
-    betas = case.scheduler.tables["betas"].numpy()
-    scheduler = DDPMScheduler(case.scheduler.T, trained_betas=betas, clip_sample=False)
-    scheduler.set_timesteps(case.scheduler.T)
-
-    @torch.no_grad()
-    def sample(labels: Tensor, x_T: Tensor | None, noise: Tensor | None) -> Tensor:
-        x = torch.randn(len(labels), *cfg.sample_shape, device=case.device, dtype=case.dtype)
-        for t in scheduler.timesteps:
-            out = model(x, timestep=t.to(x.device).expand(len(x)), class_labels=labels).sample
-            x = scheduler.step(out[:, : cfg.in_channels], t, x).prev_sample
-        return x
-
-    return sample
-
-
-def fastdit_way(case: Case, execution: str) -> Way:
-    sampler = fastdit.Sampler(case.own, case.scheduler, execution=execution)
-
-    def sample(labels: Tensor, x_T: Tensor | None, noise: Tensor | None) -> Tensor:
-        return sampler(labels, x_T=x_T, noise=noise)
-
-    return sample
-
-
-WAYS: dict[str, Callable[[Case], Way]] = {
-    BASELINE: reference_way,
-    "reference compiled": lambda case: reference_way(case, mode="default"),
-    "reference max-autotune": lambda case: reference_way(case, mode="max-autotune"),
-    "diffusers eager": diffusers_way,
-    "fastdit eager": lambda case: fastdit_way(case, "eager"),
-    "fastdit compile": lambda case: fastdit_way(case, "compile"),
-    "fastdit graph": lambda case: fastdit_way(case, "graph"),
-    TRAJECTORY: lambda case: fastdit_way(case, "trajectory"),
-}
-
-
-def obstacle(way: str, device: str) -> str | None:
-    """Why a way cannot be timed here, or None."""
-    if way in ("reference max-autotune", "fastdit graph") and not device.startswith("cuda"):
-        return "needs CUDA"
-    if way.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
-        return "needs diffusers; pip install 'fastdit[test]'"
-    return None
+    def add_floor(self, floor: Row) -> None:
+        for name in self.times:
+            self.rows[name]["share"] = floor["floor s"] * 1e3 / self.rows[name]["ms/step"]
+        self._write()
 
 
 def measure(
-    case: Case, ways: dict[str, Way], batch: int, rounds: int, bar: tqdm
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row a way, and the floor of a step."""
-    labels = case.labels(batch)
-    x_T, noise = case.recorded(batch)
-    bar.set_description(f"batch {batch}, float64 oracle")
-    exact = reference.DiT.from_config(case.model.cfg).to(case.device)
-    exact.load_state_dict(case.model.state_dict())
-    oracle = reference.sample(exact.double(), case.scheduler, x_T.double(), labels, noise.double())
-    del exact
-    bar.update()
-
-    bar.set_description(f"batch {batch}, floor")
-    floor = roofline.measure(case.model.cfg, batch, case.dtype, case.device)
-    bar.update()
-
-    rows: dict[str, dict[str, Any]] = {}
-    for name, sample in ways.items():
+    case: Case, names: list[str], batch: int, rounds: int, bar: tqdm, results: Results
+) -> None:
+    """Add a row a way to the results, and the floor of a step."""
+    own = Measurement(case, batch, names, results.write)
+    ways: dict[str, Way] = {}
+    for name in names:
         bar.set_description(f"batch {batch}, {name}, first run")
-        rows[name] = {"preset": case.preset, "way": name, "batch": batch}
-        rows[name] |= first_run(case, name, sample, (labels, x_T, noise), oracle)
+        results["rows"].append(own.rows[name])
+        if (way := own.first_run(name)) is not None:
+            ways[name] = way
         bar.update()
-
-    timed = {name: way for name, way in ways.items() if "first run s" in rows[name]}
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    peaks: list[float] = []
     for i in range(rounds):
-        for name, sample in timed.items():
+        for name, way in list(ways.items()):
             bar.set_description(f"batch {batch}, {name}, round {i + 1} of {rounds}")
-            times[name].append(seconds(lambda s=sample: s(labels, None, None), case.device))
-            if name == TRAJECTORY and case.device.type == "cpu":
-                peaks.append(cpu.peak_flop_per_second())
+            if not own.time(name, way):
+                del ways[name]
             bar.update()
-    for name, row in rows.items():
-        if name in times:
-            row |= figures(case, batch, times[name])
-            row["ratio"] = median_ratio(times[BASELINE], times[name])
-            if "reference compiled" in times:
-                row["to compiled"] = median_ratio(times["reference compiled"], times[name])
-            row["share"] = floor["floor s"] * 1e3 / row["ms/step"]
-            if name == TRAJECTORY and peaks:
-                flop = work.flop(case.model.cfg, batch) * case.scheduler.T
-                achieved = [flop / taken for taken in times[name]]
-                row["FMA share"] = median_ratio(achieved, peaks)
-                row["FMA peaks"] = peaks
-            if name in COMPILED:
-                # 0 where a graph was there already
-                row["compile s"] = max(0.0, row["first run s"] - statistics.median(times[name]))
-    return list(rows.values()), {"preset": case.preset} | floor
+    bar.set_description(f"batch {batch}, floor")
+    floor: Row = {"preset": case.preset, "rows": batch}
+    results["floors"].append(floor)
+    of_step = lambda: roofline.measure(case.cfg, batch, case.dtype, case.device)  # noqa: E731
+    if (measured := attempt(floor, "floor s", of_step)) is not None:
+        floor |= measured
+        own.add_floor(floor)
+    bar.update()
+    results.write()
 
 
-def first_run(
-    case: Case, name: str, sample: Way, given: tuple[Tensor, Tensor, Tensor], oracle: Tensor
-) -> dict[str, Any]:
-    """How long a first run takes and, on CUDA, what it holds; then the error, with given noise."""
-    row: dict[str, Any] = {}
-    on_gpu, labels = case.device.type == "cuda", given[0]
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    try:
-        row["first run s"] = seconds(lambda: sample(labels, None, None), case.device)
-        if on_gpu:
-            row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        if not name.startswith("diffusers"):
-            row["error"] = testing.relative_error(sample(*given), oracle)
-    except torch.cuda.OutOfMemoryError:
-        return {"images/s": "out of memory"}
-    except torch._dynamo.exc.TorchDynamoException as error:
-        print(f"{name}, batch {len(labels)}: {str(error).splitlines()[0]}")
-        return {"images/s": "did not compile"}
-    if on_gpu and name == "fastdit graph":
-        parts = roofline.memory_parts(case.model.cfg, len(labels), case.dtype, case.scheduler.T)
-        row |= {"parts": parts, "parts MiB": sum(parts.values()) / 2**20}
-    return row
-
-
-def figures(case: Case, batch: int, times: list[float]) -> dict[str, Any]:
-    median = statistics.median(times)
-    return {
-        "images/s": batch / median,
-        "min": batch / max(times),
-        "max": batch / min(times),
-        "ms/step": median / case.scheduler.T * 1e3,
-        "seconds": times,
-    }
-
-
-def run(case: Case, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """The rows and the floors of a preset."""
+def run(case: Case, args: argparse.Namespace, results: Results) -> None:
+    """Add the rows and the floors of a preset in a dtype."""
+    dtype = str(case.dtype).removeprefix("torch.")
     print(
-        f"\n{case.preset}: {case.scheduler.T} steps, {args.dtype}; error is against the float64 "
+        f"\n{case.preset}: {case.scheduler.T} steps, {dtype}; error is against the float64 "
         f"reference with the same noise; ratio is to {BASELINE}, share that of the floor"
     )
-    rows, floors, chosen = [], [], list(args.way)
-    reason = choice.obstacle("trajectory", case.own, case.device, case.dtype)
-    if reason is None and case.device.type == "cpu" and not backends.has_cpp():
-        reason = "needs a C++ compiler"
-    if TRAJECTORY in chosen and reason:
+    chosen, first = list(args.way), len(results["rows"])
+    reason = trajectory_obstacle(case) if TRAJECTORY in chosen else None
+    if reason:
         print(f"without {TRAJECTORY}, which {reason}")
         chosen.remove(TRAJECTORY)
-    total = len(args.batch) * (2 + len(chosen) * (1 + args.rounds))
-    with tqdm(total=total, leave=False) as bar:
+    with tqdm(total=len(args.batch) * (1 + len(chosen) * (1 + args.rounds)), leave=False) as bar:
         for batch in args.batch:
-            # Made anew, so that what each holds is seen; compiled code is kept by PyTorch.
-            ways = {name: WAYS[name](case) for name in chosen}
-            own, floor = measure(case, ways, batch, args.rounds, bar)
-            rows += own
-            floors.append(floor)
+            measure(case, chosen, batch, args.rounds, bar, results)
     memory = MEMORY_COLUMNS if case.device.type == "cuda" else {}
-    print(table(COLUMNS | memory, rows))
-    return rows, floors
+    print(table(COLUMNS | memory, results["rows"][first:]))
 
 
-def build(preset: str, args: argparse.Namespace, device: torch.device) -> Case:
+def make_case(preset: str, dtype: str, args: argparse.Namespace, device: torch.device) -> Case:
     steps = args.steps or (200 if preset == "toy" else 50)
     schedule = "linear" if preset == "toy" else "cosine"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TerminalSNRWarning)  # random weights: no samples to spoil
         scheduler = fastdit.DiffusionScheduler(steps, device, schedule)
-    model = fastdit.DiT.from_config(fastdit.PRESETS[preset])
-    testing.randomize(model)
-    return Case(preset, model.to(device), scheduler, DTYPES[args.dtype], device)
+    return Case(preset, fastdit.PRESETS[preset], scheduler, DTYPES[dtype], device)
 
 
 def plot(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -354,13 +262,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64], metavar="B")
     parser.add_argument("--steps", type=int, help="default: 200 for the toy, 50 for the others")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument(
         "--way",
         nargs="+",
         choices=WAYS,
         metavar="NAME",
-        help=f"one or more of {', '.join(WAYS)}; default: all that can run here",
+        help=f"one or more of {', '.join(WAYS)}; default: all that can run here but {MAX_AUTOTUNE}",
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each way")
     parser.add_argument("--json", type=Path, metavar="PATH")
@@ -374,8 +282,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for way in args.way or ():
         if obstacles[way]:
             parser.error(f"--way: {way!r} {obstacles[way]}")
-    chosen = args.way or [way for way in WAYS if not obstacles[way]]
-    args.way = [way for way in WAYS if way in chosen or way == BASELINE]
+    default = [way for way in WAYS if not obstacles[way] and way != MAX_AUTOTUNE]
+    args.way = list(dict.fromkeys(args.way or default))
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot: needs matplotlib; pip install 'fastdit[plots]'")
     return args
@@ -386,22 +294,17 @@ def main() -> None:
     device = torch.device(args.device)
     facts = machine(device)
     print_machine(facts)
-    rows, floors = [], []
+    results = Results(args.json, facts, vars(args), rows=[], floors=[])
     with fresh_compile_cache():
-        # The compiler's own start is no way's compile time.
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        if set(args.way) & set(COMPILED):  # the compiler's own start is no way's compile time
+            torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         for preset in args.preset:
-            torch._dynamo.reset()
-            try:
-                of_preset = run(build(preset, args, device), args)
-                rows += of_preset[0]
-                floors += of_preset[1]
-            except torch.cuda.OutOfMemoryError as error:
-                print(f"{preset}: does not fit ({str(error).splitlines()[0]})")
-    if args.json:
-        write_json(args.json, facts, vars(args), rows=rows, floors=floors)
+            for dtype in args.dtype:
+                torch._dynamo.reset()
+                run(make_case(preset, dtype, args, device), args, results)
     if args.plot:
-        plot(args.plot, facts, rows)
+        plot(args.plot, facts, results["rows"])
+    sys.exit(any(row.get(FIGURE) == "failed" for row in results["rows"]))
 
 
 if __name__ == "__main__":

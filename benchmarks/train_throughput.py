@@ -6,8 +6,11 @@
         --way "plain compiled" "fastdit compiled"
 
 The loops take some steps each in turn, round by round, and all stay in memory; figures are medians,
-the ratio is the median of the rounds' ratios. All begin at the same weights; the order of the
-images and the noise are each loop's own. MFU is of the rate of a large matrix product, measured in
+ratios, to the plain loop, eager and compiled, where these are among the loops, medians of the
+rounds' ratios. All begin at the same weights; the order of the images and the noise are each loop's
+own. Batches are timed one after the other. A loop that fails or runs out of memory is a row that
+says so, and takes no part in later batches. The file of --json is written anew after every turn.
+MFU is of the rate of a large matrix product, measured in
 the same process. Memory is the allocator's peak on CUDA; on a CPU it is counted: weights,
 gradients, optimizer state, and what a forward keeps for its backward. With --seeds the judge looks
 at 160 samples of each trained toy, ten a class.
@@ -16,49 +19,56 @@ at 160 samples of each trained toy, ten a class.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from _harness import (
+    Results,
+    attempt,
     fresh_compile_cache,
     machine,
     median_ratio,
     print_machine,
     seconds,
     table,
-    write_json,
+)
+from _loops import (
+    BASELINE,
+    COMPILED,
+    EAGER,
+    PLAIN_COMPILED,
+    WAYS,
+    Loop,
+    RandomLatents,
+    Task,
+    Weights,
+    initial_weights,
+    make_loop,
 )
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import fastdit
-from fastdit import DiTConfig, reference, work
+from fastdit import work
 from fastdit.cli_train import PUBLISHED_LOSS
 from fastdit.data import LABEL_NAMES, judge
 from fastdit.diffusion import TerminalSNRWarning
-from fastdit.losses import diffusion_loss
 from fastdit.recipe import RECIPES, Recipe
-from fastdit.runtime import PRECISIONS, Runtime
-from fastdit.sources import Samples, Shapes, Source
-from fastdit.train import Trainer
+from fastdit.runtime import PRECISIONS
+from fastdit.sources import Shapes, Source
 
 SAMPLES_PER_CLASS = 10
-LATENTS = 512  # drawn for a published model; none is looked at
-BASELINE, PLAIN_COMPILED = "plain eager", "plain compiled"
-EAGER, BLOCK, COMPILED = "fastdit eager", "fastdit by block", "fastdit compiled"
-COMPILE = {EAGER: "none", BLOCK: "block", COMPILED: "whole"}
-WAYS = (BASELINE, PLAIN_COMPILED, *COMPILE)
+FIGURE = "images/s"
 RATE_COLUMNS = {
     "way": "",
-    "images/s": ".0f",
+    FIGURE: ".0f",
     "min": ".0f",
     "max": ".0f",
     "ratio": ".2f",
@@ -71,105 +81,12 @@ RATE_COLUMNS = {
 QUALITY_COLUMNS = {"way": "", "seed": "d", "final loss": ".4f", "colour": ".3f", "shape": ".3f"}
 
 
-class RandomLatents:
-    """Stands for ImageNet's latents: the shape of a preset's, and noise."""
-
-    identity = {"kind": "random"}
-
-    def __init__(self, config: DiTConfig) -> None:
-        self.sample_shape = config.sample_shape
-        self.label_names = tuple(map(str, range(config.num_classes)))
-        own = torch.Generator().manual_seed(0)
-        self.means = torch.randn(LATENTS, *config.sample_shape, generator=own)
-        self.stds = torch.full_like(self.means, 0.1)
-        self.labels = torch.randint(config.num_classes, (LATENTS,), generator=own)
-
-    def __len__(self) -> int:
-        return LATENTS
-
-    def take(self, rows: Tensor) -> Samples:
-        return Samples(self.means[rows], self.stds[rows], self.labels[rows])
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What all loops train."""
-
-    config: DiTConfig
-    recipe: Recipe
-    source: Source
-    device: torch.device
-    precision: str = "float32"
-    checkpointing: bool = False
-
-
-class PlainLoop:
-    """Textbook PyTorch: a DataLoader, AdamW, clipping, a cosine rate by step."""
-
-    def __init__(self, task: Task, initial: dict[str, Tensor], compiled: bool) -> None:
-        recipe, device = task.recipe, task.device
-        torch.manual_seed(recipe.seed)
-        self.task, self.recipe = task, recipe
-        self.model = reference.DiT.from_config(task.config).to(device)
-        self.model.load_state_dict(initial)
-        self._predict = torch.compile(self.model, dynamic=False) if compiled else self.model
-        self.scheduler = fastdit.DiffusionScheduler(recipe.T, device, schedule=recipe.schedule)
-        mean, std, labels = task.source.take(torch.arange(len(task.source)))
-        data = TensorDataset(mean, torch.zeros(len(mean)) if std is None else std, labels)
-        self._drawn = std is not None
-        self.loader = DataLoader(data, recipe.batch_size, shuffle=True, drop_last=True)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay
-        )
-        self.rate = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, recipe.steps)
-        self.losses: list[float] = []
-        self._batches = self._endless()
-
-    def _endless(self) -> Iterator[list[Tensor]]:
-        while True:
-            yield from self.loader
-
-    def train_step(self) -> None:
-        mean, std, y = (part.to(self.task.device) for part in next(self._batches))
-        x0 = mean + std * torch.randn_like(mean) if self._drawn else mean
-        t = torch.randint(self.recipe.T, (len(x0),), device=x0.device)
-        eps = torch.randn_like(x0)
-        x_t = self.scheduler.q_sample(x0, t, eps)
-        dtype = PRECISIONS[self.task.precision]
-        with torch.autocast(x0.device.type, dtype, enabled=dtype is not None):
-            out = self._predict(x_t, t, y)
-        if self.task.config.learn_sigma:
-            loss = diffusion_loss(out.float(), x0, x_t, t, eps, self.scheduler)
-        else:
-            loss = F.mse_loss(out.float(), eps)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or torch.inf)
-        self.optimizer.step()
-        self.rate.step()
-        self.losses.append(loss.item())
-
-
-class FusedLoop(Trainer):
-    """fastdit's own trainer, asked for its losses."""
-
-    def __init__(self, task: Task, compile: str) -> None:
-        runtime = Runtime(task.device, task.precision, compile, task.checkpointing)  # type: ignore[arg-type]
-        super().__init__(task.config, task.recipe, task.source, runtime=runtime)
-
-    @property
-    def losses(self) -> list[float]:
-        return self.history[0, : self.step].tolist()
-
-
-Loop = PlainLoop | FusedLoop
-
-
-def make_loop(way: str, task: Task) -> Loop:
-    if way in COMPILE:
-        return FusedLoop(task, COMPILE[way])
-    initial = FusedLoop(task, "none").model.state_dict()
-    return PlainLoop(task, initial, way == PLAIN_COMPILED)
+class Turns(NamedTuple):
+    rounds: int
+    steps: int  # of each
 
 
 def memory(loop: Loop, device: torch.device) -> float:
@@ -202,51 +119,81 @@ def _state_bytes(loop: Loop) -> int:
     return sum(t.nbytes for t in (*parameters, *gradients, *state))
 
 
-def measure_rates(
-    ways: list[str], task: Task, rounds: int, steps: int
-) -> tuple[float, list[dict[str, Any]]]:
-    """The device's rate in a large product, and a row for each way."""
-    device, batch = task.device, task.recipe.batch_size
-    loops = {way: make_loop(way, task) for way in ways}
-    first = {way: seconds(loop.train_step, device) for way, loop in loops.items()}
-    takes = {way: memory(loop, device) for way, loop in loops.items()}
-    peak = work.product_rate(device, PRECISIONS[task.precision] or torch.float32)
-    rates: dict[str, list[float]] = {way: [] for way in ways}
-    with tqdm(total=rounds * len(ways), leave=False) as bar:
-        for _ in range(rounds):
-            for way, loop in loops.items():
+def measure_batch(
+    ways: list[str], task: Task, initial: Weights, turns: Turns, peak: float, results: Results
+) -> list[str]:
+    """Add a row a way to the results; the ways that are left."""
+    batch = task.recipe.batch_size
+    rows: dict[str, Row] = {way: {"way": way, "batch": batch} for way in ways}
+    loops: dict[str, Loop] = {}
+    for way, row in rows.items():
+
+        def begin(way: str = way, row: Row = row) -> Loop:
+            loop = make_loop(way, task, initial)
+            row["first step s"] = seconds(loop.train_step, task.device)
+            row["memory MiB"] = memory(loop, task.device)
+            return loop
+
+        results["rows"].append(row)
+        if (loop := attempt(row, FIGURE, begin)) is not None:
+            loops[way] = loop
+        results.write()
+    rates: dict[str, list[float]] = {way: [] for way in loops}
+    with tqdm(total=turns.rounds * len(loops), leave=False) as bar:
+        for _ in range(turns.rounds):
+            for way, loop in list(loops.items()):
                 bar.set_description(way)
 
-                def some(loop: Loop = loop) -> None:
-                    for _ in range(steps):
-                        loop.train_step()
+                def some(loop: Loop = loop) -> float:
+                    steps = range(turns.steps)
+                    return seconds(lambda: [loop.train_step() for _ in steps], task.device)
 
-                rates[way].append(steps * batch / seconds(some, device))
+                if (taken := attempt(rows[way], FIGURE, some)) is None:
+                    del loops[way], rates[way]
+                else:
+                    rates[way].append(turns.steps * batch / taken)
+                    rows[way]["loss"] = statistics.mean(loop.losses[-turns.steps :])
+                _fill(rows, rates, work.training_flop(task.config, 1) / peak)
+                results.write()
                 bar.update()
-    flop = work.training_flop(task.config, 1)
-    compiled = rates.get(PLAIN_COMPILED)
-    return peak, [
-        {
-            "way": way,
-            "images/s": statistics.median(own),
-            "min": min(own),
-            "max": max(own),
-            "ratio": median_ratio(own, rates[BASELINE]),
-            "to compiled": median_ratio(own, compiled) if compiled else None,
-            "MFU": statistics.median(own) * flop / peak,
-            "memory MiB": takes[way],
-            "loss": statistics.mean(loops[way].losses[-steps:]),
-            "first step s": first[way],
-            "rates": own,
-        }
-        for way, own in rates.items()
-    ]
+    return list(loops)
+
+
+def _fill(rows: dict[str, Row], rates: dict[str, list[float]], of_peak: float) -> None:
+    """The figures of the turns so far; `of_peak` is the share of the peak of an image a second."""
+    for way, own in rates.items():
+        if not own:
+            continue
+        row, median = rows[way], statistics.median(own)
+        row |= {FIGURE: median, "min": min(own), "max": max(own), "rates": own}
+        row["MFU"] = median * of_peak
+        for ratio, base in (("ratio", BASELINE), ("to compiled", PLAIN_COMPILED)):
+            if whole := min(len(own), len(rates.get(base, ()))):
+                row[ratio] = median_ratio(own[:whole], rates[base][:whole])
+
+
+def measure_rates(
+    ways: list[str], task: Task, batches: list[int], turns: Turns, results: Results
+) -> None:
+    """Rows of every batch, and the device's rate in a large product."""
+    dtype = PRECISIONS[task.precision] or torch.float32
+    peak = results["product FLOP/s"] = work.product_rate(task.device, dtype)
+    print(f"a large {task.precision} product: {peak / 1e9:.0f} GFLOP/s")
+    initial = initial_weights(task)
+    for batch in batches:
+        own, first = replace(task.recipe, batch_size=batch), len(results["rows"])
+        ways = measure_batch(ways, replace(task, recipe=own), initial, turns, peak, results)
+        print(f"\nbatches of {batch}, {task.precision}; turns of {turns.steps} steps")
+        print(table(RATE_COLUMNS, results["rows"][first:]), flush=True)
+        gc.collect()  # a loop is a cycle, and its memory is the next batch's
+        if task.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def learn(way: str, task: Task) -> dict[str, Any]:
     """Train fully, then sample and judge."""
     start, recipe = time.perf_counter(), task.recipe
-    loop = make_loop(way, task)
+    loop = make_loop(way, task, initial_weights(task))
     for _ in tqdm(range(recipe.steps), desc=f"{way}, seed {recipe.seed}", leave=False):
         loop.train_step()
     a_pass = len(task.source) // recipe.batch_size
@@ -292,12 +239,12 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="toy", choices=fastdit.PRESETS)
-    parser.add_argument("--batch", type=int, help="images a step  [the recipe's]")
+    parser.add_argument("--batch", nargs="+", type=int, help="images a step  [the recipe's]")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--checkpointing", action="store_true", help="in fastdit's loops")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of each loop")
     parser.add_argument("--steps", type=int, default=25, help="of a turn")
-    parser.add_argument("--way", nargs="+", choices=WAYS, help="beside the plain eager loop")
+    parser.add_argument("--way", nargs="+", choices=WAYS, help="[all]")
     parser.add_argument("--seeds", type=int, nargs="*", default=[], help="train the toy fully")
     parser.add_argument("--full-steps", type=int, default=Recipe.steps, help="of a full training")
     parser.add_argument("--per-class", type=int, default=200, help="coloured shapes of each class")
@@ -307,6 +254,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("rounds", "steps", "full_steps", "per_class"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if min(args.batch or [1]) < 1:
+        parser.error(f"--batch: expected at least 1, got {args.batch}")
     if args.seeds and args.preset != "toy":
         parser.error("--seeds: only the toy is trained fully")
     if args.device is None:
@@ -322,30 +271,27 @@ def main() -> None:
     toy = args.preset == "toy"
     config = fastdit.PRESETS[args.preset]
     recipe = replace(RECIPES["seed" if toy else "dit"], steps=100_000, label_dropout=0.0, ema=None)
-    recipe = replace(recipe, batch_size=args.batch or recipe.batch_size)
+    batches = args.batch or [recipe.batch_size]
     source: Source = Shapes(args.per_class) if toy else RandomLatents(config)
-    if recipe.batch_size > len(source):
-        raise SystemExit(f"--batch: expected at most {len(source)}, got {recipe.batch_size}")
+    if max(batches) > len(source):
+        raise SystemExit(f"--batch: expected at most {len(source)}, got {max(batches)}")
     task = Task(config, recipe, source, args.device, args.precision, args.checkpointing)
-    ways = [BASELINE, *(way for way in args.way or WAYS if way != BASELINE)]
-    print(f"batches of {recipe.batch_size}, {args.precision}; turns of {args.steps} steps")
+    ways = list(dict.fromkeys(args.way or WAYS))
+    results = Results(args.json, facts, vars(args), rows=[], learned=[])
     with fresh_compile_cache():
-        peak, rows = measure_rates(ways, task, args.rounds, args.steps)
-    print(f"a large {args.precision} product: {peak / 1e9:.0f} GFLOP/s")
-    print(table(RATE_COLUMNS, rows))
-    learned: list[dict[str, Any]] = []
+        measure_rates(ways, task, batches, Turns(args.rounds, args.steps), results)
     for seed in args.seeds:
         for way in (BASELINE, COMPILED if COMPILED in ways else EAGER):
             full = replace(RECIPES["seed"], steps=args.full_steps, seed=seed)
             own = replace(task, recipe=full, source=Shapes(args.per_class, seed))
-            learned.append(learn(way, own))
-    if learned:
+            results["learned"].append(learn(way, own))
+            results.write()
+    if learned := results["learned"]:
         print(f"\n{args.full_steps} steps, seeds {args.seeds}; accuracies over 160 samples")
         print(table(QUALITY_COLUMNS, learned))
         print_summary(learned)
-    if args.json:
-        results = {"product FLOP/s": peak, "rows": rows, "learned": learned}
-        write_json(args.json, facts, vars(args), **results)
+    results.write()
+    sys.exit(any(row.get(FIGURE) == "failed" for row in results["rows"]))
 
 
 if __name__ == "__main__":

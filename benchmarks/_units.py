@@ -1,0 +1,113 @@
+"""What a report runs, in the order of its worth: on a GPU `PLAN`, elsewhere `DRY`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from _harness import table
+from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE
+from _runner import Unit
+
+START = 30.0  # seconds of a first `import torch` on a machine that has never run it
+GRAPH, EAGER = "fastdit graph", "fastdit eager"
+XL = ("--preset", "DiT-XL/2")
+XL_SAMPLING = (*XL, "--dtype", "bfloat16", "--steps", 10, "--batch", 2, 32, 128)
+GROWING = ("--batch", 64, 128, 192, 256, 384)  # until memory ends
+XL_TRAINING = (*XL, "--precision", "bfloat16", "--rounds", 3, "--steps", 3)
+
+# Where estimates come from. The host's work is CPU seconds on one core, compilation included, as
+# measured where a stand-in took the driver's place and kernels did nothing.
+HOST = "host's work"
+TIMED = f"{HOST}; 0.2 s a configuration"
+CALLS = f"{HOST}; 0.3 s a way"
+BOTH = f"{HOST}; the device's by FLOP at 475 TFLOP/s"
+KERNELS = "923 kernels of 0.25 s on all CPUs, and starting the processes"
+
+
+def _sample(*options: Any) -> tuple[Any, ...]:
+    return "sample_throughput.py", *options
+
+
+def _train(*options: Any) -> tuple[Any, ...]:
+    return "train_throughput.py", *XL_TRAINING, *options
+
+
+def _tune(group: str) -> tuple[Any, ...]:
+    return "_tune.py", "--group", group
+
+
+def _kernels(op: str, estimate: float) -> Unit:
+    name = f"kernels-{op.replace('_', '-')}"
+    return Unit(name, ("kernels.py", "--op", op), estimate, 2 * estimate, CALLS)
+
+
+def plan(processes: int) -> list[Unit]:
+    """Every unit of a GPU, what decides most first; tests run in so many processes."""
+    toy = ("--preset", "toy", "--dtype", "float32", "bfloat16", "--batch", 1, 132, 1056)
+    beside = (GRAPH, "reference eager", "reference compiled")
+    smaller = ("--preset", "DiT-B/2", "DiT-S/2", *XL_SAMPLING[2:])
+    memory = (*XL, "--dtype", "bfloat16", "--steps", 250, "--rounds", 1, "--batch", 8)
+    by_block, compiled = "fastdit by block", "plain compiled"
+    smoke = ("_tests.py", "--processes", 1, "tests/kernels/test_smoke.py")
+    tests = ("_tests.py", "--processes", processes)
+    own = ("--rounds", 5, "--way", GRAPH, EAGER)
+    return [
+        Unit("smoke", smoke, 40, 75, HOST),
+        Unit("xl", _sample(*XL_SAMPLING, *own), 40, 90, BOTH),
+        Unit("toy", _sample(*toy, "--way", GRAPH, "fastdit trajectory"), 40, 90, HOST),
+        Unit("tune", _tune("xl"), 35, 80, TIMED),
+        Unit("tune-trajectory", _tune("trajectory"), 15, 50, TIMED),
+        Unit("xl-beside", _sample(*XL_SAMPLING, "--way", *beside), 130, 240, BOTH),
+        _kernels(ATTENTION, 90),
+        _kernels(GATED_LN, 60),
+        _kernels(PLAIN_LN, 60),
+        _kernels(UPDATE, 30),
+        Unit("train", _train("--batch", 32, "--way", by_block), 50, 120, BOTH),
+        Unit("train-beside", _train("--batch", 32, "--way", by_block, compiled), 150, 240, BOTH),
+        Unit("train-growing", _train(*GROWING, "--way", by_block), 90, 150, BOTH),
+        Unit("tests", (*tests, "tests/kernels"), 200, 300, KERNELS),
+        Unit("tests-elsewhere", (*tests, "--marked", "gpu", "tests"), 60, 120, KERNELS),
+        Unit("tune-others", _tune("others"), 40, 90, TIMED),
+        Unit("xl-memory", _sample(*memory, "--way", GRAPH), 30, 60, BOTH),
+        Unit("smaller", _sample(*smaller, "--way", GRAPH, EAGER), 35, 80, BOTH),
+    ]
+
+
+# Tiny, to see on a CPU that the machinery works; seconds there say nothing.
+_SAMPLE = ("--preset", "toy", "--batch", 2, "--steps", 2, "--rounds", 1)
+_TRAIN = ("--batch", 16, "--per-class", 2, "--rounds", 1, "--steps", 1)
+DRY = [
+    Unit("kernels", ("kernels.py", "--quick"), 60, 600, "a CPU"),
+    Unit("sample", _sample(*_SAMPLE, "--way", "reference eager", EAGER), 10, 600, "a CPU"),
+    Unit(
+        "train",
+        ("train_throughput.py", *_TRAIN, "--way", "plain eager", "fastdit eager"),
+        *(10, 600, "a CPU"),
+    ),
+]
+
+COLUMNS = {
+    "unit": "",
+    "estimate s": ".0f",
+    "cap s": ".0f",
+    "so far s": ".0f",
+    "estimate from": "",
+    "command": "",
+}
+
+
+def plan_table(units: list[Unit]) -> str:
+    """The units in order, and when each should have ended."""
+    so_far = START
+    rows: list[dict[str, Any]] = [
+        {"unit": "(start)", "estimate s": START, "so far s": START}
+        | {"estimate from": "a first import of torch", "command": ""}
+    ]
+    for unit in units:
+        so_far += unit.estimate
+        rows.append(
+            {"unit": unit.name, "estimate s": unit.estimate, "cap s": unit.cap}
+            | {"so far s": so_far, "estimate from": unit.source}
+            | {"command": " ".join(map(str, unit.command))}
+        )
+    return table(COLUMNS, rows)

@@ -1,0 +1,185 @@
+"""The ways to sample that `sample_throughput.py` times: one model, run by each of them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from _harness import build, randomize
+from torch import Tensor, nn
+
+import fastdit
+from fastdit import DiTConfig, backends, choice, functional, reference
+from fastdit.predictors import TokenLayout
+
+BASELINE = "reference eager"
+MAX_AUTOTUNE = "reference max-autotune"
+TRAJECTORY = "fastdit trajectory"
+COMPILED = ("reference compiled", MAX_AUTOTUNE, "fastdit compile")
+JUDGED_ON_CUDA = 2  # images: in float64, a hundred would take longer than all else
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one device, and how long and in what dtype it is sampled."""
+
+    preset: str
+    cfg: DiTConfig
+    scheduler: fastdit.DiffusionScheduler
+    dtype: torch.dtype
+    device: torch.device
+
+    @functools.cached_property
+    def model(self) -> fastdit.DiT:
+        """In float32, made and drawn on the device."""
+        model = build(fastdit.DiT, self.cfg, self.device)
+        randomize(model)
+        return model
+
+    @functools.cached_property
+    def own(self) -> fastdit.DiT:
+        """The model in the dtype."""
+        return (
+            self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
+        )
+
+    @functools.cached_property
+    def plain(self) -> reference.DiT:
+        """The reference with the same weights; autocast runs it in 16 bits."""
+        return self._reference(self.state_dtype)
+
+    def _reference(self, dtype: torch.dtype) -> reference.DiT:
+        model = build(reference.DiT, self.cfg, self.device)
+        model.load_state_dict(self.model.state_dict())
+        return model.to(dtype)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def labels(self, batch: int) -> Tensor:
+        """On the CPU, where a sampler looks at them."""
+        return torch.arange(batch) % self.cfg.num_classes
+
+    def judged(self, batch: int) -> int:
+        """How many of a batch's images are held against the oracle: its first ones."""
+        return batch if self.device.type == "cpu" else min(batch, JUDGED_ON_CUDA)
+
+    def noise(self, batch: int) -> tuple[Tensor, Tensor]:
+        """(x_T, noise) of a batch: what `Sampler` makes of seed 0 for the images that are judged,
+        and any for the others.
+        """
+        judged, T = self.judged(batch), self.scheduler.T
+        seeds = torch.tensor([[0, i] for i in range(judged)])
+        layout = TokenLayout(self.cfg)
+        # Two images' are a moment's work: no reason to build C++ where all else is on a GPU.
+        backend = None if self.device.type == "cpu" else "reference"
+        z = functional.normal(seeds, torch.arange(T + 1), layout.shape.numel(), backend)
+        images = layout.to_images(z.view(-1, *layout.shape)).unflatten(0, (T + 1, judged))
+        rest = (T + 1, batch - judged, *self.cfg.sample_shape)
+        z = torch.cat([images.to(self.device), torch.randn(rest, device=self.device)], dim=1)
+        return z[0], z[1:]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  a case lives as long as its process
+    def oracle(self, judged: int) -> Tensor:
+        """The judged images in float64."""
+        x_T, noise = self.noise(judged)
+        exact = self._reference(torch.float64)
+        labels = self.labels(judged).to(self.device)
+        return reference.sample(exact, self.scheduler, x_T.double(), labels, noise.double())
+
+
+# A way: (labels, (x_T, noise) or None) -> images; with None the plain ways make their own noise.
+# fastdit's always take seed 0, which is the noise that the others are given to be judged.
+Way = Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]
+
+
+def reference_way(case: Case, **compile_options: Any) -> Way:
+    """The plain loop; in 16 bits under autocast, as its users run it."""
+    model: nn.Module = case.plain
+    if compile_options:
+        # One graph a batch size is the fastest it gets; fullgraph: it never falls back unseen.
+        model = torch.compile(model, dynamic=False, fullgraph=True, **compile_options)
+
+    def sample(labels: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
+        shape = (len(labels), *case.cfg.sample_shape)
+        x_T, noise = given or (torch.randn(shape, device=case.device), None)
+        low_precision = case.dtype == torch.bfloat16
+        with torch.autocast(case.device.type, torch.bfloat16, enabled=low_precision):
+            x_T = x_T.to(case.state_dtype)
+            return reference.sample(model, case.scheduler, x_T, labels.to(case.device), noise)
+
+    return sample
+
+
+def diffusers_way(case: Case) -> Way:
+    """diffusers' transformer and scheduler in the loop of its DiTPipeline, without guidance."""
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+    cfg = case.cfg
+    model = DiTTransformer2DModel(
+        num_attention_heads=cfg.n_heads,
+        attention_head_dim=cfg.head_dim,
+        in_channels=cfg.in_channels,
+        out_channels=cfg.out_channels,
+        num_layers=cfg.n_layers,
+        sample_size=cfg.img_size,
+        patch_size=cfg.patch_size,
+        num_embeds_ada_norm=cfg.num_classes,
+    )
+    model = model.to(case.device).eval()
+    if case.dtype != torch.float32:
+        model = model.to(case.dtype)
+    betas = case.scheduler.tables["betas"].numpy()
+    scheduler = DDPMScheduler(case.scheduler.T, trained_betas=betas, clip_sample=False)
+    scheduler.set_timesteps(case.scheduler.T)
+
+    @torch.no_grad()
+    def sample(labels: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
+        labels = labels.to(case.device)
+        x = torch.randn(len(labels), *cfg.sample_shape, device=case.device, dtype=case.dtype)
+        for t in scheduler.timesteps:
+            out = model(x, timestep=t.to(x.device).expand(len(x)), class_labels=labels).sample
+            x = scheduler.step(out[:, : cfg.in_channels], t, x).prev_sample
+        return x
+
+    return sample
+
+
+def fastdit_way(case: Case, execution: str) -> Way:
+    sampler = fastdit.Sampler(case.own, case.scheduler, execution=execution)
+    return lambda labels, given: sampler(labels, seed=0)
+
+
+WAYS: dict[str, Callable[[Case], Way]] = {
+    BASELINE: reference_way,
+    "reference compiled": lambda case: reference_way(case, mode="default"),
+    MAX_AUTOTUNE: lambda case: reference_way(case, mode="max-autotune"),
+    "diffusers eager": diffusers_way,
+    "fastdit eager": lambda case: fastdit_way(case, "eager"),
+    "fastdit compile": lambda case: fastdit_way(case, "compile"),
+    "fastdit graph": lambda case: fastdit_way(case, "graph"),
+    TRAJECTORY: lambda case: fastdit_way(case, "trajectory"),
+}
+
+
+def obstacle(way: str, device: str) -> str | None:
+    """Why a way cannot be timed here, or None."""
+    if way in (MAX_AUTOTUNE, "fastdit graph") and not device.startswith("cuda"):
+        return "needs CUDA"
+    if way.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
+        return "needs diffusers; pip install 'fastdit[test]'"
+    return None
+
+
+def trajectory_obstacle(case: Case) -> str | None:
+    """Why a case's model has no trajectory, or None."""
+    reason = choice.obstacle("trajectory", case.own, case.device, case.dtype)
+    if reason is None and case.device.type == "cpu" and not backends.has_cpp():
+        reason = "needs a C++ compiler"
+    return reason
