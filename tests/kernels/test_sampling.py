@@ -246,6 +246,19 @@ def test_a_last_step_reads_neither_noise_nor_range_and_nan_survives_the_clamp():
         assert torch.equal(t.isnan(), arguments["x"].isnan())
 
 
+@pytest.mark.parametrize("prev", [False, True], ids=["one-step", "two-step"])
+def test_results_may_replace_the_state(prev):
+    case = Case(TOKENS3, guided=2, learned=True, prev=prev)
+    arguments = case.arguments()
+    expected = launch(arguments, case.guidance)
+    moved = {k: None if v is None else v.to(DEVICE) for k, v in arguments.items()}
+    place = moved["x"], moved["x0_prev"] if prev else torch.empty_like(moved["x"])
+    guidance = case.guidance.scale, case.guidance.channels
+    results = sampling.sampler_update(**moved, guidance=guidance, out=place)
+    for result, own, value in zip(results, place, expected, strict=True):
+        assert result is own and torch.equal(own.cpu(), value)
+
+
 def test_nothing_is_launched_for_an_empty_batch():
     arguments = Case(TOKENS4).arguments()
     arguments |= {k: arguments[k][:0] for k in ("x", "model_out", "seeds")}
