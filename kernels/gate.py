@@ -74,6 +74,10 @@ def faults(case: Case, machine: Machine) -> list[str]:
         found.append(f"{machine.shared} bytes of shared memory, limit {limit}")
     if machine.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"{machine.tensor_memory} columns of tensor memory")
+    if not machine.resident:
+        found.append(
+            f"no multiprocessor holds {machine.num_warps} warps of {machine.registers} registers"
+        )
     # 128 bits for each of AMD's 64 lanes would take tiles of twice the size.
     if case.wide_loads and machine.load_bits < (64 if case.arch == "gfx942" else 128):
         found.append(f"loads of {machine.load_bits} bits")
@@ -271,8 +275,7 @@ def _trajectory_flop(shape: Shape, d: int, config: triton.Config) -> float:
     """Its products, each loop body once: one group of heads and one chunk of an MLP."""
     N, D = shape.tokens, shape.hidden
     heads, chunk, layers = (config.kwargs[name] for name in ("HEADS", "CHUNK", "STAGES"))
-    features = triton.next_power_of_2(shape.features)
-    ends = (2 + shape.learned) * N * D * features
+    ends = 2 * N * D * triton.next_power_of_2(shape.features)
     attention = heads * d * (4 * N * D + 2 * N * N)
     mlp = 2 * N * D * (4 * D if layers > 1 else chunk)
     return 2.0 * (ends + attention + mlp)
