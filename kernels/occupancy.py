@@ -59,9 +59,7 @@ CHIPS: dict[str, Chip] = {
 }
 
 
-def resident(
-    arch: str, registers: int, shared: int, warps: int, tensor_memory: int = 0
-) -> int:
+def resident(arch: str, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
     """How many programs of one kernel a multiprocessor holds at once; 0: it cannot be launched.
 
     Args:
