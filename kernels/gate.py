@@ -81,7 +81,7 @@ def faults(case: Case, machine: Machine | RuntimeError) -> list[str]:
         found.append(f"{machine.shared} bytes of shared memory, limit {limit}")
     if machine.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"{machine.tensor_memory} columns of tensor memory")
-    if not machine.resident:
+    if not machine.resident and not found:
         found.append(
             f"no multiprocessor holds {machine.num_warps} warps of {machine.registers} registers"
         )
