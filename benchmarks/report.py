@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import _aot
 import torch
 from _harness import ROOT, machine, print_machine, table, write_json
 from _ops import OPS
@@ -36,8 +37,6 @@ GPU_ONLY = "not measured on a GPU: there is none here"
 PRESETS = ("DiT-XL/2", "DiT-B/2", "DiT-S/2")
 GRACE = 40  # seconds a unit may run on after the limit
 SHARD = 40  # tests a process: starting one takes seconds, and their kernels minutes to compile
-ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
-FAULTS = "faults"
 
 
 class Stage:
@@ -252,77 +251,13 @@ def tune(stage: Stage) -> None:
     print(table(_tune.COLUMNS, rows))
 
 
-AOT_COLUMNS = {
-    "kernel": "",
-    "case": "",
-    "arch": "",
-    "warps": "d",
-    "registers": "d",
-    "spills": "d",
-    "shared KB": ".1f",
-    "load bits": "d",
-    "matrix": "",
-    "work": ".2f",
-    FAULTS: "",
-}
-
-
-def aot(stage: Stage) -> None:
-    """Each kernel's machine code by architecture; no GPU is asked for."""
-    from fastdit.kernels import aot as compiler
-    from fastdit.kernels import gate
-
-    match = stage.args.match
-
-    def matches(case: Any) -> bool:
-        kernels = (launch.kernel.__name__ for launch in compiler.record(case.call))
-        return not match or any(match in f"{kernel} {case.label}" for kernel in kernels)
-
-    def compile_some(chunk: list) -> dict[str, Any]:
-        jobs = [(str(i), case.call, case.arch) for i, case in enumerate(chunk)]
-        done = compiler.compile_all(jobs, stage.args.processes)
-        return {"rows": [_aot_row(chunk[int(i)], machine_code, gate) for i, machine_code in done]}
-
-    units = {}
-    for arch in stage.args.arch:
-        cases = [case for case in gate.cases(arch, stage.args.every) if matches(case)]
-        for i in range(0, len(cases), 32):
-            chunk = cases[i : i + 32]
-            name = f"{arch} {i + 1} to {i + len(chunk)} of {len(cases)}"
-            units[name] = lambda chunk=chunk: compile_some(chunk)
-    if not units:
-        sys.exit(f"aot: no kernel or case has {match!r} in its name")
-    stage.run(units)
-    rows = [row for unit in stage.units.values() for row in unit["rows"]]
-    print(table(AOT_COLUMNS, rows))
-    print(f"{len(rows)} launches, {sum(row[FAULTS] != 'none' for row in rows)} with faults")
-
-
-def _aot_row(case: Any, code: Any, gate: Any) -> dict[str, Any]:
-    row = {"case": case.label, "arch": case.arch}
-    if isinstance(code, RuntimeError):
-        return row | {"kernel": "-", FAULTS: str(code)}
-    needed = case.dot_flop.get(code.kernel)
-    return row | {
-        "kernel": code.kernel,
-        "warps": code.num_warps,
-        "registers": code.registers,
-        "spills": code.spills,
-        "shared KB": code.shared / 1024,
-        "load bits": code.load_bits,
-        "matrix": " ".join(f"{n} {name}" for name, n in code.matrix.items()) or "-",
-        "work": code.dot_flop / needed if needed else None,
-        FAULTS: "; ".join(gate.faults(case, code)) or "none",
-    }
-
-
 STAGES = {
     "tests": tests,
     "kernels": kernels,
     "sample": sample,
     "train": train,
     "tune": tune,
-    "aot": aot,
+    "aot": _aot.run,
 }
 
 
@@ -346,7 +281,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     own = parser.add_argument_group("stage aot")
     own.add_argument("--aot", action="store_true", help="the same as --stage aot")
     own.add_argument("--every", action="store_true", help="not only the default configurations")
-    own.add_argument("--arch", nargs="+", choices=ARCHES, default=list(ARCHES), metavar="ARCH")
+    arches = list(_aot.ARCHES)
+    own.add_argument("--arch", nargs="+", choices=arches, default=arches, metavar="ARCH")
     own.add_argument("--match", metavar="PART", help="of a kernel's or a case's name")
     args = parser.parse_args(argv)
     for name in ("limit", "processes"):
