@@ -237,7 +237,6 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
 # past these.
 TRAJECTORIES = (
     (16, 48, 64, 16, "", "bf16"),
-    (16, 32, 64, 16, "given", "bf16"),
     (16, 64, 64, 16, "guided learned", "bf16"),
     (64, 16, 64, 16, "", "bf16"),
     (64, 12, 64, 16, "given", "bf16"),
@@ -245,7 +244,6 @@ TRAJECTORIES = (
     (16, 64, 128, 32, "guided learned", "bf16"),
     (64, 16, 128, 32, "", "bf16"),
     (16, 64, 64, 32, "guided learned", "fp32"),
-    (16, 48, 64, 16, "given", "fp32"),
     (16, 64, 64, 16, "guided learned", "tf32"),
     (64, 16, 64, 16, "guided learned", "fp32"),
 )
