@@ -22,6 +22,8 @@ COLUMNS = {
     "registers": "d",
     "spills": "d",
     "shared KB": ".1f",
+    "programs": "d",
+    "resident warps": "d",
     "load bits": "d",
     "matrix": "",
     "work": ".2f",
@@ -89,6 +91,8 @@ def _row(case: Any, code: Any, gate: Any) -> dict[str, Any]:
         "registers": code.registers,
         "spills": code.spills,
         "shared KB": code.shared / 1024,
+        "programs": code.resident,  # that a multiprocessor holds at once
+        "resident warps": code.resident_warps,
         "load bits": code.load_bits,
         "matrix": " ".join(f"{n} {name}" for name, n in code.matrix.items()) or "-",
         "work": code.dot_flop / needed if needed else None,

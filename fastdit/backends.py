@@ -7,6 +7,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,29 @@ def trajectory_obstacle(
     if backend == "cpp" and dtype != torch.float32:
         return f"computes in float32, got {dtype}"
     reason = _transform_obstacle() if backend == "cpp" else _obstacle(device, dtype)
-    if backend == "triton" and device.type == "cuda" and dtype == torch.float32 and cfg.hidden > 64:
-        reason = reason or f"takes a hidden size of 64 in float32, got {cfg.hidden}"  # it spills
-    return reason or ops.trajectory_obstacle(backend, *sizes_of(cfg))
+    reason = reason or ops.trajectory_obstacle(backend, *sizes_of(cfg))
+    if reason is None and backend == "triton" and device.type == "cuda":
+        reason = _spills(cfg, torch.cuda.get_device_properties(device), dtype)
+    return reason
+
+
+def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
+    """Why the trajectory's kernel would not fit a chip's registers, or None; `kernels/gate.py`
+    compiles what is left.
+    """
+    features = sizes_of(cfg)[0][1]
+    if dtype == torch.float32 and cfg.hidden > 64:
+        return f"takes a hidden size of 64 in float32, got {cfg.hidden}; use a 16-bit dtype"
+    if cfg.n_tokens <= 16 or features <= 16:
+        return None
+    few = f"takes up to 16 features of a token where there are {cfg.n_tokens} tokens"
+    if dtype == torch.float32:
+        return f"{few} in float32, got {features}; use a 16-bit dtype"
+    if torch.version.hip is not None or properties.major == 9:
+        return None
+    if properties.major == 10 and cfg.hidden <= 64:
+        return None
+    return f"{few} on {properties.name}, got {features}; use patches of fewer pixels"
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -11,6 +13,24 @@ from fastdit.model import unwrap
 from fastdit.predictors import hoists, unaltered
 
 EXECUTIONS = ("eager", "compile", "graph", "trajectory")
+
+
+class Win(NamedTuple):
+    """Models whose trajectory in Triton was measured to be faster than their graph."""
+
+    arch: str  # of the GPU, such as "sm_90"
+    tokens: int
+    hidden: int
+    layers: int  # up to so many
+
+
+# In 16 bits. An entry is for what `benchmarks/sample_throughput.py --dtype bfloat16 --way "fastdit
+# graph" "fastdit trajectory"` shows at every batch that it was given, one image to several a
+# multiprocessor, and comes with its JSON: "auto" does not look at the batch, so that an image's
+# bits do not depend on it. Empty, since nothing has been measured on a GPU.
+WINS: tuple[Win, ...] = ()
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 def obstacle(
@@ -40,7 +60,8 @@ def automatic(model: nn.Module, device: torch.device, dtype: torch.dtype, watche
 
     On a CPU the C++ trajectory, wherever it can be: measured by benchmarks/crossover.py, on two
     cores with AVX-512, it is faster than compiled steps for every model that it takes, at every
-    batch. "auto" compiles nothing itself, since that takes longer than many a run.
+    batch. "auto" compiles nothing itself, since that takes longer than many a run. On CUDA the
+    graph, but for what `WINS` lists.
 
     Args:
         model: as a `Sampler` holds it.
@@ -49,7 +70,11 @@ def automatic(model: nn.Module, device: torch.device, dtype: torch.dtype, watche
         watched: whether every step's x0 is asked for.
     """
     if device.type == "cuda":
-        return "graph" if hoists(model) else "eager"
+        if not hoists(model):
+            return "eager"
+        if watched or dtype not in _SIXTEEN_BITS or not _wins(model.cfg, _arch(device)):
+            return "graph"
+        return "graph" if obstacle("trajectory", model, device, dtype) else "trajectory"
     if watched or obstacle("trajectory", model, device, dtype) is not None:
         return "eager"
     return "trajectory" if backends.has_cpp() else "eager"
@@ -61,4 +86,23 @@ def rule(cfg: DiTConfig) -> str:
     on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
     if reason is None:
         on_cpu = "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
-    return f"'graph' on CUDA, {on_cpu}"
+    on_cuda = "'graph' on CUDA"
+    if chips := sorted({win.arch for win in WINS if _covers(win, cfg)}):
+        on_cuda += f", but 'trajectory' in 16 bits on {' and '.join(chips)}"
+    return f"{on_cuda}, {on_cpu}"
+
+
+def _wins(cfg: DiTConfig, arch: str) -> bool:
+    return any(win.arch == arch and _covers(win, cfg) for win in WINS)
+
+
+def _covers(win: Win, cfg: DiTConfig) -> bool:
+    same = (win.tokens, win.hidden) == (cfg.n_tokens, cfg.hidden)
+    return same and cfg.n_layers <= win.layers
+
+
+def _arch(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"

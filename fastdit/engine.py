@@ -27,8 +27,8 @@ STEPS: dict[str, Callable[[], Step]] = {
 }
 Progress: TypeAlias = bool | Callable[[int, Tensor], None]
 
-# Of one op, which cannot be interrupted: half a second on two CPUs of 2025; more where laying out
-# the weights, which an op begins with, would otherwise be felt.
+# Of one op on a CPU, which cannot be interrupted: half a second on two CPUs of 2025; more where
+# laying out the weights, which an op begins with, would otherwise be felt.
 _CALL_FLOP, _CALL_FLOP_PER_WEIGHT = 1e11, 3e4
 _NOISE_CHUNK = 2**18  # normals made at a time: a small batch's steps are made together
 
@@ -147,7 +147,9 @@ class TrajectoryEngine(_Loop):
     """Runs a loop in as few ops as there is reason for; the weights alone are read.
 
     A new op begins where guidance does or ends, where the next steps' modulation tables must be
-    made, and where a call would last so long that it could be neither watched nor interrupted.
+    made, and on a CPU where a call would last so long that it could be neither watched nor
+    interrupted; on CUDA a call returns at once. Nothing between two ops waits for the device:
+    `_prepare` does, before the first, to compare the weights, and whoever looks at the images.
     """
 
     def __init__(self, predictor: HoistedDiT, device: torch.device, dtype: torch.dtype) -> None:
@@ -213,9 +215,11 @@ class TrajectoryEngine(_Loop):
     def _run_length(
         self, timesteps: list[int], guidance: Guidance | None, rows: int, weights: int
     ) -> int:
-        """How many steps from here on are guided alike, and are a call's work at most."""
-        flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)
-        most = max(1, int(flop // work.flop(self._hoisted.cfg, rows)))
+        """How many steps from here on are guided alike, and on a CPU are a call's work at most."""
+        most = len(timesteps)
+        if self.device.type == "cpu":
+            flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)
+            most = min(most, max(1, int(flop // work.flop(self._hoisted.cfg, rows))))
         if guidance is None:
             return most
         active = guidance.active(timesteps[0])

@@ -32,6 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from fastdit.kernels import occupancy
+
 TARGETS: dict[str, GPUTarget] = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -94,6 +96,17 @@ class Machine:
     def load_bits(self) -> int:
         """The widest load from global memory; 0 where there is none."""
         return max(self.loads, default=0)
+
+    @property
+    def resident(self) -> int:
+        """How many programs a multiprocessor holds at once; 0: it cannot be launched."""
+        needs = self.registers, self.shared, self.num_warps, self.tensor_memory
+        return occupancy.resident(self.arch, *needs)
+
+    @property
+    def resident_warps(self) -> int:
+        """The warps of these programs."""
+        return self.resident * self.num_warps
 
 
 def record(call: Callable[[], object]) -> list[Launch]:

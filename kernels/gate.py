@@ -64,8 +64,15 @@ def cases(arch: str, every: bool = False) -> Iterator[Case]:
     yield from _trajectory(arch, every)
 
 
-def faults(case: Case, machine: Machine) -> list[str]:
-    """What is wrong with the machine code; nothing, for a launch that may ship."""
+def faults(case: Case, machine: Machine | RuntimeError) -> list[str]:
+    """What is wrong with the machine code; nothing, for a launch that may ship.
+
+    Args:
+        case: of `cases`.
+        machine: what `aot.compile_all` made of it, which may be the compiler's error.
+    """
+    if isinstance(machine, RuntimeError):
+        return [str(machine)]
     found = []
     if machine.spills or machine.stack:
         found.append(f"{machine.spills} spills, {machine.stack} bytes of stack")
@@ -74,6 +81,10 @@ def faults(case: Case, machine: Machine) -> list[str]:
         found.append(f"{machine.shared} bytes of shared memory, limit {limit}")
     if machine.tensor_memory > TENSOR_MEMORY_LIMIT:
         found.append(f"{machine.tensor_memory} columns of tensor memory")
+    if not machine.resident and not found:
+        found.append(
+            f"no multiprocessor holds {machine.num_warps} warps of {machine.registers} registers"
+        )
     # 128 bits for each of AMD's 64 lanes would take tiles of twice the size.
     if case.wide_loads and machine.load_bits < (64 if case.arch == "gfx942" else 128):
         found.append(f"loads of {machine.load_bits} bits")
@@ -220,59 +231,82 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
                 yield Case(f"{kind} {name}", arch, call, wide_loads=False)
 
 
-# Tokens, features, hidden, head dim of models on pixels and latents, and how they are sampled:
-# "guided learned" with a null label and a learned range, "given" with noise from outside, tables by
-# step and label, and tanh GELU.
+# Tokens, features, hidden, head dim of models on pixels and latents, how they are sampled, and the
+# precision of their products: "guided learned" with a null label and a learned range, "given" with
+# noise from outside, tables by step and label, and tanh GELU. `fastdit.backends` refuses what is
+# past these.
 TRAJECTORIES = (
-    (16, 48, 64, 16, ""),
-    (16, 32, 64, 16, "given"),
-    (16, 48, 64, 16, "guided learned"),
-    (64, 16, 64, 16, ""),
-    (64, 12, 64, 16, "given"),
-    (64, 16, 64, 16, "guided learned"),
-    (16, 48, 128, 32, ""),
-    (64, 16, 128, 32, ""),
+    (16, 48, 64, 16, "", "bf16"),
+    (16, 64, 64, 16, "guided learned", "bf16"),
+    (64, 16, 64, 16, "", "bf16"),
+    (64, 12, 64, 16, "given", "bf16"),
+    (64, 16, 64, 16, "guided learned", "bf16"),
+    (16, 64, 128, 32, "guided learned", "bf16"),
+    (64, 16, 128, 32, "", "bf16"),
+    (16, 64, 64, 32, "guided learned", "fp32"),
+    (16, 64, 64, 16, "guided learned", "tf32"),
+    (64, 16, 64, 16, "guided learned", "fp32"),
 )
+_LONG_PIXELS = (
+    (64, 64, 64, 32, "guided learned", "bf16"),
+    (64, 48, 64, 16, "given", "bf16"),
+)
+_LONG_WIDE_PIXELS = ((64, 64, 128, 32, "guided learned", "bf16"),)
+_FURTHER_TRAJECTORIES = {
+    "sm_80": (),
+    "sm_90": (*_LONG_PIXELS, *_LONG_WIDE_PIXELS),
+    "sm_100": _LONG_PIXELS,
+    "gfx942": (*_LONG_PIXELS, *_LONG_WIDE_PIXELS),
+}
 
 
 def _trajectory(arch: str, every: bool) -> Iterator[Case]:
-    """Four layers, eight steps, weights in bfloat16."""
-    B, K, R, L = 4, 8, 5, 4
-    for N, F, D, d, kind in TRAJECTORIES:
-        guided, given = kind == "guided learned", kind == "given"
-        C = 3 if F == 12 else 4
-        shape = Shape(N, F, 2 * F if guided else F, C, D, L, D // d, given, 1e-6, 1e-6)
-        n = D * F + N * D + L * (12 * D * D + 9 * D) + shape.out_features * (D + 1)
-        x, weights = _meta(B, N * F // C, C, dtype=_F32), _meta(n, dtype=_BF16)
-        modulation = (
-            _meta(K, R if given else 1, shape.width, dtype=_F32),
-            None if given else _meta(R, shape.width, dtype=_F32),
-            _meta(2 * B if guided else B, dtype=torch.int64),
-        )
-        seeds, noise = _meta(B, 2, dtype=torch.int64), _meta(K, *x.shape, dtype=_F32)
-        for config in _chosen(trajectory_configs(shape, _BF16, arch), every):
+    """Four layers, eight steps."""
+    for N, F, D, d, kind, precision in (*TRAJECTORIES, *_FURTHER_TRAJECTORIES[arch]):
+        dtype = _BF16 if precision == "bf16" else _F32
+        features = 2 * F if kind == "guided learned" else F
+        tanh = kind == "given"
+        shape = Shape(N, F, features, 3 if F == 12 else 4, D, 4, D // d, tanh, 1e-6, 1e-6)
+        arguments = _trajectory_arguments(shape, kind, dtype)
+        for config in _chosen(trajectory_configs(shape, dtype, arch), every):
+            launch = partial(trajectory.trajectory, *arguments, shape, config)
+            flop = {"trajectory_kernel": _trajectory_flop(shape, d, config)}
             yield Case(
-                " ".join(filter(None, (f"N{N} F{F} D{D} d{d}", kind, _name(config)))),
+                " ".join(filter(None, (f"N{N} F{F} D{D} d{d} {precision}", kind, _name(config)))),
                 arch,
-                partial(
-                    trajectory.trajectory,
-                    *(x, x, weights, *modulation, _meta(K, 10, dtype=_F32), 0),
-                    *(None if given else seeds, noise if given else None),
-                    *((4.0, 3) if guided else None, shape, config),
-                ),
-                {"trajectory_kernel": _trajectory_flop(shape, d, config)},
+                partial(_at, "tf32" if precision == "tf32" else "ieee", launch),
+                flop if dtype == _BF16 else {},
                 {"trajectory_kernel": N},
                 # 64 rows are four warps' work, and it takes eight to hold this residual stream.
                 repeats=1.6 if N * D > 64 * 64 else 1.0,
             )
 
 
+def _trajectory_arguments(shape: Shape, kind: str, dtype: torch.dtype) -> tuple[object, ...]:
+    """Of a launch with weights in a dtype: four images, eight steps, five labels."""
+    B, K, R = 4, 8, 5
+    guided, given = kind == "guided learned", kind == "given"
+    N, F, C, D = shape.tokens, shape.features, shape.channels, shape.hidden
+    n = D * F + N * D + shape.layers * (12 * D * D + 9 * D) + shape.out_features * (D + 1)
+    x = _meta(B, N * F // C, C, dtype=_F32)
+    modulation = (
+        _meta(K, R if given else 1, shape.width, dtype=_F32),
+        None if given else _meta(R, shape.width, dtype=_F32),
+        _meta(2 * B if guided else B, dtype=torch.int64),
+    )
+    seeds, noise = _meta(B, 2, dtype=torch.int64), _meta(K, *x.shape, dtype=_F32)
+    return (
+        *(x, x, _meta(n, dtype=dtype), *modulation, _meta(K, 10, dtype=_F32), 0),
+        *(None if given else seeds, noise if given else None),
+        (4.0, 3) if guided else None,
+    )
+
+
 def _trajectory_flop(shape: Shape, d: int, config: triton.Config) -> float:
     """Its products, each loop body once: one group of heads and one chunk of an MLP."""
     N, D = shape.tokens, shape.hidden
     heads, chunk, layers = (config.kwargs[name] for name in ("HEADS", "CHUNK", "STAGES"))
-    features = triton.next_power_of_2(shape.features)
-    ends = (2 + shape.learned) * N * D * features
+    ends = 2 * N * D * triton.next_power_of_2(shape.features)
     attention = heads * d * (4 * N * D + 2 * N * N)
     mlp = 2 * N * D * (4 * D if layers > 1 else chunk)
     return 2.0 * (ends + attention + mlp)

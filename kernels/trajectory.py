@@ -87,6 +87,9 @@ def trajectory_kernel(
     FP: tl.constexpr = max(16, triton.next_power_of_2(F))
     SPLIT: tl.constexpr = p_by_label is not None
     PASSES: tl.constexpr = 2 if GUIDED else 1
+    HALVES: tl.constexpr = (
+        2 if LEARNED else 1
+    )  # of the output: the range of the variance, the noise
     i_b = tl.program_id(0).to(tl.int64)
     width = (6 * L + 2) * D
     o_f = tl.arange(0, FP)
@@ -126,9 +129,10 @@ def trajectory_kernel(
             b_shift = network.modulation(p_step, p_label, (6 * L + 1) * D, D, SPLIT)
             b_h = network.layer_norm_modulate(b_h, b_scale, b_shift, eps)
             b_null = b_eps
-            b_eps = network.final(b_h, p_final, p_bias, o_eps, m_f, DOT, PRECISION)
-            if LEARNED:
-                b_v = network.final(b_h, p_final, p_bias, o_eps + C, m_f, DOT, PRECISION)
+            for i in tl.range(0, HALVES, num_stages=1, disable_licm=True):
+                b_v = b_eps
+                o_out = o_eps + (HALVES - 1 - i) * C
+                b_eps = network.final(b_h, p_final, p_bias, o_out, m_f, DOT, PRECISION)
         if GUIDED:
             b_guided = b_null + scale * (b_eps - b_null)
             b_eps = tl.where((o_f % C < GUIDED)[None, :], b_guided, b_eps)
@@ -139,17 +143,17 @@ def trajectory_kernel(
         b_x0, b_next = _update(b_x, b_eps, b_prev, p_c)
         if NOISE != 0:
             sigma = tl.load(p_c + 7)
+            b_sigma = sigma
+            if LEARNED:
+                low, high = tl.load(p_c + 8), tl.load(p_c + 9)
+                b_sigma = tl.exp(low + (b_v + 1) * 0.5 * (high - low))
             if sigma != 0:
                 if NOISE == 1:
                     b_z = _normals(p_seeds + i_b * 2, first + k + 1, N, F, FP)
                 else:
                     p_z = p_noise + (k * B + i_b) * (N * F)
                     b_z = tl.load(p_z + o, mask=m, other=0.0).to(tl.float32)
-                if LEARNED:
-                    low, high = tl.load(p_c + 8), tl.load(p_c + 9)
-                    b_next += tl.exp(low + (b_v + 1) * 0.5 * (high - low)) * b_z
-                else:
-                    b_next += sigma * b_z
+                b_next += b_sigma * b_z
         tl.debug_barrier()  # all have read what is now replaced
         tl.store(p_x + o, b_next, mask=m)
         tl.store(p_x0 + o, b_x0, mask=m)

@@ -50,14 +50,15 @@ def trajectory_configs(shape: Shape, dtype: torch.dtype, arch: str) -> list[trit
     """
     family = family_of(arch)
     sizes = _SIZES[family][shape.tokens, shape.hidden]
-    if dtype == torch.float32:  # twice the shared memory, and plain cores
-        sizes = [(32, 8, 1, 1)]
+    # Of 16 tokens a head's scores are too small a product for four warps.
+    heads = shape.heads if shape.tokens == 16 else 1
+    if dtype == torch.float32:  # on plain cores, which hold all operands of a product in registers
+        sizes, heads = [(32, 8, 1, 1)], 1
     # Left alone, ptxas may spill to fit one more program on a multiprocessor.
     registers = None if family == "gfx942" else 255
     return [
         triton.Config(
-            # Of 16 tokens a head's scores are too small a product for four warps.
-            {"HEADS": shape.heads if shape.tokens == 16 else 1, "CHUNK": chunk, "STAGES": layers},
+            {"HEADS": heads, "CHUNK": chunk, "STAGES": layers},
             num_warps=warps,
             num_stages=stages,
             maxnreg=registers,

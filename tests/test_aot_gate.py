@@ -6,10 +6,12 @@
 import os
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 
-from fastdit.kernels import aot, gate
+from fastdit.kernels import aot, attention, attention_configs, gate, occupancy
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels have no machine code", allow_module_level=True)
@@ -24,20 +26,24 @@ def compiled(request):
     return [(cases[int(label)], machine) for label, machine in results]
 
 
+@pytest.fixture(scope="module")
+def machines(compiled):
+    """[(case, machine)] of what the compiler took; the first test names what it did not."""
+    return [(case, machine) for case, machine in compiled if isinstance(machine, aot.Machine)]
+
+
 def test_no_launch_has_a_fault(compiled):
-    failed = [str(m) for _, m in compiled if isinstance(m, RuntimeError)]
     faults = [
-        f"{m.kernel}, {case.label}, {m.arch}: {fault}"
-        for case, m in compiled
-        if not isinstance(m, RuntimeError)
-        for fault in gate.faults(case, m)
+        f"{getattr(machine, 'kernel', '-')}, {case.label}, {case.arch}: {fault}"
+        for case, machine in compiled
+        for fault in gate.faults(case, machine)
     ]
-    assert not failed + faults, "\n".join(failed + faults)
+    assert not faults, "\n".join(faults)
 
 
-def test_every_kernel_is_judged(compiled):
+def test_every_kernel_is_judged(machines):
     """Both attention forwards, and matrix work of every 16-bit kernel that has any."""
-    kernels = Counter(machine.kernel for _, machine in compiled)
+    kernels = Counter(machine.kernel for _, machine in machines)
     assert set(kernels) == {
         "layer_norm_modulate_fwd_kernel",
         "layer_norm_modulate_bwd_kernel",
@@ -49,14 +55,14 @@ def test_every_kernel_is_judged(compiled):
         "sampler_update_kernel",
         "trajectory_kernel",
     }
-    weighed = {m.kernel for case, m in compiled if m.kernel in case.dot_flop}
+    weighed = {m.kernel for case, m in machines if m.kernel in case.dot_flop}
     assert weighed == {k for k in kernels if k.startswith(("attention", "trajectory"))}
 
 
-def test_head_dim_72_needs_80_columns(compiled):
+def test_head_dim_72_needs_80_columns(machines):
     """Exactly 80/72 of the ideal, where one piece of 128 would be 128/72."""
     seen = 0
-    for case, machine in compiled:
+    for case, machine in machines:
         if case.label.startswith("d72 ") and machine.kernel in case.dot_flop:
             assert machine.dot_flop == case.dot_flop[machine.kernel]
             seen += 1
@@ -78,6 +84,39 @@ def test_the_gate_sees_each_fault():
         ({"matrix_flop": int(flop * 2)}, "repeat matrix work 2.00 times"),
         ({"matrix": {"HMMA": 80}}, "no HGMMA among"),
         ({"loads": {64: 10}}, "loads of 64 bits"),
+        ({"num_warps": 16, "registers": 255}, "no multiprocessor holds 16 warps of 255 registers"),
     ]:
         (fault,) = gate.faults(case, replace(machine, **wrong))
         assert words in fault
+
+
+def test_what_the_compiler_refuses_is_a_fault():
+    case = next(gate.cases("sm_100"))
+    assert gate.faults(case, RuntimeError("case on sm_100: failed")) == ["case on sm_100: failed"]
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_attentions_default_keeps_the_most_warps_resident(arch):
+    """At XL's head dim, of the tiles whose matrix instructions are not starved."""
+    B, N, h, d = 2, 256, 16, 72
+    qkv, out = (gate._meta(B, N, width, dtype=torch.bfloat16) for width in (3 * h * d, h * d))
+    lse = gate._meta(B, h, N, dtype=torch.float32)
+    configs = attention_configs.attention_fwd_configs(N, torch.bfloat16, arch)
+    sound = [
+        c for c in configs if c.kwargs["BN"] >= 64 and (arch == "sm_90" or c.kwargs["BM"] > 64)
+    ]
+    jobs = [
+        (str(i), partial(attention.attention_fwd, qkv, h, config), arch)
+        for i, config in enumerate(sound)
+    ]
+    default, *others = (m for _, m in aot.compile_all(jobs, len(os.sched_getaffinity(0))))
+    assert sound[0] is configs[0]
+    assert default.resident_warps >= max(other.resident_warps for other in others)
+    held = occupancy.CHIPS[arch].multiprocessors
+    programs = B * h * N // configs[0].kwargs["BM"]
+    assert occupancy.rounds(programs, default.resident, held) == 1
+    if arch == "sm_90":
+        assert programs == 128 and default.resident >= 3
+    bwd = partial(attention.attention_bwd, out, qkv, out, lse, h)
+    dq, dkv = (aot.compile_launch(launch, arch) for launch in aot.record(bwd))
+    assert (dq.resident_warps, dkv.resident_warps) == ((12, 12) if arch == "sm_90" else (8, 8))

@@ -8,7 +8,7 @@ tl = pytest.importorskip("triton.language")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set: there is no machine code", allow_module_level=True)
 
-from fastdit.kernels import aot  # noqa: E402
+from fastdit.kernels import aot, occupancy  # noqa: E402
 
 ARCHES = list(aot.TARGETS)
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
@@ -194,6 +194,49 @@ def test_a_loop_counts_once_however_it_is_peeled(arch):
 def test_spills_are_seen(arch, call):
     m = machine(call, arch)
     assert m.spills > 0 and m.stack > 0
+
+
+@pytest.mark.parametrize(
+    "needs, expected, why",
+    [
+        (
+            ("sm_90", 142, 80 << 10, 8),
+            1,
+            "14 warps of 4,608 registers are 3 a scheduler, 12 in all",
+        ),
+        (("sm_90", 127, 70 << 10, 4), 3, "228 KB are three times 71"),
+        (("sm_90", 127, 50 << 10, 4), 4, "16 warps of 4,096 registers"),
+        (("sm_90", 128, 80 << 10, 8), 2, "16 warps of 4,096 registers"),
+        (("sm_90", 32, 0, 4), 16, "64 warps"),
+        (("sm_90", 16, 0, 1), 32, "32 programs"),
+        (("sm_90", 255, 0, 16), 0, "512 threads have 128 registers each"),
+        (("sm_80", 168, 50 << 10, 4), 3, "12 warps of 5,376 registers; 164 KB are three times 51"),
+        (("sm_86", 168, 50 << 10, 4), 1, "100 KB are once 51"),
+        (("sm_100", 198, 100 << 10, 8, 512), 1, "all columns of tensor memory"),
+        (("sm_100", 96, 60 << 10, 4, 129), 2, "129 columns are handed out as 256"),
+        (("sm_100", 96, 60 << 10, 4, 656), 0, "656 columns of 512"),
+        (("gfx942", 264, 16 << 10, 4), 1, "a wave of 264 registers a SIMD"),
+        (("gfx942", 256, 8 << 10, 2), 4, "two waves of 256 registers a SIMD"),
+        (("gfx942", 64, 36 << 10, 4), 1, "64 KB are once 36"),
+        (("gfx942", 8, 0, 4), 8, "eight waves a SIMD"),
+    ],
+)
+def test_resident_programs_are_those_counted_by_hand(needs, expected, why):
+    assert occupancy.resident(*needs) == expected, why
+
+
+def test_rounds_are_how_often_the_multiprocessors_fill():
+    assert occupancy.rounds(128, 4, 132) == 1
+    assert occupancy.rounds(2048, 4, 132) == 4  # 32 rows of XL/2 in tiles of 64
+    assert occupancy.rounds(529, 4, 132) == 2
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_machine_knows_what_is_resident(arch):
+    m = machine(lambda: launch_dot(m=128, num_warps=8), arch)
+    needs = m.registers, m.shared, m.num_warps, m.tensor_memory
+    assert m.resident == occupancy.resident(arch, *needs) > 0
+    assert m.resident_warps == 8 * m.resident
 
 
 def test_compile_all_keeps_order_and_reports_what_the_compiler_refuses():

@@ -12,6 +12,7 @@ from fastdit import (
     DiTConfig,
     Guidance,
     backends,
+    checks,
     functional,
 )
 from fastdit.conditioning import ModulationTables
@@ -228,6 +229,17 @@ def test_rows_past_the_tables_are_an_error():
     modulation = given["modulation"]._replace(rows=torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"modulation.rows: expected values in \[0, 2\)"):
         functional.trajectory(**given | dict(modulation=modulation))
+
+
+def test_the_checks_read_nothing_off_a_device():
+    """They would wait there for all that was launched; "meta" tensors have nothing to read."""
+    given = problem(DiTConfig(), 2)
+    a = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in given.items()}
+    packed = replace(given["packed"], weights=given["packed"].weights.to("meta"))
+    modulation = type(given["modulation"])(*(t.to("meta") for t in given["modulation"]))
+    checks.check_trajectory(
+        *(a["x"], a["x0"], packed, modulation, a["coefficients"], a["seeds"], None, None)
+    )
 
 
 def test_the_op_passes_opcheck():

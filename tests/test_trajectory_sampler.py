@@ -1,6 +1,7 @@
 """A Sampler whose loop is one op: when it is taken, what it keeps, and that nothing else shows."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from fastdit import (
     DiTConfig,
     Guidance,
     Sampler,
+    backends,
     choice,
     engine,
     functional,
     reference,
 )
 from fastdit.packed import PackedDiT
+from fastdit.predictors import HoistedDiT
 from fastdit.testing import randomize, relative_error
 
 GUIDED = DiTConfig(
@@ -109,6 +112,20 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
     )
 
 
+def test_on_cuda_only_guidance_cuts_a_loop():
+    """A call is asynchronous there: 200 steps of a thousand images are one launch."""
+    model = make_model(GUIDED).requires_grad_(False)
+    hoisted = HoistedDiT(model, torch.float32, twin=False)
+    run = engine.TrajectoryEngine(hoisted, torch.device("cpu"), torch.float32)
+    timesteps, part = list(range(200))[::-1], Guidance(2.0, interval=(50, 100))
+    needs = 2000, 200_000
+    assert run._run_length(timesteps, None, *needs) < 50
+    run.device = torch.device("cuda")
+    assert run._run_length(timesteps, None, *needs) == 200
+    assert run._run_length(timesteps, part, *needs) == 100
+    assert run._run_length(timesteps[100:], part, *needs) == 50
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -192,6 +209,66 @@ def test_the_rule_of_auto_is_said_in_words():
         "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
     )
     assert "takes a hidden size up to 512, got 1152" in choice.rule(fastdit.PRESETS["DiT-XL/2"])
+
+
+def on_cuda(monkeypatch, major=9, minor=0):
+    """Have the choice see a GPU, of which it reads the properties alone."""
+    properties = SimpleNamespace(major=major, minor=minor, name="A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return torch.device("cuda", 0)
+
+
+def test_auto_on_cuda_takes_the_trajectory_only_where_it_was_measured_to_win(monkeypatch):
+    device, model = on_cuda(monkeypatch), make_model()
+    half = (device, torch.bfloat16, False)
+    assert choice.WINS == () and choice.automatic(model, *half) == "graph"
+    assert choice.rule(model.cfg).startswith("'graph' on CUDA, ")
+    monkeypatch.setattr(choice, "WINS", (choice.Win("sm_90", 16, 64, 4),))
+    assert choice.automatic(model, *half) == "trajectory"
+    assert choice.automatic(model, device, torch.float32, False) == "graph"
+    assert choice.automatic(model, device, torch.bfloat16, True) == "graph"
+    assert choice.rule(model.cfg).startswith(
+        "'graph' on CUDA, but 'trajectory' in 16 bits on sm_90, on a CPU"
+    )
+    for other in (dict(n_layers=5), dict(hidden=128), dict(patch_size=2)):
+        assert choice.automatic(make_model(DiTConfig(**other)), *half) == "graph"
+        assert choice.rule(DiTConfig(**other)).startswith("'graph' on CUDA, ")
+    model.blocks[0].register_forward_hook(lambda module, inputs, out: out)
+    assert choice.automatic(model, *half) == "graph"
+    on_cuda(monkeypatch, 8)
+    assert choice.automatic(make_model(), *half) == "graph"
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "majors", "message"),
+    [
+        (dict(hidden=128), torch.float32, (8, 9, 10), "takes a hidden size of 64 in float32, got"),
+        (
+            dict(img_size=32),
+            torch.float32,
+            (8, 9, 10),
+            "takes up to 16 features of a token where there are 64 tokens in float32, got 48",
+        ),
+        (
+            dict(img_size=32),
+            torch.bfloat16,
+            (8, 12),
+            "takes up to 16 features of a token where there are 64 tokens on A GPU, got 48",
+        ),
+        (dict(img_size=32, hidden=128), torch.float16, (8, 10, 12), "tokens on A GPU, got 48"),
+        (dict(img_size=32), torch.bfloat16, (9, 10), None),
+        (dict(patch_size=2, hidden=128), torch.bfloat16, (8, 9, 10, 12), None),
+        (dict(patch_size=2), torch.float32, (8, 9, 10, 12), None),
+        (dict(), torch.float32, (8, 9, 10, 12), None),
+    ],
+)
+def test_what_would_spill_on_a_gpu_is_refused_by_name(monkeypatch, options, dtype, majors, message):
+    pytest.importorskip("triton")
+    cfg = DiTConfig(**options)
+    for major in majors:
+        device = on_cuda(monkeypatch, major)
+        reason = backends.trajectory_obstacle("triton", cfg, device, dtype)
+        assert (reason is None) if message is None else (message in reason)
 
 
 @pytest.mark.parametrize("cfg", [DiTConfig(), GUIDED], ids=["split", "silu"])
