@@ -81,13 +81,13 @@ def _heads(
     b_v = _linear(b_a, p_w + 2 * D * D, p_bias + 2 * D, WIDTH, DOT, PRECISION).to(DOT)
     if HEADS == 1:
         b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-        b_p = tl.exp2(b_s * C - (tl.max(b_s, 1) * C)[:, None])
+        b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * C)  # exactly 0 at the largest
         b_o = tl.dot(b_p.to(DOT), b_v, input_precision=PRECISION)
         return b_o * (1.0 / tl.sum(b_p, 1))[:, None]
     else:
         b_k = _by_head(b_k, HEAD).permute(0, 2, 1)
         b_s = tl.dot(_by_head(b_q, HEAD), b_k, input_precision=PRECISION)  # [HEADS, N, N]
-        b_p = tl.exp2(b_s * C - (tl.max(b_s, 2) * C)[:, :, None])
+        b_p = tl.exp2((b_s - tl.max(b_s, 2)[:, :, None]) * C)
         b_o = tl.dot(b_p.to(DOT), _by_head(b_v, HEAD), input_precision=PRECISION)
         b_o *= (1.0 / tl.sum(b_p, 2))[:, :, None]
         return b_o.to(DOT).permute(1, 0, 2).reshape([N, WIDTH])

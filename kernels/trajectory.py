@@ -87,9 +87,7 @@ def trajectory_kernel(
     FP: tl.constexpr = max(16, triton.next_power_of_2(F))
     SPLIT: tl.constexpr = p_by_label is not None
     PASSES: tl.constexpr = 2 if GUIDED else 1
-    HALVES: tl.constexpr = (
-        2 if LEARNED else 1
-    )  # of the output: the range of the variance, the noise
+    HALVES: tl.constexpr = 2 if LEARNED else 1  # the range of the variance, then the noise
     i_b = tl.program_id(0).to(tl.int64)
     width = (6 * L + 2) * D
     o_f = tl.arange(0, FP)

@@ -249,6 +249,16 @@ def test_nan_stays_in_its_image(device):
         assert torch.equal(a[0], b[0]) and a[1].isnan().all()
 
 
+@pytest.mark.parametrize("model", [PIXELS, LONG], ids=["heads-together", "head-by-head"])
+def test_great_scores_are_right_under_fused_multiply_adds(model, contracted, device):
+    """Scores of 1e12: the residue of a product that is fused with a sum would overflow exp2."""
+    case = Case(model, images=1, steps=1)
+    layer = case.packed.parts().layers[0]
+    layer.qkv[:128].mul_(1e6)  # queries and keys: views of the packed weights
+    for a, b in zip(case.launch(device), case.plain(torch.float64), strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
 def test_a_last_step_adds_no_noise(device):
     case = Case(PIXELS, noise="noise", images=1)
     assert case.arguments["coefficients"][-1, 7] == 0
