@@ -32,15 +32,18 @@ class Table:
 
     file: str
     name: str
-    entry: tuple[str, ...]  # which values make an entry, in order
+    entry: tuple[str, ...]  # which values make an entry, in order; "maxnreg" only where it is given
+    kind: str = ""  # the class of an entry, if it is not a plain tuple
 
 
 _TILE = ("num_warps", "num_stages")
+_OWN_STEP = (("BM", "BN", *_TILE, "maxnreg"), "Tile")
+_STEP_OWN = (("BN", "BM", *_TILE, "maxnreg"), "Tile")
 _ROWS = ("ROWS", "num_warps")
 TABLES = {
-    "attention_fwd": Table("attention_configs.py", "_FWD", ("BM", "BN", *_TILE)),
-    "attention_dq_bwd": Table("attention_configs.py", "_DQ", ("BM", "BN", *_TILE)),
-    "attention_dkv_bwd": Table("attention_configs.py", "_DKV", ("BN", "BM", *_TILE)),
+    "attention_fwd": Table("attention_configs.py", "_FWD", *_OWN_STEP),
+    "attention_dq_bwd": Table("attention_configs.py", "_DQ", *_OWN_STEP),
+    "attention_dkv_bwd": Table("attention_configs.py", "_DKV", *_STEP_OWN),
     "trajectory": Table("trajectory_configs.py", "_SIZES", ("CHUNK", *_TILE, "STAGES")),
     "sampler_update": Table("sampling.py", "sampler_update_configs", ("BLOCK", "num_warps")),
 }
@@ -71,9 +74,10 @@ def best_of(rows: Iterable[Row]) -> list[Row]:
 
 
 def entry_of(row: Row) -> str:
-    """A configuration as its table has it: "(128, 64, 8, 3)"."""
-    listed = TABLES[row["kernel"]].entry
-    return "(" + ", ".join(str(row["values"].get(name, "-")) for name in listed) + ")"
+    """A configuration as its table has it: "Tile(128, 64, 8, 3)"."""
+    place, values = TABLES[row["kernel"]], row["values"]
+    listed = [name for name in place.entry if name != "maxnreg" or values.get(name)]
+    return f"{place.kind}({', '.join(str(values.get(name, '-')) for name in listed)})"
 
 
 def changes(rows: list[Row], folder: Path = KERNELS) -> list[str]:
@@ -160,7 +164,7 @@ def line_of(row: Row, folder: Path = KERNELS) -> tuple[str, int] | None:
 def _with_first(line: str, entry: str) -> str | None:
     """A line's list with an entry moved to its front; None where it does not list it literally."""
     head, bracket, tail = line.partition("[")
-    entries = re.findall(r"\([^()]*\)", tail)
+    entries = re.findall(r"\w*\([^()]*\)", tail)
     if entry not in entries:
         return None
     others = [own for own in entries if own != entry]

@@ -386,11 +386,11 @@ def tile(BM, BN, num_warps, num_stages):
 
 SOURCE = """
 _FWD: dict[str, _Sizes] = {
-    "sm_80": [(128, 64, 8, 3), (64, 64, 4, 3)],
-    "sm_90": [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2)],
+    "sm_80": [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)],
+    "sm_90": [Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)],
 }
 _DQ: dict[str, _Sizes] = {
-    "sm_90": [(64, 64, 4, 2), (64, 32, 4, 2)],
+    "sm_90": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)],
 }
 """
 
@@ -407,15 +407,16 @@ def test_advice_names_the_line_and_what_it_becomes(benchmarks, tmp_path):
     ]
     lines = best_of(rows)
     assert [(line["best"], line["faster"]) for line in lines] == [
-        ("(128, 128, 8, 2)", 2.0),
-        ("(64, 64, 4, 3)", 2.0),
-        ("(64, 64, 4, 2)", 1.0),
+        ("Tile(128, 128, 8, 2)", 2.0),
+        ("Tile(64, 64, 4, 3)", 2.0),
+        ("Tile(64, 64, 4, 2)", 1.0),
     ]
     # One line serves both shapes: what failed on one of them is not taken.
     gain = 1 / math.sqrt(0.8 * 0.5)
     assert changes(rows, tmp_path) == [
-        f"kernels/attention_configs.py:4: (64, 64, 4, 3) is {gain:.2f} times as fast as the "
-        'default: becomes  "sm_90": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2)],',
+        f"kernels/attention_configs.py:4: Tile(64, 64, 4, 3) is {gain:.2f} times as fast as the "
+        'default: becomes  "sm_90": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), '
+        "Tile(128, 128, 8, 2)],",
         "kernels/attention_configs.py:7: stays as it is, its first entry is the fastest",
     ]
 
@@ -438,7 +439,7 @@ def test_advice_finds_each_attention_table_of_the_source(kernel, benchmarks):
     (row,) = tuned(kernel, "2x256x16x72", a=(tile(64, 64, 4, 2), 1.0))
     file, number = line_of(row)
     source = (KERNELS / file).read_text().splitlines()
-    assert source[number - 1].strip().startswith('"sm_90": [(')
+    assert source[number - 1].strip().startswith('"sm_90": [')
     above = [line for line in source[:number] if line.startswith("_")]
     assert above[-1].startswith(TABLES[kernel].name)
 
