@@ -225,7 +225,11 @@ def layer_norm_modulate_fwd_configs(D: int) -> list[triton.Config]:
     warps = min(16, _power_of_two_below(width // 2048))
     # A warp owns its rows, so that no sum crosses warps; 2048 channels are 64 registers a thread.
     rows = _power_of_two_below(min(16, 2048 // width))
-    return _configs([(rows, warps), (max(1, rows // 2), warps), (rows, 2 * warps)])
+    sizes = [(rows, warps), (max(1, rows // 2), warps), (4 * rows, 4 * warps)]
+    # Not two warps to a row: ptxas rounds their registers down to 48, and spills (Triton 3.6).
+    if rows * power_of_two_pieces(D)[0] >= 8 * 32 * 4 * warps:  # loads of 8 channels a thread
+        sizes.append((rows, 4 * warps))
+    return _configs([(own, count) for own, count in sizes if count <= 16])
 
 
 def layer_norm_modulate_bwd_configs(D: int) -> list[triton.Config]:
