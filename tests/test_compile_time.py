@@ -16,7 +16,6 @@ def inductor_knows_no_op(monkeypatch):
     """As in a new process; and to write out an op's arguments, which may be endless, is a fault."""
     from torch._inductor import config, exc, lowering
 
-    monkeypatch.setattr(config, "force_disable_caches", True)
     for op in (ops.layer_norm_modulate, ops.gated_residual_layer_norm_modulate, ops.sampler_update):
         monkeypatch.delitem(lowering.lowerings, op, raising=False)
 
@@ -25,6 +24,8 @@ def inductor_knows_no_op(monkeypatch):
 
     for error in (exc.MissingOperatorWithDecomp, exc.MissingOperatorWithoutDecomp):
         monkeypatch.setattr(error, "operator_str", staticmethod(written_out))
+    with config.patch(force_disable_caches=True):
+        yield
 
 
 def network(depth):
