@@ -86,28 +86,18 @@ DRY = [
     ),
 ]
 
-COLUMNS = {
-    "unit": "",
-    "estimate s": ".0f",
-    "cap s": ".0f",
-    "so far s": ".0f",
-    "estimate from": "",
-    "command": "",
-}
+COLUMNS = {"unit": "", "estimate s": ".0f", "cap s": ".0f", "so far s": ".0f"}
 
 
 def plan_table(units: list[Unit]) -> str:
     """The units in order, and when each should have ended."""
-    so_far = START
-    rows: list[dict[str, Any]] = [
-        {"unit": "(start)", "estimate s": START, "so far s": START}
-        | {"estimate from": "a first import of torch", "command": ""}
-    ]
+    so_far, words = START, [("estimate from", "command"), ("a first import of torch", "")]
+    rows: list[dict[str, Any]] = [{"unit": "(start)", "estimate s": START, "so far s": START}]
     for unit in units:
         so_far += unit.estimate
-        rows.append(
-            {"unit": unit.name, "estimate s": unit.estimate, "cap s": unit.cap}
-            | {"so far s": so_far, "estimate from": unit.source}
-            | {"command": " ".join(map(str, unit.command))}
-        )
-    return table(COLUMNS, rows)
+        row = {"unit": unit.name, "estimate s": unit.estimate, "cap s": unit.cap}
+        rows.append(row | {"so far s": so_far})
+        words.append((unit.source, " ".join(map(str, unit.command))))
+    width = max(len(source) for source, _ in words)
+    lines = zip(table(COLUMNS, rows).splitlines(), words, strict=True)
+    return "\n".join(f"{line}  {source:{width}}  {of}".rstrip() for line, (source, of) in lines)

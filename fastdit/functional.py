@@ -300,7 +300,8 @@ def trajectory(
         seeds: [B, 2] int64 (key, stream); or
         noise: [K, B, P, C], z itself. With neither z is 0.
         guidance: scale, and how many channels it holds for; all K steps are guided.
-        backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens), "cpp" (a CPU, float32, hidden
+        backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens; the error names what a chip's
+            registers do not allow), "cpp" (a CPU, float32, hidden
             up to 512, up to 256 tokens), "reference", or None, the first of these that can run.
 
     Returns:
