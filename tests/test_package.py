@@ -77,7 +77,7 @@ def test_import_changes_nothing_global(tmp_path):
 
 # What each module may import of fastdit's own; nothing points back up.
 LAYERS = [
-    {"errors"},
+    {"errors", "registration"},
     {"config", "files", "data", "foreign"},
     {"many"},
     {"latents"},
