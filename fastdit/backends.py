@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.overrides import has_torch_function
 
 from fastdit import ops
 from fastdit.config import DiTConfig
@@ -154,6 +155,8 @@ def gelu_rides(*tensors: Tensor) -> bool:
         return False
     first = tensors[0]
     if first.device.type != "cuda" or torch.is_autocast_enabled("cuda"):
+        return False
+    if has_torch_function(tensors):  # such as quantised weights, which know a linear alone
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False

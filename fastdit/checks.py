@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,8 +70,14 @@ def check_update_tensors(
             raise _other_device(name, x, value)
 
 
-def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor) -> None:
-    for t in out or ():
+def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor, given: Sequence[Tensor]) -> None:
+    if out is None:
+        return
+    if out[0] is out[1]:
+        raise ValueError("out: expected two tensors, got one twice")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *out)):
+        raise ValueError("out: expected tensors of which none asks for a gradient; use out=None")
+    for t in out:
         if t.shape != like.shape or t.dtype != like.dtype or not t.is_contiguous():
             raise ValueError(
                 f"out: expected two contiguous tensors of shape {list(like.shape)} and "

@@ -102,6 +102,7 @@ def _covers(win: Win, cfg: DiTConfig) -> bool:
 
 
 def _arch(device: torch.device) -> str:
+    """As `fastdit.kernels.common.arch`, which would import Triton."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]

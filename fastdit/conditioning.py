@@ -120,7 +120,10 @@ class ModulationTables:
 
     def rows(self, k: int, rows: int, out: Tensor | None = None) -> Tensor:
         """The modulation at step k of the batch's first rows: [rows, width], in `out` if given."""
-        return self.steps(k, 1, rows).at(0, out)
+        by_step, by_label, row = self.steps(k, 1, rows)
+        if by_label is None:
+            return torch.index_select(by_step[0], 0, row, out=out)
+        return torch.index_select(by_label, 0, row, out=out).add_(by_step[0])
 
     def steps(self, k: int, most: int, count: int) -> Modulation:
         """At steps k, k + 1, ..., for the first `count` rows: at most so many steps as are asked.

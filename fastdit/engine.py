@@ -177,6 +177,8 @@ class TrajectoryEngine(_Loop):
                 most = self._run_length(
                     *(table.timesteps[k:], guidance, rows, packed.weights.numel())
                 )
+                if batch.noise is not None:  # a call's noise is on the device at once
+                    most = min(most, max(1, table_bytes // batch.noise[0].nbytes))
                 modulation = tables.steps(k, most, rows)
                 steps = slice(k, k + len(modulation.by_step))
                 noise = None if batch.noise is None else self._to_states(batch.noise[steps])

@@ -1,6 +1,6 @@
 """How the steps of a sampling loop run: eagerly, compiled, or as a replayed CUDA graph.
 
-All three run `advance`; they differ in nothing but where it runs, and where it leaves its results.
+All three run the same step; they differ in where it runs, and a graph takes it in place.
 """
 
 from __future__ import annotations

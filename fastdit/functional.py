@@ -169,7 +169,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
     Source: Hendrycks & Gimpel 2016, section 2.
     """
     if bias is not None and approximate == "tanh" and backends.gelu_rides(x, weight, bias):
-        rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], len(weight))
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
@@ -212,7 +213,8 @@ def sampler_update(
         noise: z itself, like x. With neither seeds nor noise z is 0.
         guidance: scale, and how many channels it holds for.
         out: where to write x_next and x0: two contiguous tensors like x, which may be x and
-            x0_prev themselves, and no other parts of them. Nothing may ask for a gradient.
+            x0_prev themselves, and share no other memory with what is given. Nothing may ask for
+            a gradient.
         backend: "triton", "reference", "cpp" (float32 on a CPU, the default there but under
             `torch.compile` or where a gradient is asked for), or None.
 
@@ -229,8 +231,8 @@ def sampler_update(
     checks.check_update_tensors(x, model_out, guidance, x0_prev, noise)
     step = checks.check_update_tables(x, coefficients, step)
     checks.check_seeds(x, seeds, noise)
-    checks.check_out(out, x)
     tensors = [t for t in (x, model_out, x0_prev, noise) if t is not None]
+    checks.check_out(out, x, tensors)
     chosen = backends.of_update(backend, *tensors)
     if chosen != "reference":
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
@@ -238,6 +240,8 @@ def sampler_update(
         if out is None:
             return registration.call(ops.sampler_update, *given)
         ops.sampler_update_out(*given, *out)
+        if not torch.compiler.is_compiling():  # which an op of ours does not do of itself
+            torch.autograd.graph.increment_version(out)
         return out
     results = reference.sampler_update(
         x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
@@ -294,7 +298,9 @@ def trajectory(
         x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
         x0: like x, the x0 of the step before; zeros before a first step.
         packed: the model's weights, in x's dtype, or on CUDA in 16 bits.
-        modulation: of the K steps; with guidance its rows are 2B, the null label's last.
+        modulation: of the K steps; with guidance its rows are 2B, the null label's last. That
+            they are rows of the tables is looked at on a CPU only: elsewhere it would wait for the
+            device, and the caller answers for them.
         coefficients: [K, 10] float, as `sampler_update` takes them.
         first: how many steps were taken before: the noise of step k is that of step first + k + 1.
         seeds: [B, 2] int64 (key, stream); or

@@ -18,7 +18,8 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        if torch.compiler.is_compiling():  # a compiler fuses more where it sees plain ops
+        # A compiler fuses more where it sees plain ops; a slice of an MLP is one too.
+        if torch.compiler.is_compiling() or len(self) != 3:
             return super().forward(x)
         up, gelu, down = self
         if type(up) is nn.Linear and type(gelu) is nn.GELU and not _hooked(up, gelu):

@@ -154,9 +154,9 @@ class HoistedDiT:
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         B, P, _ = x.shape
         tokens = x.view(B, self.cfg.n_tokens, -1)
-        if len(modulation) != B:
-            tokens = tokens.expand(2, *tokens.shape)  # copied once, into the model's dtype
-            tokens = tokens.to(self.dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+        if len(modulation) != B:  # twice the tokens, in the model's dtype, by one copy
+            twice = tokens.new_empty((2, *tokens.shape), dtype=self.dtype)
+            tokens = twice.copy_(tokens).flatten(0, 1)
         else:
             tokens = tokens.to(self.dtype)
         return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)

@@ -150,11 +150,10 @@ class Modulation(NamedTuple):
     by_label: Tensor | None  # [R, (6 n_layers + 2) D]
     rows: Tensor  # [B] int64, or with guidance 2B: the null label's last
 
-    def at(self, k: int, out: Tensor | None = None) -> Tensor:
-        """[B or 2B, (6 n_layers + 2) D], in `out` where that is given."""
-        if self.by_label is None:
-            return torch.index_select(self.by_step[k], 0, self.rows, out=out)
-        return torch.index_select(self.by_label, 0, self.rows, out=out).add_(self.by_step[k])
+    def at(self, k: int) -> Tensor:
+        """[B or 2B, (6 n_layers + 2) D]."""
+        table = self.by_step[k] if self.by_label is None else self.by_step[k] + self.by_label
+        return table.index_select(0, self.rows)
 
 
 def denoise(packed: PackedDiT, tokens: Tensor, modulation: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 from torch.torch_version import TorchVersion
 
 _INDUCTOR_FORMATS_UNKNOWN_OPS = TorchVersion(torch.__version__) < "2.13"
@@ -16,9 +17,9 @@ _INDUCTOR_FORMATS_UNKNOWN_OPS = TorchVersion(torch.__version__) < "2.13"
 
 def call(op: Any, *args: Any) -> Any:
     """Run an op; past PyTorch's autograd, which is Python here, where it would have no part."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
-    ):
+    if torch.compiler.is_compiling() or has_torch_function(args):
+        return op(*args)
+    if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

@@ -14,16 +14,13 @@ from typing import Any, NamedTuple
 import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
+from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
-
-# What plain launches run. Where a tool has put its own in this place, launches go to the tool.
-_RUN = JITFunction.run
 
 # Launches that a launcher keeps: so many shapes in turn are prepared once each.
 PREPARED = 1024
 
-# Kinds of arguments that one launch keeps: a caller may give it a new number at every call.
+# Kinds of arguments that one launch keeps: a caller may give it new strides at every call.
 _KINDS = 64
 
 
@@ -38,21 +35,25 @@ class PreparedLaunch:
     """A kernel on a grid, with its constants and the compiler's options.
 
     Its arguments are the kernel's tensors, then its numbers, then the constants. Two calls are of
-    one kind where Triton is bound to specialise them alike: the same numbers, and for each tensor
-    the same dtype, the same device and an address that is a multiple of 16 or is none.
+    one kind where Triton is bound to specialise them alike: the same integers, and for each tensor
+    the same dtype, the same device and an address that is a multiple of 16 or is none. (On AMD it
+    also asks whether a tensor's storage is below 2 GB: of what a launch reads, integers and grid
+    say that already.)
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **constants: Any) -> None:
         """constants holds the kernel's constexprs by name, and options such as num_warps."""
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._dimensions = (*grid, 1, 1)[:3]
-        self._in_order = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        names = [name for name in kernel.arg_names if name in constants]
+        assert kernel.arg_names[len(kernel.arg_names) - len(names) :] == names, "constants are last"
+        self._in_order = tuple(constants[name] for name in names)
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
         """Launch on the current device and its current stream; a number's type never changes."""
         pointers: list[int | None] = []
-        kind: list[Any] = [*numbers]
+        kind: list[Any] = [n for n in numbers if type(n) is int]
         for t in tensors:
             if t is None:
                 pointers.append(None)
@@ -96,7 +97,8 @@ class PreparedLaunch:
         """Whether a tool must see the launch itself, or has the kernel compiled in another way."""
         runtime = triton.knobs.runtime
         return bool(
-            JITFunction.run is not _RUN
+            # Where a tool has put its own function in Triton's place, launches go to the tool.
+            getattr(JITFunction.run, "__globals__", None) is not vars(jit)
             or self._kernel.pre_run_hooks
             or runtime.debug
             or runtime.add_stages_inspection_hook

@@ -16,8 +16,8 @@ from fastdit import (
     choice,
     engine,
     execution,
-    reference,
 )
+from fastdit.conditioning import ModulationTables
 from fastdit.predictors import HoistedDiT
 from fastdit.testing import randomize, relative_error
 
@@ -216,8 +216,19 @@ def test_a_failed_capture_leaves_a_sampler_that_works(monkeypatch):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-# What starts no kernel: views of what is there.
-VIEWS = {"view", "t", "permute", "split", "expand", "_unsafe_view", "slice", "select", "unsqueeze"}
+# What starts no kernel: memory, and views of what is there.
+VIEWS = {
+    "new_empty",
+    "view",
+    "t",
+    "permute",
+    "split",
+    "expand",
+    "_unsafe_view",
+    "slice",
+    "select",
+    "unsqueeze",
+}
 
 
 class Nodes(TorchDispatchMode):
@@ -261,7 +272,7 @@ def test_a_captured_step_holds_few_nodes(monkeypatch):
     counts = nodes_of_a_step(monkeypatch, xl, torch.bfloat16, Guidance(4.0, channels=3))
     assert counts.pop("_addmm_activation") == xl.n_layers
     assert counts == {
-        "_to_copy": 1,  # twice the tokens, in the model's dtype
+        "copy_": 1,  # twice the tokens, in the model's dtype
         "addmm": 3 * xl.n_layers + 2,
         "add": 1,  # positions
         "layer_norm_modulate": 1,
@@ -276,13 +287,13 @@ def test_a_captured_step_holds_few_nodes(monkeypatch):
 
 def test_a_steps_conditioning_goes_straight_to_its_graph(graphs_without_cuda, monkeypatch):
     """From a loop's second step on: rows are gathered into the tensor that the graph reads."""
-    gathered, at = [], reference.Modulation.at
+    gathered, rows_of = [], ModulationTables.rows
 
-    def watch(self, k, out=None):
+    def watch(self, k, rows, out=None):
         gathered.append(out is not None)
-        return at(self, k, out)
+        return rows_of(self, k, rows, out)
 
-    monkeypatch.setattr(reference.Modulation, "at", watch)
+    monkeypatch.setattr(ModulationTables, "rows", watch)
     sampler = Sampler(make_model(), make_scheduler(), execution="graph")
     sampler([1, 2, 3])
     assert gathered == [False] + [True] * (STEPS - 1)

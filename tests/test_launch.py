@@ -4,6 +4,7 @@ A stand-in takes the place of the driver, on devices that do not exist: kernels 
 what would be launched is written down.
 """
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -314,9 +315,34 @@ def test_launches_are_recorded_that_were_made_before(driver):
     assert recorded.kernel is adaln.layer_norm_modulate_fwd_kernel and len(driver.calls) == 1
 
 
-def test_a_number_that_is_new_at_every_call_is_not_kept_for_ever(driver):
-    for i in range(3 * launch._KINDS):
+def sums_launch(module):
+    constants = dict(D=64, GATED=False, BLOCK=256, num_warps=1)
+    return module.PreparedLaunch(adaln.sum_partials_kernel, (1, 1), **constants)
+
+
+def test_a_tool_that_was_there_first_does_not_make_every_launch_slow(monkeypatch):
+    """Kernels are imported late: what stands in Triton's place then may be a tool's."""
+    spec = importlib.util.spec_from_file_location("launch_imported_late", launch.__file__)
+    late = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr(JITFunction, "run", lambda *_, **__: None)
+        spec.loader.exec_module(late)
+        prepared = sums_launch(late)
+        assert prepared._is_watched()
+    assert not prepared._is_watched()
+
+
+def test_a_float_that_is_new_at_every_call_is_no_other_kind(driver, runs):
+    for i in range(5):
         update(guidance=(1 + i / 7, 3))()
         assert driver.calls[-1][4][9] == 1 + i / 7
-    prepared = sampling._prepare(2, 64, 4, 3, True, True, 1, None)
+    assert runs == ["sampler_update_kernel"]
+
+
+def test_an_integer_that_is_new_at_every_call_is_not_kept_for_ever(driver):
+    prepared = sums_launch(launch)
+    partial, scale, shift = torch.zeros(1, 1, 3, 64), torch.zeros(1, 64), torch.zeros(1, 64)
+    for chunks in range(1, 3 * launch._KINDS):
+        prepared((partial, scale, shift, None), chunks)
+        assert driver.calls[-1][4][4] == chunks
     assert len(prepared._compiled) <= launch._KINDS

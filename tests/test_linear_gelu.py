@@ -1,5 +1,7 @@
 """GELU in the product before it: where it rides there, and that its numbers stay."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,9 +57,11 @@ def test_what_rides_has_the_shape_and_the_rows_of_a_linear(fused):
     expected = F.gelu(F.linear(x, weight, bias))
     assert torch.allclose(functional.linear_gelu(x, weight, bias, "tanh"), expected, atol=1e-5)
     assert len(fused) == 1
+    row = functional.linear_gelu(x[0, 0], weight, bias, "tanh")
+    assert torch.allclose(row, expected[0, 0], atol=1e-5) and len(fused) == 2
     functional.linear_gelu(x, weight, bias, "none")
     functional.linear_gelu(x, weight, None, "tanh")
-    assert len(fused) == 1, "an exact GELU or a linear without bias cannot ride"
+    assert len(fused) == 2, "an exact GELU or a linear without bias cannot ride"
 
 
 class Doubled(nn.Linear):
@@ -81,3 +85,20 @@ def test_an_mlp_that_was_changed_is_called_as_it_is(fused, change):
     expected = nn.Sequential(*mlp)(x)
     assert torch.allclose(mlp(x), expected, atol=1e-3)
     assert len(fused) == (change == "none")
+    assert torch.allclose(mlp[:1](x), mlp[0](x)), "a slice is a sequence of what is in it"
+
+
+class Quantised(torch.Tensor):
+    """Stands for weights that know how to be a linear layer's, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_gelu_rides_with_plain_weights_alone(monkeypatch):
+    where = SimpleNamespace(type="cuda")
+    tensors = [SimpleNamespace(device=where, dtype=torch.bfloat16, numel=lambda: 1)] * 3
+    with torch.no_grad():
+        assert backends.gelu_rides(*tensors)
+        assert not backends.gelu_rides(*tensors[:2], torch.ones(2).as_subclass(Quantised))

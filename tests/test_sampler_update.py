@@ -195,6 +195,16 @@ def test_results_may_replace_what_they_are_made_of(shape, backend):
         assert result is place and torch.equal(place, value)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_autograd_sees_that_a_state_was_replaced(backend):
+    """A gradient that needs the old state raises, where it would otherwise be the new one's."""
+    weight, x = torch.ones(2, 4, 3, requires_grad=True), torch.randn(2, 4, 3)
+    loss, given = (weight * x).sum(), (torch.zeros(2, 4, 3), torch.zeros(1, 10), 0)
+    functional.sampler_update(x, *given, out=(x, torch.empty_like(x)), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_the_step_chooses_the_row_as_an_int_or_as_a_tensor():
     x, eps = randn(2, 2, 6, 3)
     coefficients = table(*[dict(x=k + 1) for k in range(3)])
@@ -265,6 +275,11 @@ update = functional.sampler_update
         (
             lambda: update(x, x, c, s, out=(x, x.bfloat16())),
             "out: expected two contiguous tensors of shape [2, 6, 3] and torch.float32, got",
+        ),
+        (lambda: update(x, x, c, s, out=(x, x)), "out: expected two tensors, got one twice"),
+        (
+            lambda: update(x.clone().requires_grad_(), x, c, s, out=(x, x.clone())),
+            "out: expected tensors of which none asks for a gradient; use out=None",
         ),
         (lambda: update(x, x, c, s, out=(x, x.to("meta"))), "out: expected x's device cpu, got"),
         (lambda: update(x, x.to("meta"), c, s), "model_out: expected x's device cpu, got meta"),
