@@ -197,6 +197,13 @@ def test_layer_norms_pass_opcheck(op):
     torch.library.opcheck(getattr(torch.ops.fastdit, op).default, (*inputs, 1e-5, "cpp"))
 
 
+def test_an_update_in_place_passes_opcheck():
+    x, coefficients, step = torch.randn(2, 4, 3), torch.rand(2, 10), torch.tensor(1)
+    given = (x, x + 1, coefficients, step, None, None, None, None, None, "cpp")
+    out = torch.empty_like(x), torch.empty_like(x)
+    torch.library.opcheck(torch.ops.fastdit.sampler_update_out.default, (*given, *out))
+
+
 @by_layer_norm
 def test_layer_norms_in_cpp_are_float32_and_once_differentiable(op):
     inputs = layer_norm_inputs(op, (2, 3, 10))

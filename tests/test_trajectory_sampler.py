@@ -126,6 +126,27 @@ def test_on_cuda_only_guidance_cuts_a_loop():
     assert run._run_length(timesteps[100:], part, *needs) == 50
 
 
+def test_noise_that_is_brought_goes_to_the_device_in_pieces(monkeypatch):
+    """No more of it at once than the tables may take: here two steps of a batch of 64."""
+    taken, trajectory = [], functional.trajectory
+
+    def watch(*arguments, noise, **options):
+        taken.append(len(noise))
+        return trajectory(*arguments, noise=noise, **options)
+
+    monkeypatch.setattr(functional, "trajectory", watch)
+    model, scheduler = (
+        make_model(DiTConfig(hidden=16, n_layers=1, n_heads=1)),
+        DiffusionScheduler(5),
+    )
+    noise = torch.randn(5, 64, 3, 16, 16)
+    options = dict(execution="trajectory", table_bytes=2 * noise[0].nbytes + 1)
+    images = Sampler(model, scheduler, **options)([3] * 64, noise=noise)
+    assert taken == [2, 2, 1]
+    whole = Sampler(model, scheduler, execution="trajectory")([3] * 64, noise=noise)
+    assert torch.equal(images, whole) and taken[3:] == [5]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
