@@ -88,8 +88,12 @@ def processes(
         timeout=timeout,
         device_id=torch.device(device) if cuda else None,
     )
-    yield World(dist.get_rank(), dist.get_world_size())
-    # Not after an error: NCCL's would wait for the others, who wait for this one.
+    world = World(dist.get_rank(), dist.get_world_size())
+    yield world
+    # Not after an error: each would wait for the others, who wait for this one. All leave together,
+    # since a thread of Gloo's that still frees what a collective held, as the interpreter ends,
+    # aborts the process.
+    world.wait()
     dist.destroy_process_group()
 
 
