@@ -155,8 +155,9 @@ class HoistedDiT:
         B, P, _ = x.shape
         tokens = x.view(B, self.cfg.n_tokens, -1)
         if len(modulation) != B:  # twice the tokens, in the model's dtype, by one copy
-            twice = tokens.new_empty((2, *tokens.shape), dtype=self.dtype)
-            tokens = twice.copy_(tokens).flatten(0, 1)
+            tokens = tokens.expand(2, *tokens.shape)
+            kept = torch.contiguous_format
+            tokens = tokens.to(self.dtype, copy=True, memory_format=kept).flatten(0, 1)
         else:
             tokens = tokens.to(self.dtype)
         return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)

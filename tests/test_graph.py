@@ -272,7 +272,7 @@ def test_a_captured_step_holds_few_nodes(monkeypatch):
     counts = nodes_of_a_step(monkeypatch, xl, torch.bfloat16, Guidance(4.0, channels=3))
     assert counts.pop("_addmm_activation") == xl.n_layers
     assert counts == {
-        "copy_": 1,  # twice the tokens, in the model's dtype
+        "_to_copy": 1,  # twice the tokens, in the model's dtype
         "addmm": 3 * xl.n_layers + 2,
         "add": 1,  # positions
         "layer_norm_modulate": 1,
