@@ -265,13 +265,15 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
     """The first SIGTERM or SIGINT lets the run save and end; a later one does what it always did.
 
     One that follows at once is the same request, which reached the process twice: by itself, and
-    through a launcher.
+    through a launcher. One that the process ignores stays ignored: a shell asks its background
+    commands to ignore SIGINT.
 
     Yields what was received.
     """
     received: list[int] = []
     first = math.inf
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: h for number, h in handlers.items() if h != signal.SIG_IGN}
 
     def stop(number: int, _: FrameType | None) -> None:
         nonlocal first

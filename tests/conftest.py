@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ def pytest_collection_modifyitems(config, items):
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if item not in gpu]
+
+
+def pytest_configure():
+    """Tests send SIGINT, which a shell lets its background commands ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import types
 from dataclasses import replace
@@ -340,6 +341,24 @@ def test_a_later_request_does_what_it_always_did(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     done = run("train", "--out", tmp_path / "run", *QUICK)
     assert done.exit_code == 130 and "stopped at" not in done.stderr
+
+
+def test_a_request_that_the_process_ignores_stays_ignored(tmp_path, monkeypatch):
+    """As a shell lets its background commands ignore SIGINT."""
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = run("train", "--out", tmp_path / "run", *QUICK)
+        assert done.exit_code == 0 and "stopped at" not in done.stderr
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_file_is_not_resumed_into_another_run(tmp_path):
