@@ -33,16 +33,18 @@ CASES = (
 )
 COLUMNS = {"call": "", **dict.fromkeys(("public", "op", "launcher", "grad", "backward"), ".1f")}
 
+WITH_GRADIENTS = ("grad", "backward")
+REPEATS = 100
+
 Call = Callable[[], Any]
+Calls = dict[tuple[str, str], Call]  # by row and column
 
 
 def calls(case: Case, device: torch.device) -> dict[str, Call]:
     """A case's ways down to the launch, by column."""
     tensors, options = inputs(case, device, seed=0)
     public = getattr(functional, case.op)
-    found: dict[str, Call] = {"public": _without_grad(lambda: public(*tensors, **options))}
-    lower = _lower(case, tensors, options)
-    found.update({name: _without_grad(call) for name, call in lower.items()})
+    found = {"public": lambda: public(*tensors, **options), **_lower(case, tensors, options)}
     if case.op == UPDATE:
         return found
     leaves = [t.detach().requires_grad_() for t in tensors]
@@ -79,37 +81,22 @@ def _lower(case: Case, tensors: list[torch.Tensor], options: dict[str, Any]) -> 
     }
 
 
-def floor(device: torch.device) -> dict[str, Call]:
+def floor(device: torch.device) -> Calls:
     """What no op of ours can be below: one of PyTorch's, and an allocation."""
     x = torch.zeros(4, 16, 64, device=device)
     return {
-        "add": _without_grad(lambda: torch.add(x, x)),
-        "empty_like": lambda: torch.empty_like(x),
+        ("floor add", "public"): lambda: torch.add(x, x),
+        ("floor empty_like", "public"): lambda: torch.empty_like(x),
     }
 
 
-def _without_grad(call: Call) -> Call:
-    def run() -> None:
-        with torch.no_grad():
-            for _ in range(REPEATS):
-                call()
-
-    run.repeats = True  # type: ignore[attr-defined]
-    return run
-
-
-REPEATS = 100
-
-
-def _mean_us(call: Call, device: torch.device) -> float:
+def _mean_us(call: Call, with_gradients: bool, device: torch.device) -> float:
     _synchronize(device)
-    start = time.process_time()
-    if getattr(call, "repeats", False):
-        call()
-    else:
+    with torch.set_grad_enabled(with_gradients):
+        start = time.process_time()
         for _ in range(REPEATS):
             call()
-    us = (time.process_time() - start) / REPEATS * 1e6
+        us = (time.process_time() - start) / REPEATS * 1e6
     _synchronize(device)
     return us
 
@@ -119,15 +106,18 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(everything: dict[str, Call], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median microseconds a call, all calls taking turns in each round."""
-    taken: dict[str, list[float]] = {name: [] for name in everything}
+def measure(everything: Calls, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of median microseconds a call, all calls taking turns in each round."""
+    taken: dict[tuple[str, str], list[float]] = {at: [] for at in everything}
     for number in range(rounds + 1):
-        for name, call in everything.items():
-            us = _mean_us(call, device)
+        for at, call in everything.items():
+            us = _mean_us(call, at[1] in WITH_GRADIENTS, device)
             if number:  # the first round compiles
-                taken[name].append(us)
-    return {name: statistics.median(values) for name, values in taken.items()}
+                taken[at].append(us)
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, column), values in taken.items():
+        rows.setdefault(name, {"call": name})[column] = statistics.median(values)
+    return list(rows.values())
 
 
 def main() -> None:
@@ -140,17 +130,10 @@ def main() -> None:
     facts = machine(device)
     print_machine(facts)
     print("microseconds of Python a call, on this CPU; nothing here is a device's speed")
-    everything = {f"floor {name}": call for name, call in floor(device).items()}
+    everything = floor(device)
     for case in CASES:
-        everything |= {f"{case} {name}": call for name, call in calls(case, device).items()}
-    us = measure(everything, arguments.rounds, device)
-    names = ["floor add", "floor empty_like", *map(str, CASES)]
-    rows = [
-        {"call": name, **{column: us.get(f"{name} {column}") for column in list(COLUMNS)[1:]}}
-        for name in names
-    ]
-    for row in rows[:2]:
-        row["public"] = us[row["call"]]
+        everything |= {(str(case), column): call for column, call in calls(case, device).items()}
+    rows = measure(everything, arguments.rounds, device)
     print(table(COLUMNS, rows))
     if arguments.json:
         write_json(arguments.json, facts, vars(arguments), rows=rows)

@@ -272,8 +272,8 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
     """
     received: list[int] = []
     first = math.inf
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    before = {number: h for number, h in handlers.items() if h != signal.SIG_IGN}
+    asks = signal.SIGTERM, signal.SIGINT
+    before = {n: own for n in asks if (own := signal.getsignal(n)) != signal.SIG_IGN}
 
     def stop(number: int, _: FrameType | None) -> None:
         nonlocal first

@@ -8,6 +8,7 @@ one of them runs. Arguments are checked in `functional`, not here.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ _define(
 def _layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton"
 ) -> Any:
-    return _adaln_kernels(backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
+    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
 
 
 @shapes("fastdit::layer_norm_modulate")
@@ -82,7 +83,7 @@ def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "trito
 def _layer_norm_modulate_backward(
     dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, backend: str = "triton"
 ) -> Any:
-    kernels = _adaln_kernels(backend)
+    kernels = _kernels("adaln", backend)
     dx, _, _, dscale, dshift = kernels.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
     return dx, dscale, dshift
 
@@ -123,7 +124,7 @@ def _gated(
     eps: float,
     backend: str = "triton",
 ) -> Any:
-    return _adaln_kernels(backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
+    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
 
 
 @shapes("fastdit::gated_residual_layer_norm_modulate")
@@ -143,7 +144,7 @@ def _gated_backward(
     rstd: Tensor,
     backend: str = "triton",
 ) -> Any:
-    kernels = _adaln_kernels(backend)
+    kernels = _kernels("adaln", backend)
     return kernels.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
 
 
@@ -182,7 +183,7 @@ torch.library.register_autograd(
 
 @implements("fastdit::attention")
 def _attention(qkv: Tensor, n_heads: int) -> Any:
-    return _attention_kernels().attention_fwd(qkv, n_heads)
+    return _kernels("attention", "triton").attention_fwd(qkv, n_heads)
 
 
 @shapes("fastdit::attention")
@@ -196,7 +197,7 @@ def _(qkv: Tensor, n_heads: int) -> Any:
 def _attention_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int
 ) -> Tensor:
-    return _attention_kernels().attention_bwd(dout, qkv, out, lse, n_heads)
+    return _kernels("attention", "triton").attention_bwd(dout, qkv, out, lse, n_heads)
 
 
 @shapes("fastdit::attention_backward")
@@ -241,7 +242,7 @@ def _sampler_update(
 ) -> Any:
     guidance = None if scale is None else (scale, channels)
     given = x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
-    return _sampling_kernels(backend).sampler_update(*given, out=out)
+    return _kernels("sampling", backend).sampler_update(*given, out=out)
 
 
 @shapes("fastdit::sampler_update")
@@ -265,9 +266,7 @@ def _(*_: Any) -> None:
 
 @implements("fastdit::normal")
 def _normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
-    from fastdit.kernels import cpu
-
-    return cpu.normal(seeds, steps, elements)
+    return _kernels("sampling", "cpp").normal(seeds, steps, elements)
 
 
 @shapes("fastdit::normal")
@@ -277,9 +276,7 @@ def _(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
 
 @implements("fastdit::linear")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from fastdit.kernels import cpu
-
-    return cpu.linear(x, weight, bias)
+    return _kernels("linear", "cpp").linear(x, weight, bias)
 
 
 @shapes("fastdit::linear")
@@ -306,7 +303,7 @@ def _trajectory(
     backend: str,
 ) -> Any:
     guidance = None if scale is None else (scale, channels)
-    return _trajectory_kernels(backend).trajectory(
+    return _kernels("trajectory", backend).trajectory(
         *(x, x0, weights, by_step, by_label, rows, coefficients, first, seeds, noise, guidance),
         _shape(sizes, eps),
     )
@@ -322,7 +319,7 @@ torch.library.register_autograd("fastdit::trajectory", no_derivative)
 
 def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str | None:
     """Why a backend's kernel, "cpp" or "triton", takes no model of such a shape, or None."""
-    return _trajectory_kernels(backend).obstacle(_shape(sizes, eps))
+    return _kernels("trajectory", backend).obstacle(_shape(sizes, eps))
 
 
 def build_cpp() -> None:
@@ -331,50 +328,19 @@ def build_cpp() -> None:
     Raises:
         RuntimeError: they cannot be built.
     """
-    from fastdit.kernels import cpu
-
-    cpu.library()
+    _kernels("library", "cpp").library()
 
 
 # Called at every launch: an import statement takes time where it has nothing to do, too.
 @functools.cache
-def _adaln_kernels(backend: str) -> Any:
+def _kernels(of: str, backend: str) -> Any:
+    """The module that launches some ops: one of `kernels`, or `cpu`, which has all but LayerNorm.
+
+    It is imported when one of them first runs.
+    """
     if backend == "cpp":
-        from fastdit.kernels.cpu import adaln as cpp
-
-        return cpp
-    from fastdit.kernels import adaln
-
-    return adaln
-
-
-@functools.cache
-def _attention_kernels() -> Any:
-    from fastdit.kernels import attention
-
-    return attention
-
-
-@functools.cache
-def _sampling_kernels(backend: str) -> Any:
-    if backend == "cpp":
-        from fastdit.kernels import cpu
-
-        return cpu
-    from fastdit.kernels import sampling
-
-    return sampling
-
-
-@functools.cache
-def _trajectory_kernels(backend: str) -> Any:
-    if backend == "cpp":
-        from fastdit.kernels import cpu
-
-        return cpu
-    from fastdit.kernels import trajectory
-
-    return trajectory
+        of = "cpu.adaln" if of == "adaln" else "cpu"
+    return importlib.import_module(f"fastdit.kernels.{of}")
 
 
 def _shape(sizes: list[int], eps: list[float]) -> Any:

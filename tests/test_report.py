@@ -163,6 +163,13 @@ def start():
         process.stdout.close()
 
 
+def said_by(process):
+    """All that a process says, which must end well."""
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return said
+
+
 def test_a_kill_of_the_runner_loses_no_finished_unit(tmp_path, stand_in, start):
     facts = {"benchmarks": str(BENCHMARKS), "folder": str(tmp_path / "out"), "facts": FACTS}
     driver = tmp_path / "driver.py"
@@ -302,16 +309,14 @@ def test_the_plan_fits_a_first_command_and_its_units_take_their_options(benchmar
 
 def test_plan_is_printed_and_writes_nothing(tmp_path, start):
     process = start(BENCHMARKS / "report.py", "--plan", "--out", tmp_path / "out")
-    said = process.communicate()[0]
-    assert process.returncode == 0 and "tune-trajectory" in said
+    assert "tune-trajectory" in said_by(process)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
 def test_report_does_not_pretend_to_have_a_gpu(tmp_path, start):
     process = start(BENCHMARKS / "report.py", "--unit", "smoke", "tune", "--out", tmp_path / "out")
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    said = said_by(process)
     for name in ("smoke", "tune"):
         assert f"{name}: not measured, since it needs a GPU" in said
     assert not list(tmp_path.iterdir())
@@ -319,9 +324,7 @@ def test_report_does_not_pretend_to_have_a_gpu(tmp_path, start):
 
 def test_report_says_what_kernels_compile_to_and_resumes(tmp_path, start):
     arguments = "--aot --arch sm_90 --match sampler_update --processes 2 --resume --out".split()
-    process = start(BENCHMARKS / "report.py", *arguments, tmp_path)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    said = said_by(start(BENCHMARKS / "report.py", *arguments, tmp_path))
     assert "4 launches, 0 with faults" in said
     path = tmp_path / "aot" / "aot.json"
     document = json.loads(path.read_text())
@@ -332,9 +335,7 @@ def test_report_says_what_kernels_compile_to_and_resumes(tmp_path, start):
 
     document["rows"][0]["registers"] = -1  # compiled anew, it would be gone
     path.write_text(json.dumps(document))
-    process = start(BENCHMARKS / "report.py", *arguments, tmp_path)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    said_by(start(BENCHMARKS / "report.py", *arguments, tmp_path))
     assert json.loads(path.read_text())["rows"][0]["registers"] == -1
 
 
