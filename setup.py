@@ -3,10 +3,11 @@
 A top-level package named `kernels` would overwrite the well-known PyPI package of that name.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
+kernels = ["kernels", *(f"kernels.{name}" for name in find_packages("kernels"))]
 setup(
-    packages=["fastdit", "fastdit.kernels", "fastdit.kernels.cpu"],
-    package_dir={"fastdit": "fastdit", "fastdit.kernels": "kernels"},
+    packages=[*find_packages(include=["fastdit", "fastdit.*"]), *(f"fastdit.{k}" for k in kernels)],
+    package_dir={"fastdit.kernels": "kernels"},
     package_data={"fastdit": ["py.typed"], "fastdit.kernels.cpu": ["*.cpp", "*.h"]},
 )

@@ -23,7 +23,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastdit import DiTConfig, reference, testing
-from fastdit.files import atomic_path
+from fastdit.data.files import atomic_path
 
 Model = TypeVar("Model", bound=reference.DiT)
 

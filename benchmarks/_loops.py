@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastdit
 from fastdit import DiTConfig, reference
-from fastdit.losses import diffusion_loss
-from fastdit.recipe import Recipe
-from fastdit.runtime import PRECISIONS, Runtime
-from fastdit.sources import Samples, Source
-from fastdit.train import Trainer
+from fastdit.train.losses import diffusion_loss
+from fastdit.train.recipe import Recipe
+from fastdit.train.runtime import PRECISIONS, Runtime
+from fastdit.train.sources import Samples, Source
+from fastdit.train.trainer import Trainer
 
 LATENTS = 512  # drawn for a published model; none is looked at
 BASELINE, PLAIN_COMPILED = "plain eager", "plain compiled"

@@ -28,15 +28,15 @@ from _ops import ATTENTION, PLAIN_LN, UPDATE, Case, inputs
 from triton.runtime._async_compile import AsyncCompileMode
 
 from fastdit import PRESETS, DiffusionScheduler, DiTConfig
-from fastdit.backends import sizes_of
+from fastdit.flops import products
 from fastdit.kernels import adaln, aot, sampling, trajectory
 from fastdit.kernels import attention as attn
 from fastdit.kernels import attention_configs as sizes
 from fastdit.kernels.common import arch
 from fastdit.kernels.shape import Shape
 from fastdit.kernels.trajectory_configs import trajectory_configs
+from fastdit.ops.dispatch import sizes_of
 from fastdit.solvers import DDPM
-from fastdit.work import products
 
 Launch = Callable[[triton.Config], Any]
 FIGURE = "us"

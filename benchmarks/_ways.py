@@ -14,8 +14,10 @@ from _harness import build, randomize
 from torch import Tensor, nn
 
 import fastdit
-from fastdit import DiTConfig, backends, choice, functional, reference
-from fastdit.predictors import TokenLayout
+from fastdit import DiTConfig, functional, reference
+from fastdit.ops import dispatch
+from fastdit.sampling import executions
+from fastdit.sampling.predictors import TokenLayout
 
 BASELINE = "reference eager"
 MAX_AUTOTUNE = "reference max-autotune"
@@ -179,7 +181,7 @@ def obstacle(way: str, device: str) -> str | None:
 
 def trajectory_obstacle(case: Case) -> str | None:
     """Why a case's model has no trajectory, or None."""
-    reason = choice.obstacle("trajectory", case.own, case.device, case.dtype)
-    if reason is None and case.device.type == "cpu" and not backends.has_cpp():
+    reason = executions.obstacle("trajectory", case.own, case.device, case.dtype)
+    if reason is None and case.device.type == "cpu" and not dispatch.has_cpp():
         reason = "needs a C++ compiler"
     return reason

@@ -19,7 +19,7 @@ from _harness import machine, median_ratio, print_machine, seconds, table, write
 from tqdm import tqdm
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Sampler, testing, work
+from fastdit import DiffusionScheduler, DiTConfig, Sampler, flops, testing
 
 WAYS = ("compile", "trajectory")
 COLUMNS = {"model": "", "hidden": "d", "layers": "d", "tokens": "d"}
@@ -38,7 +38,7 @@ ROUND_FLOP = 2e11
 def measure(name: str, cfg: DiTConfig, batch: int, rounds: int) -> dict[str, Any]:
     model = fastdit.DiT.from_config(cfg)
     testing.randomize(model)
-    steps = max(10, min(200, int(ROUND_FLOP / work.flop(cfg, batch))))
+    steps = max(10, min(200, int(ROUND_FLOP / flops.flop(cfg, batch))))
     scheduler = DiffusionScheduler(steps, schedule="cosine")
     labels = [i % cfg.num_classes for i in range(batch)]
     samplers = {way: Sampler(model, scheduler, execution=way) for way in WAYS}

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
-from fastdit.data import LABEL_NAMES, judge
+from fastdit.data.shapes import LABEL_NAMES, judge
 from fastdit.diffusion import TerminalSNRWarning, timestep_embedding
-from fastdit.objective import Objective
-from fastdit.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.sources import Order, Samples, Shapes
+from fastdit.train.objective import Objective
+from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
+from fastdit.train.sources import Order, Samples, Shapes
 
 COLUMNS = {
     "model": "",

@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import fastdit
 from fastdit.config import MLP_RATIO, DiTConfig
-from fastdit.sampler import TABLE_BYTES
-from fastdit.work import attention_work, flop, pass_bytes, products
+from fastdit.flops import attention_work, flop, pass_bytes, products
+from fastdit.sampling.sampler import TABLE_BYTES
 
 ROUNDS = 5
 LEAST_SECONDS = 0.01  # a round's

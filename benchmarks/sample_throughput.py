@@ -56,7 +56,7 @@ from _ways import (
 from tqdm import tqdm
 
 import fastdit
-from fastdit import testing, work
+from fastdit import flops, testing
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.kernels import cpu
 
@@ -154,7 +154,7 @@ class Measurement:
                 if whole := min(len(times), len(self.times.get(base, ()))):
                     row[ratio] = median_ratio(self.times[base][:whole], times[:whole])
             if name == TRAJECTORY and self.peaks:
-                flop = work.flop(self.case.cfg, self.batch) * self.case.scheduler.T
+                flop = flops.flop(self.case.cfg, self.batch) * self.case.scheduler.T
                 achieved = [flop / taken for taken in times[: len(self.peaks)]]
                 row |= {"FMA share": median_ratio(achieved, self.peaks), "FMA peaks": self.peaks}
             if name in COMPILED:

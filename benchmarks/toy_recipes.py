@@ -23,11 +23,11 @@ from _harness import machine, print_machine, table, write_json
 from fastdit import DiTConfig
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.model import DiT
-from fastdit.monitor import Monitor, shapes_sampler
-from fastdit.recipe import RECIPES, SHOWINGS, Recipe, Showing
-from fastdit.runtime import Runtime
-from fastdit.sources import Shapes
-from fastdit.train import Trainer
+from fastdit.train.monitor import Monitor, shapes_sampler
+from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe, Showing
+from fastdit.train.runtime import Runtime
+from fastdit.train.sources import Shapes
+from fastdit.train.trainer import Trainer
 
 COLUMNS = {
     "recipe": "",

@@ -56,13 +56,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastdit
-from fastdit import work
-from fastdit.cli_train import PUBLISHED_LOSS
-from fastdit.data import LABEL_NAMES, judge
+from fastdit import flops
+from fastdit.cli.train import PUBLISHED_LOSS
+from fastdit.data.shapes import LABEL_NAMES, judge
 from fastdit.diffusion import TerminalSNRWarning
-from fastdit.recipe import RECIPES, Recipe
-from fastdit.runtime import PRECISIONS
-from fastdit.sources import Shapes, Source
+from fastdit.train.recipe import RECIPES, Recipe
+from fastdit.train.runtime import PRECISIONS
+from fastdit.train.sources import Shapes, Source
 
 SAMPLES_PER_CLASS = 10
 FIGURE = "images/s"
@@ -153,7 +153,7 @@ def measure_batch(
                 else:
                     rates[way].append(turns.steps * batch / taken)
                     rows[way]["loss"] = statistics.mean(loop.losses[-turns.steps :])
-                _fill(rows, rates, work.training_flop(task.config, 1) / peak)
+                _fill(rows, rates, flops.training_flop(task.config, 1) / peak)
                 results.write()
                 bar.update()
     return list(loops)
@@ -177,7 +177,7 @@ def measure_rates(
 ) -> None:
     """Rows of every batch, and the device's rate in a large product."""
     dtype = PRECISIONS[task.precision] or torch.float32
-    peak = results["product FLOP/s"] = work.product_rate(task.device, dtype)
+    peak = results["product FLOP/s"] = flops.product_rate(task.device, dtype)
     print(f"a large {task.precision} product: {peak / 1e9:.0f} GFLOP/s")
     initial = initial_weights(task)
     for batch in batches:

@@ -6,14 +6,15 @@ sampler = fastdit.Sampler(model, fastdit.DiffusionScheduler(T=200))
 images = sampler([0, 5, 10], seed=7)  # [3, C, H, W], about -1 to 1
 """
 
-from fastdit.checkpoint import load, save
+from fastdit.checkpoints import load, save
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.model import DiT
-from fastdit.sampler import Sampler
+from fastdit.sampling import Sampler
 from fastdit.solvers import Guidance
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/_moved")
 
 __all__ = [
     "PRESETS",

@@ -1,5 +1,5 @@
 """`python -m fastdit`, and `torchrun ... -m fastdit`."""
 
-from fastdit.cli import app
+from fastdit.cli.app import app
 
 app()

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit import backends, checks, ops, reference, registration
 from fastdit import noise as noise_of
+from fastdit import ops, reference
+from fastdit.ops import checks, dispatch, registration
 from fastdit.packed import PackedDiT
 from fastdit.solvers import Guidance
 
@@ -47,7 +48,7 @@ def layer_norm_modulate(
     """
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
-    chosen = backends.of_layer_norm(backend, x, scale, shift)
+    chosen = dispatch.of_layer_norm(backend, x, scale, shift)
     if chosen != "reference":
         return registration.call(ops.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
     if x.dtype == torch.float64:
@@ -89,7 +90,7 @@ def gated_residual_layer_norm_modulate(
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     checks.check_device(x, y=y)
-    chosen = backends.of_layer_norm(backend, x, y, gate, scale, shift)
+    chosen = dispatch.of_layer_norm(backend, x, y, gate, scale, shift)
     if chosen != "reference":
         residual, modulated, _, _ = registration.call(
             ops.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
@@ -137,7 +138,7 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
                 "use backend='reference'"
             )
         backend = "reference"
-    triton = backends.runs_triton(backend, qkv)
+    triton = dispatch.runs_triton(backend, qkv)
     kind = qkv.device.type  # "meta" has no autocast
     if qkv.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
@@ -168,7 +169,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
     Source: Hendrycks & Gimpel 2016, section 2.
     """
-    if bias is not None and approximate == "tanh" and backends.gelu_rides(x, weight, bias):
+    if bias is not None and approximate == "tanh" and dispatch.gelu_rides(x, weight, bias):
         rows = x.reshape(-1, x.shape[-1])
         rows = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], len(weight))
@@ -233,7 +234,7 @@ def sampler_update(
     checks.check_seeds(x, seeds, noise)
     tensors = [t for t in (x, model_out, x0_prev, noise) if t is not None]
     checks.check_out(out, x, tensors)
-    chosen = backends.of_update(backend, *tensors)
+    chosen = dispatch.of_update(backend, *tensors)
     if chosen != "reference":
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
         given = (x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels, chosen)
@@ -271,7 +272,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = No
     Source: Salmon et al. 2011 (Philox4x32-10); Box & Muller 1958.
     """
     checks.check_noise(seeds, steps, elements)
-    if backends.of_noise(backend, seeds) == "cpp":
+    if dispatch.of_noise(backend, seeds) == "cpp":
         return ops.normal(seeds, steps, elements)
     return noise_of.normal(seeds, steps, elements)
 
@@ -320,7 +321,7 @@ def trajectory(
     Source: Peebles & Xie 2023, section 3.2; Ho et al. 2020, algorithm 2.
     """
     checks.check_trajectory(x, x0, packed, modulation, coefficients, seeds, noise, guidance)
-    chosen = backends.of_trajectory(backend, x, packed)
+    chosen = dispatch.of_trajectory(backend, x, packed)
     if chosen == "reference":
         return reference.trajectory(
             x, x0, packed, modulation, coefficients, first, seeds, noise, guidance
@@ -328,7 +329,7 @@ def trajectory(
     scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
     return ops.trajectory(
         *(x, x0, packed.weights, *modulation, coefficients, first, seeds, noise),
-        *(scale, channels, *backends.sizes_of(packed.cfg), chosen),
+        *(scale, channels, *dispatch.sizes_of(packed.cfg), chosen),
     )
 
 

@@ -233,8 +233,8 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
 
 # Tokens, features, hidden, head dim of models on pixels and latents, how they are sampled, and the
 # precision of their products: "guided learned" with a null label and a learned range, "given" with
-# noise from outside, tables by step and label, and tanh GELU. `fastdit.backends` refuses what is
-# past these.
+# noise from outside, tables by step and label, and tanh GELU. `fastdit.ops.dispatch` refuses what
+# is past these.
 TRAJECTORIES = (
     (16, 48, 64, 16, "", "bf16"),
     (16, 64, 64, 16, "guided learned", "bf16"),

@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-from fastdit import backends, functional, reference
+from fastdit import functional, reference
+from fastdit.ops import dispatch
 from fastdit.testing import check_against_oracle
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -228,6 +229,6 @@ def test_transforms_see_the_ops(op):
 
 
 def test_naming_the_reference_builds_nothing(monkeypatch):
-    monkeypatch.setattr(backends, "has_cpp", lambda: pytest.fail("the C++ was asked for"))
+    monkeypatch.setattr(dispatch, "has_cpp", lambda: pytest.fail("the C++ was asked for"))
     for op in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
         getattr(functional, op)(*inputs_of(op, (50, 33, 64), torch.float32), backend="reference")

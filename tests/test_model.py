@@ -14,7 +14,7 @@ from fastdit import PRESETS, DiTConfig, reference
 from fastdit.noise import normal
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "golden"
 
 PUBLISHED_SMALL = replace(
     PRESETS["DiT-S/2"], img_size=8, hidden=32, n_layers=2, n_heads=2, num_classes=10

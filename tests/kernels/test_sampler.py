@@ -3,8 +3,9 @@
 import torch
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, backends, reference
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, reference
 from fastdit.noise import normal
+from fastdit.ops import dispatch
 from fastdit.testing import randomize, relative_error
 
 STEPS = 3
@@ -17,7 +18,7 @@ def test_a_guided_loop_on_the_kernels_is_the_plain_one(device):
     exact = reference.DiT.from_config(CFG)
     exact.load_state_dict(model.state_dict())
     scheduler, guidance = DiffusionScheduler(STEPS, schedule="cosine"), Guidance(2.0, (1, 3))
-    assert backends.default_backend(next(model.to(device).parameters())) == "triton"
+    assert dispatch.default_backend(next(model.to(device).parameters())) == "triton"
     sampler = Sampler(model, scheduler, guidance=guidance, execution="eager")
     images = sampler([3, 7, 3], seed=5)
 

@@ -12,7 +12,7 @@ import torch
 import fastdit
 from fastdit import DiffusionScheduler, Guidance, Sampler, functional, noise, reference
 from fastdit.packed import PackedDiT
-from fastdit.predictors import TokenLayout
+from fastdit.sampling.predictors import TokenLayout
 from fastdit.testing import check_against_oracle, randomize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

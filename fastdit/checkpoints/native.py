@@ -1,0 +1,375 @@
+"""Weights on disk: safetensors with the config in the header, written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from fastdit import reference
+from fastdit.checkpoints import foreign, layouts
+from fastdit.config import DiTConfig
+from fastdit.data.files import atomic_path
+from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import from_options, unknown_name
+from fastdit.model import DiT, unwrap
+
+_HEADER = "fastdit"  # the metadata entry that holds the JSON below
+_SHOWN_KEYS = 4
+# Peebles & Xie 2023, section 4: ADM's, linear from 1e-4 to 0.02.
+_PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
+SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LATER_OPTIONS = {"mlp_ln_eps": None, "t_freq_shift": 0}  # of DiTConfig; older files lack them
+
+_DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        config: the model's.
+        diffusion: keyword arguments of the `DiffusionScheduler` it was trained on, if stored; of
+            another project's checkpoint the published one's, 1000 linear steps.
+        labels: the names of its classes, if stored.
+    """
+
+    config: DiTConfig
+    diffusion: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    scheduler: DiffusionScheduler | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    layout: str = "fastdit",
+) -> None:
+    """Write a model to a file, atomically.
+
+    Args:
+        model: its state dict and config are stored; a compiled or wrapped one is unwrapped.
+        path: the file; an older one is replaced only once the new one is whole on disk. Of a
+            diffusers folder each file is; while it is written the folder is without a config.
+        scheduler: the diffusion the model was trained on, so that sampling can find it.
+        labels: names of the classes, one for each of `num_classes`.
+        layout: "fastdit", a safetensors file; "facebookresearch/DiT", the state dict that its code
+            loads, as a .pt file; or "diffusers", a folder for its `from_pretrained`. The latter two
+            hold neither scheduler nor labels, and DiTs of their own choices only.
+
+    Raises:
+        ValueError: the model is no DiT, its weights are not those of its config, the labels are
+            not num_classes strings, or the layout cannot hold the model.
+        OSError: the file cannot be written; an older one is left as it was.
+    """
+    if layout not in SAVED_LAYOUTS:
+        raise unknown_name("layout", layout, SAVED_LAYOUTS)
+    inner = unwrap(model)
+    if not isinstance(inner, reference.DiT):
+        raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
+    _check_labels("labels", labels, inner.cfg)
+    expected = _empty_model("model", inner.cfg).state_dict()
+    check_keys("model", expected, inner.state_dict())
+    if layout == "fastdit":
+        header = {
+            "config": inner.cfg.to_dict(),
+            "diffusion": scheduler and scheduler.options,
+            "labels": labels and list(labels),
+        }
+        write_tensors(path, inner.state_dict(), header)
+        return
+    if scheduler or labels:
+        raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
+    if layout == "diffusers":
+        _save_folder(inner, Path(path))
+        return
+    theirs = layouts.to_facebook(inner.state_dict())
+    told, _ = layouts.from_facebook(theirs, inner.cfg.n_heads)
+    if replace(told, init=inner.cfg.init) != inner.cfg:
+        raise ValueError(
+            f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {inner.cfg}"
+        )
+    content = io.BytesIO()  # torch.save reports a full disk as an error of its own
+    torch.save({name: t.detach().cpu() for name, t in theirs.items()}, content)
+    with atomic_path(path) as aside:
+        aside.write_bytes(content.getbuffer())
+
+
+def _save_folder(model: reference.DiT, path: Path) -> None:
+    """The two files that diffusers' from_pretrained reads.
+
+    The config goes first and comes last: without it a folder is none, and none is half a new one.
+    """
+    config, tensors = layouts.to_diffusers(model.cfg, model.state_dict())
+    if (path / "model_index.json").exists():
+        raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: not written; a folder was expected, or nothing")
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").unlink(missing_ok=True)
+    with atomic_path(path / foreign.FOLDER_WEIGHTS[0]) as aside:
+        aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
+    with atomic_path(path / "config.json") as aside:
+        aside.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
+    *,
+    n_heads: int | None = None,
+) -> DiT:
+    """Read a model, whose layout is told by its keys, on the CPU, in its stored dtype.
+
+    Args:
+        source: a file of `fastdit.save`; a checkpoint of facebookresearch/DiT, as a .pt file or
+            safetensors, bare or with "ema" or "model" in it (the first of them is taken), or its
+            state dict; a folder of diffusers' DiT, or of a pipeline with one; or a live module of
+            any of the three.
+        n_heads: attention heads where shapes do not tell it: of a model of facebookresearch/DiT
+            that has none of the published depths and widths.
+
+    Returns:
+        A fastdit.DiT with weights of its own. `model.cfg` is what was read or inferred.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the source is truncated or foreign, holds code, or is not of one model; the
+            message says what it looks like.
+    """
+    if n_heads is not None and (not isinstance(n_heads, int) or n_heads < 1):
+        raise ValueError(f"n_heads: expected a positive integer, got {n_heads!r}")
+    if isinstance(source, nn.Module):
+        inner = unwrap(source)
+        config = inner.cfg if isinstance(inner, reference.DiT) else None
+        n_heads = getattr(inner, "num_heads", None) if n_heads is None else n_heads
+        name, tensors = type(inner).__name__, inner.state_dict()
+        theirs = getattr(inner, "config", None)
+    elif isinstance(source, Mapping):
+        name, config, theirs, tensors = "state dict", None, None, dict(source)
+    else:
+        name = str(source)
+        info, theirs, tensors = _read(source)
+        config = info.config if info else None
+    if config is None:
+        config, tensors = _translate(name, tensors, theirs, n_heads)
+    elif n_heads not in (None, config.n_heads):
+        raise ValueError(f"n_heads: {name} says {config.n_heads}, got {n_heads}")
+    model = _empty_model(name, config)
+    check_keys(name, model.state_dict(), tensors)
+    for key, t in tensors.items():
+        if t.dtype not in _DTYPES or t.layout != torch.strided or t.is_meta:
+            kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
+            raise ValueError(f"{name}: expected float weights, but {key} is {kind}")
+    # Copies, one by one: of a file that may change or go, of views of one storage, of a live model.
+    tensors = {key: _copy(tensors.pop(key)) for key in list(tensors)}
+    model.load_state_dict(tensors, assign=True)
+    model.pos_embed.requires_grad_(config.pos_embed == "learned")
+    return model
+
+
+def _read(
+    path: str | os.PathLike[str],
+) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
+    """What fastdit wrote of itself, or diffusers' config, where there is one; and the tensors."""
+    if Path(path).is_dir():
+        config, weights = foreign.folder(Path(path))
+        return None, config, _read(weights)[2]
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # What torch.save writes, a zip or a bare pickle; safetensors has its JSON at the ninth byte.
+    if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
+        return None, None, foreign.pickled_tensors(path)
+    with _open(path) as file:
+        own = _HEADER in (file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
+        return _read_info(path, file) if own else None, None, tensors
+
+
+def _translate(
+    name: str, tensors: Mapping[str, Tensor], theirs: Any, n_heads: int | None
+) -> tuple[DiTConfig, dict[str, Tensor]]:
+    """Config and state dict, where the keys and perhaps a foreign config say what they are of."""
+    layout = layouts.layout_of(tensors)
+    try:
+        if layout == "facebookresearch/DiT":
+            return layouts.from_facebook(tensors, n_heads)
+        if layout == "diffusers" and isinstance(theirs, Mapping):
+            return layouts.from_diffusers(tensors, theirs)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    raise ValueError(f"{name}: expected a fastdit header, got none; {_describe_layout(tensors)}")
+
+
+def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> CheckpointInfo:
+    """What a checkpoint holds: as it says, or as its shapes tell of a published DiT.
+
+    Args:
+        path: a file that `load` reads.
+        n_heads: as for `load`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or foreign; the message says what it looks like.
+    """
+    info, theirs, tensors = _read(path)
+    if info is not None:
+        return info
+    config, _ = _translate(str(path), tensors, theirs, n_heads)
+    names = foreign.folder_labels(Path(path), config.num_classes)
+    return CheckpointInfo(config, dict(_PUBLISHED_DIFFUSION), names)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: dict[str, Any]
+) -> None:
+    """Write tensors and a JSON header to a safetensors file, atomically."""
+    contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
+    try:
+        # One metadata entry: with two, their order in the file, and so its bytes, would vary.
+        content = serialize(contiguous, {_HEADER: json.dumps(header)})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: expected tensors with memory of their own ({error})") from error
+    with atomic_path(path) as aside:
+        aside.write_bytes(content)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, mapped from disk, and the JSON header of a file that write_tensors wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or foreign.
+    """
+    with _open(path) as file:
+        header = _read_header(path, file)
+        return {name: file.get_tensor(name) for name in file.keys()}, header
+
+
+def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names what is missing, unexpected or of another shape."""
+    problems = []
+    for what, keys in (
+        ("missing", [name for name in expected if name not in tensors]),
+        ("unexpected", [name for name in tensors if name not in expected]),
+    ):
+        if keys:
+            problems.append(f"{what} {_some(keys)}")
+    for name, tensor in expected.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            want, got = list(tensor.shape), list(tensors[name].shape)
+            problems.append(f"{name}: expected shape {want}, got {got}")
+    if problems:
+        raise ValueError(
+            f"{source}: the tensors do not fit the config (in fastdit's names): "
+            f"{'; '.join(problems[:_SHOWN_KEYS])}"
+            + ("" if layouts.layout_of(tensors) == "fastdit" else f"; {_describe_layout(tensors)}")
+        )
+
+
+@contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file ({error}); it is truncated, or of another "
+            "kind"
+        ) from error
+
+
+def _read_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(_HEADER)
+    if text is None:
+        layout = _describe_layout(list(file.keys()))
+        raise ValueError(f"{path}: expected a fastdit header, got none; {layout}")
+    try:
+        header = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON in the fastdit header ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: expected a JSON object as the fastdit header, got {text[:40]}")
+    return header
+
+
+def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
+    header = _read_header(path, file)
+    if "recipe" in header:
+        raise ValueError(
+            f"{path}: expected a model, got a checkpoint of a run; model.safetensors in the run's "
+            "folder is its model"
+        )
+    if "config" not in header:
+        raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
+    options = header["config"]
+    if isinstance(options, dict):
+        options = _LATER_OPTIONS | options
+    config = from_options(DiTConfig, options, complete=True)
+    diffusion, labels = header.get("diffusion"), header.get("labels")
+    if diffusion is not None:
+        if (
+            not isinstance(diffusion, dict)
+            or not {"T", "schedule"} <= diffusion.keys() <= _DIFFUSION
+        ):
+            raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
+        diffusion = {"prediction": "epsilon"} | diffusion  # the only one there was at first
+        if [type(diffusion[k]) for k in ("T", "schedule", "prediction")] != [int, str, str]:
+            raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
+    _check_labels(f"{path}: labels", labels, config)
+    return CheckpointInfo(config, diffusion, None if labels is None else tuple(labels))
+
+
+def _check_labels(what: str, labels: Any, config: DiTConfig) -> None:
+    if labels is None:
+        return
+    names = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)
+    if not names or len(labels) != config.num_classes:
+        raise ValueError(f"{what}: expected {config.num_classes} names, got {labels!r:.80}")
+
+
+def _empty_model(source: str, config: DiTConfig) -> DiT:
+    """The config's model without storage, and without drawing random numbers."""
+    try:
+        with torch.device("meta"):
+            return DiT.from_config(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
+    layout = layouts.layout_of(keys)
+    if layout is None:
+        return f"the keys ({_some(list(keys))}) are of no layout known here"
+    if layout == "fastdit":
+        return (
+            "the keys look like fastdit's: build fastdit.DiT with this checkpoint's options, call "
+            "load_state_dict on it, then fastdit.save"
+        )
+    return f"the keys look like {layout}'s: give the folder, whose config.json says the rest"
+
+
+def _some(keys: list[str]) -> str:
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more

@@ -1,0 +1,1 @@
+"""The command line: `app` gathers the commands, and each module holds one or a few of them."""

@@ -1,0 +1,336 @@
+"""`fastdit train`."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from fastdit.cli.common import DEFAULT_OUT, Device, device_of, plain_errors
+from fastdit.config import PRESETS, DiTConfig
+from fastdit.data.latents import latent_channels, load_vae
+from fastdit.errors import unknown_name
+from fastdit.train.distributed import processes
+from fastdit.train.monitor import Monitor, latents_sampler, shapes_sampler
+from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
+from fastdit.train.run_folder import RunFolder, Saved, read
+from fastdit.train.runtime import Runtime
+from fastdit.train.sources import Latents, Shapes, Source
+from fastdit.train.trainer import Trainer, TrainResult
+
+_SAME_REQUEST = 3.0  # seconds
+# Mean squared error by pass over the set that the author of the toy published for its recipe, on
+# a set that differs from `fastdit.data` in detail.
+PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
+
+
+def _of_recipe(text: str) -> Any:
+    return typer.Option(help=f"{text}  [the recipe's]")
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of weights, checkpoints, metrics, samples.")] = (
+        DEFAULT_OUT
+    ),
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="auto: go on from the newest whole checkpoint in --out, begin where there is "
+            "none; a file: go on from that; no: begin."
+        ),
+    ] = "no",
+    recipe: Annotated[
+        str | None, typer.Option(help=f"{', '.join(RECIPES)}; options below change it.  [seed]")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of `fastdit encode`.  [the coloured shapes]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A preset, such as DiT-B/2, fitted to the data.  [toy]")
+    ] = None,
+    per_class: Annotated[
+        int | None, typer.Option(help="Coloured shapes of each class.  [200]")
+    ] = None,
+    steps: Annotated[int | None, _of_recipe("Of the optimizer.")] = None,
+    batch_size: Annotated[int | None, _of_recipe("Images a step, of all processes.")] = None,
+    lr: Annotated[float | None, _of_recipe("Learning rate at its peak.")] = None,
+    lr_schedule: Annotated[str | None, _of_recipe("cosine or constant.")] = None,
+    warmup: Annotated[int | None, _of_recipe("Steps of rising rate.")] = None,
+    weight_decay: Annotated[float | None, _of_recipe("AdamW's.")] = None,
+    clip: Annotated[float | None, _of_recipe("Bound of the gradient's norm; 0: none.")] = None,
+    ema: Annotated[float | None, _of_recipe("Decay of the averaged weights; 0: none.")] = None,
+    label_dropout: Annotated[float | None, _of_recipe("Share of labels dropped.")] = None,
+    diffusion_steps: Annotated[int | None, _of_recipe("T, of the diffusion.")] = None,
+    schedule: Annotated[str | None, _of_recipe("linear, linear-scaled or cosine.")] = None,
+    seed: Annotated[int | None, _of_recipe("Of data, weights, order and noise.")] = None,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
+    compile: Annotated[str, typer.Option(help="none, block or whole: torch.compile.")] = "none",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")
+    ] = False,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a process's batch.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Of several processes: ddp or fsdp.")] = "ddp",
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 10,
+    sample_every: Annotated[
+        int, typer.Option(min=0, help="Steps between sample grids; 0: at the end alone.")
+    ] = 0,
+    vae: Annotated[
+        str | None, typer.Option(help="Autoencoder to show the samples of latents by.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Train a DiT: the toy on the coloured shapes, or any preset on latents.
+
+    torchrun -m fastdit train shares the work between processes.
+    """
+    given = dict(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        lr_schedule=lr_schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        ema=ema,
+        label_dropout=label_dropout,
+        T=diffusion_steps,
+        schedule=schedule,
+        seed=seed,
+        name=recipe,
+    )
+    with plain_errors():
+        where = device_of(device)
+        with processes(where) as world:
+            runtime = Runtime(
+                where,
+                precision,  # type: ignore[arg-type]
+                compile,  # type: ignore[arg-type]
+                checkpointing,
+                accumulate,
+                strategy,  # type: ignore[arg-type]
+                world,
+            )
+            options: dict[str, Any] = dict(runtime=runtime, save_every=save_every, keep=keep)
+            saved = _saved(resume, out)
+            resumed = saved is not None
+            if saved is None:
+                trainer = _started(out, data, per_class, model, given, options)
+            else:
+                trainer = _resumed(saved, out, data, given, options)
+                _check_same_start(trainer, model, per_class)
+            del saved  # or its file would be mapped as long as the run goes on
+            monitor = _monitor(trainer, vae, log_every, sample_every)
+            if world.rank == 0 and resumed:
+                print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
+            with _stopped_by_signals(trainer) as received:
+                result = trainer.run(monitor)
+            if world.rank == 0:
+                _report(out, trainer, result, monitor)
+        if not result.finished:
+            raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
+
+
+def _started(
+    out: Path,
+    data: Path | None,
+    per_class: int | None,
+    model: str | None,
+    given: dict[str, Any],
+    options: dict[str, Any],
+) -> Trainer:
+    """A new run."""
+    name = given["name"] or "seed"
+    if name not in RECIPES:
+        raise unknown_name("--recipe", name, RECIPES)
+    recipe = _changed(RECIPES[name], given)
+    if data is None:
+        source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
+    elif per_class is not None:
+        raise ValueError("--per-class: expected none beside --data")
+    else:
+        source = Latents(data)
+    return Trainer(_config(model or "toy", recipe, source), recipe, source, out, **options)
+
+
+def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """The recipe with what was asked for; 0 stands for none."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    for name in ("clip", "ema"):
+        if changes.get(name) == 0:
+            changes[name] = None
+    if "steps" in changes and "warmup" not in changes:
+        changes["warmup"] = min(recipe.warmup, changes["steps"] - 1)
+    return replace(recipe, **changes)
+
+
+def _config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
+    """A preset with the data's shape and classes, and a null class where labels are dropped."""
+    if model not in PRESETS:
+        raise unknown_name("--model", model, PRESETS)
+    C, H, _ = source.sample_shape
+    preset = PRESETS[model]
+    return replace(
+        preset,
+        in_channels=C,
+        img_size=H,
+        num_classes=len(source.label_names),
+        null_class=preset.null_class or recipe.label_dropout > 0,
+    )
+
+
+def _saved(resume: str, out: Path) -> Saved | None:
+    """The checkpoint to go on from, if that is asked for and there is one."""
+    if resume == "no":
+        return None
+    folder = RunFolder(out)
+    if resume == "auto":
+        return folder.newest()
+    if not Path(resume).is_file():
+        raise ValueError(f"--resume: expected auto, no, or a checkpoint's file, got {resume}")
+    saved = read(resume)
+    if Path(resume).resolve().parent != (out / "checkpoints").resolve():
+        folder.check_unused()
+    later = [path for at, path in folder.checkpoints() if at > saved.header["step"]]
+    if later:
+        raise ValueError(
+            f"--resume: {out} holds a later checkpoint, {later[-1].name}; move it away, or name "
+            "another --out"
+        )
+    return saved
+
+
+def _resumed(
+    saved: Saved, out: Path, data: Path | None, given: dict[str, Any], options: dict[str, Any]
+) -> Trainer:
+    source = None if data is None else Latents(data)
+    trainer = Trainer.resume(saved, out, source=source, **options)
+    for name, value in given.items():
+        started = getattr(trainer.recipe, name)
+        if value is not None and value != started and (value, started) != (0, None):
+            option = {"T": "diffusion-steps", "name": "recipe"}.get(name, name.replace("_", "-"))
+            raise ValueError(f"--{option}: the run was started with {started}, got {value}")
+    return trainer
+
+
+def _check_same_start(trainer: Trainer, model: str | None, per_class: int | None) -> None:
+    """Refuse what a run cannot be changed to on its way."""
+    if model is not None and _config(model, trainer.recipe, trainer.source) != trainer.config:
+        raise ValueError(f"--model: the run was started with another one, got {model}")
+    started = trainer.source.identity.get("per_class")
+    if per_class not in (None, started):
+        raise ValueError(f"--per-class: the run was started with {started}, got {per_class}")
+
+
+def _monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
+    """What is measured and shown; outputs are the first process's alone."""
+    runtime, showing = trainer.runtime, SHOWINGS[trainer.recipe.name]
+    if isinstance(trainer.source, Shapes):
+        if vae is not None:
+            raise ValueError("--vae: the coloured shapes are pixels; expected none")
+        sample = shapes_sampler(trainer.config, trainer.scheduler, showing)
+    elif vae is not None:
+        decoder, channels = load_vae(vae, runtime.device), trainer.config.in_channels
+        if latent_channels(decoder) != channels:
+            raise ValueError(
+                f"--vae: it decodes {latent_channels(decoder)} channels, the data have {channels}"
+            )
+        sample = latents_sampler(trainer.config, trainer.scheduler, showing, decoder)
+    else:
+        if sample_every:
+            raise ValueError("--sample-every: expected --vae, to show latents by, got none")
+        sample = None
+    first = runtime.world.rank == 0
+    return Monitor(
+        trainer.folder if first else None,
+        log_every=log_every,
+        sample_every=sample_every,
+        sample=sample,
+        progress=first,
+    )
+
+
+@contextmanager
+def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """The first SIGTERM or SIGINT lets the run save and end; a later one does what it always did.
+
+    One that follows at once is the same request, which reached the process twice: by itself, and
+    through a launcher. One that the process ignores stays ignored: a shell asks its background
+    commands to ignore SIGINT.
+
+    Yields what was received.
+    """
+    received: list[int] = []
+    first = math.inf
+    asks = signal.SIGTERM, signal.SIGINT
+    before = {n: own for n in asks if (own := signal.getsignal(n)) != signal.SIG_IGN}
+
+    def stop(number: int, _: FrameType | None) -> None:
+        nonlocal first
+        received.append(number)
+        trainer.request_stop()
+        first = min(first, time.monotonic())
+        if time.monotonic() > first + _SAME_REQUEST:
+            restore()
+            signal.raise_signal(number)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) -> None:
+    recipe = trainer.recipe
+    if not result.finished:
+        print(
+            f"stopped at step {trainer.step} of {recipe.steps}, and saved; continue with fastdit "
+            f"train --resume auto --out {out}",
+            file=sys.stderr,
+        )
+        return
+    print_losses(result, recipe, trainer.source)
+    if monitor.shown is not None and monitor.shown.measured:
+        measured = ", ".join(f"{n} accuracy {v:.3f}" for n, v in monitor.shown.measured.items())
+        print(f"{monitor.shown.number} samples: {measured}")
+    print(f"wrote {RunFolder(out).weights}" + (f" and {monitor.grid}" if monitor.grid else ""))
+
+
+def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
+    """The mean loss of some passes over the set, beside the published one where the recipe is."""
+    comparable = replace(recipe, seed=0) == Recipe() and (
+        source.identity == Shapes(seed=recipe.seed).identity
+    )
+    print("pass    step   loss" + "     published for this recipe, on another drawing" * comparable)
+    passes = math.ceil(recipe.steps * recipe.batch_size / len(source))
+    for number in sorted({*PUBLISHED_LOSS, passes}):
+        if number > passes:
+            continue
+        first, last = ((number - i) * len(source) // recipe.batch_size for i in (1, 0))
+        last = min(last, recipe.steps)
+        if last <= first:  # a step shows several passes
+            continue
+        loss = result.losses[first:last].mean().item()
+        beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""
+        print(f"{number:4d} {last:7d}   {loss:.4f}{beside}")
+    if not math.isnan(result.images_per_second):
+        print(
+            f"{result.images_per_second:.0f} images/s after a first step of "
+            f"{result.first_step_seconds:.1f} s"
+        )

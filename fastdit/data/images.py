@@ -1,0 +1,66 @@
+"""Images on disk: pixels, grids, PNG and NPZ."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastdit.data.files import atomic_path
+
+PixelArray = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]
+
+
+def to_pixels(images: Tensor) -> PixelArray:
+    """[B, C, H, W] in [-1, 1] -> [B, H, W, C] uint8, `clamp(127.5 x + 128)` as published for ADM.
+
+    Raises:
+        ValueError: a pixel is not finite.
+    """
+    images = images.detach().to("cpu", torch.float32)
+    if not images.isfinite().all():
+        raise ValueError("images: expected finite pixels, got NaN or Inf")
+    pixels = (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def write_npz(path: str | os.PathLike[str], pixels: PixelArray) -> None:
+    """Write [B, H, W, C] uint8 under `arr_0`, as the field's FID tools read it."""
+    with atomic_path(path) as aside, open(aside, "wb") as file:
+        np.savez(file, arr_0=pixels)
+
+
+def write_latents(path: str | os.PathLike[str], latents: Tensor) -> None:
+    """Write [B, C, h, w] as they are, in float32, under `latents`."""
+    with atomic_path(path) as aside, open(aside, "wb") as file:
+        np.savez(file, latents=latents.detach().to("cpu", torch.float32).numpy())
+
+
+def write_grid(
+    path: str | os.PathLike[str], pixels: PixelArray, columns: int, zoom: int = 1
+) -> None:
+    """Write images as one PNG, row by row.
+
+    Args:
+        path: the file.
+        pixels: [B, H, W, C] uint8, C of 1 or 3.
+        columns: images in a row; the last row is filled up with grey.
+        zoom: side of the square that shows one pixel.
+
+    Raises:
+        ValueError: C is neither 1 nor 3 (latents need decoding first).
+    """
+    B, H, W, C = pixels.shape
+    if C not in (1, 3):
+        raise ValueError(f"pixels: expected 1 or 3 channels for a PNG, got {C}; write an NPZ")
+    rows = -(-B // columns)
+    cells = np.full((rows * columns, H + 1, W + 1, C), 64, dtype=np.uint8)  # a grey line between
+    cells[:B, :H, :W] = pixels
+    sheet = cells.reshape(rows, columns, H + 1, W + 1, C).transpose(0, 2, 1, 3, 4)
+    sheet = sheet.reshape(rows * (H + 1), columns * (W + 1), C)[:-1, :-1]
+    sheet = sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    with atomic_path(path) as aside:
+        Image.fromarray(sheet.squeeze(2) if C == 1 else sheet).save(aside, format="PNG")

@@ -1,0 +1,234 @@
+"""Noise predictors as a sampling loop sees them: what it repeats, and what is done before it.
+
+Both kinds have the same members. `layout` says how images lie in the loop's state; `begin` does
+for a batch what its steps need not repeat, and returns `conditioning(k, rows, out=None)`, what step
+k needs beside the state, in `out` where that is given; `predictor(x, conditioning)` is the model's
+output. Of 2B rows of conditioning the last B are those of the null label.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import reference
+from fastdit.config import DiTConfig
+from fastdit.errors import check_finite
+from fastdit.model import DiT
+from fastdit.sampling.modulation import ModulationTables
+
+
+class Conditioning(Protocol):
+    """What a step needs beside the state: of step k, for the batch's first so many rows."""
+
+    def __call__(self, k: int, rows: int, out: Tensor | None = None) -> Tensor: ...
+
+
+class ImageLayout:
+    """The state is images: [B, C, H, W]."""
+
+    def __init__(self, sample_shape: tuple[int, int, int]) -> None:
+        self.shape = torch.Size(sample_shape)
+
+    def to_state(self, images: Tensor) -> Tensor:
+        return images
+
+    def to_images(self, x: Tensor) -> Tensor:
+        return x
+
+
+class TokenLayout:
+    """The state is [B, H*W, C], all pixels in the order in which patch tokens hold them."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        self.shape = torch.Size((cfg.img_size**2, cfg.in_channels))
+        self._cfg = cfg
+
+    def to_state(self, images: Tensor) -> Tensor:
+        tokens = reference.patchify(images, self._cfg.patch_size)
+        return tokens.view(len(images), -1, images.shape[1])
+
+    def to_images(self, x: Tensor) -> Tensor:
+        tokens = x.view(len(x), self._cfg.n_tokens, -1)
+        return reference.unpatchify(tokens, self._cfg.patch_size)
+
+
+def hoists(model: nn.Module) -> TypeGuard[DiT]:
+    """Whether calling a model is what `fastdit.DiT.forward` does, with nothing before or after."""
+    own = ("forward", "modulation", "conditioning")
+    return (
+        isinstance(model, DiT)
+        and all(getattr(type(model), name) is getattr(DiT, name) for name in own)
+        and not (model._forward_hooks or model._forward_pre_hooks)
+    )
+
+
+def unaltered(model: nn.Module) -> bool:
+    """Whether a model computes what its config says, and nothing in it was exchanged or hooked.
+
+    A fast path that reads the weights alone would pass over such changes.
+    """
+    modules = torch.nn.modules.module
+    anywhere = modules._global_forward_hooks or modules._global_forward_pre_hooks
+    if type(model) is not DiT or not hoists(model) or anywhere:
+        return False
+    return _signature(model) == _fresh_signature(model.cfg)
+
+
+_PASSING = {"training", "checkpointing", "cfg"}
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    """Of a module and its children: class, hooks, shapes, choices such as a GELU's, and whatever
+    shadows a method.
+
+    Its own recursion, since `named_modules` takes longer than a step.
+    """
+    return (
+        type(module),
+        bool(module._forward_hooks or module._forward_pre_hooks),
+        {name: p is not None and p.shape for name, p in module._parameters.items()},
+        {
+            name: value
+            for name, value in vars(module).items()
+            if (name[0] != "_" and name not in _PASSING) or callable(value)
+        },
+        {name: child and _signature(child) for name, child in module._modules.items()},
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
+    # On "meta" it would import a second's worth of modules; the caller's random state must stay.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _signature(DiT.from_config(cfg))
+
+
+class HoistedDiT:
+    """A `fastdit.DiT`, whose conditioning is rows of modulation, computed before the loop.
+
+    Its weights are the model's own, or with `twin` a copy in a dtype of its own that `refresh`
+    fills anew: in the same buffers, as a captured graph needs it, and out of the reach of
+    whatever happens to the model's parameters meanwhile. All else of the copy, such as hooks and
+    exchanged modules, is as it was when it was made.
+    """
+
+    def __init__(self, model: DiT, dtype: torch.dtype, twin: bool) -> None:
+        self.cfg, self.dtype, self.layout = model.cfg, dtype, TokenLayout(model.cfg)
+        floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        self.model = _twin(model, dtype) if twin or floats != {dtype} else model
+        self.source = model
+
+    def refresh(self) -> None:
+        """Copy the weights, changed or not.
+
+        Raises:
+            ValueError: a weight is not finite, or the model's parameters are other ones than when
+                it was copied.
+        """
+        check_finite("model", dict(self.source.named_parameters()))
+        if self.model is self.source:
+            return
+        own, new = _tensors(self.model), _tensors(self.source)
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in new.items()}:
+            raise ValueError(
+                "model: its parameters have other names or shapes than when this Sampler copied "
+                "them; make a new Sampler"
+            )
+        # One call for all that lie alike: a pair that does not would take the others' fast path.
+        alike = [name for name in own if own[name].stride() == new[name].stride()]
+        torch._foreach_copy_([own[name] for name in alike], [new[name] for name in alike])
+        for name in own.keys() - alike:
+            own[name].copy_(new[name])
+
+    def begin(
+        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+    ) -> Conditioning:
+        return ModulationTables(self.model, timesteps, table_bytes).serve(labels).rows
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        B, P, _ = x.shape
+        tokens = x.view(B, self.cfg.n_tokens, -1)
+        if len(modulation) != B:  # twice the tokens, in the model's dtype, by one copy
+            tokens = tokens.expand(2, *tokens.shape)
+            kept = torch.contiguous_format
+            tokens = tokens.to(self.dtype, copy=True, memory_format=kept).flatten(0, 1)
+        else:
+            tokens = tokens.to(self.dtype)
+        return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)
+
+
+class AnyPredictor:
+    """A model called as it is, `model(x, t, y)`; the conditioning is [rows, 2], t and y.
+
+    Without labels it is [rows, 1].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        layout: ImageLayout | TokenLayout,
+    ) -> None:
+        self.model, self.device, self.dtype, self.layout = model, device, dtype, layout
+
+    def refresh(self) -> None:
+        """Its weights are the model's own; a ValueError where one is not finite."""
+        check_finite("model", dict(self.model.named_parameters()))
+
+    def begin(
+        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+    ) -> Conditioning:
+        t = torch.tensor(timesteps, device=self.device)
+        y = [] if labels is None else [torch.tensor(labels, device=self.device)]
+
+        def conditioning(k: int, rows: int, out: Tensor | None = None) -> Tensor:
+            return torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1, out=out)
+
+        return conditioning
+
+    def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:
+        t, y = conditioning[:, 0], conditioning[:, 1] if conditioning.shape[1] == 2 else None
+        images = self.layout.to_images(x).to(self.dtype)
+        if len(t) != len(x):
+            images = torch.cat([images, images])
+        out = self.model(images, t, y)
+        B, C, H, W = images.shape
+        if not isinstance(out, Tensor) or out.shape not in ((B, C, H, W), (B, 2 * C, H, W)):
+            raise ValueError(
+                f"model: expected an output of shape {[B, C, H, W]} or {[B, 2 * C, H, W]}, got "
+                f"{list(out.shape) if isinstance(out, Tensor) else type(out).__name__}"
+            )
+        return self.layout.to_state(out)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, saved ones and others, by name."""
+    return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _twin(model: DiT, dtype: torch.dtype) -> DiT:
+    """The same modules with storage of their own, not yet filled."""
+
+    def storage(t: Tensor) -> Tensor:
+        # Its channels fastest, a convolution's weight is the matrix that patch tokens meet.
+        layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
+        kind = dtype if t.is_floating_point() else t.dtype
+        empty = torch.empty_like(t, dtype=kind, memory_format=layout)
+        return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
+
+    # deepcopy takes what stands in its memo for the copy, so that no weight is held a third time.
+    memo = {id(t): storage(t) for t in (*model.parameters(), *model.buffers())}
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"model: this execution or dtype needs a copy of it, which failed ({error}); use "
+            "execution='eager' and the model's own dtype"
+        ) from error

@@ -1,0 +1,103 @@
+"""The loss of training samples, in which all that is random follows from a sample's number.
+
+Samples are counted from the first one that a run sees. What is drawn for number n, its noise,
+timestep, and whether it keeps its label, are words of Philox at the counter of n, under a key that
+follows from the run's seed (`fastdit.noise`). So a run does not depend on how its samples are
+split into processes and micro-batches, and continues from any step without any random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import functional
+from fastdit.config import DiTConfig
+from fastdit.diffusion import DiffusionScheduler
+from fastdit.noise import philox4x32
+from fastdit.train.losses import diffusion_loss
+from fastdit.train.sources import Samples
+
+_EPS, _CHOICES = 0, 2  # the counter's second word, by what is drawn; a latent's own follows _EPS
+
+
+class Batch(NamedTuple):
+    """What a model is asked and what it should answer."""
+
+    x0: Tensor  # [b, C, H, W]
+    x_t: Tensor  # [b, C, H, W]
+    t: Tensor  # [b] int64
+    labels: Tensor | None  # [b] int64, the null class where they were dropped
+    eps: Tensor  # [b, C, H, W]
+
+
+class Objective(nn.Module):
+    """`diffusion_loss` of a model on numbered samples; all processes call it alike."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DiTConfig,
+        scheduler: DiffusionScheduler,
+        seed: int,
+        label_dropout: float = 0.0,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """Of a model and its diffusion.
+
+        Args:
+            model: called as `model(x_t, t, labels)`.
+            config: the model's, for its classes.
+            scheduler: the diffusion.
+            seed: of all that is drawn.
+            label_dropout: share of labels that become the null class.
+            autocast: dtype of the model's matrix products; None leaves them as its weights are.
+
+        Raises:
+            ValueError: labels are dropped, and the model has no null class.
+        """
+        super().__init__()
+        if label_dropout and not config.null_class:
+            raise ValueError("label_dropout: needs a model with null_class=True")
+        self.model, self.scheduler = model, scheduler
+        self._config, self._label_dropout, self._autocast = config, label_dropout, autocast
+        self._key = random_key(seed, "training noise")
+
+    @torch.no_grad()
+    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, numbers: Tensor) -> Batch:
+        """The batch of samples `numbers`, [b] int64; the rest as in `Samples`."""
+        seeds = torch.stack([torch.full_like(numbers, self._key), numbers], dim=1)
+        kinds = torch.arange(_EPS, _EPS + (1 if std is None else 2), device=numbers.device)
+        drawn = functional.normal(seeds, kinds, mean[0].numel()).view(len(kinds), *mean.shape)
+        drawn = drawn.to(mean.dtype)
+        x0 = mean if std is None else mean + std * drawn[1]
+
+        zero = torch.zeros_like(numbers)
+        counter = (zero, torch.full_like(numbers, _CHOICES), numbers, zero)
+        for_t, for_label, _, _ = philox4x32(counter, seeds[:, 0])
+        t = (for_t * self.scheduler.T) >> 32  # the integer part of T times a share in [0, 1)
+        y: Tensor | None = labels
+        if not self._config.use_class_cond:
+            y = None
+        elif self._label_dropout:
+            dropped = for_label < int(self._label_dropout * 2**32)
+            y = labels.masked_fill(dropped, self._config.num_classes)
+        return Batch(x0, self.scheduler.q_sample(x0, t, drawn[0]), t, y, drawn[0])
+
+    def forward(self, samples: Samples, numbers: Tensor) -> Tensor:
+        """The mean loss of some samples: [] in at least float32."""
+        batch = self.draw(*samples, numbers)
+        device = batch.x0.device.type
+        with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
+            out = self.model(batch.x_t, batch.t, batch.labels)
+        out = out.to(torch.promote_types(batch.x0.dtype, torch.float32))
+        return diffusion_loss(out, batch.x0, batch.x_t, batch.t, batch.eps, self.scheduler)
+
+
+def random_key(seed: int, purpose: str) -> int:
+    """63 bits for one purpose; the hash spreads neighbouring seeds."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,162 @@
+"""A run's folder: checkpoints by step, the newest of which is always whole.
+
+runs/toy/
+  model.safetensors                    the weights for users, averaged where the recipe says so
+  checkpoints/step-00000700.safetensors  all that a run needs to go on; the last few are kept
+  metrics.jsonl, tensorboard/          what was measured on the way
+  samples/step-00000700.png            what it could do by then
+  .lock                                held while the run goes on
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastdit.checkpoints.native import read_tensors, write_tensors
+from fastdit.data.files import atomic_path, remove_leftovers
+
+WEIGHTS_FILE = "model.safetensors"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+_HEADER_KEYS = {"step", "config", "recipe", "data", "environment"}
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was read."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # mapped from the file
+    header: dict[str, Any]
+
+
+class RunFolder:
+    """Where a run is kept."""
+
+    def __init__(self, path: str | os.PathLike[str], keep: int = 2) -> None:
+        """Of a folder, which need not exist; `keep` checkpoints stay there."""
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1, got {keep}")
+        self.path, self.keep = Path(path), keep
+        self.weights, self.metrics = self.path / WEIGHTS_FILE, self.path / METRICS_FILE
+        self.samples = self.path / "samples"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, file) of every checkpoint, oldest first, whole or not."""
+        found = []
+        for path in (self.path / "checkpoints").glob("step-*.safetensors"):
+            name = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
+            if name:
+                found.append((int(name[1]), path))
+        return sorted(found)
+
+    def check_unused(self) -> None:
+        """Raise a FileExistsError where a new run would write over an older one's files."""
+        if self.checkpoints():
+            raise FileExistsError(
+                f"out: {self.path} already holds a run; continue it (--resume auto), or name "
+                "another folder"
+            )
+        if self.weights.exists():
+            raise FileExistsError(f"out: {self.weights} already exists; name another folder")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While this lasts no other process can claim the folder; a kill ends it too.
+
+        Raises:
+            FileExistsError: another process has claimed it.
+        Warns:
+            UserWarning: the file system knows no locks.
+        """
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / LOCK_FILE, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FileExistsError(
+                    f"out: another run is going on in {self.path}; wait for it, or name another "
+                    "folder"
+                ) from error
+            except OSError as error:
+                warnings.warn(
+                    f"{self.path}: not locked against another run ({error})", stacklevel=3
+                )
+            yield
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
+        """Write a checkpoint, then remove those that are no longer kept, and what kills left.
+
+        Raises:
+            OSError: it could not be written; all older ones are as they were.
+        """
+        path = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
+        write_tensors(path, tensors, {"step": step, **header})
+        remove_leftovers(path.parent)
+        earlier = [old for at, old in self.checkpoints() if at < step]
+        for old in earlier[: len(earlier) - (self.keep - 1)]:
+            old.unlink(missing_ok=True)
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole, if there is one.
+
+        Raises:
+            ValueError: there are checkpoints, and all are torn.
+        Warns:
+            UserWarning: a newer one is torn.
+        """
+        found = self.checkpoints()
+        for _, path in reversed(found):
+            try:
+                return read(path)
+            except (ValueError, FileNotFoundError) as error:  # no file: a folder, a broken link
+                warnings.warn(f"not resumed from: {error}", stacklevel=2)
+        if found:
+            raise ValueError(f"{self.path}: none of its {len(found)} checkpoints is whole")
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Remove what came after a step that a run goes on from: torn files, and measurements."""
+        for at, path in self.checkpoints():
+            if at > step and (path.is_file() or path.is_symlink()):
+                path.unlink()
+        if self.metrics.exists():
+            kept = [line for line in _lines(self.metrics) if line["step"] <= step]
+            with atomic_path(self.metrics) as aside:
+                aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; one that a kill cut short is left out."""
+    for text in path.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+
+
+def read(path: str | os.PathLike[str]) -> Saved:
+    """Read a checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, or something else.
+    """
+    tensors, header = read_tensors(path)
+    if not header.keys() >= _HEADER_KEYS:
+        raise ValueError(
+            f"{path}: expected a checkpoint of fastdit train, got a file with {list(header)}"
+        )
+    return Saved(Path(path), tensors, header)

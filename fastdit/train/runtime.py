@@ -1,0 +1,71 @@
+"""How a training is computed, as against what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+from fastdit.errors import unknown_name
+from fastdit.train.distributed import World
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a run is computed, which changes its speed and memory, and its loss by rounding alone.
+
+    Attributes:
+        device: where.
+        precision: "bfloat16" runs the model under autocast: matrix products in bfloat16; weights,
+            optimizer, residual stream and loss in float32. With "fsdp" a block's weights are
+            gathered in bfloat16 too.
+        compile: "block" compiles one block for all; "whole" the loss with all that is drawn for
+            it, which is faster in a process of its own and takes longer to compile.
+        checkpointing: keep only each block's inputs for the backward, which computes the rest
+            once more.
+        accumulate: parts that a process's share of a batch is computed in.
+        strategy: of several processes: "ddp", each with all weights; or "fsdp", each with a share.
+        world: which of several processes this is.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: Literal["none", "block", "whole"] = "none"
+    checkpointing: bool = False
+    accumulate: int = 1
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(Runtime)
+        for name in ("precision", "compile", "strategy"):
+            if getattr(self, name) not in get_args(hints[name]):
+                raise unknown_name(name, getattr(self, name), get_args(hints[name]))
+        if type(self.accumulate) is not int or self.accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate!r}")
+        if self.split and self.compile == "whole":
+            raise ValueError(
+                "compile: with strategy='fsdp' expected 'block' or 'none', got 'whole'"
+            )
+
+    @property
+    def split(self) -> bool:
+        """Whether the weights are split over processes."""
+        return self.strategy == "fsdp" and self.world.size > 1
+
+    def environment(self) -> dict[str, Any]:
+        """What the bits of a step depend on, besides the run itself."""
+        return {
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": self.precision,
+            "compile": self.compile,
+            "checkpointing": self.checkpointing,
+            "accumulate": self.accumulate,
+            "processes": self.world.size,
+            "strategy": self.strategy if self.world.size > 1 else None,
+        }

@@ -1,0 +1,226 @@
+"""Decoding: the autoencoder's own images, a few at a time, from the command line too."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import fastdit
+from fastdit import DiffusionScheduler
+from fastdit.cli.app import app
+from fastdit.data.images import to_pixels
+from fastdit.data.latents import LatentShards, centre_crop, decode, encode_folder, load_vae
+from fastdit.testing import randomize
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.25,
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@torch.no_grad()
+def test_slices_are_the_autoencoders_own_images(vae_folder):
+    vae, latents = load_vae(vae_folder / "vae"), torch.randn(5, 4, 8, 8)
+    expected = vae.decode(latents / 0.25).sample
+    seen = []
+    decoder = vae.decode
+    vae.decode = lambda z: seen.append(len(z)) or decoder(z)
+    assert torch.allclose(decode(vae, latents, at_once=2), expected, atol=1e-5)
+    assert seen == [2, 2, 1]
+
+
+def test_what_cannot_be_decoded_is_named(vae_folder, tmp_path, monkeypatch):
+    vae = load_vae(vae_folder)  # a pipeline's
+    with pytest.raises(ValueError, match=r"latents: expected shape \[B, 4, h, w\].*got \[1, 3, 8"):
+        decode(vae, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="at_once: expected at least 1, got 0"):
+        decode(vae, torch.zeros(1, 4, 8, 8), at_once=0)
+    with pytest.raises(ValueError, match="vae: expected an AutoencoderKL in"):
+        load_vae(tmp_path)
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r"vae: needs the package diffusers; pip install 'fastdit"):
+        load_vae(vae_folder)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npz"])
+def test_the_command_line_decodes(vae_folder, tmp_path, suffix):
+    cfg = replace(
+        fastdit.PRESETS["DiT-S/8"], img_size=16, hidden=32, n_layers=1, n_heads=2, num_classes=5
+    )
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    scheduler = DiffusionScheduler(5, schedule="cosine")
+    path, out = tmp_path / "m.safetensors", tmp_path / f"s{suffix}"
+    fastdit.save(model, path, scheduler)
+    chosen = ["--labels", "3,4", "--count", "1", "--seed", "2", "--out", str(out)]
+    done = CliRunner().invoke(app, ["sample", str(path), *chosen, "--vae", str(vae_folder)])
+    assert done.exit_code == 0, done.output
+    latents = fastdit.Sampler(model, scheduler)([3, 4], seed=2)
+    expected = to_pixels(decode(load_vae(vae_folder), latents))
+    if suffix == ".npz":
+        with np.load(out) as file:
+            assert np.array_equal(file["arr_0"], expected)
+    else:
+        with Image.open(out) as grid:
+            assert grid.size == (64, 130)  # two images of 32 pixels, twice their size, in a column
+    done = CliRunner().invoke(app, ["sample", str(path), *chosen])
+    assert done.exit_code == (1 if suffix == ".png" else 0)
+    assert suffix == ".npz" or "expected --vae to decode them" in done.stderr
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes, seven images of several sizes and kinds."""
+    torch.manual_seed(0)
+    for i, (name, size, mode) in enumerate(
+        [
+            ("cat/b.png", (40, 60), "RGB"),
+            ("cat/a.jpg", (33, 16), "RGB"),
+            ("dog/x.png", (16, 16), "L"),
+            ("dog/deep/y.PNG", (130, 17), "RGB"),
+            ("eel/1.png", (64, 64), "RGBA"),
+            ("eel/2.png", (64, 65), "RGB"),
+            ("eel/3.png", (20, 20), "P"),
+        ]
+    ):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).convert(mode).save(path)
+    (tmp_path / "images" / "cat" / "notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_a_centre_crop_is_the_published_one():
+    """Halved by boxes while twice too large, resized by the shorter side, cut in the middle."""
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 100, 3))
+    crop = centre_crop(Image.fromarray(ramp), 25)
+    assert crop.shape == (25, 25, 3)
+    # 200 x 100 becomes 50 x 25 by two halvings; the middle 25 rows hold 4 of the ramp each.
+    assert np.abs(crop[:, 0, 0].astype(float) - (4 * np.arange(12, 37) + 1.5)).max() <= 1
+    same = np.random.default_rng(0).integers(0, 256, (25, 25, 3), dtype=np.uint8)
+    assert np.array_equal(centre_crop(Image.fromarray(same), 25), same)
+
+
+@torch.no_grad()
+def test_shards_hold_each_images_distribution(vae_folder, images, tmp_path):
+    vae = load_vae(vae_folder)
+    assert encode_folder(vae, images, tmp_path / "out", image_size=16, shard=3) == 7
+    shards = LatentShards(tmp_path / "out")
+    assert len(shards) == 7 and shards.classes == ["cat", "dog", "eel"]
+    assert [label for _, _, label in shards] == [0, 0, 1, 1, 2, 2, 2]
+    files = ["cat/a.jpg", "cat/b.png", "dog/deep/y.PNG", "dog/x.png"]
+    for (mean, std, _), name in zip(shards, files, strict=False):
+        with Image.open(images / name) as image:
+            pixels = torch.from_numpy(centre_crop(image, 16).copy()).permute(2, 0, 1)[None]
+        latent = vae.encode(pixels / 127.5 - 1).latent_dist
+        assert torch.allclose(mean, latent.mean[0] * 0.25, atol=1e-5)
+        assert torch.allclose(std, latent.std[0] * 0.25, atol=1e-5) and (std > 0).all()
+    # What was sampled from the distribution decodes as the autoencoder would have it.
+    back = decode(vae, shards[0][0][None])
+    assert back.shape == (1, 3, 16, 16)
+    with pytest.raises(IndexError, match=r"expected an index in \[0, 7\), got 7"):
+        shards[7]
+
+
+def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, images, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["encode", str(images), "--vae", str(vae_folder), "--out", str(out)]
+    arguments += ["--image-size", "16", "--batch-size", "3"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "wrote the latents of 7 images" in done.stdout
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    (out / "00000001.npy").unlink()
+    with pytest.raises(ValueError, match="00000001.npy is not there; run it again"):
+        LatentShards(out)
+    with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found none"):
+        LatentShards(images)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert after.keys() == before.keys()
+    assert [n for n in after if after[n] != before[n]] == ["00000001.npy"]
+
+    (images / "dog" / "z.png").write_bytes(b"\x89PNG but torn")
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "they differ in files, labels, num; remove" in done.stderr
+    done = CliRunner().invoke(app, [*arguments[:5], str(tmp_path / "other"), *arguments[6:]])
+    assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
+    (images / "dog" / "z.png").unlink()
+    (images / "fox").mkdir()
+    (images / ".cache").mkdir()
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1 and "fox: expected images of a class, found none" in done.stderr
+
+
+def test_encoding_refuses_what_would_spoil_it(vae_folder, images, tmp_path):
+    vae = load_vae(vae_folder)
+    out = tmp_path / "out"
+    for source, into, size, message in (
+        (tmp_path / "nowhere", out, 16, "no such folder"),
+        (images, images / "latents", 16, "out: expected a folder that is not in"),
+        (images, out, 17, "image_size: expected a multiple of 2, got 17"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode_folder(vae, source, into, size)
+    for name, image, message in (
+        ("thin", Image.new("RGB", (1, 1000)), "expected sides of like length, got 1 x 1000"),
+        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits a channel"),
+    ):
+        image.save(images / "cat" / f"{name}.png")
+        with pytest.raises(ValueError, match=f"{name}.png: expected an image.*{message}"):
+            encode_folder(vae, images, tmp_path / name, 16)
+        (images / "cat" / f"{name}.png").unlink()
+    # Another autoencoder of the same name is another.
+    encode_folder(vae, images, out, 16, shard=3)
+    with torch.no_grad():
+        next(vae.parameters()).add_(1)
+    with pytest.raises(ValueError, match="they differ in vae;"):
+        encode_folder(vae, images, out, 16, shard=3)
+
+
+def test_a_vae_with_other_weights_than_its_own_is_refused(vae_folder, tmp_path):
+    """diffusers would go on with random ones, and say so in a log."""
+    shutil.copytree(vae_folder / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file({n: t for n, t in state.items() if not n.startswith("decoder.")}, path)
+    with pytest.raises(ValueError, match=r"it has \d+ missing keys, such as decoder"):
+        load_vae(tmp_path / "vae")
+
+
+def test_more_shards_than_files_may_be_open_are_read(vae_folder, images, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    encode_folder(load_vae(vae_folder), images, tmp_path / "out", 16, shard=1)
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    plan |= {"num": 700, "labels": plan["labels"] * 100}
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
+    for i in range(7, 700):
+        os.link(tmp_path / "out" / f"{i % 7:08d}.npy", tmp_path / "out" / f"{i:08d}.npy")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        shards = LatentShards(tmp_path / "out")
+        assert all(torch.equal(shards[i][0], shards[i % 7][0]) for i in range(0, 700, 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

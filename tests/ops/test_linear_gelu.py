@@ -1,0 +1,105 @@
+"""GELU in the product before it: where it rides there, and that its numbers stay."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastdit
+from fastdit import functional
+from fastdit.ops import dispatch
+from fastdit.testing import check_against_oracle, randomize
+
+
+def inputs(device="cpu", dtype=torch.float32):
+    x, weight, bias = torch.randn(3, 20, 72), torch.randn(96, 72) / 8, torch.randn(96)
+    return [t.to(device, dtype) for t in (x, weight, bias)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_tanh_gelu_in_the_products_epilogue_obeys_the_error_rule(dtype):
+    x, weight, bias = inputs("cuda", dtype)
+    assert dispatch.gelu_rides(x, weight, bias)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
+    check_against_oracle(functional.linear_gelu(x, weight, bias, "tanh"), plain, exact)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_on_a_cpu_it_is_the_two_plain_ops(approximate):
+    x, weight, bias = inputs()
+    expected = F.gelu(F.linear(x, weight, bias), approximate=approximate)
+    assert torch.equal(functional.linear_gelu(x, weight, bias, approximate), expected)
+    unbiased = F.gelu(F.linear(x, weight), approximate=approximate)
+    assert torch.equal(functional.linear_gelu(x, weight, None, approximate), unbiased)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Calls of the fused product, which PyTorch has on a CPU with another GELU, the exact one."""
+    calls, addmm = [], torch._addmm_activation
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return addmm(*arguments, **options)
+
+    monkeypatch.setattr(torch, "_addmm_activation", counted)
+    monkeypatch.setattr(dispatch, "gelu_rides", lambda *_: True)
+    return calls
+
+
+@torch.no_grad()
+def test_what_rides_has_the_shape_and_the_rows_of_a_linear(fused):
+    x, weight, bias = inputs()
+    expected = F.gelu(F.linear(x, weight, bias))
+    assert torch.allclose(functional.linear_gelu(x, weight, bias, "tanh"), expected, atol=1e-5)
+    assert len(fused) == 1
+    row = functional.linear_gelu(x[0, 0], weight, bias, "tanh")
+    assert torch.allclose(row, expected[0, 0], atol=1e-5) and len(fused) == 2
+    functional.linear_gelu(x, weight, bias, "none")
+    functional.linear_gelu(x, weight, None, "tanh")
+    assert len(fused) == 2, "an exact GELU or a linear without bias cannot ride"
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["none", "hook", "class", "activation"])
+def test_an_mlp_that_was_changed_is_called_as_it_is(fused, change):
+    model = fastdit.DiT(hidden=32, n_layers=1, n_heads=2, gelu="tanh")
+    randomize(model)
+    mlp = model.blocks[0].mlp
+    if change == "hook":
+        mlp[0].register_forward_hook(lambda module, given, out: 2 * out)
+    if change == "class":
+        mlp[0].__class__ = Doubled
+    if change == "activation":
+        mlp[1] = nn.SiLU()
+    x = torch.randn(2, 5, 32)
+    expected = nn.Sequential(*mlp)(x)
+    assert torch.allclose(mlp(x), expected, atol=1e-3)
+    assert len(fused) == (change == "none")
+    assert torch.allclose(mlp[:1](x), mlp[0](x)), "a slice is a sequence of what is in it"
+
+
+class Quantised(torch.Tensor):
+    """Stands for weights that know how to be a linear layer's, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def test_gelu_rides_with_plain_weights_alone(monkeypatch):
+    where = SimpleNamespace(type="cuda")
+    tensors = [SimpleNamespace(device=where, dtype=torch.bfloat16, numel=lambda: 1)] * 3
+    with torch.no_grad():
+        assert dispatch.gelu_rides(*tensors)
+        assert not dispatch.gelu_rides(*tensors[:2], torch.ones(2).as_subclass(Quantised))

@@ -1,0 +1,248 @@
+"""The whole loop as one op of C++: its numbers, its bits, and what it takes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, functional
+from fastdit.kernels import cpu
+from fastdit.ops import checks, dispatch
+from fastdit.packed import PackedDiT
+from fastdit.sampling.modulation import ModulationTables
+from fastdit.solvers import DDPM, SOLVERS
+from fastdit.testing import check_against_oracle, randomize
+
+STEPS = 6
+ODD = DiTConfig(img_size=15, patch_size=3, hidden=50, n_heads=5, n_layers=2)  # 25 tokens of 27
+GUIDED = DiTConfig(
+    img_size=20,
+    in_channels=4,
+    hidden=48,
+    n_layers=2,
+    n_heads=3,
+    null_class=True,
+    modulation_act="silu",
+    gelu="tanh",
+    ln_eps=1e-6,
+    mlp_ln_eps=1e-4,
+    learn_sigma=True,
+)
+SHAPES = {
+    "seed": (DiTConfig(), None),
+    "odd": (ODD, None),
+    "one-token": (DiTConfig(img_size=4, patch_size=4, hidden=6, n_heads=6, n_layers=1), None),
+    "one-head": (DiTConfig(img_size=8, hidden=7, n_heads=1, n_layers=2), None),
+    "threads-a-slice": (DiTConfig(img_size=16, hidden=192, n_heads=3, n_layers=1), None),
+    "wide": (DiTConfig(img_size=32, hidden=512, n_heads=8, n_layers=1, gelu="tanh"), None),
+    "long": (DiTConfig(img_size=64, patch_size=4, hidden=33, n_heads=3, n_layers=1), None),
+    "guided-team": (replace(GUIDED, hidden=96), Guidance(2.0)),
+    "guided": (GUIDED, Guidance(3.0, channels=3)),
+    "all-channels": (GUIDED, Guidance(0.5)),
+}
+
+
+def make_model(cfg=None):
+    model = fastdit.DiT.from_config(cfg or DiTConfig())
+    randomize(model)
+    return model.requires_grad_(False)
+
+
+def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, noise="seeds"):
+    """The arguments of `functional.trajectory` for a whole loop."""
+    model = make_model(cfg).to(dtype)
+    table = solver.table(DiffusionScheduler(STEPS, schedule="cosine"))
+    labels = [i % 3 for i in range(B)] + ([cfg.num_classes] * B if guidance else [])
+    tables = ModulationTables(model, table.timesteps, 2**30).serve(labels)
+    S, P, C = len(table.timesteps), cfg.img_size**2, cfg.in_channels
+    z = torch.randn(S + 1, B, P, C, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return dict(
+        x=z[0],
+        x0=torch.zeros_like(z[0]),
+        packed=PackedDiT.of(model),
+        modulation=tables.steps(0, S, len(labels)),
+        coefficients=table.coefficients.to(dtype),
+        seeds=torch.tensor([[2**40 + 7, i] for i in range(B)]) if noise == "seeds" else None,
+        noise=z[1:] if noise == "noise" else None,
+        guidance=guidance,
+    )
+
+
+def launch(arguments, **options):
+    """The C++ launcher itself, which can be told an instruction set."""
+    a = dict(arguments)
+    guidance = a["guidance"] and (a["guidance"].scale, a["guidance"].channels)
+    sizes, eps = dispatch.sizes_of(a["packed"].cfg)
+    shape = cpu.Shape(*sizes[:-1], bool(sizes[-1]), *eps)
+    return cpu.trajectory(
+        *(a["x"], a["x0"], a["packed"].weights, *a["modulation"], a["coefficients"]),
+        *(a.get("first", 0), a["seeds"], a["noise"], guidance, shape),
+        **options,
+    )
+
+
+@pytest.mark.parametrize(("cfg", "guidance"), SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("noise", ["seeds", "noise"])
+def test_every_instruction_set_obeys_the_error_rule(cfg, guidance, noise):
+    B = math.ceil(4096 / (cfg.img_size**2 * cfg.in_channels))
+    given = problem(cfg, B, guidance, noise=noise)
+    plain = functional.trajectory(**given, backend="reference")
+    oracle = functional.trajectory(**problem(cfg, B, guidance, dtype=torch.float64, noise=noise))
+    for name in cpu.instruction_sets():
+        for own, other, exact in zip(
+            launch(given, instruction_set=name), plain, oracle, strict=True
+        ):
+            check_against_oracle(own, other, exact)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), DDPM(clip=0.5)], ids=[*SOLVERS, "clipped"])
+def test_every_solver_obeys_the_error_rule(solver):
+    given = problem(GUIDED, 3, Guidance(2.0), solver)
+    exact = problem(GUIDED, 3, Guidance(2.0), solver, torch.float64)
+    check_against_oracle(
+        functional.trajectory(**given, backend="cpp")[0],
+        functional.trajectory(**given, backend="reference")[0],
+        functional.trajectory(**exact)[0],
+    )
+
+
+@pytest.mark.parametrize(("cfg", "guidance"), SHAPES.values(), ids=SHAPES.keys())
+def test_an_image_has_the_same_bits_in_any_batch_order_and_threads(cfg, guidance):
+    """Images in lockstep, alone, shared by a team of threads: no sum depends on which."""
+    before = torch.get_num_threads()
+    full = problem(cfg, 11, guidance)
+
+    def part(chosen, threads, name):
+        torch.set_num_threads(threads)
+        rows = full["modulation"].rows
+        rows = torch.cat([r[chosen] for r in rows.split(11)])
+        given = full | dict(
+            x=full["x"][chosen],
+            x0=full["x0"][chosen],
+            seeds=full["seeds"][chosen],
+            modulation=full["modulation"]._replace(rows=rows),
+        )
+        return launch(given, instruction_set=name)[0]
+
+    try:
+        for name in cpu.instruction_sets():
+            expected = part(torch.arange(11), 1, name)
+            for threads in (1, 2, 3, 8):
+                order = torch.randperm(11, generator=torch.Generator().manual_seed(threads))
+                assert torch.equal(part(order, threads, name), expected[order])
+                for i in (0, 7):
+                    assert torch.equal(part(torch.tensor([i]), threads, name)[0], expected[i])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_nan_and_infinity_come_out_as_the_reference_has_them():
+    for bad in (math.nan, math.inf):
+        given = problem(DiTConfig(), 3)
+        given["x"][1, 5, 0] = bad
+        x, _ = functional.trajectory(**given, backend="cpp")
+        assert not x[1].isfinite().any() and x[0].isfinite().all() and x[2].isfinite().all()
+    for index in range(0, len(given["packed"].weights), 9973):  # one weight of each kind
+        given = problem(DiTConfig(), 3)
+        given["packed"].weights[index] = math.nan
+        assert functional.trajectory(**given, backend="cpp")[0].isnan().any()
+
+
+def test_denormals_cost_nothing_and_stay_the_callers():
+    given = problem(DiTConfig(), 2)
+    tiny = given | dict(x=given["x"] * 1e-40, coefficients=given["coefficients"] * 1e-38)
+    assert functional.trajectory(**tiny, backend="cpp")[0].isfinite().all()
+    assert (torch.tensor([1e-39]) * 0.5 > 0).all(), "denormals are flushed in the whole process"
+
+
+def test_any_strides_and_dtypes_of_the_tables_will_do():
+    given = problem(ODD, 3)
+    expected = functional.trajectory(**given, backend="cpp")
+    modulation = given["modulation"]
+    awkward = given | dict(
+        x=given["x"].transpose(1, 2).contiguous().transpose(1, 2),
+        coefficients=given["coefficients"].double().t().contiguous().t(),
+        modulation=modulation._replace(
+            by_step=modulation.by_step.repeat(1, 1, 2)[..., : modulation.by_step.shape[-1]],
+            rows=modulation.rows.repeat_interleave(2)[::2],
+        ),
+        seeds=given["seeds"].t().contiguous().t(),
+    )
+    before = awkward["x"].clone()
+    for own, other in zip(functional.trajectory(**awkward, backend="cpp"), expected, strict=True):
+        assert torch.equal(own, other)
+    assert torch.equal(awkward["x"], before)
+    first, second = (  # in two parts, the second told how many steps were before
+        {k: v[part] if k == "coefficients" else v for k, v in given.items()}
+        | dict(modulation=modulation._replace(by_step=modulation.by_step[part]))
+        for part in (slice(0, 2), slice(2, STEPS))
+    )
+    x, x0 = functional.trajectory(**first, backend="cpp")
+    again = functional.trajectory(**second | dict(x=x, x0=x0, first=2), backend="cpp")
+    assert torch.equal(again[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(x=torch.zeros(2, 5, 3)), r"x: expected shape \[2, 256, 3\], got \[2, 5, 3\]"),
+        (dict(x0=torch.zeros(1, 256, 3)), r"x0: expected shape \[2, 256, 3\]"),
+        (dict(coefficients=torch.zeros(6, 9)), r"coefficients: expected shape \[6, 10\]"),
+        (dict(noise=torch.zeros(6, 2, 256, 3)), "noise: expected None where seeds are given"),
+        (dict(seeds=torch.zeros(2, 2)), "seeds: expected int64"),
+        (
+            dict(x=torch.zeros(2, 256, 3).half()),
+            "x: expected float32 or float64, got torch.float16",
+        ),
+        (dict(x0=torch.zeros(2, 256, 3).half()), "x0: expected x's dtype torch.float32"),
+        (
+            dict(packed=PackedDiT(DiTConfig(), torch.zeros(7))),
+            r"packed.weights: expected shape \[206128\], got \[7\]",
+        ),
+        (dict(guidance=Guidance(2.0)), r"modulation.rows: expected shape \[4\], got \[2\]"),
+        (dict(backend="c++"), "backend: expected one of reference, triton, cpp; got 'c\\+\\+'"),
+        (
+            dict(packed=PackedDiT(DiTConfig(), torch.zeros(206128).bfloat16())),
+            "backend: 'cpp' computes in float32, got torch.bfloat16",
+        ),
+        (dict(backend="triton"), "backend: 'triton' expects tensors on CUDA"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        functional.trajectory(**problem(DiTConfig(), 2) | dict(backend="cpp") | change)
+
+
+def test_rows_past_the_tables_are_an_error():
+    given = problem(DiTConfig(), 2)
+    modulation = given["modulation"]._replace(rows=torch.tensor([0, 1], dtype=torch.int32))
+    with pytest.raises(ValueError, match="modulation.rows: expected int64, got torch.int32"):
+        functional.trajectory(**given | dict(modulation=modulation))
+    modulation = given["modulation"]._replace(rows=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match=r"modulation.rows: expected values in \[0, 2\)"):
+        functional.trajectory(**given | dict(modulation=modulation))
+
+
+def test_the_checks_read_nothing_off_a_device():
+    """They would wait there for all that was launched; "meta" tensors have nothing to read."""
+    given = problem(DiTConfig(), 2)
+    a = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in given.items()}
+    packed = replace(given["packed"], weights=given["packed"].weights.to("meta"))
+    modulation = type(given["modulation"])(*(t.to("meta") for t in given["modulation"]))
+    checks.check_trajectory(
+        *(a["x"], a["x0"], packed, modulation, a["coefficients"], a["seeds"], None, None)
+    )
+
+
+def test_the_op_passes_opcheck():
+    given = problem(DiTConfig(hidden=16, n_heads=2, n_layers=1), 2)
+    sizes, eps = dispatch.sizes_of(given["packed"].cfg)
+    torch.library.opcheck(
+        torch.ops.fastdit.trajectory.default,
+        (
+            *(given["x"], given["x0"], given["packed"].weights, *given["modulation"]),
+            *(given["coefficients"], 0, given["seeds"], None, None, None, sizes, eps, "cpp"),
+        ),
+    )

@@ -1,0 +1,504 @@
+"""Every execution makes the reference loop's images, and sees the weights as they are."""
+
+import copy
+import functools
+import pickle
+import threading
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, reference
+from fastdit.sampling import steps
+from fastdit.solvers import SOLVERS
+from fastdit.testing import check_against_oracle, randomize, relative_error
+
+STEPS = 12
+SEED = DiTConfig(hidden=32, n_layers=2, n_heads=2)
+PUBLISHED = DiTConfig(
+    in_channels=4,
+    hidden=32,
+    n_layers=2,
+    n_heads=2,
+    num_classes=10,
+    null_class=True,
+    modulation_act="silu",
+    gelu="tanh",
+    ln_eps=1e-6,
+    pos_embed="sincos",
+    t_embed_width=64,
+    t_embed_act="silu",
+    learn_sigma=True,
+)
+NULL = DiTConfig(hidden=32, n_layers=2, n_heads=2, null_class=True)
+EXECUTIONS = [
+    "eager",
+    "compile",
+    pytest.param("graph", marks=pytest.mark.gpu),
+    "trajectory",
+]
+by_execution = pytest.mark.parametrize("execution", EXECUTIONS)
+by_stepwise_execution = pytest.mark.parametrize("execution", EXECUTIONS[:-1])
+CASES = {
+    "seed": (SEED, None),
+    "null-class": (NULL, Guidance(3.0)),
+    "published": (PUBLISHED, None),
+    "published-guided": (PUBLISHED, Guidance(3.0, channels=3)),
+    "published-interval": (PUBLISHED, Guidance(3.0, interval=(3, 8))),
+}
+
+
+def device_of(execution):
+    on_gpu = torch.cuda.is_available() and execution != "trajectory"
+    return "cuda" if execution == "graph" or on_gpu else "cpu"
+
+
+def dtypes_of(execution, dtype):
+    """A dtype that an execution has: the C++ loop computes in float32 only."""
+    if execution == "trajectory" and dtype == torch.bfloat16:
+        pytest.skip("float32 only")
+    return dtype
+
+
+def make_model(cfg=SEED, device="cpu"):
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    return model.to(device)
+
+
+def make_scheduler():
+    return DiffusionScheduler(STEPS, schedule="cosine")
+
+
+def recorded(batch, cfg, evaluations=STEPS):
+    shape = evaluations + 1, batch, *cfg.sample_shape
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return z[0], z[1:]
+
+
+class In(nn.Module):
+    """The plain model in a dtype, its input and output in the state's."""
+
+    def __init__(self, cfg, dtype, device):
+        super().__init__()
+        self.inner = reference.DiT.from_config(cfg)
+        randomize(self.inner)
+        self.inner.to(device, dtype)
+
+    def forward(self, x, t, y):
+        dtype = self.inner.pos_embed.dtype
+        return self.inner(x.to(dtype), t, y).to(torch.promote_types(dtype, torch.float32))
+
+
+def plain_loop(model, table, x, labels, noise, guidance):
+    """Any solver's loop on images: its rows, one after another, as the update is stated."""
+    x0, coefficients = torch.zeros_like(x), table.coefficients.to(x.device)
+    for k, t in enumerate(table.timesteps):
+        t_B = torch.full((len(x),), t, device=x.device)
+        out, now = model(x, t_B, labels), guidance
+        if guidance and guidance.active(t):
+            out = torch.cat([out, model(x, t_B, None)])
+        else:
+            now = None
+        step = torch.tensor(k, device=x.device)
+        x, x0 = reference.sampler_update(
+            x, out, coefficients, step, x0, noise=noise[k], guidance=now
+        )
+    return x
+
+
+@by_execution
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("cfg", "guidance"), CASES.values(), ids=CASES.keys())
+@torch.no_grad()
+def test_every_execution_obeys_the_error_rule(cfg, guidance, dtype, solver, execution):
+    """Against the plain loop in float64 with the same noise; "ddpm" against the paper's own."""
+    dtype = dtypes_of(execution, dtype)
+    device, scheduler = device_of(execution), make_scheduler()
+    table = SOLVERS[solver].table(scheduler)
+    labels = torch.tensor([3, 0, 9, 3, 5, 1, 2], device=device)
+    x_T, noise = recorded(7, cfg, len(table.timesteps))
+    x_T, noise = x_T.to(device), noise.to(device)
+
+    def loop(dtype):
+        model, state = In(cfg, dtype, device), torch.promote_types(dtype, torch.float32)
+        given = x_T.to(state), labels, noise.to(state), guidance
+        if solver == "ddpm":
+            return reference.sample(model, scheduler, *given)
+        return plain_loop(model, table, *given)
+
+    sampler = Sampler(
+        make_model(cfg, device),
+        scheduler,
+        solver,
+        guidance=guidance,
+        dtype=dtype,
+        execution=execution,
+    )
+    images = sampler(labels, x_T=x_T, noise=noise)
+    assert images.dtype == torch.float32
+    check_against_oracle(images, loop(dtype), loop(torch.float64))
+
+
+@by_execution
+@pytest.mark.parametrize(
+    ("cfg", "guidance"), [CASES["seed"], CASES["published-interval"]], ids=["seed", "interval"]
+)
+def test_an_image_does_not_depend_on_batch_order_or_execution(cfg, guidance, execution):
+    device = device_of(execution)
+    model, scheduler = make_model(cfg, device), make_scheduler()
+    sampler = Sampler(model, scheduler, guidance=guidance, execution=execution)
+    labels, keys = [0, 5, 9, 7, 3, 3, 7], [2**40, 1, 2, 3, 4, 5, 0]
+    together = sampler(labels, seeds=keys)
+    assert relative_error(sampler(labels[::-1], seeds=keys[::-1]).flip(0), together) < 1e-5
+    for i in (0, 4):
+        alone = sampler(labels[i : i + 1], seeds=keys[i : i + 1])
+        assert relative_error(alone[0], together[i]) < 1e-5
+    eager = Sampler(model, scheduler, guidance=guidance, execution="eager")
+    assert relative_error(together, eager(labels, seeds=keys)) < 1e-5
+    assert relative_error(together[4], together[5]) > 0.1  # one label, two keys
+
+
+@by_execution
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own-dtype", "bfloat16"])
+def test_changed_weights_are_seen(execution, dtype):
+    """By a fused optimizer, by .data, by assignment: none of which a version counter shows."""
+    dtype = dtypes_of(execution, dtype)
+    model = make_model(device=device_of(execution))
+    sampler = Sampler(model, make_scheduler(), dtype=dtype, execution=execution)
+
+    def check(change):
+        before = sampler([1, 2])
+        change()
+        after = sampler([1, 2])
+        fresh = Sampler(model, make_scheduler(), dtype=dtype, execution=execution)([1, 2])
+        assert relative_error(after, before) > 1e-3
+        assert relative_error(after, fresh) < 1e-6
+
+    def fused_adamw():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    def data():
+        model.final_linear.weight.data = 2 * model.final_linear.weight.data
+
+    def assign():
+        other = {name: 1.5 * p for name, p in model.state_dict().items()}
+        model.load_state_dict(other, assign=True)
+
+    for change in (fused_adamw, data, assign):
+        check(change)
+
+
+def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch):
+    """One for a single image, one for more; no step and no second sampler compiles anew."""
+    COMPILED.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(steps, "_compiled_advance", functools.cache(counted_advance))
+    for seed in (0, 1):
+        model = make_model()
+        randomize(model, seed)
+        sampler = Sampler(model, make_scheduler(), execution="compile")
+        for labels in ([3], [1, 2], [4, 5, 6], [7], [1] * 8):
+            assert sampler(labels).isfinite().all()
+        sampler([1, 2], x_T=torch.randn(2, *SEED.sample_shape, requires_grad=True))
+        assert len(COMPILED) == 2
+    for T in (5, 9):
+        Sampler(model, DiffusionScheduler(T), execution="compile")([1, 2])
+    assert len(COMPILED) == 2
+
+
+def test_compile_survives_changes_of_the_global_state(monkeypatch):
+    """PyTorch guards graphs with it, and gives a function up after eight recompilations."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(steps, "_compiled_advance", functools.cache(counted_advance))
+    sampler, threads = Sampler(make_model(), make_scheduler(), execution="compile"), []
+    images, before = sampler([1, 2], seed=3), torch.get_num_threads()
+    try:
+        for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10):
+            torch.set_num_threads(n)
+            threads.append(sampler([1, 2], seed=3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(relative_error(other, images) < 1e-5 for other in threads)
+
+
+def test_compile_serves_any_guidance_scale_after_two(monkeypatch):
+    COMPILED.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(steps, "_compiled_advance", functools.cache(counted_advance))
+    model, counts = make_model(PUBLISHED), []
+    for scale in (1.5, 2.0, 3.0, 4.0, 7.5):
+        guidance = Guidance(scale, interval=(3, 8))
+        sampler = Sampler(model, make_scheduler(), guidance=guidance, execution="compile")
+        eager = Sampler(model, make_scheduler(), guidance=guidance, execution="eager")
+        for labels in ([1, 2], [3]):
+            assert relative_error(sampler(labels), eager(labels)) < 1e-5
+        counts.append(len(COMPILED))
+    assert counts == [4, 6, 6, 6, 6]  # guided or not, one image or more; guided for any scale
+
+
+COMPILED: list[int] = []
+
+
+def counted_advance(*kind):
+    """The step compiled by a backend that only counts, each kind by itself as in the real one."""
+
+    def count(graph, inputs):
+        COMPILED.append(len(inputs))
+        return graph.forward
+
+    own = types.FunctionType(steps.advance.__code__.replace(), steps.advance.__globals__)
+    return torch.compile(own, backend=count, fullgraph=True)
+
+
+@by_execution
+def test_two_samplers_in_two_threads_do_not_disturb_one_another(execution):
+    def make(seed, cfg, guidance):
+        model = make_model(cfg, device_of(execution))
+        randomize(model, seed)
+        return Sampler(model, make_scheduler(), guidance=guidance, execution=execution)
+
+    def both():
+        return make(0, SEED, None), make(1, PUBLISHED, Guidance(2.0, interval=(2, 9)))
+
+    alone = [sampler([1, 2, 3], seed=i) for i, sampler in enumerate(both())]
+    together: list = [[], []]
+    start = threading.Barrier(2)
+
+    def work(i, sampler):
+        start.wait()
+        for _ in range(4):
+            together[i].append(sampler([1, 2, 3], seed=i))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(both())]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, results in zip(alone, together, strict=True):
+        assert len(results) == 4
+        assert all(torch.equal(result, expected) for result in results)
+
+
+def test_one_sampler_in_two_threads_takes_turns():
+    sampler = Sampler(make_model(), make_scheduler(), dtype=torch.bfloat16)
+    alone = [sampler([1, 2], seed=i) for i in range(2)]
+    results = [None, None]
+
+    def work(i):
+        results[i] = sampler([1, 2], seed=i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(map(torch.equal, results, alone))
+
+
+@by_stepwise_execution
+def test_a_function_gets_each_step_and_the_image_predicted(execution):
+    device = device_of(execution)
+    model, scheduler = make_model(device=device), make_scheduler()
+    sampler, seen = Sampler(model, scheduler, execution=execution), []
+    images = sampler([1, 2], seed=3, progress=lambda k, x0: seen.append((k, x0)))
+    assert torch.equal(images, sampler([1, 2], seed=3))
+    assert [k for k, _ in seen] == list(range(STEPS))
+    assert all(x0.shape == images.shape for _, x0 in seen)
+    # At t = 0 nothing is added, and the mean of the posterior is the predicted image.
+    assert relative_error(seen[-1][1], images) < 1e-5
+    assert relative_error(seen[0][1], images) > 0.01
+
+
+@by_stepwise_execution
+def test_a_sampler_made_in_inference_mode_works_outside(execution):
+    sampler = Sampler(
+        make_model(device=device_of(execution)),
+        make_scheduler(),
+        dtype=torch.bfloat16,
+        execution=execution,
+    )
+    with torch.inference_mode():
+        inside = sampler([3, 1])
+    assert torch.equal(sampler([3, 1]), inside)
+
+
+def test_a_sampler_within_its_own_call_is_an_error_not_a_wait():
+    sampler = Sampler(make_model(), make_scheduler())
+    with pytest.raises(RuntimeError, match="progress: a sampler cannot sample within its own call"):
+        sampler([0], progress=lambda k, x0: sampler([0]))
+    assert sampler([0]).isfinite().all()
+
+
+def test_null_rows_are_not_computed_outside_the_interval():
+    model = make_model(PUBLISHED)
+    rows = []
+    denoise = model.denoise
+    model.denoise = lambda tokens, m: rows.append(len(tokens)) or denoise(tokens, m)
+    guidance = Guidance(2.0, interval=(3, 8))
+    Sampler(model, make_scheduler(), guidance=guidance)([1, 2, 3])
+    assert rows == [6 if 3 <= t < 8 else 3 for t in reversed(range(STEPS))]
+
+
+def test_guidance_at_scale_one_is_no_guidance():
+    model, scheduler = make_model(PUBLISHED), make_scheduler()
+    guided = Sampler(model, scheduler, guidance=Guidance(1.0))([1, 2])
+    assert relative_error(guided, Sampler(model, scheduler)([1, 2])) < 1e-5
+
+
+def test_guidance_of_a_plain_reference_model_is_the_same():
+    """It is called as it is, with the null rows behind the conditional ones."""
+    plain = reference.DiT.from_config(PUBLISHED)
+    randomize(plain)
+    guidance = Guidance(3.0, interval=(3, 8), channels=3)
+    by_call = Sampler(plain, make_scheduler(), guidance=guidance)([1, 2], seed=5)
+    hoisted = Sampler(make_model(PUBLISHED), make_scheduler(), guidance=guidance)([1, 2], seed=5)
+    assert relative_error(hoisted, by_call) < 1e-5
+
+
+def test_guidance_needs_labels():
+    sampler = Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0))
+    with pytest.raises(ValueError, match="labels: guidance needs some, got None"):
+        sampler(None, seeds=[1])
+
+
+def test_guidance_of_more_channels_than_there_are_is_an_error():
+    with pytest.raises(ValueError, match="guidance: expected at most the model's 4 channels, got"):
+        Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0, channels=5))
+
+
+def test_autocast_names_the_dtype_of_the_forward():
+    model, scheduler = make_model(), make_scheduler()
+    sampler = Sampler(model, scheduler)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = sampler([1, 2])
+    assert torch.equal(under_autocast, Sampler(model, scheduler, dtype=torch.bfloat16)([1, 2]))
+    assert not torch.equal(under_autocast, sampler([1, 2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        kept = Sampler(model, scheduler, dtype=torch.float32)([1, 2])
+    assert torch.equal(kept, sampler([1, 2]))
+
+
+def test_an_eager_sampler_follows_its_model():
+    model = make_model()
+    sampler = Sampler(model, make_scheduler())
+    single = sampler([1, 2])
+    model.double()
+    double = sampler([1, 2])
+    assert double.dtype == torch.float64 and 0 < relative_error(single, double) < 1e-5
+
+
+@by_execution
+def test_a_model_that_is_cast_after_a_call_is_followed_or_refused(execution):
+    """Also where the forward's dtype was named, and was the model's own."""
+    model = make_model(device=device_of(execution))
+    sampler = Sampler(model, make_scheduler(), dtype=torch.float32, execution=execution)
+    before = sampler([1, 2])
+    model.double()
+    if execution == "graph":
+        with pytest.raises(ValueError, match="make a new Sampler"):
+            sampler([1, 2])
+    else:
+        assert relative_error(sampler([1, 2]), before) < 1e-6
+
+
+def test_a_copy_has_all_tensors_of_the_model_and_follows_them():
+    class Scaled(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = make_model()
+    layer = Scaled(32, 96)
+    layer.load_state_dict(model.blocks[0].attn.qkv.state_dict())
+    model.blocks[0].attn.qkv = layer
+    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
+    for value in (2.0, 0.5):
+        layer.scale.fill_(value)
+        assert relative_error(sampler([1, 2]), Sampler(model, make_scheduler())([1, 2])) < 0.02
+
+
+def test_a_model_in_two_dtypes_is_made_one():
+    model, mixed = make_model(), make_model()
+    mixed.blocks.bfloat16()
+    single = Sampler(mixed, make_scheduler(), dtype=torch.float32)([1, 2])
+    assert relative_error(single, Sampler(model, make_scheduler())([1, 2])) < 0.02
+
+
+def test_a_forward_of_ones_own_is_called():
+    """A subclass's, or one with a hook: nothing is hoisted past it."""
+
+    class Halved(fastdit.DiT):
+        def forward(self, x, t, y=None):
+            return 0.5 * super().forward(x, t, y)
+
+    own, hooked = Halved.from_config(SEED), make_model()
+    randomize(own)
+    hooked.register_forward_hook(lambda module, inputs, out: 0.5 * out)
+    plain = make_model()
+    with torch.no_grad():
+        plain.final_linear.weight.mul_(0.5)
+        plain.final_linear.bias.mul_(0.5)
+    expected = Sampler(plain, make_scheduler())([1, 2])
+    for model in (own, hooked):
+        assert relative_error(Sampler(model, make_scheduler())([1, 2]), expected) < 1e-5
+        with pytest.raises(ValueError, match="execution: 'compile' needs a fastdit.DiT whose forw"):
+            Sampler(model, make_scheduler(), execution="compile")
+
+
+def test_a_sampler_can_be_copied_and_sent():
+    sampler = Sampler(make_model(), make_scheduler(), dtype=torch.bfloat16)
+    images = sampler([1, 2])
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert torch.equal(other([1, 2]), images)
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    model = make_model()
+    model.lock = threading.Lock()
+    assert Sampler(model, make_scheduler())([1]).isfinite().all()
+    with pytest.raises(ValueError, match="model: this execution or dtype needs a copy of it"):
+        Sampler(model, make_scheduler(), dtype=torch.bfloat16)([1])
+
+
+def test_a_copy_refuses_a_model_of_another_shape():
+    model = make_model()
+    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
+    sampler([1])
+    model.final_mod = nn.Linear(32, 96)
+    with pytest.raises(ValueError, match="model: its parameters have other names or shapes"):
+        sampler([1])
+
+
+@pytest.mark.parametrize("name", ["compile", "graph"])
+def test_executions_of_a_dit_refuse_other_models(name):
+    plain = reference.DiT.from_config(SEED)
+    with pytest.raises(ValueError, match=f"execution: '{name}' needs a fastdit.DiT.*got DiT"):
+        Sampler(plain, make_scheduler(), execution=name)
+    with pytest.raises(ValueError, match="dtype: expected torch.float32 or None"):
+        Sampler(plain, make_scheduler(), dtype=torch.bfloat16)
+
+
+def test_graph_asks_for_cuda():
+    with pytest.raises(ValueError, match="execution: 'graph' needs a model on CUDA, got one on"):
+        Sampler(make_model(), make_scheduler(), execution="graph")
+
+
+@pytest.mark.parametrize("patch_size", [1, 4])
+def test_images_and_progress_own_their_memory(patch_size):
+    """A graph's tensors are written again by the next step: nothing returned may be one."""
+    model = make_model(DiTConfig(img_size=4, patch_size=patch_size, in_channels=1, n_layers=1))
+    sampler, kept = Sampler(model, make_scheduler()), []
+    engine_images = sampler([1], progress=lambda k, x0: kept.append(x0))
+    pointers = {x0.untyped_storage().data_ptr() for x0 in [*kept, engine_images]}
+    assert len(pointers) == STEPS + 1

@@ -1,0 +1,294 @@
+"""The graph execution: its bookkeeping anywhere, captures and what they cost on a GPU."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler
+from fastdit.ops import dispatch
+from fastdit.sampling import executions, loop, steps
+from fastdit.sampling.modulation import ModulationTables
+from fastdit.sampling.predictors import HoistedDiT
+from fastdit.testing import randomize, relative_error
+
+STEPS = 12
+CFG = DiTConfig(hidden=32, n_layers=2, n_heads=2, null_class=True, modulation_act="silu")
+GUIDANCE = Guidance(3.0, interval=(3, 8))
+
+
+def make_model(device="cpu"):
+    model = fastdit.DiT.from_config(CFG)
+    randomize(model)
+    return model.to(device)
+
+
+def make_scheduler():
+    return DiffusionScheduler(STEPS, schedule="cosine")
+
+
+class FakeGraph:
+    """What a captured graph does, on the CPU: `advance_in_place`, on tensors of its own."""
+
+    def __init__(self, predictor, state, inputs, guidance):
+        self.arguments = predictor, state, inputs, guidance
+
+    def replay(self):
+        steps.advance_in_place(*self.arguments)
+
+
+@pytest.fixture
+def graphs_without_cuda(monkeypatch):
+    """Captures counted by rows; all else of the graph execution is the real one."""
+    captured = []
+
+    def capture(self, predictor, state, inputs, guidance):
+        captured.append(len(inputs.conditioning))
+        state = steps.State(*map(steps._clone, state))
+        inputs = steps.Inputs(*map(steps._clone, inputs))
+        graph = FakeGraph(predictor, state, inputs, guidance)
+        return steps._Captured(graph, state, inputs)
+
+    monkeypatch.setattr(steps.Graphed, "_capture", capture)
+    monkeypatch.setitem(loop.STEPS, "graph", steps.Graphed)
+    monkeypatch.setattr(executions, "obstacle", lambda *_: None)
+    return captured
+
+
+def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
+    """Captured once for a batch size and a set of active rows, loaded with what is new."""
+    model, scheduler = make_model(), make_scheduler()
+    sampler = Sampler(model, scheduler, guidance=GUIDANCE, execution="graph")
+    eager = Sampler(model, scheduler, guidance=GUIDANCE, execution="eager")
+    first = sampler([1, 2, 3], seed=5)
+    kept = first.clone()
+    assert relative_error(first, eager([1, 2, 3], seed=5)) < 1e-5
+    for labels, seed in (([4, 5, 6], 8), ([4], 9), ([7, 8, 9], 5)):
+        images = sampler(labels, seed=seed)
+        assert relative_error(images, eager(labels, seed=seed)) < 1e-5
+    assert torch.equal(first, kept)
+    assert graphs_without_cuda == [3, 6, 1, 2]
+    z = torch.randn(STEPS + 1, 3, *CFG.sample_shape)
+    x_T, noise = z[0], z[1:]
+    images = sampler([1, 2, 3], x_T=x_T, noise=noise)
+    assert relative_error(images, eager([1, 2, 3], x_T=x_T, noise=noise)) < 1e-5
+    assert graphs_without_cuda[4:] == [3, 6]  # brought noise is read, not made
+
+
+def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
+    graphs_without_cuda, monkeypatch, recwarn
+):
+    monkeypatch.setitem(loop.STEPS, "graph", lambda: steps.Graphed(max_graphs=4))
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    for batch in (1, 2, 3, 4, 1):
+        sampler([0] * batch)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="more than 4 kinds of batches") as warned:
+        sampler([0] * 5)  # instead of the graph for two
+    assert warned[0].filename == __file__
+    sampler([0])
+    assert graphs_without_cuda == [1, 2, 3, 4, 5]
+    with pytest.warns(UserWarning, match="more than 4 kinds of batches"):
+        sampler([0, 0])
+    assert graphs_without_cuda == [1, 2, 3, 4, 5, 2]
+
+
+def test_a_graph_sampler_refuses_a_model_that_moved(graphs_without_cuda):
+    model = make_model()
+    sampler = Sampler(model, make_scheduler(), execution="graph")
+    sampler([0])
+    model.bfloat16()
+    with pytest.raises(ValueError, match="model: expected torch.float32 on cpu.*make a new Samp"):
+        sampler([0])
+
+
+def test_a_graph_belongs_to_a_dtype_of_autocast(graphs_without_cuda):
+    """Coming and going of autocast neither fails nor captures anew."""
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    plain = sampler([0])
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = sampler([0])
+    assert torch.equal(sampler([0]), plain) and not torch.equal(narrow, plain)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler([0]), narrow)
+    assert graphs_without_cuda == [1, 1]
+
+
+def test_a_graph_made_in_inference_mode_runs_outside(graphs_without_cuda):
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    with torch.inference_mode():
+        inside = sampler([3])
+    assert torch.equal(sampler([3]), inside)
+
+
+@pytest.mark.gpu
+def test_auto_is_graph_on_a_gpu():
+    assert Sampler(make_model("cuda"), make_scheduler()).execution_for() == "graph"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("noise", [False, True], ids=["seeds", "noise"])
+def test_the_loop_never_waits_for_the_device(noise):
+    """Tables are refilled in the loop here, and rows come and go with the interval."""
+    sampler = Sampler(make_model("cuda"), make_scheduler(), guidance=GUIDANCE, table_bytes=2**15)
+    options = {}
+    if noise:
+        options["noise"] = torch.randn(STEPS, 2, *CFG.sample_shape)
+    expected = sampler([1, 2], **options)
+
+    def watch(k, x0):
+        torch.cuda.set_sync_debug_mode("error" if k < STEPS - 1 else "default")
+
+    try:
+        images = sampler([1, 2], progress=watch, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.gpu
+def test_graphs_of_all_batch_sizes_share_their_memory():
+    """What a smaller batch's graph adds is its own state and inputs, not another pool."""
+    sampler = Sampler(make_model("cuda"), make_scheduler())
+
+    def reserved():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    sampler([0] * 256)
+    before = reserved()
+    for batch in (255, 254, 253):
+        sampler([0] * batch)
+    state = 3 * 256 * 3 * 16 * 16 * 4 + 256 * (6 * 2 + 2) * 32 * 4
+    assert reserved() - before <= 3 * 2 * state + 3 * 2**21
+
+
+@pytest.mark.gpu
+def test_a_graph_outlives_others_and_what_they_free(monkeypatch):
+    """Workspaces and pools: graphs are dropped, caches emptied, freed memory is poisoned."""
+    monkeypatch.setitem(loop.STEPS, "graph", lambda: steps.Graphed(max_graphs=2))
+    model = make_model("cuda")
+    sampler = Sampler(model, make_scheduler())
+    eager = Sampler(model, make_scheduler(), execution="eager")
+    with pytest.warns(UserWarning, match="more than 2 kinds"):
+        for batch in (64, 32, 48):
+            sampler([0] * batch)
+    torch._dynamo.reset()
+    other = torch.compile(torch.nn.Linear(64, 64).cuda(), mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):
+            other(torch.randn(8, 64, device="cuda"))
+    torch.cuda.empty_cache()
+    poison = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(256)]
+    for batch in (32, 48):
+        assert relative_error(sampler([0] * batch), eager([0] * batch)) < 1e-5
+    assert all(p.isnan().all() for p in poison)
+
+
+@pytest.mark.gpu
+def test_a_failed_capture_leaves_a_sampler_that_works(monkeypatch):
+    model = make_model("cuda")
+    sampler = Sampler(model, make_scheduler())
+    denoise, calls = fastdit.DiT.denoise, []
+
+    def failing(self, tokens, modulation):
+        calls.append(0)
+        if len(calls) == 2:  # the first is the warm-up
+            raise RuntimeError("in a capture")
+        return denoise(self, tokens, modulation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastdit.DiT, "denoise", failing)
+        with pytest.raises(RuntimeError, match="in a capture"):
+            sampler([0])
+    eager = Sampler(model, make_scheduler(), execution="eager")
+    assert relative_error(sampler([0]), eager([0])) < 1e-5
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+# What starts no kernel: memory, and views of what is there.
+VIEWS = {
+    "new_empty",
+    "view",
+    "t",
+    "permute",
+    "split",
+    "expand",
+    "_unsafe_view",
+    "slice",
+    "select",
+    "unsqueeze",
+}
+
+
+class Nodes(TorchDispatchMode):
+    """Counts the kernels of what runs under it, one for each op that makes something."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
+    """What a capture holds for two images, counted on tensors without data, by op."""
+    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(dispatch, "gelu_rides", lambda *_: True)
+    B, rows = 2, 4 if guidance else 2
+    with torch.device("meta"), torch.no_grad():
+        predictor = HoistedDiT(fastdit.DiT.from_config(cfg), dtype, twin=True)
+        x = torch.empty(B, cfg.img_size**2, cfg.in_channels)
+        state = steps.State(x, torch.empty_like(x), torch.empty((), dtype=torch.int64))
+        width = (6 * cfg.n_layers + 2) * cfg.hidden
+        inputs = steps.Inputs(
+            torch.empty(rows, width, dtype=dtype),
+            None,
+            torch.empty(B, 2, dtype=torch.int64),
+            torch.empty(50, 10),
+        )
+        with Nodes() as nodes:
+            steps.advance_in_place(predictor, state, inputs, guidance)
+    return nodes.counts
+
+
+def test_a_captured_step_holds_few_nodes(monkeypatch):
+    """Of a layer: four products, attention, two passes, and an exact GELU of its own."""
+    xl = fastdit.PRESETS["DiT-XL/2"]
+    counts = nodes_of_a_step(monkeypatch, xl, torch.bfloat16, Guidance(4.0, channels=3))
+    assert counts.pop("_addmm_activation") == xl.n_layers
+    assert counts == {
+        "_to_copy": 1,  # twice the tokens, in the model's dtype
+        "addmm": 3 * xl.n_layers + 2,
+        "add": 1,  # positions
+        "layer_norm_modulate": 1,
+        "gated_residual_layer_norm_modulate": 2 * xl.n_layers,
+        "attention": xl.n_layers,
+        "sampler_update_out": 1,
+        "add_": 1,  # the step's number
+    }
+    toy = nodes_of_a_step(monkeypatch, fastdit.PRESETS["toy"], torch.float32, None)
+    assert toy.total() == 4 * (4 + 1 + 2 + 1) + 6
+
+
+def test_a_steps_conditioning_goes_straight_to_its_graph(graphs_without_cuda, monkeypatch):
+    """From a loop's second step on: rows are gathered into the tensor that the graph reads."""
+    gathered, rows_of = [], ModulationTables.rows
+
+    def watch(self, k, rows, out=None):
+        gathered.append(out is not None)
+        return rows_of(self, k, rows, out)
+
+    monkeypatch.setattr(ModulationTables, "rows", watch)
+    sampler = Sampler(make_model(), make_scheduler(), execution="graph")
+    sampler([1, 2, 3])
+    assert gathered == [False] + [True] * (STEPS - 1)
+    sampler([1, 2, 3])
+    assert all(gathered[STEPS:])

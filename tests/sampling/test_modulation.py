@@ -1,0 +1,162 @@
+"""Hoisted modulation: the model's own, for distinct rows only, under a bound of memory."""
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import DiTConfig
+from fastdit.sampling.modulation import ModulationTables
+from fastdit.testing import randomize, relative_error
+
+SMALL = dict(hidden=16, n_layers=2, n_heads=2)
+CONFIGS = {
+    "split": DiTConfig(**SMALL),
+    "split-null": DiTConfig(**SMALL, null_class=True),
+    "silu": DiTConfig(**SMALL, modulation_act="silu"),
+    "silu-null": DiTConfig(**SMALL, modulation_act="silu", null_class=True),
+    "unconditional": DiTConfig(**SMALL, use_class_cond=False),
+}
+TIMESTEPS = [900, 500, 499, 7, 0]
+WIDTH = (6 * 2 + 2) * 16
+
+
+def make(cfg, dtype=torch.float64):
+    model = fastdit.DiT.from_config(cfg)
+    randomize(model)
+    return model.to(dtype)
+
+
+def row_bytes(labels=1, dtype=torch.float64):
+    """Of a table, with the widest layer's product beside it."""
+    return labels * (WIDTH + 6 * 16) * dtype.itemsize
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("labels", [None, [3, 1, 3, 0]], ids=["no-labels", "labels"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_are_the_models_modulation(name, labels):
+    cfg = CONFIGS[name]
+    if labels and not cfg.use_class_cond:
+        labels = None
+    model = make(cfg)
+    tables = ModulationTables(model, TIMESTEPS, 2**20).serve(labels)
+    y = None if labels is None else torch.tensor(labels)
+    for k, t in enumerate(TIMESTEPS):
+        expected = model.modulation(torch.full((4,), t), y)
+        assert relative_error(tables.rows(k, 4), expected) < 1e-12
+        assert relative_error(tables.rows(k, 2), expected[:2]) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["split", "silu"])
+def test_a_forward_is_the_same_code_with_tables_of_one_step(name):
+    model = make(CONFIGS[name])
+    x, t, y = torch.randn(4, 3, 16, 16).double(), torch.full((4,), 7), torch.tensor([3, 1, 3, 0])
+    tokens = fastdit.reference.patchify(x, 4)
+    out = model.denoise(tokens, ModulationTables(model, [7], 2**20).serve(y.tolist()).rows(0, 4))
+    assert relative_error(fastdit.reference.unpatchify(out, 4), model(x, t, y)) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize(("name", "labels"), [("split", 3), ("silu", 3), ("silu-null", 1)])
+def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
+    """A bound for so many steps makes chunks of so many; the last one may be shorter."""
+    model, wanted = make(CONFIGS[name]), [3, 1, 3, 0] if labels == 3 else None
+    y = None if wanted is None else torch.tensor(wanted)
+    bound = row_bytes(labels) * steps
+    if name == "split":
+        bound = row_bytes(labels) + row_bytes() * steps
+    tables = ModulationTables(model, TIMESTEPS, bound).serve(wanted)
+    filled = []
+    chunk_from = tables._chunk_from
+    tables._chunk_from = lambda k: filled.append(k) or chunk_from(k)
+    for k, t in enumerate(TIMESTEPS):
+        expected = model.modulation(torch.full((4,), t), y)
+        assert relative_error(tables.rows(k, 4), expected) < 1e-12
+        assert 0 < tables.nbytes <= bound
+    assert filled == list(range(0, 5, steps))
+    assert relative_error(tables.rows(0, 4), model.modulation(torch.full((4,), 900), y)) < 1e-12
+
+
+def test_a_bound_below_one_step_is_an_error():
+    model = make(CONFIGS["silu"])
+    ModulationTables(model, TIMESTEPS, row_bytes(2)).serve([1, 2])
+    with pytest.raises(ValueError, match=r"table_bytes: one step of 2 distinct labels takes"):
+        ModulationTables(model, TIMESTEPS, row_bytes(2) - 1).serve([1, 2])
+    model = make(CONFIGS["split"])
+    with pytest.raises(ValueError, match=f"takes {row_bytes(3)} bytes, got 100"):
+        ModulationTables(model, TIMESTEPS, 100).serve([1, 2, 2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "rows"), [("split", [2, 1, 5]), ("silu", [10])])
+def test_only_distinct_rows_are_computed(name, rows):
+    """Five steps of six images with two labels: ten rows, or two, one of zeros, and five."""
+    model, seen = make(CONFIGS[name]), []
+    model.final_mod.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
+    tables = ModulationTables(model, TIMESTEPS, 2**20).serve([4, 9, 4, 4, 9, 9])
+    for k in range(5):
+        tables.rows(k, 6)
+    assert seen == rows
+    assert tables.nbytes == (7 if name == "split" else 10) * WIDTH * 8
+
+
+@torch.no_grad()
+def test_layers_that_are_more_than_a_matrix_keep_what_they_add():
+    """A low-rank update beside a layer, as adapters make it, counts in both tables."""
+
+    class LowRank(torch.nn.Linear):
+        def forward(self, c):
+            return super().forward(c) + c[..., :1]
+
+    model = make(CONFIGS["split"])
+    layer = LowRank(16, 32).double()
+    layer.load_state_dict(model.final_mod.state_dict())
+    model.final_mod = layer
+    y = torch.tensor([3, 1])
+    tables = ModulationTables(model, TIMESTEPS, 2**20).serve(y.tolist())
+    expected = model.modulation(torch.full((2,), 500), y)
+    assert relative_error(tables.rows(1, 2), expected) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bound", [2**20, row_bytes(4)], ids=["ample", "tight"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tables_that_stay_serve_any_batch(name, bound):
+    model, cfg = make(CONFIGS[name]), CONFIGS[name]
+
+    def linear(x, weight, bias):
+        out = torch.nn.functional.linear(x, weight, bias)
+        if len(weight) == WIDTH:
+            assert kept.nbytes + out.numel() * out.element_size() <= bound
+        return out
+
+    kept = ModulationTables(model, TIMESTEPS, bound, linear)
+    batches = [None, [3], [3, 1, 3], [0, 2], None, [9, 9, 9]] if cfg.use_class_cond else [None] * 2
+    for labels in batches:
+        rows = 3 if labels is None else len(labels)
+        y = None if labels is None else torch.tensor(labels)
+        kept.serve(labels)
+        for k, t in enumerate(TIMESTEPS):
+            expected = model.modulation(torch.full((rows,), t), y)
+            assert relative_error(kept.rows(k, rows), expected) < 1e-12
+            assert kept.nbytes <= bound
+        kept.release()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("classes", "seen"), [(3, [5, 3]), (9, [5, 1, 2])])
+def test_steps_and_few_labels_are_computed_once_for_all_batches(classes, seen):
+    """Five steps; the rows of labels that are no more than these are made together."""
+    model, rows = make(DiTConfig(**SMALL, num_classes=classes)), []
+
+    def linear(x, weight, bias):
+        if len(weight) == WIDTH:
+            rows.append(len(x))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    tables = ModulationTables(model, TIMESTEPS, 2**20, linear)
+    for labels in ([1], [2, 0], [0, 2, 2]):
+        tables.serve(labels).rows(0, len(labels))
+    assert sorted(rows) == sorted(seen)

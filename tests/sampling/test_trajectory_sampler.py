@@ -1,0 +1,350 @@
+"""A Sampler whose loop is one op: when it is taken, what it keeps, and that nothing else shows."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastdit
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, functional, reference
+from fastdit.ops import dispatch
+from fastdit.packed import PackedDiT
+from fastdit.sampling import executions, loop
+from fastdit.sampling.predictors import HoistedDiT
+from fastdit.testing import randomize, relative_error
+
+GUIDED = DiTConfig(
+    img_size=20,
+    in_channels=4,
+    hidden=48,
+    n_layers=2,
+    n_heads=3,
+    null_class=True,
+    modulation_act="silu",
+    gelu="tanh",
+    ln_eps=1e-6,
+    mlp_ln_eps=1e-4,
+    learn_sigma=True,
+)
+
+
+def make_model(cfg=None):
+    model = fastdit.DiT.from_config(cfg or DiTConfig())
+    randomize(model)
+    return model.requires_grad_(False)
+
+
+def test_all_200_steps_are_the_reference_loops():
+    batch = 3
+    model, scheduler = make_model(), DiffusionScheduler(200, schedule="cosine")
+    plain = reference.DiT.from_config(model.cfg)
+    plain.load_state_dict(model.state_dict())
+    z = torch.randn(201, batch, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    labels = torch.arange(batch) % 16
+    images = Sampler(model, scheduler, execution="trajectory")(labels, x_T=z[0], noise=z[1:])
+    loop = reference.sample(plain, scheduler, z[0], labels, z[1:])
+    exact = reference.sample(plain.double(), scheduler, z[0].double(), labels, z[1:].double())
+    assert relative_error(images, loop) < 1e-5
+    assert relative_error(images, exact) < 1e-5
+
+
+@pytest.mark.parametrize("cfg", [DiTConfig(), replace(GUIDED, hidden=96)], ids=["split", "silu"])
+def test_a_samplers_image_has_the_same_bits_beside_any_others(cfg):
+    """Its modulation too: tables of other labels, other numbers of threads, other bounds."""
+    before = torch.get_num_threads()
+    model, scheduler = make_model(cfg), DiffusionScheduler(7, schedule="cosine")
+    row = (6 * cfg.n_layers + 2) * cfg.hidden * 4
+    images = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for labels in ([3], [3, 0], [3, 0, 5], [3, *range(10)]):
+                for table_bytes in (2**30, 40 * row):
+                    sampler = Sampler(
+                        model, scheduler, execution="trajectory", table_bytes=table_bytes
+                    )
+                    images.append(sampler(labels, seeds=range(5, 5 + len(labels)))[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(image, images[0]) for image in images)
+
+
+def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
+    """Cut by the tables' memory, by an interval of guidance, by the length of a call."""
+    scheduler, calls = DiffusionScheduler(12, schedule="cosine"), []
+    real = functional.trajectory
+
+    def counted(*args, **options):
+        calls.append((args[5], len(args[4]), options["guidance"] is not None))
+        return real(*args, **options)
+
+    monkeypatch.setattr(functional, "trajectory", counted)
+    sampler = Sampler(make_model(), scheduler, execution="trajectory")
+    whole = sampler([3, 0, 5], seed=1)
+    assert calls == [(0, 12, False)]
+    row = (6 * 4 + 2) * 64 * 4
+    small = Sampler(sampler.model, scheduler, execution="trajectory", table_bytes=6 * row)
+    assert torch.equal(small([3, 0, 5], seed=1), whole) and len(calls) > 3
+    calls.clear()
+    monkeypatch.setattr(loop, "_CALL_FLOP", 5 * 3 * 6.8e6)
+    monkeypatch.setattr(loop, "_CALL_FLOP_PER_WEIGHT", 0)
+    assert torch.equal(sampler([3, 0, 5], seed=1, progress=True), whole)
+    assert [count for _, count, _ in calls] == [5, 5, 2]
+    calls.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(functional, "trajectory", counted)
+    guided = dict(guidance=Guidance(2.0, interval=(3, 8)))
+    model = make_model(GUIDED)
+    images = Sampler(model, scheduler, execution="trajectory", **guided)([1, 2])
+    assert calls == [(0, 4, False), (4, 5, True), (9, 3, False)]
+    assert (
+        relative_error(images, Sampler(model, scheduler, execution="eager", **guided)([1, 2]))
+        < 1e-5
+    )
+
+
+def test_on_cuda_only_guidance_cuts_a_loop():
+    """A call is asynchronous there: 200 steps of a thousand images are one launch."""
+    model = make_model(GUIDED).requires_grad_(False)
+    hoisted = HoistedDiT(model, torch.float32, twin=False)
+    run = loop.TrajectoryEngine(hoisted, torch.device("cpu"), torch.float32)
+    timesteps, part = list(range(200))[::-1], Guidance(2.0, interval=(50, 100))
+    needs = 2000, 200_000
+    assert run._run_length(timesteps, None, *needs) < 50
+    run.device = torch.device("cuda")
+    assert run._run_length(timesteps, None, *needs) == 200
+    assert run._run_length(timesteps, part, *needs) == 100
+    assert run._run_length(timesteps[100:], part, *needs) == 50
+
+
+def test_noise_that_is_brought_goes_to_the_device_in_pieces(monkeypatch):
+    """No more of it at once than the tables may take: here two steps of a batch of 64."""
+    taken, trajectory = [], functional.trajectory
+
+    def watch(*arguments, noise, **options):
+        taken.append(len(noise))
+        return trajectory(*arguments, noise=noise, **options)
+
+    monkeypatch.setattr(functional, "trajectory", watch)
+    model, scheduler = (
+        make_model(DiTConfig(hidden=16, n_layers=1, n_heads=1)),
+        DiffusionScheduler(5),
+    )
+    noise = torch.randn(5, 64, 3, 16, 16)
+    options = dict(execution="trajectory", table_bytes=2 * noise[0].nbytes + 1)
+    images = Sampler(model, scheduler, **options)([3] * 64, noise=noise)
+    assert taken == [2, 2, 1]
+    whole = Sampler(model, scheduler, execution="trajectory")([3] * 64, noise=noise)
+    assert torch.equal(images, whole) and taken[3:] == [5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hidden=516, n_layers=1), "takes a hidden size up to 512, got 516"),
+        (dict(img_size=68, n_layers=1), "takes up to 256 tokens, got 289"),
+    ],
+)
+def test_a_model_too_large_is_refused_by_name_and_sampled_otherwise(options, message):
+    model, scheduler = make_model(DiTConfig(**options)), DiffusionScheduler(2)
+    with pytest.raises(ValueError, match=f"execution: 'trajectory' {message}; use 'auto'"):
+        Sampler(model, scheduler, execution="trajectory")
+    assert Sampler(model, scheduler).execution_for() == "eager"
+
+
+def test_auto_reads_weights_alone_only_where_nothing_else_is_there():
+    def by_hook(model):
+        model.blocks[0].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+    def by_module(model):
+        model.blocks[0].mlp[1] = torch.nn.SiLU()
+
+    def by_attribute(model):
+        model.blocks[1].eps = 1e-2
+
+    def by_method(model):
+        denoise = model.denoise
+        model.denoise = lambda *args: 2 * denoise(*args)
+
+    scheduler = DiffusionScheduler(3, schedule="cosine")
+
+    def by_private_method(model):
+        run = model.blocks[0]._run
+        model.blocks[0]._run = lambda *args: run(*(2 * a for a in args))
+
+    def by_shape(model):
+        mlp = model.blocks[0].mlp
+        mlp[0].weight = torch.nn.Parameter(mlp[0].weight[:200])
+        mlp[0].bias = torch.nn.Parameter(mlp[0].bias[:200])
+        mlp[2].weight = torch.nn.Parameter(mlp[2].weight[:, :200])
+
+    def by_bias(model):
+        model.blocks[0].mlp[0].bias = None
+
+    changes = (by_hook, by_module, by_attribute, by_method, by_private_method, by_shape, by_bias)
+    for alter in changes:
+        model = make_model()
+        sampler = Sampler(model, scheduler)
+        named = Sampler(model, scheduler, execution="trajectory")
+        plain = sampler([1, 2])
+        assert sampler.execution_for() == "trajectory"
+        alter(model)
+        assert sampler.execution_for() == "eager"
+        assert relative_error(sampler([1, 2]), plain) > 1e-5
+        with pytest.raises(ValueError, match="'trajectory' reads a fastdit.DiT's weights alone"):
+            named([1, 2])
+
+
+def test_auto_is_float32_on_a_cpu_and_unwatched():
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler, seen = Sampler(model, scheduler), []
+    assert sampler.execution_for() == "trajectory"
+    assert sampler.execution_for(watched=True) == "eager"
+    images = sampler([1, 2], progress=lambda k, x0: seen.append(k))
+    assert seen == [0, 1, 2] and relative_error(sampler([1, 2]), images) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sampler.execution_for() == "eager"
+    assert Sampler(model.double(), scheduler).execution_for() == "eager"
+
+
+def test_a_trajectory_shows_no_x0_and_says_so():
+    sampler = Sampler(make_model(), DiffusionScheduler(3), execution="trajectory")
+    with pytest.raises(ValueError, match="progress: execution='trajectory' shows no x0"):
+        sampler([1], progress=lambda k, x0: None)
+    with torch.inference_mode():
+        inside = sampler([3, 1])
+    assert torch.equal(sampler([3, 1]), inside)
+
+
+def test_the_rule_of_auto_is_said_in_words():
+    assert executions.rule(DiTConfig()).endswith(
+        "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
+    )
+    assert "takes a hidden size up to 512, got 1152" in executions.rule(fastdit.PRESETS["DiT-XL/2"])
+
+
+def on_cuda(monkeypatch, major=9, minor=0):
+    """Have the choice see a GPU, of which it reads the properties alone."""
+    properties = SimpleNamespace(major=major, minor=minor, name="A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return torch.device("cuda", 0)
+
+
+def test_auto_on_cuda_takes_the_trajectory_only_where_it_was_measured_to_win(monkeypatch):
+    device, model = on_cuda(monkeypatch), make_model()
+    half = (device, torch.bfloat16, False)
+    assert executions.WINS == () and executions.automatic(model, *half) == "graph"
+    assert executions.rule(model.cfg).startswith("'graph' on CUDA, ")
+    monkeypatch.setattr(executions, "WINS", (executions.Win("sm_90", 16, 64, 4),))
+    assert executions.automatic(model, *half) == "trajectory"
+    assert executions.automatic(model, device, torch.float32, False) == "graph"
+    assert executions.automatic(model, device, torch.bfloat16, True) == "graph"
+    assert executions.rule(model.cfg).startswith(
+        "'graph' on CUDA, but 'trajectory' in 16 bits on sm_90, on a CPU"
+    )
+    for other in (dict(n_layers=5), dict(hidden=128), dict(patch_size=2)):
+        assert executions.automatic(make_model(DiTConfig(**other)), *half) == "graph"
+        assert executions.rule(DiTConfig(**other)).startswith("'graph' on CUDA, ")
+    model.blocks[0].register_forward_hook(lambda module, inputs, out: out)
+    assert executions.automatic(model, *half) == "graph"
+    on_cuda(monkeypatch, 8)
+    assert executions.automatic(make_model(), *half) == "graph"
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "majors", "message"),
+    [
+        (dict(hidden=128), torch.float32, (8, 9, 10), "takes a hidden size of 64 in float32, got"),
+        (
+            dict(img_size=32),
+            torch.float32,
+            (8, 9, 10),
+            "takes up to 16 features of a token where there are 64 tokens in float32, got 48",
+        ),
+        (
+            dict(img_size=32),
+            torch.bfloat16,
+            (8, 12),
+            "takes up to 16 features of a token where there are 64 tokens on A GPU, got 48",
+        ),
+        (dict(img_size=32, hidden=128), torch.float16, (8, 10, 12), "tokens on A GPU, got 48"),
+        (dict(img_size=32), torch.bfloat16, (9, 10), None),
+        (dict(patch_size=2, hidden=128), torch.bfloat16, (8, 9, 10, 12), None),
+        (dict(patch_size=2), torch.float32, (8, 9, 10, 12), None),
+        (dict(), torch.float32, (8, 9, 10, 12), None),
+    ],
+)
+def test_what_would_spill_on_a_gpu_is_refused_by_name(monkeypatch, options, dtype, majors, message):
+    pytest.importorskip("triton")
+    cfg = DiTConfig(**options)
+    for major in majors:
+        device = on_cuda(monkeypatch, major)
+        reason = dispatch.trajectory_obstacle("triton", cfg, device, dtype)
+        assert (reason is None) if message is None else (message in reason)
+
+
+@pytest.mark.parametrize("cfg", [DiTConfig(), GUIDED], ids=["split", "silu"])
+def test_what_is_kept_of_the_weights_follows_each_of_them(cfg):
+    """Though `p.data` passes by PyTorch's counters of changes."""
+    model, scheduler = make_model(cfg), DiffusionScheduler(3, schedule="cosine")
+    labels = [cfg.num_classes - 1, 0]
+    guided = dict(guidance=Guidance(2.0)) if cfg.null_class else {}
+    sampler = Sampler(model, scheduler, execution="trajectory", **guided)
+    first = sampler(labels)
+    for name, p in model.named_parameters():
+        last = p.data.view(-1)[-1].clone()
+        p.data.view(-1)[-1] += 0.5
+        fresh = Sampler(model, scheduler, execution="trajectory", **guided)
+        changed = sampler(labels)
+        assert torch.equal(changed, fresh(labels)) and not torch.equal(changed, first), name
+        p.data.view(-1)[-1] = float("nan")
+        with pytest.raises(ValueError, match=f"finite values, but {name} holds NaN"):
+            sampler(labels)
+        p.data.view(-1)[-1] = last
+    assert torch.equal(sampler(labels), first)
+
+
+def test_nothing_is_made_twice_of_weights_that_stay(monkeypatch):
+    made, of = [], PackedDiT.of
+    monkeypatch.setattr(PackedDiT, "of", lambda model: made.append(model) or of(model))
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler = Sampler(model, scheduler, execution="trajectory")
+    images = [sampler(labels, seeds=[5, 6]) for labels in ([1, 3], [2, 3], None)]
+    assert len(made) == 1
+    for labels, kept in zip(([1, 3], [2, 3], None), images, strict=True):
+        fresh = Sampler(model, scheduler, execution="trajectory")
+        assert torch.equal(fresh(labels, seeds=[5, 6]), kept)
+
+
+def test_what_is_kept_follows_the_config_and_the_steps():
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    sampler = Sampler(model, scheduler, execution="trajectory")
+    before = sampler([1, 2])
+    for change in (dict(t_freq_shift=1), dict(modulation_act="silu")):
+        model.cfg = replace(model.cfg, **change)
+        images = sampler([1, 2])
+        assert torch.equal(images, Sampler(model, scheduler, execution="trajectory")([1, 2]))
+        assert relative_error(images, before) > 1e-4
+        before = images
+    sampler.table.timesteps[0] -= 1
+    assert relative_error(sampler([1, 2]), before) > 1e-6
+
+
+def test_weights_that_came_and_went_in_a_call_that_failed_leave_nothing(monkeypatch):
+    """The model is in bfloat16, so that the loop has a copy of its own, and its tables are made
+    in parts, from that copy.
+    """
+    model, scheduler = make_model().bfloat16(), DiffusionScheduler(9, schedule="cosine")
+    row = (6 * 4 + 2) * 64 * 4
+    options = dict(dtype=torch.float32, execution="trajectory", table_bytes=6 * row)
+    sampler = Sampler(model, scheduler, **options)
+    weight = model.t_embed[0].weight.data
+    expected, before = sampler([1, 2]), weight.clone()
+    weight.mul_(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedDiT, "of", lambda model: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            sampler([1, 2])
+    weight.copy_(before)
+    assert torch.equal(sampler([1, 2]), expected)

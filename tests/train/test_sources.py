@@ -1,0 +1,153 @@
+"""What training draws from: the set's images, each once a pass, in an order that is the seed's."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastdit import DiTConfig
+from fastdit.data.shapes import coloured_shapes
+from fastdit.train.sources import Ahead, Latents, Order, Shapes, check_fits, check_same, open_source
+
+CPU = torch.device("cpu")
+
+
+def test_shapes_are_the_coloured_shapes():
+    source = Shapes(per_class=3, seed=5)
+    images, labels = coloured_shapes(3, 5)
+    rows = torch.tensor([40, 0, 7])
+    samples = source.take(rows)
+    assert torch.equal(samples.mean, images[rows]) and torch.equal(samples.labels, labels[rows])
+    assert samples.std is None and len(source) == 48
+
+
+def test_latents_are_the_shards_rows(latents):
+    folder, means, stds = latents
+    source = Latents(folder)
+    assert (len(source), source.sample_shape) == (10, (4, 8, 8))
+    assert source.label_names == ("cat", "dog", "eel")
+    mean, std, labels = source.take(torch.tensor([9, 0, 4]))
+    assert torch.equal(mean, torch.from_numpy(means[[9, 0, 4]]))
+    assert torch.equal(std, torch.from_numpy(stds[[9, 0, 4]]))
+    assert mean.is_contiguous() and std.is_contiguous(), "as pinned memory must be"
+    assert labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
+
+
+def test_a_source_is_made_again_from_its_identity(latents):
+    for source in (Shapes(2, 1), Latents(latents[0])):
+        identity = json.loads(json.dumps(source.identity))
+        again = open_source(identity)
+        rows = torch.arange(3)
+        assert torch.equal(again.take(rows).mean, source.take(rows).mean)
+        assert again.identity == source.identity
+
+
+def test_other_data_are_refused_and_a_moved_folder_is_not(latents, tmp_path):
+    folder = latents[0]
+    before = Latents(folder).identity
+    moved = folder.rename(tmp_path / "moved")
+    check_same(Latents(moved).identity, before)
+    with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found none"):
+        open_source(before)
+    plan = json.loads((moved / "plan.json").read_text())
+    (moved / "plan.json").write_text(json.dumps(plan | {"labels": [0] * 10}))
+    with pytest.raises(ValueError, match="data: the run was started on"):
+        check_same(Latents(moved).identity, before)
+    with pytest.raises(ValueError, match="expected the identity of shapes or latents, got"):
+        open_source({"kind": "movies"})
+
+
+@pytest.mark.parametrize("batch", [1, 7, 10, 25])
+def test_every_pass_shows_every_image_once_in_another_order(batch):
+    order = Order(10, seed=3)
+    stream = torch.cat([order.rows(first, batch) for first in range(0, 50, batch)])[:50]
+    passes = stream.view(5, 10)
+    assert torch.equal(passes.sort(dim=1).values, torch.arange(10).expand(5, 10))
+    assert len(passes.unique(dim=0)) == 5
+    assert torch.equal(stream, Order(10, seed=3).rows(0, 50)), "the same whatever the batch"
+    assert not torch.equal(stream, Order(10, seed=4).rows(0, 50))
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_samples_taken_ahead_are_those_asked_for(latents, in_background):
+    source = Latents(latents[0])
+    ahead, order = Ahead(source, CPU, in_background), Order(10, 0)
+    asked = [order.rows(4 * i, 4) for i in range(5)]
+    for now, after in zip(asked, [*asked[1:], None], strict=True):
+        samples, expected = ahead.take(now, after), source.take(now)
+        assert all(torch.equal(a, b) for a, b in zip(samples, expected, strict=True))
+    other = ahead.take(asked[3], asked[0])  # not what was foreseen
+    assert torch.equal(other.mean, source.take(asked[3]).mean)
+
+
+def test_an_error_while_reading_ahead_is_raised_where_it_is_needed(latents):
+    folder = latents[0]
+    ahead = Ahead(Latents(folder), CPU, in_background=True)
+    (folder / "00000002.npy").write_bytes(b"torn")
+    ahead.take(torch.tensor([0]), torch.tensor([9]))
+    with pytest.raises(ValueError, match="00000002.npy: it is damaged"):
+        ahead.take(torch.tensor([9]), None)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DiTConfig(img_size=32), "the data are 3 x 16 x 16, expected in_channels=3, img_size=16"),
+        (DiTConfig(num_classes=10), "the data have 16 classes, got num_classes=10"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(config, message):
+    with pytest.raises(ValueError) as error:
+        check_fits(config, Shapes(1))
+    assert message in str(error.value)
+
+
+def change(folder, i, make):
+    path = folder / f"{i:08d}.npy"
+    shard = np.load(path)
+    np.save(path, make(shard))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: s[:1], "expected float32 of shape [4, 8, 8, 8], got float32 of [1, 8, 8, 8]"),
+        (lambda s: s.astype(np.float16), "expected float32 of shape [4, 8, 8, 8], got float16"),
+        (
+            lambda s: s[..., :4],
+            "expected float32 of shape [4, 8, 8, 8], got float32 of [4, 8, 8, 4]",
+        ),
+        (lambda s: np.where(s == s[1, 0, 0, 0], np.nan, s), "the latent of image 5 is not finite"),
+    ],
+)
+def test_damaged_latents_are_one_clear_error(latents, make, message):
+    change(latents[0], 1, make)
+    with pytest.raises(ValueError) as error:
+        Latents(latents[0]).take(torch.tensor([0, 5]))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [[0] * 9, [0] * 9 + [3], [-1] + [0] * 9])
+def test_labels_are_of_the_classes(latents, labels):
+    plan = json.loads((latents[0] / "plan.json").read_text())
+    (latents[0] / "plan.json").write_text(json.dumps(plan | {"labels": labels}))
+    with pytest.raises(ValueError, match="expected 10 labels of its classes"):
+        Latents(latents[0])
+
+
+def test_images_that_are_not_square_are_refused():
+    source = Shapes(1)
+    source.sample_shape = (3, 16, 8)
+    with pytest.raises(ValueError, match="data: expected square images, got 16 x 8"):
+        check_fits(DiTConfig(), source)
+
+
+def test_a_model_without_classes_takes_any():
+    check_fits(DiTConfig(use_class_cond=False), Shapes(1))
+
+
+@pytest.mark.parametrize("per_class", [0, -1, 2.0, True])
+def test_shapes_need_a_number(per_class):
+    with pytest.raises(ValueError, match="per_class: expected a positive integer"):
+        Shapes(per_class)
