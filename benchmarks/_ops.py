@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastdit import functional, reference
-from fastdit.solvers import Guidance
+from fastdit.update import Guidance
 
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention", "sampler_update")
 PLAIN_LN, GATED_LN, ATTENTION, UPDATE = OPS

@@ -11,7 +11,7 @@ from fastdit.config import PRESETS, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.model import DiT
 from fastdit.sampling import Sampler
-from fastdit.solvers import Guidance
+from fastdit.update import Guidance
 
 __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/_moved")

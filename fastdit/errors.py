@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError:
@@ -61,3 +65,16 @@ def from_options(cls: type[T], options: Any, complete: bool = False) -> T:
         if name not in known:
             raise unknown_name(f"{cls.__name__} option", name, known)
     return cls(**options)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn where the user's code called the package, however deep the call is by now."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_internal(frame.f_globals):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_internal(namespace: Mapping[str, Any]) -> bool:
+    """Whether a frame is fastdit's, or PyTorch's, whose decorators stand between its calls."""
+    return str(namespace.get("__name__", "")).startswith(("fastdit.", "torch."))

@@ -18,12 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import noise as noise_of
-from fastdit import ops, reference
-from fastdit.ops import checks, dispatch, registration
-from fastdit.packed import PackedDiT
-from fastdit.solvers import Guidance
+from fastdit import reference
+from fastdit.ops import checks, definitions, registration
+from fastdit.ops.dispatch import choose, fuses_gelu
+from fastdit.ops.trajectory import Modulation, PackedDiT, kernel_shape, plain_trajectory
+from fastdit.update import Guidance
 
-_MAX_HEAD_DIM = 128
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """Cut images into tokens: [B, C, h*p, w*p] -> [B, h*w, p*p*C], the channel fastest."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, C]
+    return x.reshape(B, (H // p) * (W // p), p * p * C)
+
+
+def unpatchify(x: Tensor, p: int) -> Tensor:
+    """Join the tokens of square images: [B, N, p*p*C] -> [B, C, H, W]; inverts `patchify`."""
+    B, N, F_ = x.shape
+    h = int(N**0.5)
+    C = F_ // (p * p)
+    x = x.view(B, h, h, p, p, C).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return x.reshape(B, C, h * p, h * p)
 
 
 def layer_norm_modulate(
@@ -48,9 +63,9 @@ def layer_norm_modulate(
     """
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
-    chosen = dispatch.of_layer_norm(backend, x, scale, shift)
+    chosen = choose("layer_norm_modulate", backend, x, scale, shift)
     if chosen != "reference":
-        return registration.call(ops.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
+        return registration.call(definitions.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
     if x.dtype == torch.float64:
         return reference.layer_norm_modulate(x, scale, shift, eps)
     return _layer_norm_modulate(x, scale, shift, eps)
@@ -90,10 +105,10 @@ def gated_residual_layer_norm_modulate(
         raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     checks.check_device(x, y=y)
-    chosen = dispatch.of_layer_norm(backend, x, y, gate, scale, shift)
+    chosen = choose("gated_residual_layer_norm_modulate", backend, x, y, gate, scale, shift)
     if chosen != "reference":
         residual, modulated, _, _ = registration.call(
-            ops.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
+            definitions.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
         )
         return residual, modulated
     if x.dtype == torch.float64:
@@ -131,21 +146,14 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
             f"qkv: expected a last dimension divisible by 3 * n_heads = {3 * n_heads}, got {D3}"
         )
     d = D3 // (3 * n_heads)
-    if d > _MAX_HEAD_DIM:
-        if backend == "triton":
-            raise ValueError(
-                f"qkv: backend 'triton' takes head dims up to {_MAX_HEAD_DIM}, got {d}; "
-                "use backend='reference'"
-            )
-        backend = "reference"
-    triton = dispatch.runs_triton(backend, qkv)
+    chosen = choose("attention", backend, qkv, d)
     kind = qkv.device.type  # "meta" has no autocast
     if qkv.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         qkv = qkv.to(torch.get_autocast_dtype(kind))
     if N == 1 and qkv.dtype != torch.float64:
         return qkv[..., 2 * d * n_heads :].clone()
-    if triton:
-        return registration.call(ops.attention, qkv, n_heads)[0]
+    if chosen == "triton":
+        return registration.call(definitions.attention, qkv, n_heads)[0]
     if qkv.dtype == torch.float64:
         return reference.attention(qkv, n_heads)
     q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
@@ -169,7 +177,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
     Source: Hendrycks & Gimpel 2016, section 2.
     """
-    if bias is not None and approximate == "tanh" and dispatch.gelu_rides(x, weight, bias):
+    if bias is not None and approximate == "tanh" and fuses_gelu(x, weight, bias):
         rows = x.reshape(-1, x.shape[-1])
         rows = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], len(weight))
@@ -190,7 +198,7 @@ def sampler_update(
 ) -> tuple[Tensor, Tensor]:
     """Guidance, one solver step and its noise; any solver that is linear in x, eps and x0.
 
-    With c the row `step` of the coefficients, whose columns `reference.COEFFICIENTS` names:
+    With c the row `step` of the coefficients, whose columns `fastdit.update.Coefficients` names:
 
         x0 = clamp(c.x0_x * x + c.x0_eps * eps, -c.x0_limit, c.x0_limit)
         x_next = c.x * x + c.eps * eps + c.x0 * x0 + c.x0_prev * x0_prev + sigma * z
@@ -234,13 +242,13 @@ def sampler_update(
     checks.check_seeds(x, seeds, noise)
     tensors = [t for t in (x, model_out, x0_prev, noise) if t is not None]
     checks.check_out(out, x, tensors)
-    chosen = dispatch.of_update(backend, *tensors)
+    chosen = choose("sampler_update", backend, *tensors)
     if chosen != "reference":
         scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
         given = (x, model_out, coefficients, step, x0_prev, seeds, noise, scale, channels, chosen)
         if out is None:
-            return registration.call(ops.sampler_update, *given)
-        ops.sampler_update_out(*given, *out)
+            return registration.call(definitions.sampler_update, *given)
+        definitions.sampler_update_out(*given, *out)
         if not torch.compiler.is_compiling():  # which an op of ours does not do of itself
             torch.autograd.graph.increment_version(out)
         return out
@@ -272,8 +280,8 @@ def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = No
     Source: Salmon et al. 2011 (Philox4x32-10); Box & Muller 1958.
     """
     checks.check_noise(seeds, steps, elements)
-    if dispatch.of_noise(backend, seeds) == "cpp":
-        return ops.normal(seeds, steps, elements)
+    if choose("normal", backend, seeds) == "cpp":
+        return definitions.normal(seeds, steps, elements)
     return noise_of.normal(seeds, steps, elements)
 
 
@@ -281,7 +289,7 @@ def trajectory(
     x: Tensor,
     x0: Tensor,
     packed: PackedDiT,
-    modulation: reference.Modulation,
+    modulation: Modulation,
     coefficients: Tensor,
     first: int = 0,
     seeds: Tensor | None = None,
@@ -321,15 +329,26 @@ def trajectory(
     Source: Peebles & Xie 2023, section 3.2; Ho et al. 2020, algorithm 2.
     """
     checks.check_trajectory(x, x0, packed, modulation, coefficients, seeds, noise, guidance)
-    chosen = dispatch.of_trajectory(backend, x, packed)
+    dtype = x.dtype if x.dtype == torch.float64 else packed.weights.dtype
+    chosen = choose("trajectory", backend, packed.cfg, x.device, dtype)
     if chosen == "reference":
-        return reference.trajectory(
+        return plain_trajectory(
             x, x0, packed, modulation, coefficients, first, seeds, noise, guidance
         )
-    scale, channels = (guidance.scale, guidance.channels) if guidance else (None, None)
-    return ops.trajectory(
-        *(x, x0, packed.weights, *modulation, coefficients, first, seeds, noise),
-        *(scale, channels, *dispatch.sizes_of(packed.cfg), chosen),
+    by_step, by_label, rows = modulation
+    sizes, eps = kernel_shape(packed.cfg)
+    return definitions.trajectory(
+        x=x,
+        x0=x0,
+        weights=packed.weights,
+        modulation=[by_step, rows] if by_label is None else [by_step, rows, by_label],
+        coefficients=coefficients,
+        first=first,
+        seeds=seeds,
+        noise=noise,
+        guidance=[guidance.scale, guidance.channels or packed.cfg.in_channels] if guidance else [],
+        shape=[*sizes, *eps],
+        backend=chosen,
     )
 
 

@@ -1,24 +1,62 @@
-"""`fastdit.DiT`: the reference's parameters, with a forward made of fused passes."""
+"""`fastdit.DiT`: the model, with a forward made of fused passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdit import functional, reference
-from fastdit.config import DiTConfig
+from fastdit import functional
+from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
+from fastdit.diffusion import timestep_embedding
+from fastdit.errors import unknown_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_INIT_STD = 0.02  # of embeddings and learned positions
+_LATENT_SCALE = 8  # pixels along a side of one cell of a published model's latents
 
 
-class MLP(nn.Sequential):
-    """Linear, GELU, Linear; at inference on CUDA a tanh GELU rides in the first product."""
+class PatchEmbed(nn.Module):
+    """A linear embedding of patches; its weight is that of a convolution, as it is published."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        p = cfg.patch_size
+        self.proj = nn.Conv2d(cfg.in_channels, cfg.hidden, kernel_size=p, stride=p)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, N, p*p*C], as `functional.patchify` lays them out -> [B, N, D]."""
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p*p*C]
+        return F.linear(tokens, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention with one linear for queries, keys and values."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.qkv = nn.Linear(cfg.hidden, 3 * cfg.hidden)
+        self.proj = nn.Linear(cfg.hidden, cfg.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
-        # A compiler fuses more where it sees plain ops; a slice of an MLP is one too.
+        return self.proj(functional.attention(self.qkv(x), self.n_heads))
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear; at inference on CUDA a tanh GELU is fused into the first product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        # A compiler fuses more where it sees plain ops. A slice of an MLP is an MLP too.
         if torch.compiler.is_compiling() or len(self) != 3:
             return super().forward(x)
         up, gelu, down = self
@@ -27,30 +65,42 @@ class MLP(nn.Sequential):
         return super().forward(x)
 
 
-class Block(reference.Block):
-    """A block as it lies between two fused passes.
+class Block(nn.Module):
+    """An adaLN-Zero block, cut so that every residual sum is one pass with the next LayerNorm.
 
-    Each residual sum is one pass with the LayerNorm that follows it, so that a block begins with
-    its first LayerNorm done, and ends with the next block's.
+    A block begins after its first LayerNorm and ends after the first LayerNorm of the next block.
 
     Attributes:
-        checkpointing: under gradient keep a block's inputs alone, and compute all else once more
-            in the backward.
+        checkpointing: keep only a block's inputs for the backward pass, which computes the rest
+            once more.
+
+    Source: Peebles & Xie 2023, figure 3.
     """
 
     checkpointing = False
 
     def __init__(self, cfg: DiTConfig) -> None:
-        super().__init__(cfg)
-        self.mlp = MLP(*self.mlp)
+        super().__init__()
+        D = cfg.hidden
+        self.eps, self.mlp_eps = cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps
+        self.attn = Attention(cfg)
+        gelu = nn.GELU(approximate="tanh" if cfg.gelu == "tanh" else "none")
+        self.mlp = MLP(nn.Linear(D, MLP_RATIO * D), gelu, nn.Linear(MLP_RATIO * D, D))
+        self.adaLN_modulation = nn.Linear(D, 6 * D)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, residual: Tensor, h: Tensor, modulation: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """residual and h, its modulated LayerNorm, [B, N, D] each -> the next block's.
+        """Run the block.
 
-        modulation is six of [B, D]: gate1, scale2, shift2 and gate2, then the scale and shift that
-        open the next block, or the final layer.
+        Args:
+            residual: [B, N, D], the residual stream.
+            h: [B, N, D], its modulated LayerNorm.
+            modulation: six of [B, D]: gate1, scale2, shift2 and gate2 of this block, then the
+                scale and shift that open the next block or the final layer.
+
+        Returns:
+            (residual, h) for the next block, [B, N, D] each.
         """
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(
@@ -60,42 +110,164 @@ class Block(reference.Block):
 
     def _run(self, residual: Tensor, h: Tensor, *modulation: Tensor) -> tuple[Tensor, Tensor]:
         gate1, scale2, shift2, gate2, next_scale, next_shift = modulation
-        h = functional.attention(self.attn.qkv(h), self.attn.n_heads)
         residual, h = functional.gated_residual_layer_norm_modulate(
-            residual, self.attn.proj(h), gate1, scale2, shift2, self.mlp_eps
+            residual, self.attn(h), gate1, scale2, shift2, self.mlp_eps
         )
         return functional.gated_residual_layer_norm_modulate(
             residual, self.mlp(h), gate2, next_scale, next_shift, self.eps
         )
 
 
-class DiT(reference.DiT):
-    """Diffusion Transformer with adaLN-Zero conditioning.
+class DiT(nn.Module):
+    """Diffusion Transformer with adaLN-Zero conditioning (Peebles & Xie 2023).
 
-    A drop-in for the plain model: same constructor, state dict and numbers. A forward is
-    `denoise(patchify(x), modulation(t, y))`: what depends on (t, y) alone stands apart, so that a
-    sampler can compute it outside its loop, and every residual sum is fused with the LayerNorm
-    that follows it, across the border between blocks too.
+    A forward is `denoise(patchify(x), modulation(t, y))`. What depends on (t, y) alone stands
+    apart, so that a sampler can compute it before its loop.
 
         model = DiT(img_size=16, patch_size=4, hidden=64, n_layers=4, n_heads=4)
         eps = model(x, t, y)  # x [B, C, H, W], t [B], y [B] or None
     """
 
-    block_type = Block
-    blocks: list[Block]  # type: ignore[assignment]
+    blocks: list[Block]  # an nn.ModuleList
+
+    def __init__(
+        self,
+        img_size: int = 16,
+        patch_size: int = 4,
+        in_channels: int = 3,
+        hidden: int = 64,
+        n_layers: int = 4,
+        n_heads: int = 4,
+        num_classes: int = 16,
+        use_class_cond: bool = True,
+        **options: Any,
+    ) -> None:
+        """Build a model with fresh weights; it returns zeros until it is trained.
+
+        Args and `options` are the fields of `DiTConfig`, which documents them.
+
+        Raises:
+            ValueError: an option is unknown, out of range, or contradicts another.
+        """
+        super().__init__()
+        self.cfg = cfg = DiTConfig.from_dict(
+            dict(
+                img_size=img_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                hidden=hidden,
+                n_layers=n_layers,
+                n_heads=n_heads,
+                num_classes=num_classes,
+                use_class_cond=use_class_cond,
+                **options,
+            )
+        )
+        D = cfg.hidden
+        self.patch_embed = PatchEmbed(cfg)
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, cfg.n_tokens, D), requires_grad=cfg.pos_embed == "learned"
+        )
+        act = nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU()
+        self.t_embed = nn.Sequential(nn.Linear(cfg.t_embed_width or D, D), act, nn.Linear(D, D))
+        if cfg.use_class_cond:
+            self.y_embed = nn.Embedding(cfg.class_rows, D)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))  # type: ignore[assignment]
+        self.final_mod = nn.Linear(D, 2 * D)
+        self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
+        self._init_weights()
+
+    @classmethod
+    def from_config(cls, cfg: DiTConfig) -> Self:
+        """Build a model of a config with fresh weights."""
+        return cls(**cfg.to_dict())
+
+    @classmethod
+    def from_preset(cls, name: str, image_size: int | None = None) -> Self:
+        """Build a model of a published size with fresh weights.
+
+        Args:
+            name: a key of `fastdit.PRESETS`, such as "DiT-XL/2".
+            image_size: side of the images in pixels; None is 256. A published model works on
+                their latents, an eighth of that size, and "toy" on the pixels themselves.
+
+        Raises:
+            ValueError: the name is unknown, or the size is not a multiple of what it must be.
+        """
+        if name not in PRESETS:
+            raise unknown_name("name", name, PRESETS)
+        cfg = PRESETS[name]
+        if image_size is not None:
+            scale = 1 if name == "toy" else _LATENT_SCALE
+            if image_size < 1 or image_size % (scale * cfg.patch_size):
+                raise ValueError(
+                    f"image_size: expected a multiple of {scale * cfg.patch_size}, got {image_size}"
+                )
+            cfg = replace(cfg, img_size=image_size // scale)
+        return cls.from_config(cfg)
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Draw the published model's weights where the config asks for it; zero adaLN's layers."""
+        cfg = self.cfg
+        if cfg.init == "xavier":
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    nn.init.xavier_uniform_(module.weight.flatten(1))
+                    _zero_(module.bias)
+            for layer in self.t_embed:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=_INIT_STD)
+            if cfg.use_class_cond:
+                nn.init.normal_(self.y_embed.weight, std=_INIT_STD)
+        if cfg.pos_embed == "sincos":
+            self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
+        else:
+            nn.init.normal_(self.pos_embed, std=_INIT_STD)
+        for layer in (*self.modulation_layers(), self.final_linear):
+            _zero_(layer.weight, layer.bias)
+
+    def modulation_layers(self) -> list[nn.Linear]:
+        """Return the linears that make modulation: one a block, [D, 6D], and the final [D, 2D]."""
+        return [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
+
+    def time_embedding(self, t: Tensor) -> Tensor:
+        """Return what the timestep's MLP `t_embed` is applied to: t [B] -> [B, t_embed_width]."""
+        first = self.t_embed[0]
+        assert isinstance(first, nn.Linear)
+        embedding = timestep_embedding(t, first.in_features, freq_shift=self.cfg.t_freq_shift)
+        return embedding.to(first.weight.dtype)
+
+    def label_conditioning(self, y: Tensor | None) -> Tensor | None:
+        """Return the label's part of the conditioning.
+
+        Args:
+            y: [B] int64 labels, or None.
+
+        Returns:
+            [B, D]; without labels the null class's row [D], or None where there is no such row.
+        """
+        if y is not None:
+            return self.y_embed(y)
+        return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
+
+    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """Return the vector that every modulation is made from: t [B], y [B] or None -> [B, D]."""
+        c, of_label = self.t_embed(self.time_embedding(t)), self.label_conditioning(y)
+        if of_label is not None:
+            c = c + of_label
+        return F.silu(c) if self.cfg.modulation_act == "silu" else c
 
     def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
-        """Of conditioning c [R, D], layer by layer: [R, 6D] for each block, [R, 2D] for the last.
+        """Yield the modulation of conditioning c [R, D]: [R, 6D] for each block, then [R, 2D].
 
-        A layer is asked for its own when its turn comes, so that a caller can make do with the
-        memory of one.
+        A layer is called when its turn comes, so that a caller needs the memory of one only.
         """
-        for block in self.blocks:
-            yield block.adaLN_modulation(c)
-        yield self.final_mod(c)
+        for layer in self.modulation_layers():
+            yield layer(c)
 
     def modulation(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """All that the conditioning contributes to a forward.
+        """Return all that the conditioning contributes to a forward.
 
         Args:
             t: [B] timesteps.
@@ -111,15 +283,13 @@ class DiT(reference.DiT):
         """Predict the noise of patch tokens.
 
         Args:
-            tokens: [B, N, p*p*C], as `reference.patchify` lays them out.
+            tokens: [B, N, p*p*C], as `functional.patchify` lays them out.
             modulation: [B, (6 n_layers + 2) D], as `modulation` returns it.
 
         Returns:
             [B, N, p*p*C_out].
         """
-        patch = self.patch_embed.proj
-        weight = patch.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p*p*C], as the tokens lie
-        residual = F.linear(tokens, weight, patch.bias) + self.pos_embed  # [B, N, D]
+        residual = self.patch_embed(tokens) + self.pos_embed  # [B, N, D]
         parts = modulation.split(self.cfg.hidden, dim=-1)  # each [B, D]
         h = functional.layer_norm_modulate(residual, parts[0], parts[1], self.cfg.ln_eps)
         for i, block in enumerate(self.blocks):
@@ -140,25 +310,68 @@ class DiT(reference.DiT):
         Raises:
             ValueError: a shape is wrong, or y is given to a model without class conditioning.
         """
-        self.check_inputs(x, t, y)
+        self._check_inputs(x, t, y)
         p = self.cfg.patch_size
-        tokens = self.denoise(reference.patchify(x, p), self.modulation(t, y))
-        return reference.unpatchify(tokens, p)
+        tokens = self.denoise(functional.patchify(x, p), self.modulation(t, y))
+        return functional.unpatchify(tokens, p)
+
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+        """Check shapes only: reading values would cost a device sync, and would not trace."""
+        B = x.shape[0] if x.dim() else 0
+        C, H, W = self.cfg.sample_shape
+        if x.shape != (B, C, H, W):
+            raise ValueError(f"x: expected shape [B, {C}, {H}, {W}], got {list(x.shape)}")
+        if list(t.shape) != [B]:
+            raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
+        if y is None:
+            return
+        if not self.cfg.use_class_cond:
+            raise ValueError("y: expected None, since the model has use_class_cond=False")
+        if list(y.shape) != [B]:
+            raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
 
 
-def _hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of them does more than its forward."""
-    anywhere = nn.modules.module
-    if anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks:
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
+    """Return fixed two-dimensional positions, [1, grid*grid, hidden] float64.
+
+    The first half of the channels encodes the column, the second half the row, each as
+    `[sin | cos]` of `position / 10000^(i / (hidden / 4))`.
+
+    Source: `get_2d_sincos_pos_embed` in the code of MAE (He et al. 2022) and of DiT.
+    """
+    omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, D/2]
+    column = axis[None].expand(grid, -1, -1)
+    row = axis[:, None].expand(-1, grid, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, hidden)
+
+
+def config_of(model: nn.Module) -> DiTConfig | None:
+    """Return the config of a DiT, fastdit's or one with its parameters; None for other models."""
+    cfg = getattr(model, "cfg", None)
+    return cfg if isinstance(cfg, DiTConfig) else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's or a data-parallel wrapper."""
+    """Return the model inside torch.compile's or a data-parallel wrapper."""
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return unwrap(model.module)
     # By name: importing the class would import torch._dynamo, a second of start-up.
     if type(model).__name__ == "OptimizedModule":
         return unwrap(model.get_submodule("_orig_mod"))
     return model
+
+
+def _zero_(*parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.zeros_(parameter)
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    """Return whether calling one of the modules does more than its forward."""
+    anywhere = nn.modules.module
+    if anywhere._global_forward_hooks or anywhere._global_forward_pre_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)

@@ -1,7 +1,10 @@
-"""The oracle: DiT and its ops in plain PyTorch, in any float dtype up to float64, nothing fused.
+"""The oracle: DiT and its sampling loop in plain PyTorch, in any float dtype up to float64.
 
-Every fast path in fastdit is tested against this file. It is written to be read beside the
-paper (Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023), not to be fast.
+Every fast path in fastdit is tested against this file. It is written to be read beside the paper
+(Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023), in its order, and not to be
+fast. `fastdit.DiT` takes nothing from the model below: a mistake in one of them is seen in the
+other. The names of the parameters and the order in which they are drawn are the same, so that a
+state dict or a seed serves both.
 
 Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C channels.
 """
@@ -9,37 +12,41 @@ Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
+from fastdit.config import MLP_RATIO, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
-from fastdit.errors import unknown_name
 from fastdit.noise import normal
-from fastdit.packed import PackedDiT
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from fastdit.update import Coefficients, Guidance
 
 
-def patchify(x: Tensor, p: int) -> Tensor:
-    """[B, C, h*p, w*p] images -> [B, h*w, p*p*C] tokens, the channel fastest."""
-    B, C, H, W = x.shape
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, p, C]
-    return x.reshape(B, (H // p) * (W // p), p * p * C)
+class PatchEmbed(nn.Module):
+    """Section 3.2, "Patchify": a linear embedding of p x p patches."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        p = cfg.patch_size
+        self.proj = nn.Conv2d(cfg.in_channels, cfg.hidden, kernel_size=p, stride=p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D]
 
 
-def unpatchify(x: Tensor, p: int) -> Tensor:
-    """[B, N, p*p*C] tokens of a square image -> [B, C, H, W]; the inverse of patchify."""
-    B, N, F_ = x.shape
-    h = int(N**0.5)
-    C = F_ // (p * p)
-    x = x.view(B, h, h, p, p, C).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
-    return x.reshape(B, C, h * p, h * p)
+def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
+    """Fixed two-dimensional positions: [1, grid*grid, hidden] float64.
+
+    The first half of the channels encodes the column, the second half the row, each as
+    `[sin | cos]` of `position / 10000^(i / (hidden / 4))` (`pos_embed` of MAE's and DiT's code).
+    """
+    omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
+    row, column = torch.meshgrid(*[torch.arange(grid).double()] * 2, indexing="ij")
+    angles = [position.flatten()[:, None] * omega for position in (column, row)]
+    parts = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
+    return torch.cat(parts, dim=1)[None]
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -57,7 +64,7 @@ def gated_residual_layer_norm_modulate(
 
 
 def attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Softmax attention without mask on packed qkv [B, N, 3D] -> [B, N, D]."""
+    """Softmax attention without a mask on packed qkv [B, N, 3D] -> [B, N, D]."""
     B, N, D3 = qkv.shape
     d = D3 // (3 * n_heads)
     q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
@@ -65,34 +72,116 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
     return (weights @ v).transpose(1, 2).reshape(B, N, D3 // 3)
 
 
-class Coefficients(NamedTuple):
-    """One step of a solver as `sampler_update` takes it: its columns, in order."""
+class Attention(nn.Module):
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.qkv = nn.Linear(cfg.hidden, 3 * cfg.hidden)
+        self.proj = nn.Linear(cfg.hidden, cfg.hidden)
 
-    x0_x: Tensor  # x0 = clamp(x0_x * x + x0_eps * eps, -x0_limit, x0_limit)
-    x0_eps: Tensor
-    x0_limit: Tensor  # inf: no clipping
-    x: Tensor  # x_next = x * x + eps * eps + x0 * x0 + x0_prev * x0_prev + sigma * z
-    eps: Tensor
-    x0: Tensor
-    x0_prev: Tensor
-    sigma: Tensor  # 0: nothing is added for z, and the next two are not used
-    log_sigma_low: Tensor  # learned range: sigma where v = -1
-    log_sigma_high: Tensor  # and where v = 1
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(attention(self.qkv(x), self.n_heads))  # [B, N, D]
 
 
-COEFFICIENTS = Coefficients._fields
+class Block(nn.Module):
+    """Section 3.2, "adaLN-Zero block" (figure 3)."""
+
+    def __init__(self, cfg: DiTConfig) -> None:
+        super().__init__()
+        D = cfg.hidden
+        self.eps, self.mlp_eps = cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps
+        self.attn = Attention(cfg)
+        self.mlp = nn.Sequential(
+            nn.Linear(D, MLP_RATIO * D),
+            nn.GELU(approximate="tanh" if cfg.gelu == "tanh" else "none"),
+            nn.Linear(MLP_RATIO * D, D),
+        )
+        self.adaLN_modulation = nn.Linear(D, 6 * D)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(c)  # [B, 6D]
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attn(layer_norm_modulate(x, scale1, shift1, self.eps))
+        x = x + gate2[:, None] * self.mlp(layer_norm_modulate(x, scale2, shift2, self.mlp_eps))
+        return x
 
 
-class _Guidance(Protocol):
-    """`fastdit.solvers.Guidance`, which this file may not import."""
+class DiT(nn.Module):
+    """The plain model; its arguments are the fields of `DiTConfig`."""
 
-    @property
-    def scale(self) -> float: ...
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.cfg = cfg = DiTConfig(**options)
+        D = cfg.hidden
+        self.patch_embed = PatchEmbed(cfg)
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, cfg.n_tokens, D), requires_grad=cfg.pos_embed == "learned"
+        )
+        self.t_embed = nn.Sequential(
+            nn.Linear(cfg.t_embed_width or D, D),
+            nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU(),
+            nn.Linear(D, D),
+        )
+        if cfg.use_class_cond:
+            self.y_embed = nn.Embedding(cfg.class_rows, D)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.final_mod = nn.Linear(D, 2 * D)
+        self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
+        self._init_weights()
 
-    @property
-    def channels(self) -> int | None: ...
+    @classmethod
+    def from_config(cls, cfg: DiTConfig) -> DiT:
+        return cls(**cfg.to_dict())
 
-    def active(self, t: int) -> bool: ...
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Section 4 and the published code; adaLN-Zero starts every block as the identity."""
+        cfg = self.cfg
+        if cfg.init == "xavier":
+            for name, p in self.named_parameters():
+                if name.endswith(".bias"):
+                    nn.init.zeros_(p)
+                elif name.endswith(".weight") and name != "y_embed.weight":
+                    nn.init.xavier_uniform_(p.flatten(1))
+            for name, p in self.named_parameters():
+                if name in ("t_embed.0.weight", "t_embed.2.weight", "y_embed.weight"):
+                    nn.init.normal_(p, std=0.02)
+        if cfg.pos_embed == "sincos":
+            self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
+        else:
+            nn.init.normal_(self.pos_embed, std=0.02)
+        for name, p in self.named_parameters():
+            if "adaLN_modulation" in name or name.startswith(("final_mod", "final_linear")):
+                nn.init.zeros_(p)
+
+    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """The vector that every modulation is made from: t [B], y [B] or None -> [B, D].
+
+        Without labels a model with a null class uses its row, and others add nothing.
+        """
+        cfg = self.cfg
+        embedding = timestep_embedding(
+            t, cfg.t_embed_width or cfg.hidden, freq_shift=cfg.t_freq_shift
+        )
+        c = self.t_embed(embedding.to(self.pos_embed.dtype))
+        if y is None and cfg.null_class:
+            y = torch.full_like(t, cfg.num_classes, dtype=torch.int64)
+        if y is not None:
+            c = c + self.y_embed(y)
+        return F.silu(c) if cfg.modulation_act == "silu" else c
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Predict the noise: x [B, C, H, W], t [B], y [B] or None -> [B, C or 2C, H, W]."""
+        cfg = self.cfg
+        c = self.conditioning(t, y)
+        h = self.patch_embed(x) + self.pos_embed  # [B, N, D]
+        for block in self.blocks:
+            h = block(h, c)
+        scale, shift = self.final_mod(c).chunk(2, dim=-1)
+        h = self.final_linear(layer_norm_modulate(h, scale, shift, cfg.ln_eps))
+        B, g, p, C = len(h), cfg.grid, cfg.patch_size, cfg.out_channels
+        image = torch.einsum("nhwpqc->nchpwq", h.view(B, g, g, p, p, C))
+        return image.reshape(B, C, cfg.img_size, cfg.img_size)
 
 
 def sampler_update(
@@ -103,7 +192,7 @@ def sampler_update(
     x0_prev: Tensor | None = None,
     seeds: Tensor | None = None,
     noise: Tensor | None = None,
-    guidance: _Guidance | None = None,
+    guidance: Guidance | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Guidance, one solver step and its noise: as `functional.sampler_update` documents it.
 
@@ -139,290 +228,6 @@ def sampler_update(
     return x_next.to(x.dtype), x0.to(x.dtype)
 
 
-class Modulation(NamedTuple):
-    """The modulation of K steps of a loop: at step k that of image i is
-
-    `by_step[k, 0] + by_label[rows[i]]`, or without by_label `by_step[k, rows[i]]`; laid out as
-    `fastdit.DiT.modulation` says.
-    """
-
-    by_step: Tensor  # [K, 1 or R, (6 n_layers + 2) D]
-    by_label: Tensor | None  # [R, (6 n_layers + 2) D]
-    rows: Tensor  # [B] int64, or with guidance 2B: the null label's last
-
-    def at(self, k: int) -> Tensor:
-        """[B or 2B, (6 n_layers + 2) D]."""
-        table = self.by_step[k] if self.by_label is None else self.by_step[k] + self.by_label
-        return table.index_select(0, self.rows)
-
-
-def denoise(packed: PackedDiT, tokens: Tensor, modulation: Tensor) -> Tensor:
-    """`fastdit.DiT.denoise` of packed weights: tokens [B, N, F] -> [B, N, F or 2F]."""
-    cfg, parts = packed.cfg, packed.parts()
-    m = modulation.split(cfg.hidden, dim=-1)  # each [B, D]
-    h = F.linear(tokens, parts.embed) + parts.position
-    for i, layer in enumerate(parts.layers):
-        scale1, shift1, gate1, scale2, shift2, gate2 = m[6 * i : 6 * i + 6]
-        qkv = F.linear(
-            layer_norm_modulate(h, scale1, shift1, cfg.ln_eps), layer.qkv, layer.qkv_bias
-        )
-        y = F.linear(attention(qkv, cfg.n_heads), layer.proj, layer.proj_bias)
-        h = h + gate1[:, None] * y
-        y = layer_norm_modulate(h, scale2, shift2, cfg.mlp_ln_eps or cfg.ln_eps)
-        y = F.gelu(
-            F.linear(y, layer.fc1, layer.fc1_bias),
-            approximate="tanh" if cfg.gelu == "tanh" else "none",
-        )
-        h = h + gate2[:, None] * F.linear(y, layer.fc2, layer.fc2_bias)
-    h = layer_norm_modulate(h, m[-2], m[-1], cfg.ln_eps)
-    return F.linear(h, parts.final, parts.final_bias)
-
-
-def trajectory(
-    x: Tensor,
-    x0: Tensor,
-    packed: PackedDiT,
-    modulation: Modulation,
-    coefficients: Tensor,
-    first: int = 0,
-    seeds: Tensor | None = None,
-    noise: Tensor | None = None,
-    guidance: _Guidance | None = None,
-) -> tuple[Tensor, Tensor]:
-    """K steps of a sampling loop: as `functional.trajectory` documents it.
-
-    x, x0 [B, P, C] -> (x, x0) after the last step.
-    """
-    B = len(x)
-    for k in range(len(coefficients)):
-        m = modulation.at(k)
-        tokens = x.to(packed.weights.dtype).view(B, packed.cfg.n_tokens, -1)
-        if guidance is not None:
-            tokens = torch.cat([tokens, tokens])
-        out = denoise(packed, tokens, m).view(len(tokens), x.shape[1], -1)
-        z = None if noise is None else noise[k]
-        if seeds is not None:
-            step = torch.tensor([first + k + 1], device=x.device)
-            z = normal(seeds, step, x.shape[1:].numel())[0].view(x.shape)
-        row = torch.tensor(k, device=x.device)
-        x, x0 = sampler_update(x, out, coefficients, row, x0, noise=z, guidance=guidance)
-    return x, x0
-
-
-def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
-    """Fixed two-dimensional positions, [1, grid*grid, hidden] float64.
-
-    The first half of the channels encodes the column, the second half the row, each as
-    `[sin | cos]` of `position / 10000^(i / (hidden / 4))` (MAE and DiT, `pos_embed`).
-    """
-    omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, D/2]
-    column = axis[None].expand(grid, -1, -1)
-    row = axis[:, None].expand(-1, grid, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, hidden)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, cfg: DiTConfig) -> None:
-        super().__init__()
-        p = cfg.patch_size
-        self.proj = nn.Conv2d(cfg.in_channels, cfg.hidden, kernel_size=p, stride=p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D]
-
-
-class Attention(nn.Module):
-    def __init__(self, cfg: DiTConfig) -> None:
-        super().__init__()
-        self.n_heads = cfg.n_heads
-        self.qkv = nn.Linear(cfg.hidden, 3 * cfg.hidden)
-        self.proj = nn.Linear(cfg.hidden, cfg.hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention(self.qkv(x), self.n_heads))  # [B, N, D]
-
-
-class Block(nn.Module):
-    def __init__(self, cfg: DiTConfig) -> None:
-        super().__init__()
-        D = cfg.hidden
-        self.eps, self.mlp_eps = cfg.ln_eps, cfg.mlp_ln_eps or cfg.ln_eps
-        self.attn = Attention(cfg)
-        self.mlp = nn.Sequential(
-            nn.Linear(D, MLP_RATIO * D),
-            nn.GELU(approximate="tanh" if cfg.gelu == "tanh" else "none"),
-            nn.Linear(MLP_RATIO * D, D),
-        )
-        self.adaLN_modulation = nn.Linear(D, 6 * D)
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(c)  # [B, 6D]
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(layer_norm_modulate(x, scale1, shift1, self.eps))
-        x = x + gate2[:, None] * self.mlp(layer_norm_modulate(x, scale2, shift2, self.mlp_eps))
-        return x
-
-
-class DiT(nn.Module):
-    """The plain model. `fastdit.DiT` has its parameters and its numbers, and a faster forward."""
-
-    block_type = Block
-
-    def __init__(
-        self,
-        img_size: int = 16,
-        patch_size: int = 4,
-        in_channels: int = 3,
-        hidden: int = 64,
-        n_layers: int = 4,
-        n_heads: int = 4,
-        num_classes: int = 16,
-        use_class_cond: bool = True,
-        **options: Any,
-    ) -> None:
-        """Build a model with fresh weights; it returns zeros until it is trained.
-
-        Args and `options` are the fields of `DiTConfig`, which documents them.
-
-        Raises:
-            ValueError: an option is unknown, out of range, or contradicts another.
-        """
-        super().__init__()
-        self.cfg = cfg = DiTConfig.from_dict(
-            dict(
-                img_size=img_size,
-                patch_size=patch_size,
-                in_channels=in_channels,
-                hidden=hidden,
-                n_layers=n_layers,
-                n_heads=n_heads,
-                num_classes=num_classes,
-                use_class_cond=use_class_cond,
-                **options,
-            )
-        )
-        D = cfg.hidden
-        t_width = cfg.t_embed_width or D
-        self.patch_embed = PatchEmbed(cfg)
-        self.pos_embed = nn.Parameter(
-            torch.empty(1, cfg.n_tokens, D), requires_grad=cfg.pos_embed == "learned"
-        )
-        t_act = nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU()
-        self.t_embed = nn.Sequential(nn.Linear(t_width, D), t_act, nn.Linear(D, D))
-        if cfg.use_class_cond:
-            self.y_embed = nn.Embedding(cfg.class_rows, D)
-        blocks = nn.ModuleList(self.block_type(cfg) for _ in range(cfg.n_layers))
-        self.blocks: list[Block] = blocks  # type: ignore[assignment]
-        self.final_mod = nn.Linear(D, 2 * D)
-        self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
-        self._init_weights()
-
-    @classmethod
-    def from_config(cls, cfg: DiTConfig) -> Self:
-        return cls(**cfg.to_dict())
-
-    @classmethod
-    def from_preset(cls, name: str, image_size: int | None = None) -> Self:
-        """A model of a published size with fresh weights.
-
-        Args:
-            name: a key of `fastdit.PRESETS`, such as "DiT-XL/2".
-            image_size: pixels along a side of the images whose latents, an eighth of that, a
-                published model works on; None is 256. "toy" works on pixels.
-
-        Raises:
-            ValueError: the name is unknown, or the size is no multiple of 8 and the patches'.
-        """
-        if name not in PRESETS:
-            raise unknown_name("name", name, PRESETS)
-        cfg = PRESETS[name]
-        if image_size is not None:
-            pixels = 8 if cfg.null_class else 1  # to a cell of the latent
-            if image_size < 1 or image_size % (pixels * cfg.patch_size):
-                raise ValueError(
-                    f"image_size: expected a multiple of {pixels * cfg.patch_size}, got "
-                    f"{image_size}"
-                )
-            cfg = replace(cfg, img_size=image_size // pixels)
-        return cls.from_config(cfg)
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """Positions, the zeros of adaLN-Zero, and where cfg.init says so the published draws."""
-        cfg = self.cfg
-        if cfg.init == "xavier":
-            for module in self.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    nn.init.xavier_uniform_(module.weight.flatten(1))
-                    _zero_(module.bias)
-            for layer in self.t_embed:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=0.02)
-            if cfg.use_class_cond:
-                nn.init.normal_(self.y_embed.weight, std=0.02)
-        if cfg.pos_embed == "sincos":
-            self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
-        else:
-            nn.init.normal_(self.pos_embed, std=0.02)
-        modulations = [block.adaLN_modulation for block in self.blocks]
-        for layer in (*modulations, self.final_mod, self.final_linear):
-            _zero_(layer.weight, layer.bias)
-
-    def check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        """Shapes only: values would cost a device sync, and would not trace."""
-        B = x.shape[0] if x.dim() else 0
-        C, H, W = self.cfg.sample_shape
-        if x.shape != (B, C, H, W):
-            raise ValueError(f"x: expected shape [B, {C}, {H}, {W}], got {list(x.shape)}")
-        if list(t.shape) != [B]:
-            raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
-        if y is None:
-            return
-        if not self.cfg.use_class_cond:
-            raise ValueError("y: expected None, since the model has use_class_cond=False")
-        if list(y.shape) != [B]:
-            raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
-
-    def time_conditioning(self, t: Tensor) -> Tensor:
-        """The timestep's part of the conditioning: t [B] -> [B, D]."""
-        first = self.t_embed[0]
-        assert isinstance(first, nn.Linear)
-        embedding = timestep_embedding(t, first.in_features, freq_shift=self.cfg.t_freq_shift)
-        return self.t_embed(embedding.to(first.weight.dtype))
-
-    def label_conditioning(self, y: Tensor | None) -> Tensor | None:
-        """The label's part: y [B] -> [B, D]; without labels the null row [D], or None."""
-        if y is not None:
-            return self.y_embed(y)
-        return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
-
-    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """The vector every modulation is made from: t [B], y [B] or None -> [B, D]."""
-        c, of_label = self.time_conditioning(t), self.label_conditioning(y)
-        if of_label is not None:
-            c = c + of_label
-        return F.silu(c) if self.cfg.modulation_act == "silu" else c
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """As `fastdit.DiT.forward`: x [B, C, H, W], t [B], y [B] or None -> [B, C or 2C, H, W]."""
-        self.check_inputs(x, t, y)
-        c = self.conditioning(t, y)  # [B, D]
-        h = self.patch_embed(x) + self.pos_embed  # [B, N, D]
-        for block in self.blocks:
-            h = block(h, c)
-        scale, shift = self.final_mod(c).chunk(2, dim=-1)
-        h = self.final_linear(layer_norm_modulate(h, scale, shift, self.cfg.ln_eps))
-        return unpatchify(h, self.cfg.patch_size)
-
-
-def _zero_(*parameters: Tensor | None) -> None:
-    for parameter in parameters:
-        if parameter is not None:
-            nn.init.zeros_(parameter)
-
-
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -430,12 +235,12 @@ def sample(
     x_T: Tensor,
     labels: Tensor | None = None,
     noise: Sequence[Tensor] | Tensor | None = None,
-    guidance: _Guidance | None = None,
+    guidance: Guidance | None = None,
 ) -> Tensor:
     """Ancestral sampling, line by line as Ho et al. 2020, algorithm 2.
 
     Where the model returns 2C channels, the variance is the learned one of Nichol & Dhariwal
-    2021, equation 15; else it is the posterior's.
+    2021, equation 15; otherwise it is the posterior's.
 
     Args:
         model: noise predictor, called as `model(x, t, labels)`; with guidance also as
@@ -445,7 +250,7 @@ def sample(
         labels: [B] int64, or None.
         noise: T tensors of x_T's shape; the k-th update uses noise[k]. None draws from
             PyTorch's global generator.
-        guidance: `fastdit.Guidance`: Ho & Salimans 2022, equation 6.
+        guidance: Ho & Salimans 2022, equation 6.
 
     Returns:
         [B, C, H, W] in x_T's dtype.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,62 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdit.diffusion import DiffusionScheduler, spaced_timesteps, strided_timesteps
-from fastdit.reference import Coefficients
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: `eps = eps_null + scale * (eps_cond - eps_null)`.
-
-    Attributes:
-        scale: 1 is the conditional prediction, 0 the one with the null label.
-        interval: (low, high): timesteps low <= t < high are guided, the others take the
-            conditional prediction and never compute the null one. None: all.
-        channels: how many channels of eps, from the first, are guided (None: all). The other
-            channels and a learned variance are the conditional prediction's. Peebles & Xie's
-            `forward_with_cfg` guides 3 of the 4 latent channels.
-
-    Source: Ho & Salimans 2022, equation 6, with scale = 1 + w; Kynkäänniemi et al. 2024 for the
-    interval.
-    """
-
-    scale: float
-    interval: tuple[int, int] | None = None
-    channels: int | None = None
-
-    def __post_init__(self) -> None:
-        # Plain numbers, whatever they came as: guidance is compared, hashed and compiled against.
-        try:
-            scale = float(self.scale)
-        except (TypeError, ValueError):
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: expected a finite number, got {self.scale!r}")
-        object.__setattr__(self, "scale", scale)
-        if self.interval is not None:
-            try:
-                low, high = map(operator.index, self.interval)
-            except (TypeError, ValueError):
-                low, high = 0, 0
-            if not 0 <= low < high:
-                raise ValueError(
-                    f"interval: expected integers 0 <= low < high, got {self.interval!r}"
-                )
-            object.__setattr__(self, "interval", (low, high))
-        if self.channels is not None:
-            try:
-                channels = operator.index(self.channels)
-            except TypeError:
-                channels = 0
-            if channels < 1:
-                raise ValueError(
-                    f"channels: expected an integer of at least 1, or None, got {self.channels!r}"
-                )
-            object.__setattr__(self, "channels", channels)
-
-    def active(self, t: int) -> bool:
-        """Whether timestep t is guided."""
-        return self.interval is None or self.interval[0] <= t < self.interval[1]
+from fastdit.update import Coefficients
 
 
 def _number(name: str, value: Any) -> float:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
 import fastdit.data
-from fastdit import PRESETS, DiTConfig, reference
+from fastdit import PRESETS, DiTConfig, functional, reference
 from fastdit.noise import normal
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
@@ -251,10 +251,10 @@ def cfg_width(golden):
 
 def test_patchify_inverts_unpatchify():
     x = torch.randn(2, 3, 12, 12)
-    tokens = reference.patchify(x, 4)
+    tokens = functional.patchify(x, 4)
     assert tokens.shape == (2, 9, 48)
-    assert torch.equal(reference.unpatchify(tokens, 4), x)
-    assert torch.equal(reference.patchify(reference.unpatchify(tokens, 4), 4), tokens)
+    assert torch.equal(functional.unpatchify(tokens, 4), x)
+    assert torch.equal(functional.patchify(functional.unpatchify(tokens, 4), 4), tokens)
     first = x[1, :, 4:8, 8:12].permute(1, 2, 0).flatten()  # row 1, column 2; channel fastest
     assert torch.equal(tokens[1, 1 * 3 + 2], first)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastdit.config import PRESETS, DiTConfig
-from fastdit.reference import sincos_pos_embed
+from fastdit.model import sincos_pos_embed
 
 # A key that begins so is found in every checkpoint of the layout, and in no other's.
 MARKS = {

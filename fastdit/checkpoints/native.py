@@ -16,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from fastdit import reference
 from fastdit.checkpoints import foreign, layouts
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import from_options, unknown_name
-from fastdit.model import DiT, unwrap
+from fastdit.model import DiT, config_of, unwrap
 
 _HEADER = "fastdit"  # the metadata entry that holds the JSON below
 _SHOWN_KEYS = 4
@@ -79,14 +78,15 @@ def save(
     if layout not in SAVED_LAYOUTS:
         raise unknown_name("layout", layout, SAVED_LAYOUTS)
     inner = unwrap(model)
-    if not isinstance(inner, reference.DiT):
+    cfg = config_of(inner)
+    if cfg is None:
         raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
-    _check_labels("labels", labels, inner.cfg)
-    expected = _empty_model("model", inner.cfg).state_dict()
+    _check_labels("labels", labels, cfg)
+    expected = _empty_model("model", cfg).state_dict()
     check_keys("model", expected, inner.state_dict())
     if layout == "fastdit":
         header = {
-            "config": inner.cfg.to_dict(),
+            "config": cfg.to_dict(),
             "diffusion": scheduler and scheduler.options,
             "labels": labels and list(labels),
         }
@@ -95,13 +95,13 @@ def save(
     if scheduler or labels:
         raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
     if layout == "diffusers":
-        _save_folder(inner, Path(path))
+        _save_folder(cfg, inner.state_dict(), Path(path))
         return
     theirs = layouts.to_facebook(inner.state_dict())
-    told, _ = layouts.from_facebook(theirs, inner.cfg.n_heads)
-    if replace(told, init=inner.cfg.init) != inner.cfg:
+    told, _ = layouts.from_facebook(theirs, cfg.n_heads)
+    if replace(told, init=cfg.init) != cfg:
         raise ValueError(
-            f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {inner.cfg}"
+            f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {cfg}"
         )
     content = io.BytesIO()  # torch.save reports a full disk as an error of its own
     torch.save({name: t.detach().cpu() for name, t in theirs.items()}, content)
@@ -109,12 +109,12 @@ def save(
         aside.write_bytes(content.getbuffer())
 
 
-def _save_folder(model: reference.DiT, path: Path) -> None:
+def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
     """The two files that diffusers' from_pretrained reads.
 
     The config goes first and comes last: without it a folder is none, and none is half a new one.
     """
-    config, tensors = layouts.to_diffusers(model.cfg, model.state_dict())
+    config, tensors = layouts.to_diffusers(cfg, state)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
     if path.exists() and not path.is_dir():
@@ -154,7 +154,7 @@ def load(
         raise ValueError(f"n_heads: expected a positive integer, got {n_heads!r}")
     if isinstance(source, nn.Module):
         inner = unwrap(source)
-        config = inner.cfg if isinstance(inner, reference.DiT) else None
+        config = config_of(inner)
         n_heads = getattr(inner, "num_heads", None) if n_heads is None else n_heads
         name, tensors = type(inner).__name__, inner.state_dict()
         theirs = getattr(inner, "config", None)

@@ -29,9 +29,10 @@ from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import SOLVERS, Guidance
+from fastdit.solvers import SOLVERS
 from fastdit.train.distributed import processes
 from fastdit.train.run_folder import WEIGHTS_FILE
+from fastdit.update import Guidance
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIXEL_CHANNELS = (1, 3)

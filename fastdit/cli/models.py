@@ -16,7 +16,7 @@ from fastdit.data.latents import encode_folder, load_vae
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
-from fastdit.sampling import executions
+from fastdit.sampling.executions import describe_automatic
 
 
 def convert(
@@ -78,7 +78,7 @@ def info(
         print(f"{'parameters':16} {parameters:,}")
         print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice in float32")
         print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP an image\n")
-        print(f"--execution auto is {executions.rule(cfg)}\n")
+        print(f"--execution auto is {describe_automatic(cfg)}\n")
         print(f"floor of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
         print("rows   ms a step   rows/s")
         for rows in (1, 2, 8, 32, 128):

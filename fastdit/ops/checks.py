@@ -7,18 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdit import reference
-from fastdit.errors import check_range
-from fastdit.packed import PackedDiT
-from fastdit.solvers import Guidance
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from fastdit.errors import FLOAT_DTYPES, check_range
+from fastdit.ops.trajectory import Modulation, PackedDiT
+from fastdit.update import COEFFICIENTS, Guidance
 
 
 def check_tokens(name: str, x: Tensor) -> None:
     if x.dim() != 3:
         raise ValueError(f"{name}: expected 3 dimensions [B, N, channels], got {list(x.shape)}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
 
 
@@ -29,7 +26,7 @@ def check_modulation(x: Tensor, **modulation: Tensor) -> None:
     for name, value in modulation.items():
         if value.shape != expected:
             raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
-        if value.dtype not in DTYPES:
+        if value.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
         if value.device != device:
             raise _other_device(name, x, value)
@@ -47,7 +44,7 @@ def check_update_tensors(
     if len(shape) not in (3, 4):
         raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(shape)}")
     for name, value in (("x", x), ("model_out", model_out), ("x0_prev", x0_prev), ("noise", noise)):
-        if value is not None and value.dtype not in DTYPES:
+        if value is not None and value.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
         if value is not None and name != "model_out" and value.shape != shape:
             raise ValueError(f"{name}: expected x's shape {list(shape)}, got {list(value.shape)}")
@@ -90,7 +87,7 @@ def check_trajectory(
     x: Tensor,
     x0: Tensor,
     packed: PackedDiT,
-    modulation: reference.Modulation,
+    modulation: Modulation,
     coefficients: Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
@@ -105,7 +102,7 @@ def check_trajectory(
         "x": (x, state),
         "packed.weights": (packed.weights, [packed.size]),
         "x0": (x0, state),
-        "coefficients": (coefficients, [K, len(reference.COEFFICIENTS)]),
+        "coefficients": (coefficients, [K, len(COEFFICIENTS)]),
         "modulation.by_step": (by_step, [K, labels, width]),
         "modulation.by_label": (by_label, [0 if by_label is None else len(by_label), width]),
         "modulation.rows": (row, [rows]),
@@ -114,7 +111,7 @@ def check_trajectory(
     for name, (value, shape) in expected.items():
         if value is not None and list(value.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
-        if value is not None and name != "modulation.rows" and value.dtype not in DTYPES:
+        if value is not None and name != "modulation.rows" and value.dtype not in FLOAT_DTYPES:
             raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
     if row.dtype != torch.int64:
         raise ValueError(f"modulation.rows: expected int64, got {row.dtype}")
@@ -151,9 +148,9 @@ def check_noise(seeds: Tensor, steps: Tensor, elements: int) -> None:
 
 def check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
     """Returns step as a tensor."""
-    columns = len(reference.COEFFICIENTS)
+    columns = len(COEFFICIENTS)
     S = coefficients.shape[0] if coefficients.dim() else 0
-    if coefficients.shape != (S, columns) or coefficients.dtype not in DTYPES:
+    if coefficients.shape != (S, columns) or coefficients.dtype not in FLOAT_DTYPES:
         raise ValueError(
             f"coefficients: expected floats of shape [S, {columns}], got {coefficients.dtype} of "
             f"{list(coefficients.shape)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,9 +50,9 @@ _define(
 )
 _define(
     "fastdit::trajectory",
-    "(Tensor x, Tensor x0, Tensor weights, Tensor by_step, Tensor? by_label, Tensor rows,"
-    " Tensor coefficients, int first, Tensor? seeds, Tensor? noise, float? scale, int? channels,"
-    " int[] sizes, float[] eps, str backend) -> (Tensor x_next, Tensor x0_next)",
+    "(Tensor x, Tensor x0, Tensor weights, Tensor[] modulation, Tensor coefficients, int first,"
+    " Tensor? seeds, Tensor? noise, float[] guidance, float[] shape, str backend)"
+    " -> (Tensor x_next, Tensor x0_next)",
 )
 _define(
     "fastdit::sampler_update",
@@ -289,23 +290,30 @@ def _trajectory(
     x: Tensor,
     x0: Tensor,
     weights: Tensor,
-    by_step: Tensor,
-    by_label: Tensor | None,
-    rows: Tensor,
+    modulation: list[Tensor],  # by_step, rows, and by_label where there is one
     coefficients: Tensor,
     first: int,
     seeds: Tensor | None,
     noise: Tensor | None,
-    scale: float | None,
-    channels: int | None,
-    sizes: list[int],
-    eps: list[float],
+    guidance: list[float],  # scale and channels, or nothing
+    shape: list[float],  # the integers and the floats of the kernels' `Shape`
     backend: str,
 ) -> Any:
-    guidance = None if scale is None else (scale, channels)
+    by_step, rows, *by_label = modulation
+    scale, channels = guidance or (1.0, 0)
     return _kernels("trajectory", backend).trajectory(
-        *(x, x0, weights, by_step, by_label, rows, coefficients, first, seeds, noise, guidance),
-        _shape(sizes, eps),
+        x=x,
+        x0=x0,
+        weights=weights,
+        by_step=by_step,
+        by_label=by_label[0] if by_label else None,
+        rows=rows,
+        coefficients=coefficients,
+        first=first,
+        seeds=seeds,
+        noise=noise,
+        guidance=(scale, int(channels)) if guidance else None,
+        shape=_shape(shape),
     )
 
 
@@ -318,8 +326,8 @@ torch.library.register_autograd("fastdit::trajectory", no_derivative)
 
 
 def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str | None:
-    """Why a backend's kernel, "cpp" or "triton", takes no model of such a shape, or None."""
-    return _kernels("trajectory", backend).obstacle(_shape(sizes, eps))
+    """Return why the kernel of "cpp" or "triton" takes no model of such a shape, or None."""
+    return _kernels("trajectory", backend).obstacle(_shape([*sizes, *eps]))
 
 
 def build_cpp() -> None:
@@ -343,11 +351,11 @@ def _kernels(of: str, backend: str) -> Any:
     return importlib.import_module(f"fastdit.kernels.{of}")
 
 
-def _shape(sizes: list[int], eps: list[float]) -> Any:
+def _shape(values: Sequence[float]) -> Any:
     from fastdit.kernels.shape import Shape
 
-    *integers, tanh_gelu = sizes
-    return Shape(*integers, bool(tanh_gelu), *eps)
+    *integers, tanh_gelu, eps, mlp_eps = values
+    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps)
 
 
 layer_norm_modulate = torch.ops.fastdit.layer_norm_modulate.default

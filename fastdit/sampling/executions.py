@@ -1,88 +1,85 @@
-"""Which execution a model, a device and a batch allow, and which suits them best."""
+"""The ways to run a sampling loop: one table of what each needs, when it suits, how it is made."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastdit.config import DiTConfig
-from fastdit.model import unwrap
+from fastdit.model import config_of, unwrap
 from fastdit.ops import dispatch
-from fastdit.sampling.predictors import hoists, unaltered
-
-EXECUTIONS = ("eager", "compile", "graph", "trajectory")
-
-
-class Win(NamedTuple):
-    """Models whose trajectory in Triton was measured to be faster than their graph."""
-
-    arch: str  # of the GPU, such as "sm_90"
-    tokens: int
-    hidden: int
-    layers: int  # up to so many
-
-
-# In 16 bits. An entry is for what `benchmarks/sample_throughput.py --dtype bfloat16 --way "fastdit
-# graph" "fastdit trajectory"` shows at every batch that it was given, one image to several a
-# multiprocessor, and comes with its JSON: "auto" does not look at the batch, so that an image's
-# bits do not depend on it. Empty, since nothing has been measured on a GPU.
-WINS: tuple[Win, ...] = ()
-
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+from fastdit.sampling.graphs import Graphed
+from fastdit.sampling.loop import Loop, Plan, StepLoop
+from fastdit.sampling.predictors import (
+    DiTPredictor,
+    ImageLayout,
+    ModelPredictor,
+    TokenLayout,
+    is_standard_dit,
+    is_unmodified_dit,
+)
+from fastdit.sampling.steps import Compiled, Eager
+from fastdit.sampling.trajectory import TrajectoryLoop
 
 
-def obstacle(
-    execution: str, model: nn.Module, device: torch.device, dtype: torch.dtype
-) -> str | None:
-    """Why a model cannot be sampled so, worded to follow the execution's name; or None."""
-    if execution == "eager":
-        return None
-    if not hoists(model):
-        return (
-            "needs a fastdit.DiT whose forward is its own, without hooks, got "
-            f"{type(unwrap(model)).__name__}"
-        )
-    if execution == "graph" and device.type != "cuda":
-        return f"needs a model on CUDA, got one on {device}"
-    if execution != "trajectory":
-        return None
-    backend = "cpp" if device.type == "cpu" else "triton"
-    reason = dispatch.trajectory_obstacle(backend, model.cfg, device, dtype)
-    if reason is None and not unaltered(model):
-        reason = "reads a fastdit.DiT's weights alone, got one with hooks or exchanged modules"
-    return reason
+class Subject(NamedTuple):
+    """What is sampled, and where.
 
-
-def automatic(model: nn.Module, device: torch.device, dtype: torch.dtype, watched: bool) -> str:
-    """What "auto" stands for.
-
-    On a CPU the C++ trajectory, wherever it can be: measured by benchmarks/crossover.py, on two
-    cores with AVX-512, it is faster than compiled steps for every model that it takes, at every
-    batch. "auto" compiles nothing itself, since that takes longer than many a run. On CUDA the
-    graph, but for what `WINS` lists.
-
-    Args:
+    Attributes:
         model: as a `Sampler` holds it.
         device: the model's.
-        dtype: of the forward.
-        watched: whether every step's x0 is asked for.
+        dtype: the forward's.
     """
-    if device.type == "cuda":
-        if not hoists(model):
-            return "eager"
-        if watched or dtype not in _SIXTEEN_BITS or not _wins(model.cfg, _arch(device)):
-            return "graph"
-        return "graph" if obstacle("trajectory", model, device, dtype) else "trajectory"
-    if watched or obstacle("trajectory", model, device, dtype) is not None:
-        return "eager"
-    return "trajectory" if dispatch.has_cpp() else "eager"
+
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
 
 
-def rule(cfg: DiTConfig) -> str:
-    """What "auto" is for a model, in words."""
-    reason = dispatch.trajectory_obstacle("cpp", cfg, torch.device("cpu"), torch.float32)
+class Execution(NamedTuple):
+    """A way to run a sampling loop.
+
+    Attributes:
+        obstacle: returns why a subject cannot be sampled so, worded to follow the execution's
+            name, or None.
+        suits: returns whether "auto" takes it for a subject, if nothing stands in its way.
+        build: makes the loop.
+        shows_steps: whether a function can be called after each step.
+    """
+
+    obstacle: Callable[[Subject], str | None]
+    suits: Callable[[Subject], bool]
+    build: Callable[[Subject, Plan], Loop]
+    shows_steps: bool = True
+
+
+def obstacle(name: str, subject: Subject) -> str | None:
+    """Return why an execution cannot sample a subject, worded to follow its name, or None."""
+    return EXECUTIONS[name].obstacle(subject)
+
+
+def automatic(subject: Subject, watched: bool) -> str:
+    """Return what "auto" stands for: the first of the table that suits and can run.
+
+    Args:
+        subject: what is sampled.
+        watched: whether a function is called after each step.
+    """
+    for name, execution in EXECUTIONS.items():
+        if watched and not execution.shows_steps:
+            continue
+        if execution.suits(subject) and execution.obstacle(subject) is None:
+            return name
+    raise AssertionError("eager execution runs any model")
+
+
+def describe_automatic(cfg: DiTConfig) -> str:
+    """Say in words what "auto" is for a model of a config."""
+    cpu = torch.device("cpu")
+    reason = dispatch.obstacle("trajectory", "cpp", cfg, cpu, torch.float32)
     on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
     if reason is None:
         on_cpu = "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
@@ -92,8 +89,20 @@ def rule(cfg: DiTConfig) -> str:
     return f"{on_cuda}, {on_cpu}"
 
 
-def _wins(cfg: DiTConfig, arch: str) -> bool:
-    return any(win.arch == arch and _covers(win, cfg) for win in WINS)
+class Win(NamedTuple):
+    """Models whose trajectory in Triton was measured to be faster than their graph."""
+
+    arch: str  # of the GPU, such as "sm_90"
+    tokens: int
+    hidden: int
+    layers: int  # at most
+
+
+# Holds for 16 bits. An entry comes with the JSON of `benchmarks/sample_throughput.py --dtype
+# bfloat16 --way "fastdit graph" "fastdit trajectory"`, and the trajectory must have won at every
+# batch from one image to several a multiprocessor: "auto" does not look at the batch, so that an
+# image's bits do not depend on it. Empty, since nothing has been measured on a GPU.
+WINS: tuple[Win, ...] = ()
 
 
 def _covers(win: Win, cfg: DiTConfig) -> bool:
@@ -102,8 +111,90 @@ def _covers(win: Win, cfg: DiTConfig) -> bool:
 
 
 def _arch(device: torch.device) -> str:
-    """As `fastdit.kernels.common.arch`, which would import Triton."""
+    """The name that `fastdit.kernels.common.arch` gives a GPU, without importing Triton."""
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def _nothing(subject: Subject) -> None:
+    return None
+
+
+def _needs_dit(subject: Subject) -> str | None:
+    if is_standard_dit(subject.model):
+        return None
+    name = type(unwrap(subject.model)).__name__
+    return f"needs a fastdit.DiT whose forward is its own, without hooks, got {name}"
+
+
+def _needs_cuda(subject: Subject) -> str | None:
+    reason = _needs_dit(subject)
+    if reason is None and subject.device.type != "cuda":
+        reason = f"needs a model on CUDA, got one on {subject.device}"
+    return reason
+
+
+def _needs_small_dit(subject: Subject) -> str | None:
+    model, device, dtype = subject
+    if not is_standard_dit(model):
+        return _needs_dit(subject)
+    backend = "cpp" if device.type == "cpu" else "triton"
+    reason = dispatch.obstacle("trajectory", backend, model.cfg, device, dtype)
+    if reason is None and not is_unmodified_dit(model):
+        reason = "reads a fastdit.DiT's weights only, got one with hooks or exchanged modules"
+    return reason
+
+
+def _trajectory_suits(subject: Subject) -> bool:
+    """On a CPU always; on CUDA where it was measured to win.
+
+    On a CPU it is faster than compiled steps for every model that it takes, at every batch
+    (benchmarks/crossover.py on two cores with AVX-512).
+    """
+    model, device, dtype = subject
+    if device.type != "cuda":
+        return _needs_small_dit(subject) is None and dispatch.has_cpp()
+    if not is_standard_dit(model) or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    arch = _arch(device)
+    return any(win.arch == arch and _covers(win, model.cfg) for win in WINS)
+
+
+def _build_eager(subject: Subject, plan: Plan) -> Loop:
+    model, device, dtype = subject
+    if is_standard_dit(model):
+        dit = DiTPredictor(model, dtype, copies=False)
+        return StepLoop(dit, device, dtype, plan, Eager())
+    cfg = config_of(model)
+    layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
+    return StepLoop(ModelPredictor(model, device, dtype, layout), device, dtype, plan, Eager())
+
+
+def _build_compiled(subject: Subject, plan: Plan) -> Loop:
+    return StepLoop(_dit(subject, copies=True), subject.device, subject.dtype, plan, Compiled())
+
+
+def _build_graph(subject: Subject, plan: Plan) -> Loop:
+    return StepLoop(_dit(subject, copies=True), subject.device, subject.dtype, plan, Graphed())
+
+
+def _build_trajectory(subject: Subject, plan: Plan) -> Loop:
+    return TrajectoryLoop(_dit(subject, copies=False), subject.device, subject.dtype, plan)
+
+
+def _dit(subject: Subject, copies: bool) -> DiTPredictor:
+    assert is_standard_dit(subject.model)
+    return DiTPredictor(subject.model, subject.dtype, copies)
+
+
+# In the order in which "auto" asks them. It never compiles, since that takes longer than many runs.
+EXECUTIONS: dict[str, Execution] = {
+    "trajectory": Execution(
+        _needs_small_dit, _trajectory_suits, _build_trajectory, shows_steps=False
+    ),
+    "graph": Execution(_needs_cuda, lambda subject: subject.device.type == "cuda", _build_graph),
+    "compile": Execution(_needs_dit, lambda subject: False, _build_compiled),
+    "eager": Execution(_nothing, lambda subject: True, _build_eager),
+}

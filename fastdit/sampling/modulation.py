@@ -1,202 +1,258 @@
-"""The modulation of every step of a sampling loop, computed before it."""
+"""The modulation of every step of a sampling loop, computed before the loop.
+
+In sampling all images share the timestep, so that modulation depends on (step, label) alone. It is
+computed for the distinct labels only, for many steps in one matrix product a layer.
+
+A model without an activation before its modulation linears splits exactly,
+`W (e_t + e_y) + b = (W e_t + b) + W e_y`: one row for each step and one for each label are all that
+there is to compute.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.diffusion import timestep_embedding
 from fastdit.model import DiT
-from fastdit.reference import Modulation
+from fastdit.ops.trajectory import Modulation
 
 Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class ModulationTables:
-    """What `model.modulation` gives at each step of a loop, for the labels of a batch.
+class Projection(ABC):
+    """Makes rows of modulation from conditioning; the model's weights must stay meanwhile.
 
-    In sampling all images share the timestep, so that modulation depends on (step, label) alone:
-    it is computed for the distinct labels only (where tables stay for other batches, for all labels
-    if these are few), for many steps in one matrix product a layer, and as many steps at a time as
-    a bound of memory allows.
-
-    A model without SiLU before its modulation linears splits exactly,
-    `W (e_t + e_y) + b = (W e_t + b) + W e_y`: a row for each step and one for each label are all
-    there is to compute, and serve other batches too, as long as the weights stay.
+    Attributes:
+        model: the model.
+        split: whether time and label have rows of their own, which are added.
+        row_bytes: memory of a row of a table, with what is needed beside it to fill it.
     """
+
+    row_bytes: int
+
+    def __init__(self, model: DiT) -> None:
+        self.model, self.split = model, model.cfg.modulation_act == "none"
+        self._columns = [6 * model.cfg.hidden] * model.cfg.n_layers + [2 * model.cfg.hidden]
+
+    @abstractmethod
+    def _time(self, t: Tensor) -> Tensor:
+        """Return the timesteps' part of the conditioning: t [S] -> [S, D]."""
+
+    @abstractmethod
+    def _project(self, c: Tensor, bias: bool = True) -> Tensor:
+        """Return the modulation of c [R, D], with the layers' biases or without: [R, width]."""
+
+    def by_step(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the rows of timesteps t [S]: [S, 1, width], or unless split [S, R, width]."""
+        c = self._time(t)[:, None]
+        if not self.split:
+            e_y = self.model.label_conditioning(labels)  # [R, D], [D] or None
+            c = F.silu(c if e_y is None else c + e_y)
+        return self._project(c.flatten(0, 1)).view(*c.shape[:2], -1)
+
+    def by_label(self, labels: Tensor | None) -> Tensor | None:
+        """Return `W e_y` of labels [R] where it is added: [R, width], or None."""
+        e_y = self.model.label_conditioning(labels) if self.split else None
+        # The null class alone is [D].
+        return None if e_y is None else self._project(e_y.view(-1, e_y.shape[-1]), bias=False)
+
+
+class LayerProjection(Projection):
+    """Calls the model's own layers one by one, whatever they are, such as linears with adapters."""
+
+    def __init__(self, model: DiT) -> None:
+        super().__init__(model)
+        # One layer's output stands beside the table while it is copied there.
+        width = sum(self._columns) + self._columns[0]
+        self.row_bytes = width * model.pos_embed.element_size()
+
+    def _time(self, t: Tensor) -> Tensor:
+        return self.model.t_embed(self.model.time_embedding(t))
+
+    def _project(self, c: Tensor, bias: bool = True) -> Tensor:
+        table = c.new_empty(len(c), sum(self._columns))
+        columns = table.split(self._columns, dim=-1)
+        for part, own in zip(self.model.modulation_parts(c), columns, strict=True):
+            own.copy_(part)
+        if not bias:  # what a layer gives for zeros is its bias, and an adapter's
+            zeros = torch.zeros_like(c[:1])
+            for part, own in zip(self.model.modulation_parts(zeros), columns, strict=True):
+                own.sub_(part)
+        return table
+
+
+class JoinedProjection(Projection):
+    """Applies all layers as one matrix, so that a small model does not pay for each call.
+
+    The layers of the model's modulation and of its timestep MLP must be plain linears.
+    """
+
+    def __init__(self, model: DiT, linear: Linear) -> None:
+        """Copy the modulation layers' weights.
+
+        Args:
+            model: the model.
+            linear: applies weights to rows, as `F.linear` does.
+        """
+        super().__init__(model)
+        self._linear, layers = linear, model.modulation_layers()
+        self._weight = torch.cat([layer.weight.detach() for layer in layers])  # [width, D]
+        self._bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.row_bytes = len(self._bias) * self._bias.element_size()
+
+    def _time(self, t: Tensor) -> Tensor:
+        h = self.model.time_embedding(t)
+        for layer in self.model.t_embed:
+            if isinstance(layer, nn.Linear):
+                h = self._linear(h, layer.weight, layer.bias)
+            else:
+                h = layer(h)
+        return h
+
+    def _project(self, c: Tensor, bias: bool = True) -> Tensor:
+        return self._linear(c, self._weight, self._bias if bias else None)
+
+
+class Tables:
+    """The modulation of a batch at every step of a loop, with all rows at once."""
+
+    def __init__(self, by_step: Tensor, by_label: Tensor | None, rows: Tensor) -> None:
+        """Take the tables of S steps, as `Modulation` has them, and each image's row.
+
+        Args:
+            by_step: [S, 1 or R, width].
+            by_label: [R, width], or None.
+            rows: [B] int64, or [] where all images share one row.
+        """
+        self._by_step, self._by_label, self._rows = by_step, by_label, rows
+
+    def steps(self, k: int, most: int, count: int) -> Modulation:
+        """Return the modulation of the batch's first `count` rows from step k on.
+
+        It holds at most `most` steps, views that are good until the next call.
+        """
+        rows = self._rows[:count] if self._rows.dim() else self._rows.expand(count)
+        return Modulation(self._from(k)[:most], self._by_label, rows)
+
+    def rows(self, k: int, count: int, out: Tensor | None = None) -> Tensor:
+        """Return the modulation of the first `count` rows at step k, in `out` if it is given.
+
+        Returns:
+            [count, width].
+        """
+        by_step, by_label, rows = self.steps(k, 1, count)
+        if by_label is None:
+            return torch.index_select(by_step[0], 0, rows, out=out)
+        return torch.index_select(by_label, 0, rows, out=out).add_(by_step[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+        return self._by_step.nbytes + (0 if self._by_label is None else self._by_label.nbytes)
+
+    def _from(self, k: int) -> Tensor:
+        return self._by_step[k:]
+
+
+class ChunkedTables(Tables):
+    """The same, with as many steps at a time as a bound of memory allows."""
 
     def __init__(
         self,
-        model: DiT,
+        projection: Projection,
         timesteps: Sequence[int],
+        labels: Sequence[int] | None,
         max_bytes: int,
-        linear: Linear | None = None,
     ) -> None:
-        """Tables without a batch: `serve` plans for one.
+        """Plan for a batch; a chunk of steps is computed when one of them is asked for.
 
         Args:
-            model: its weights must stay as they are while the tables are in use.
+            projection: makes the rows.
             timesteps: one for each step of the loop, in order.
-            max_bytes: bound of the tables and of the product that fills them; the rows that a
-                step picks, and the conditioning itself, are not counted.
-            linear: applies weights to rows, as `F.linear`, in the place of the model's own layers,
-                which must be plain linears: those of modulation are joined in a copy, so that a
-                small model's tables are not mostly the calling of its layers.
-        """
-        self._model, self._max_bytes, self._linear = model, max_bytes, linear
-        cfg, self._device = model.cfg, model.pos_embed.device
-        self._timesteps = torch.tensor(timesteps, device=self._device)
-        self._columns = [6 * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
-        self._joined = None if linear is None else _joined_weights(model)
-        self.split = cfg.modulation_act == "none"  # the table of steps is the same for all labels
-        # While a table is filled layer by layer, one layer's product stands beside it.
-        width = sum(self._columns) + (self._columns[0] if linear is None else 0)
-        self._row_bytes = width * model.pos_embed.element_size()
-        self._all_labels = self._labels_worth_a_table(len(timesteps))
-        self._distinct: list[int] | None = None  # the labels that have rows
-        self._labels: Tensor | None = None  # the same, unless there are none
-        self._chunk, self._first = 0, 0  # how many steps, and the first of those there are
-        self._storage: Tensor | None = None
-        self._steps: Tensor | None = None  # [steps of a chunk, labels or 1, width]
-        self._by_label: Tensor | None = None  # [labels, width]
-
-    def serve(self, labels: Sequence[int] | None) -> ModulationTables:
-        """Plan for a batch; a chunk of its steps is computed when it is asked for.
-
-        Args:
             labels: one for each row of the batch; None for a batch without labels.
+            max_bytes: bound of the tables and of what is needed to fill them. The rows that a
+                step picks, and the conditioning itself, are not counted.
 
         Raises:
             ValueError: the tables of a single step exceed the bound.
         """
-        distinct = [] if labels is None else self._all_labels or sorted(set(labels))
-        position = {label: i for i, label in enumerate(distinct)}
-        rows = [0] if labels is None else [position[label] for label in labels]
-        self._row = torch.tensor(rows, device=self._device)
-
-        row_bytes, label_rows = self._row_bytes, max(1, len(distinct))
-        fixed = label_rows * row_bytes if self.split else 0
-        step_bytes = row_bytes if self.split else label_rows * row_bytes
-        chunk = min((self._max_bytes - fixed) // step_bytes, len(self._timesteps))
-        if chunk < 1:
+        device = projection.model.pos_embed.device
+        distinct = sorted(set(labels or ()))
+        label_rows = max(1, len(distinct))
+        fixed = label_rows * projection.row_bytes if projection.split else 0
+        step_bytes = (1 if projection.split else label_rows) * projection.row_bytes
+        self._chunk = min((max_bytes - fixed) // step_bytes, len(timesteps))
+        if self._chunk < 1:
             raise ValueError(
                 f"table_bytes: one step of {label_rows} distinct labels takes "
-                f"{fixed + step_bytes} bytes, got {self._max_bytes}"
+                f"{fixed + step_bytes} bytes, got {max_bytes}"
             )
-        self.release()
+        self._projection, self._first = projection, 0
+        self._timesteps = torch.tensor(timesteps, device=device)
+        self._labels = torch.tensor(distinct, device=device) if distinct else None
+        nothing = torch.empty(0, device=device)
+        super().__init__(
+            nothing, projection.by_label(self._labels), _rows(labels, distinct, device)
+        )
+
+    def _from(self, k: int) -> Tensor:
+        if not 0 <= k - self._first < len(self._by_step):
+            self._fill(k)
+        return self._by_step[k - self._first :]
+
+    def _fill(self, k: int) -> None:
+        self._by_step = self._by_step[:0].clone()  # frees the last chunk before the next is made
+        t = self._timesteps[k : k + self._chunk]
+        self._by_step, self._first = self._projection.by_step(t, self._labels), k
+
+
+class TableStore:
+    """Makes each batch's tables, and keeps the rows that serve the next batch too.
+
+    Of a split model these are the rows of all steps, and those of all labels where they are no
+    more than the steps', as far as the bound of memory allows.
+    """
+
+    def __init__(self, projection: Projection, timesteps: Sequence[int], max_bytes: int) -> None:
+        """Keep rows while the model's weights stay; arguments as `ChunkedTables` has them."""
+        self._projection, self._timesteps, self._max_bytes = projection, timesteps, max_bytes
+        self._by_step: Tensor | None = None
+        self._by_label: Tensor | None = None
+        self._distinct: list[int] | None = None  # the labels of _by_label
+
+    def serve(self, labels: Sequence[int] | None) -> Tables:
+        """Return the tables of a batch; labels as in `ChunkedTables`."""
+        distinct = self._labels_to_keep() if labels else []
+        distinct = distinct or sorted(set(labels or ()))
+        rows = len(self._timesteps) + max(1, len(distinct))
+        if not self._projection.split or rows * self._projection.row_bytes > self._max_bytes:
+            self._by_step = self._by_label = self._distinct = None
+            return ChunkedTables(self._projection, self._timesteps, labels, self._max_bytes)
+        device = self._projection.model.pos_embed.device
         if distinct != self._distinct:
-            self._distinct, self._by_label = distinct, None
-            self._labels = torch.tensor(distinct, device=self._device) if distinct else None
-        if chunk != self._chunk:
-            self._chunk, self._storage, self._steps = chunk, None, None
-        if self.split and self._by_label is None:
-            self._by_label = self._label_table()
-        return self
+            self._by_label = None  # frees the old rows before the new ones are made
+            wanted = torch.tensor(distinct, device=device) if distinct else None
+            self._by_label, self._distinct = self._projection.by_label(wanted), distinct
+        if self._by_step is None:
+            t = torch.tensor(self._timesteps, device=device)
+            self._by_step = self._projection.by_step(t, None)
+        return Tables(self._by_step, self._by_label, _rows(labels, distinct, device))
 
-    def _labels_worth_a_table(self, n_steps: int) -> list[int]:
-        """All of a model's, where their rows are no more than the steps' and stay for all batches.
-
-        Made for one batch alone, only the rows it needs are made.
-        """
-        count = self._model.cfg.class_rows
-        fits = (count + n_steps) * self._row_bytes <= self._max_bytes
-        kept = self.split and self._linear is not None
-        return list(range(count)) if kept and fits and count <= n_steps else []
-
-    def release(self) -> None:
-        """Keep no more than may serve other batches too."""
-        if not self.split:
-            self._storage = self._steps = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the tables take now."""
-        tables = [t for t in (self._storage, self._by_label) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tables)
-
-    def rows(self, k: int, rows: int, out: Tensor | None = None) -> Tensor:
-        """The modulation at step k of the batch's first rows: [rows, width], in `out` if given."""
-        by_step, by_label, row = self.steps(k, 1, rows)
-        if by_label is None:
-            return torch.index_select(by_step[0], 0, row, out=out)
-        return torch.index_select(by_label, 0, row, out=out).add_(by_step[0])
-
-    def steps(self, k: int, most: int, count: int) -> Modulation:
-        """At steps k, k + 1, ..., for the first `count` rows: at most so many steps as are asked.
-
-        There are fewer where the bound of memory ends. Views, good until the next call.
-        """
-        if self._steps is None or not 0 <= k - self._first < len(self._steps):
-            self._steps, self._first = self._chunk_from(k), k
-        row = self._row[:count] if self._labels is not None else self._row.expand(count)
-        start = k - self._first
-        return Modulation(self._steps[start : start + most], self._by_label, row)
-
-    def _chunk_from(self, k: int) -> Tensor:
-        """The steps from k on, as many as fit, where the last chunk was."""
-        t, labels = self._timesteps[k : k + self._chunk], self._labels
-        if self.split:
-            c, per_step = self._time_conditioning(t), 1
-        else:
-            of_label = self._model.label_conditioning(labels)  # [labels, D], [D] or None
-            c = self._time_conditioning(t)[:, None]
-            c = F.silu(c if of_label is None else c + of_label)
-            c, per_step = c.flatten(0, 1), c.shape[1]
-        if self._joined is not None:
-            self._storage = self._steps = None
-            self._storage = self._apply(c, *self._joined).view(len(t), per_step, -1)
-            return self._storage
-        if self._storage is None:
-            self._storage = c.new_empty(self._chunk, per_step, sum(self._columns))
-        steps = self._storage[: len(t)]
-        self._project(c, steps.view(len(c), -1))
-        return steps
-
-    def _time_conditioning(self, t: Tensor) -> Tensor:
-        """[S, D]"""
-        if self._linear is None:
-            return self._model.time_conditioning(t)
-        first, act, last = self._model.t_embed
-        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
-        freq_shift = self._model.cfg.t_freq_shift
-        embedding = timestep_embedding(t, first.in_features, freq_shift=freq_shift)
-        hidden = act(self._apply(embedding.to(first.weight.dtype), first.weight, first.bias))
-        return self._apply(hidden, last.weight, last.bias)
-
-    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        assert self._linear is not None
-        return self._linear(x, weight, bias)
-
-    def _label_table(self) -> Tensor | None:
-        """`W e_y`, as what the layers give beyond their bias."""
-        e_y = self._model.label_conditioning(self._labels)
-        if e_y is None:
-            return None
-        e_y = e_y.view(-1, e_y.shape[-1])  # the null row alone is [D]
-        if self._joined is not None:
-            return self._apply(e_y, self._joined[0], None)
-        table = e_y.new_empty(len(e_y), sum(self._columns))
-        self._project(e_y, table)
-        for part, columns in self._parts(torch.zeros_like(e_y[:1]), table):
-            columns.sub_(part)
-        return table
-
-    def _project(self, c: Tensor, out: Tensor) -> None:
-        """All layers' modulation of c [R, D], side by side into out [R, width]."""
-        for part, columns in self._parts(c, out):
-            columns.copy_(part)
-
-    def _parts(self, c: Tensor, table: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each layer's modulation of c, and the columns that it has in a table."""
-        return zip(self._model.modulation_parts(c), table.split(self._columns, dim=-1), strict=True)
+    def _labels_to_keep(self) -> list[int]:
+        """Return all labels of the model, or none where that would be too many."""
+        count, steps = self._projection.model.cfg.class_rows, len(self._timesteps)
+        fits = (count + steps) * self._projection.row_bytes <= self._max_bytes
+        return list(range(count)) if fits and count <= steps else []
 
 
-def _joined_weights(model: DiT) -> tuple[Tensor, Tensor]:
-    """All modulation layers as one: weight [width, D] and bias [width]."""
-    layers = [*(block.adaLN_modulation for block in model.blocks), model.final_mod]
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    return weight, torch.cat([layer.bias.detach() for layer in layers])
+def _rows(labels: Sequence[int] | None, distinct: list[int], device: torch.device) -> Tensor:
+    """Return each label's row among the distinct ones: [B] int64, or [] without labels."""
+    if labels is None:
+        return torch.tensor(0, device=device)
+    position = {label: i for i, label in enumerate(distinct)}
+    return torch.tensor([position[label] for label in labels], device=device)

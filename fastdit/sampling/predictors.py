@@ -1,32 +1,48 @@
-"""Noise predictors as a sampling loop sees them: what it repeats, and what is done before it.
-
-Both kinds have the same members. `layout` says how images lie in the loop's state; `begin` does
-for a batch what its steps need not repeat, and returns `conditioning(k, rows, out=None)`, what step
-k needs beside the state, in `out` where that is given; `predictor(x, conditioning)` is the model's
-output. Of 2B rows of conditioning the last B are those of the null label.
-"""
+"""Noise predictors as a sampling loop sees them: what it repeats, and what is done before it."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fastdit import reference
+from fastdit import functional
 from fastdit.config import DiTConfig
 from fastdit.errors import check_finite
 from fastdit.model import DiT
-from fastdit.sampling.modulation import ModulationTables
+from fastdit.sampling.modulation import ChunkedTables, LayerProjection
 
 
-class Conditioning(Protocol):
-    """What a step needs beside the state: of step k, for the batch's first so many rows."""
+class Predictor(Protocol):
+    """A model in a sampling loop."""
 
-    def __call__(self, k: int, rows: int, out: Tensor | None = None) -> Tensor: ...
+    @property
+    def layout(self) -> ImageLayout | TokenLayout:
+        """How images lie in the loop's state."""
+        ...
+
+    def refresh(self) -> None:
+        """Take the model's present weights; raise a ValueError where one is not finite."""
+
+    def begin(
+        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+    ) -> Callable[..., Tensor]:
+        """Do for a batch what its steps need not repeat.
+
+        Returns:
+            `conditioning(k, rows, out=None)`: what step k needs beside the state, for the batch's
+            first `rows` rows, written to `out` if it is given. With guidance the null label's rows
+            are the last B of 2B.
+        """
+        ...
+
+    def __call__(self, x: Tensor, conditioning: Tensor, /) -> Tensor:
+        """Return the model's output for a state; with guidance it has 2B rows."""
+        ...
 
 
 class ImageLayout:
@@ -50,16 +66,16 @@ class TokenLayout:
         self._cfg = cfg
 
     def to_state(self, images: Tensor) -> Tensor:
-        tokens = reference.patchify(images, self._cfg.patch_size)
+        tokens = functional.patchify(images, self._cfg.patch_size)
         return tokens.view(len(images), -1, images.shape[1])
 
     def to_images(self, x: Tensor) -> Tensor:
         tokens = x.view(len(x), self._cfg.n_tokens, -1)
-        return reference.unpatchify(tokens, self._cfg.patch_size)
+        return functional.unpatchify(tokens, self._cfg.patch_size)
 
 
-def hoists(model: nn.Module) -> TypeGuard[DiT]:
-    """Whether calling a model is what `fastdit.DiT.forward` does, with nothing before or after."""
+def is_standard_dit(model: nn.Module) -> TypeGuard[DiT]:
+    """Return whether calling a model does what `fastdit.DiT.forward` does, without hooks."""
     own = ("forward", "modulation", "conditioning")
     return (
         isinstance(model, DiT)
@@ -68,26 +84,27 @@ def hoists(model: nn.Module) -> TypeGuard[DiT]:
     )
 
 
-def unaltered(model: nn.Module) -> bool:
-    """Whether a model computes what its config says, and nothing in it was exchanged or hooked.
+def is_unmodified_dit(model: nn.Module) -> bool:
+    """Return whether no module of a DiT was exchanged or hooked.
 
-    A fast path that reads the weights alone would pass over such changes.
+    A fast path that reads only the weights would miss such changes.
     """
     modules = torch.nn.modules.module
     anywhere = modules._global_forward_hooks or modules._global_forward_pre_hooks
-    if type(model) is not DiT or not hoists(model) or anywhere:
+    if type(model) is not DiT or not is_standard_dit(model) or anywhere:
         return False
     return _signature(model) == _fresh_signature(model.cfg)
 
 
-_PASSING = {"training", "checkpointing", "cfg"}
+_IGNORED = {"training", "checkpointing", "cfg"}  # attributes that do not change a forward
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    """Of a module and its children: class, hooks, shapes, choices such as a GELU's, and whatever
-    shadows a method.
+    """Return what decides a module's computation besides its weights' values.
 
-    Its own recursion, since `named_modules` takes longer than a step.
+    This is, for the module and its children, the class, hooks, shapes, choices such as a GELU's,
+    and attributes that shadow a method. It recurses by itself, since `named_modules` takes longer
+    than a sampling step.
     """
     return (
         type(module),
@@ -96,7 +113,7 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
         {
             name: value
             for name, value in vars(module).items()
-            if (name[0] != "_" and name not in _PASSING) or callable(value)
+            if (name[0] != "_" and name not in _IGNORED) or callable(value)
         },
         {name: child and _signature(child) for name, child in module._modules.items()},
     )
@@ -104,32 +121,32 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
-    # On "meta" it would import a second's worth of modules; the caller's random state must stay.
+    # Not on "meta", which would import modules for a second. The caller's random state must stay.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return _signature(DiT.from_config(cfg))
 
 
-class HoistedDiT:
+class DiTPredictor:
     """A `fastdit.DiT`, whose conditioning is rows of modulation, computed before the loop.
 
-    Its weights are the model's own, or with `twin` a copy in a dtype of its own that `refresh`
-    fills anew: in the same buffers, as a captured graph needs it, and out of the reach of
-    whatever happens to the model's parameters meanwhile. All else of the copy, such as hooks and
-    exchanged modules, is as it was when it was made.
+    It uses the model's own weights, or with `copies` a copy in the dtype of the forward. `refresh`
+    fills the copy anew in the same buffers, as a captured graph needs it, and later changes of the
+    model's parameters do not reach it. Hooks and exchanged modules are copied once, when the copy
+    is made.
     """
 
-    def __init__(self, model: DiT, dtype: torch.dtype, twin: bool) -> None:
+    def __init__(self, model: DiT, dtype: torch.dtype, copies: bool) -> None:
         self.cfg, self.dtype, self.layout = model.cfg, dtype, TokenLayout(model.cfg)
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.model = _twin(model, dtype) if twin or floats != {dtype} else model
+        self.model = _copied(model, dtype) if copies or floats != {dtype} else model
         self.source = model
 
     def refresh(self) -> None:
-        """Copy the weights, changed or not.
+        """Copy the weights.
 
         Raises:
-            ValueError: a weight is not finite, or the model's parameters are other ones than when
-                it was copied.
+            ValueError: a weight is not finite, or the model's parameters have other names or
+                shapes than when it was copied.
         """
         check_finite("model", dict(self.source.named_parameters()))
         if self.model is self.source:
@@ -140,7 +157,7 @@ class HoistedDiT:
                 "model: its parameters have other names or shapes than when this Sampler copied "
                 "them; make a new Sampler"
             )
-        # One call for all that lie alike: a pair that does not would take the others' fast path.
+        # One call for all pairs of equal strides; one other pair would slow all of them down.
         alike = [name for name in own if own[name].stride() == new[name].stride()]
         torch._foreach_copy_([own[name] for name in alike], [new[name] for name in alike])
         for name in own.keys() - alike:
@@ -148,13 +165,13 @@ class HoistedDiT:
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
-    ) -> Conditioning:
-        return ModulationTables(self.model, timesteps, table_bytes).serve(labels).rows
+    ) -> Callable[..., Tensor]:
+        return ChunkedTables(LayerProjection(self.model), timesteps, labels, table_bytes).rows
 
     def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
         B, P, _ = x.shape
         tokens = x.view(B, self.cfg.n_tokens, -1)
-        if len(modulation) != B:  # twice the tokens, in the model's dtype, by one copy
+        if len(modulation) != B:  # one copy makes the tokens twice, in the model's dtype
             tokens = tokens.expand(2, *tokens.shape)
             kept = torch.contiguous_format
             tokens = tokens.to(self.dtype, copy=True, memory_format=kept).flatten(0, 1)
@@ -163,8 +180,8 @@ class HoistedDiT:
         return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)
 
 
-class AnyPredictor:
-    """A model called as it is, `model(x, t, y)`; the conditioning is [rows, 2], t and y.
+class ModelPredictor:
+    """Any model, called as `model(x, t, y)`; the conditioning is [rows, 2] of t and y.
 
     Without labels it is [rows, 1].
     """
@@ -179,12 +196,12 @@ class AnyPredictor:
         self.model, self.device, self.dtype, self.layout = model, device, dtype, layout
 
     def refresh(self) -> None:
-        """Its weights are the model's own; a ValueError where one is not finite."""
+        """Check that the weights, which are the model's own, are finite."""
         check_finite("model", dict(self.model.named_parameters()))
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
-    ) -> Conditioning:
+    ) -> Callable[..., Tensor]:
         t = torch.tensor(timesteps, device=self.device)
         y = [] if labels is None else [torch.tensor(labels, device=self.device)]
 
@@ -209,21 +226,21 @@ class AnyPredictor:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, saved ones and others, by name."""
+    """Return all parameters and buffers by name."""
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _twin(model: DiT, dtype: torch.dtype) -> DiT:
-    """The same modules with storage of their own, not yet filled."""
+def _copied(model: DiT, dtype: torch.dtype) -> DiT:
+    """Return a copy of the model whose weights are not filled yet."""
 
     def storage(t: Tensor) -> Tensor:
-        # Its channels fastest, a convolution's weight is the matrix that patch tokens meet.
+        # With its channels fastest, a convolution's weight is the matrix of the patch embedding.
         layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
         kind = dtype if t.is_floating_point() else t.dtype
         empty = torch.empty_like(t, dtype=kind, memory_format=layout)
         return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 
-    # deepcopy takes what stands in its memo for the copy, so that no weight is held a third time.
+    # deepcopy takes what its memo holds for the copy, so that no weight is copied twice.
     memo = {id(t): storage(t) for t in (*model.parameters(), *model.buffers())}
     try:
         return copy.deepcopy(model, memo).eval()

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastdit import reference
-from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import check_finite, check_range, unknown_name
-from fastdit.model import unwrap
-from fastdit.sampling import executions
-from fastdit.sampling.executions import EXECUTIONS
-from fastdit.sampling.loop import Batch, Engine, Progress, TrajectoryEngine
-from fastdit.sampling.predictors import AnyPredictor, HoistedDiT, ImageLayout, TokenLayout, hoists
-from fastdit.solvers import SOLVERS, Guidance, Solver
+from fastdit.errors import FLOAT_DTYPES, unknown_name
+from fastdit.model import config_of, unwrap
+from fastdit.sampling import arguments
+from fastdit.sampling.arguments import Labels
+from fastdit.sampling.executions import EXECUTIONS, Subject, automatic, obstacle
+from fastdit.sampling.loop import Loop, Plan, Progress, Request
+from fastdit.sampling.predictors import is_standard_dit
+from fastdit.solvers import SOLVERS, Solver
+from fastdit.update import Guidance
 
 TABLE_BYTES = 2**30
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Labels: TypeAlias = Sequence[int] | Tensor | np.ndarray
 
 
 class Sampler:
@@ -95,20 +90,20 @@ class Sampler:
             raise unknown_name("solver", solver, SOLVERS)
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
-        inner = unwrap(model)
-        self.model = inner if hoists(inner) else model
-        self.config = inner.cfg if isinstance(inner, reference.DiT) else None
-        self.sample_shape = _check_shape(sample_shape, self.config)
-        self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
-        self.table = self.solver.table(scheduler, steps)
-        self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
-        self._check_guidance()
-        self._check_dtype()
         if not isinstance(table_bytes, int) or table_bytes < 1:
             raise ValueError(f"table_bytes: expected a positive integer, got {table_bytes!r}")
-        self.execution = execution
+        inner = unwrap(model)
+        self.model = inner if is_standard_dit(inner) else model
+        self.config = config_of(inner)
+        self.sample_shape = arguments.sample_shape(sample_shape, self.config)
+        self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
+        self.table = self.solver.table(scheduler, steps)
+        self.guidance, self.dtype, self.execution = guidance, dtype, execution
+        self._check_guidance()
+        self._check_dtype()
         self._check_execution()
-        self._engines: dict[tuple[torch.dtype, str], Engine | TrajectoryEngine] = {}
+        self._plan = Plan(self.table, guidance, table_bytes, self.sample_shape)
+        self._loops: dict[tuple[torch.dtype, str], Loop] = {}
         self._built_for = self._device_and_dtype()
         self._turn = threading.Lock()
         self._whose_turn: int | None = None
@@ -153,36 +148,34 @@ class Sampler:
             RuntimeError: `progress` called the sampler that calls it; or "trajectory" was named,
                 and its C++ cannot be built.
         """
-        y = self._check_labels(labels)
-        B = _batch_size(y, seeds, x_T)
-        keys = _check_seeds(B, seed, seeds, first_index)
-        self._check_tensor("x_T", x_T, (B, *self.sample_shape))
-        self._check_tensor("noise", noise, (len(self.table.timesteps), B, *self.sample_shape))
-        check_finite("x_T", {} if x_T is None else {"it": x_T})
-        check_finite("noise", {} if noise is None else {"it": noise})
+        y = arguments.class_labels(labels, self.config)
+        B = arguments.batch_size(y, seeds, x_T)
+        keys = arguments.noise_keys(B, seed, seeds, first_index)
+        arguments.check_tensor("x_T", x_T, (B, *self.sample_shape))
+        arguments.check_tensor("noise", noise, (len(self.table.timesteps), B, *self.sample_shape))
         if not (isinstance(progress, bool) or callable(progress)):
             raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
         with self._taking_turns():
-            engine = self._current_engine(callable(progress))
-            batch = Batch(self._with_null(y), keys.to(engine.device), x_T, noise)
-            images = engine.sample(batch, self.table, self.guidance, self.table_bytes, progress)
+            loop = self._current_loop(callable(progress))
+            request = Request(self._with_null(y), keys.to(loop.device), x_T, noise)
+            images = loop.sample(request, progress)
             if not images.isfinite().all():
                 raise FloatingPointError(
                     "model: expected finite predictions, but images hold NaN or Inf; "
-                    f"{engine.dtype} may be too narrow for it"
+                    f"{loop.dtype} may be too narrow for it"
                 )
         return images
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what cannot be copied or sent, and is made anew."""
-        return self.__dict__ | {"_engines": {}, "_turn": None}
+        """Leave out what cannot be copied or sent; it is made anew."""
+        return self.__dict__ | {"_loops": {}, "_turn": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"_turn": threading.Lock()}
 
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
-        """Calls from several threads wait; one from within another would wait for ever."""
+        """Let calls from other threads wait; refuse a call within a call, which could never end."""
         if self._whose_turn == threading.get_ident():
             raise RuntimeError(
                 "progress: a sampler cannot sample within its own call; use another Sampler there"
@@ -201,7 +194,9 @@ class Sampler:
         if not isinstance(guidance, Guidance):
             raise ValueError(f"guidance: expected fastdit.Guidance(scale), got {guidance!r}")
         if cfg is None or not cfg.null_class:
-            raise ValueError("guidance: expected None, since the model is no DiT with null_class")
+            raise ValueError(
+                "guidance: expected None, since the model is not a DiT with null_class"
+            )
         if guidance.channels is not None and guidance.channels > cfg.in_channels:
             raise ValueError(
                 f"guidance: expected at most the model's {cfg.in_channels} channels, got "
@@ -212,36 +207,34 @@ class Sampler:
         dtype, own = self.dtype, self._device_and_dtype()[1]
         if dtype is None:
             return
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))}, got {dtype}")
-        if dtype != own and not hoists(self.model):
+        if dtype not in FLOAT_DTYPES:
             raise ValueError(
-                f"dtype: expected {own} or None, since the model is no fastdit.DiT, got {dtype}"
+                f"dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}"
+            )
+        if dtype != own and not is_standard_dit(self.model):
+            raise ValueError(
+                f"dtype: expected {own} or None, since the model is not a fastdit.DiT, got {dtype}"
             )
 
     def execution_for(self, watched: bool = False) -> str:
-        """How a call would run: `execution`, or what "auto" stands for.
+        """Return how a call would run: `execution`, or what "auto" stands for.
 
         Args:
             watched: whether a function would be called after each step.
         """
-        if self.execution != "auto":
-            return self.execution
-        device, dtype = self._device_and_dtype()[0], self._forward_dtype()
-        return executions.automatic(self.model, device, dtype, watched)
+        return automatic(self._subject(), watched) if self.execution == "auto" else self.execution
 
     def _check_execution(self, watched: bool = False) -> None:
-        """Raise for an execution that was named and cannot be."""
-        device, dtype = self._device_and_dtype()[0], self._forward_dtype()
-        reason = None
-        if self.execution != "auto":
-            reason = executions.obstacle(self.execution, self.model, device, dtype)
+        """Raise a ValueError for an execution that was named and cannot run."""
+        if self.execution == "auto":
+            return
+        reason = obstacle(self.execution, self._subject())
         if reason:
             raise ValueError(f"execution: {self.execution!r} {reason}; use 'auto'")
-        if watched and self.execution == "trajectory":
+        if watched and not EXECUTIONS[self.execution].shows_steps:
             raise ValueError(
-                "progress: execution='trajectory' shows no x0, since its steps are one op; use "
-                "progress=True, or another execution"
+                f"progress: execution={self.execution!r} shows no x0, since its steps are one op; "
+                "use progress=True, or another execution"
             )
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
@@ -249,15 +242,17 @@ class Sampler:
         first = next(floats, torch.empty(0, dtype=torch.float32))
         return first.device, first.dtype
 
-    def _forward_dtype(self) -> torch.dtype:
+    def _subject(self) -> Subject:
+        """Return the model as it is now, with the dtype of a forward."""
         device, own = self._device_and_dtype()
-        if self.dtype is None and hoists(self.model) and own != torch.float64:
+        dtype = self.dtype or own
+        if self.dtype is None and own != torch.float64 and is_standard_dit(self.model):
             if torch.is_autocast_enabled(device.type):
-                return torch.get_autocast_dtype(device.type)
-        return self.dtype or own
+                dtype = torch.get_autocast_dtype(device.type)
+        return Subject(self.model, device, dtype)
 
-    def _current_engine(self, watched: bool) -> Engine | TrajectoryEngine:
-        """An engine for how the model is now; one more for each autocast dtype and execution."""
+    def _current_loop(self, watched: bool) -> Loop:
+        """Return a loop for the model as it is now; there is one for each dtype and execution."""
         device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
             if self.execution == "graph":
@@ -265,115 +260,20 @@ class Sampler:
                     f"model: expected {self._built_for[1]} on {self._built_for[0]}, as when this "
                     f"Sampler was made, got {own} on {device}; make a new Sampler"
                 )
-            self._engines.clear()
+            self._loops.clear()
             self._built_for = device, own
         self._check_execution(watched)
-        dtype, execution = self._forward_dtype(), self.execution_for(watched)
-        if (dtype, execution) not in self._engines:
-            self._engines[dtype, execution] = self._make_engine(device, dtype, execution)
-        return self._engines[dtype, execution]
-
-    def _make_engine(
-        self, device: torch.device, dtype: torch.dtype, execution: str
-    ) -> Engine | TrajectoryEngine:
-        if not hoists(self.model):
-            layout = TokenLayout(self.config) if self.config else ImageLayout(self.sample_shape)
-            predictor = AnyPredictor(self.model, device, dtype, layout)
-            return Engine(predictor, device, dtype, execution)
-        if execution == "trajectory":
-            return TrajectoryEngine(HoistedDiT(self.model, dtype, twin=False), device, dtype)
-        hoisted = HoistedDiT(self.model, dtype, twin=execution != "eager")
-        return Engine(hoisted, device, dtype, execution)
+        subject, execution = self._subject(), self.execution_for(watched)
+        key = subject.dtype, execution
+        if key not in self._loops:
+            self._loops[key] = EXECUTIONS[execution].build(subject, self._plan)
+        return self._loops[key]
 
     def _with_null(self, y: Tensor | None) -> list[int] | None:
-        """The labels as the engine takes them: where there is guidance, as many null ones more."""
+        """Return the labels, and where there is guidance as many null labels after them."""
         if self.guidance is None:
             return None if y is None else y.tolist()
         assert self.config is not None
         if y is None:
-            raise ValueError("labels: guidance needs some, got None")
+            raise ValueError("labels: guidance needs labels, got None")
         return y.tolist() + [self.config.num_classes] * len(y)
-
-    def _check_labels(self, labels: Labels | None) -> Tensor | None:
-        """[B] int64 on the CPU, in range for a model that says its classes."""
-        if labels is None:
-            return None
-        if self.config is not None and not self.config.use_class_cond:
-            raise ValueError("labels: expected None, since the model has use_class_cond=False")
-        expected = "labels: expected a non-empty list of integers, one an image"
-        if isinstance(labels, np.ndarray):
-            labels = labels.tolist()  # of any strides
-        try:
-            y = torch.as_tensor(labels, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{expected}; got {labels!r}") from error
-        numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-        if y.dim() != 1 or not numbers or not len(y):
-            raise ValueError(f"{expected}; got {y.dtype} of shape {list(y.shape)}")
-        y = y.to(torch.int64)
-        if self.config is not None:
-            check_range("labels", y, self.config.num_classes)
-        return y
-
-    @staticmethod
-    def _check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
-        if value is None:
-            return
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}: expected a float tensor, got {got}")
-        if value.shape != shape:
-            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
-
-
-def _check_shape(
-    sample_shape: tuple[int, int, int] | None, cfg: DiTConfig | None
-) -> tuple[int, int, int]:
-    if sample_shape is not None:
-        sample_shape = tuple(sample_shape)  # type: ignore[assignment]
-    shape = cfg.sample_shape if cfg else sample_shape
-    if shape is None:
-        raise ValueError("sample_shape: expected (C, H, W), since the model is no DiT, got None")
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"sample_shape: expected three positive integers, got {shape}")
-    if sample_shape not in (None, shape):
-        raise ValueError(f"sample_shape: expected the model's {shape}, got {sample_shape}")
-    return shape
-
-
-def _batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
-    if seeds is not None and not isinstance(seeds, Sequence | Tensor | np.ndarray):
-        raise ValueError(f"seeds: expected a sequence of integers, got {type(seeds).__name__}")
-    given = y if y is not None else seeds if seeds is not None else x_T
-    if given is None or not len(given):
-        raise ValueError(
-            "labels: expected labels, or seeds or x_T to tell the batch size, got none"
-        )
-    return len(given)
-
-
-def _check_seeds(B: int, seed: int, seeds: Sequence[int] | None, first_index: int) -> Tensor:
-    """[B, 2] int64 rows of (key, stream)."""
-    if seeds is None:
-        first = _check_integer("first_index", first_index, bits=32)
-        if first + B > 2**32:
-            raise ValueError(f"first_index: expected at most 2^32 - {B}, got {first}")
-        key = _check_integer("seed", seed, bits=63)
-        rows = [(key, first + i) for i in range(B)]
-    elif len(seeds) != B:
-        raise ValueError(f"seeds: expected {B}, one an image; got {len(seeds)}")
-    elif first_index:
-        raise ValueError("first_index: expected 0 where seeds names every image's key")
-    else:
-        rows = [(_check_integer("seeds", key, bits=63), 0) for key in seeds]
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def _check_integer(name: str, value: int, bits: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 2**bits:
-        raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
-    return number

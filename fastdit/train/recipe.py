@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from fastdit.diffusion import SCHEDULES
 from fastdit.errors import from_options, unknown_name
-from fastdit.solvers import DDIM, DDPM, Guidance, Solver
+from fastdit.solvers import DDIM, DDPM, Solver
+from fastdit.update import Guidance
 
 MAX_SAMPLES = 2**32  # the index of a sample is one word of its noise's counter
 

@@ -15,7 +15,7 @@ from fastdit.testing import check_against_oracle, relative_error
 @pytest.mark.parametrize("learned", [False, True], ids=["eps", "learned"])
 @pytest.mark.parametrize("guidance", [None, Guidance(3.5), Guidance(2.5, channels=2)], ids=str)
 def test_an_update_by_itself_obeys_the_error_rule(layout, learned, guidance):
-    """Columns as reference.COEFFICIENTS; row 1 clips, row 2 is a last step."""
+    """Columns as COEFFICIENTS; row 1 clips, row 2 is a last step."""
     B, C = 4, 3
     shape = [B, 21 * 17, C] if layout == "tokens" else [B, C, 21, 17]
     out_shape = list(shape)

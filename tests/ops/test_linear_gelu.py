@@ -23,7 +23,7 @@ def inputs(device="cpu", dtype=torch.float32):
 @torch.no_grad()
 def test_a_tanh_gelu_in_the_products_epilogue_obeys_the_error_rule(dtype):
     x, weight, bias = inputs("cuda", dtype)
-    assert dispatch.gelu_rides(x, weight, bias)
+    assert dispatch.fuses_gelu(x, weight, bias)
     exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     plain = F.gelu(F.linear(x, weight, bias), approximate="tanh")
     check_against_oracle(functional.linear_gelu(x, weight, bias, "tanh"), plain, exact)
@@ -48,7 +48,7 @@ def fused(monkeypatch):
         return addmm(*arguments, **options)
 
     monkeypatch.setattr(torch, "_addmm_activation", counted)
-    monkeypatch.setattr(dispatch, "gelu_rides", lambda *_: True)
+    monkeypatch.setattr(functional, "fuses_gelu", lambda *_: True)
     return calls
 
 
@@ -101,5 +101,5 @@ def test_gelu_rides_with_plain_weights_alone(monkeypatch):
     where = SimpleNamespace(type="cuda")
     tensors = [SimpleNamespace(device=where, dtype=torch.bfloat16, numel=lambda: 1)] * 3
     with torch.no_grad():
-        assert dispatch.gelu_rides(*tensors)
-        assert not dispatch.gelu_rides(*tensors[:2], torch.ones(2).as_subclass(Quantised))
+        assert dispatch.fuses_gelu(*tensors)
+        assert not dispatch.fuses_gelu(*tensors[:2], torch.ones(2).as_subclass(Quantised))

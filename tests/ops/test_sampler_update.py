@@ -8,7 +8,8 @@ import torch
 from fastdit import functional, reference
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.noise import normal
-from fastdit.solvers import DDPM, Guidance
+from fastdit.solvers import DDPM
+from fastdit.update import COEFFICIENTS, Guidance
 
 SHAPES = {"tokens": (2, 15, 3), "images": (2, 3, 5, 3)}
 by_layout = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -16,7 +17,7 @@ by_layout = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 def table(*rows):
     """Rows of coefficients; a column not named is 0, x0_limit is inf."""
-    defaults = {**dict.fromkeys(reference.COEFFICIENTS, 0.0), "x0_limit": math.inf}
+    defaults = {**dict.fromkeys(COEFFICIENTS, 0.0), "x0_limit": math.inf}
     assert all(row.keys() <= defaults.keys() for row in rows)
     values = [[float(v) for v in {**defaults, **row}.values()] for row in rows]
     return torch.tensor(values, dtype=torch.float64)
@@ -144,11 +145,11 @@ def test_tokens_and_images_are_the_same_update(learned):
     x, x0_prev, z = randn(3, B, C, 8, 8)
     model_out = randn(2 * B, 2 * C if learned else C, 8, 8)
     values = (1.3, -0.8, 1, 0.5, 0.3, 0.2, 0.1, 0.7, -2, -1)
-    row = dict(zip(reference.COEFFICIENTS, values, strict=True))
+    row = dict(zip(COEFFICIENTS, values, strict=True))
     guidance = Guidance(2.5, channels=2)
 
     def tokens(image):
-        return reference.patchify(image, p).reshape(image.shape[0], 64, image.shape[1])
+        return functional.patchify(image, p).reshape(image.shape[0], 64, image.shape[1])
 
     images = functional.sampler_update(
         x, model_out, table(row), 0, x0_prev, noise=z, guidance=guidance

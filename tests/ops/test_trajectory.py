@@ -9,9 +9,9 @@ import torch
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, functional
 from fastdit.kernels import cpu
-from fastdit.ops import checks, dispatch
-from fastdit.packed import PackedDiT
-from fastdit.sampling.modulation import ModulationTables
+from fastdit.ops import checks
+from fastdit.ops.trajectory import PackedDiT, kernel_shape
+from fastdit.sampling.modulation import ChunkedTables, LayerProjection
 from fastdit.solvers import DDPM, SOLVERS
 from fastdit.testing import check_against_oracle, randomize
 
@@ -55,7 +55,7 @@ def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, 
     model = make_model(cfg).to(dtype)
     table = solver.table(DiffusionScheduler(STEPS, schedule="cosine"))
     labels = [i % 3 for i in range(B)] + ([cfg.num_classes] * B if guidance else [])
-    tables = ModulationTables(model, table.timesteps, 2**30).serve(labels)
+    tables = ChunkedTables(LayerProjection(model), table.timesteps, labels, 2**30)
     S, P, C = len(table.timesteps), cfg.img_size**2, cfg.in_channels
     z = torch.randn(S + 1, B, P, C, generator=torch.Generator().manual_seed(1)).to(dtype)
     return dict(
@@ -74,7 +74,7 @@ def launch(arguments, **options):
     """The C++ launcher itself, which can be told an instruction set."""
     a = dict(arguments)
     guidance = a["guidance"] and (a["guidance"].scale, a["guidance"].channels)
-    sizes, eps = dispatch.sizes_of(a["packed"].cfg)
+    sizes, eps = kernel_shape(a["packed"].cfg)
     shape = cpu.Shape(*sizes[:-1], bool(sizes[-1]), *eps)
     return cpu.trajectory(
         *(a["x"], a["x0"], a["packed"].weights, *a["modulation"], a["coefficients"]),
@@ -238,11 +238,18 @@ def test_the_checks_read_nothing_off_a_device():
 
 def test_the_op_passes_opcheck():
     given = problem(DiTConfig(hidden=16, n_heads=2, n_layers=1), 2)
-    sizes, eps = dispatch.sizes_of(given["packed"].cfg)
+    sizes, eps = kernel_shape(given["packed"].cfg)
+    by_step, by_label, rows = given["modulation"]
     torch.library.opcheck(
         torch.ops.fastdit.trajectory.default,
-        (
-            *(given["x"], given["x0"], given["packed"].weights, *given["modulation"]),
-            *(given["coefficients"], 0, given["seeds"], None, None, None, sizes, eps, "cpp"),
+        (given["x"], given["x0"], given["packed"].weights, [by_step, rows, by_label]),
+        dict(
+            coefficients=given["coefficients"],
+            first=0,
+            seeds=given["seeds"],
+            noise=None,
+            guidance=[],
+            shape=[*sizes, *eps],
+            backend="cpp",
         ),
     )

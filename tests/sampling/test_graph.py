@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, functional
 from fastdit.ops import dispatch
-from fastdit.sampling import executions, loop, steps
-from fastdit.sampling.modulation import ModulationTables
-from fastdit.sampling.predictors import HoistedDiT
+from fastdit.sampling import executions, graphs, steps
+from fastdit.sampling.modulation import Tables
+from fastdit.sampling.predictors import DiTPredictor
 from fastdit.testing import randomize, relative_error
 
 STEPS = 12
@@ -46,14 +46,15 @@ def graphs_without_cuda(monkeypatch):
 
     def capture(self, predictor, state, inputs, guidance):
         captured.append(len(inputs.conditioning))
-        state = steps.State(*map(steps._clone, state))
-        inputs = steps.Inputs(*map(steps._clone, inputs))
+        state = steps.State(*map(graphs._clone, state))
+        inputs = steps.Inputs(*map(graphs._clone, inputs))
         graph = FakeGraph(predictor, state, inputs, guidance)
-        return steps._Captured(graph, state, inputs)
+        return graphs._Captured(graph, state, inputs)
 
-    monkeypatch.setattr(steps.Graphed, "_capture", capture)
-    monkeypatch.setitem(loop.STEPS, "graph", steps.Graphed)
-    monkeypatch.setattr(executions, "obstacle", lambda *_: None)
+    monkeypatch.setattr(graphs.Graphed, "_capture", capture)
+    graph = executions.EXECUTIONS["graph"]
+    anywhere = graph._replace(obstacle=lambda subject: None)
+    monkeypatch.setitem(executions.EXECUTIONS, "graph", anywhere)
     return captured
 
 
@@ -80,7 +81,7 @@ def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
 def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
     graphs_without_cuda, monkeypatch, recwarn
 ):
-    monkeypatch.setitem(loop.STEPS, "graph", lambda: steps.Graphed(max_graphs=4))
+    monkeypatch.setattr(executions, "Graphed", lambda: graphs.Graphed(max_graphs=4))
     sampler = Sampler(make_model(), make_scheduler(), execution="graph")
     for batch in (1, 2, 3, 4, 1):
         sampler([0] * batch)
@@ -169,7 +170,7 @@ def test_graphs_of_all_batch_sizes_share_their_memory():
 @pytest.mark.gpu
 def test_a_graph_outlives_others_and_what_they_free(monkeypatch):
     """Workspaces and pools: graphs are dropped, caches emptied, freed memory is poisoned."""
-    monkeypatch.setitem(loop.STEPS, "graph", lambda: steps.Graphed(max_graphs=2))
+    monkeypatch.setattr(executions, "Graphed", lambda: graphs.Graphed(max_graphs=2))
     model = make_model("cuda")
     sampler = Sampler(model, make_scheduler())
     eager = Sampler(model, make_scheduler(), execution="eager")
@@ -240,11 +241,11 @@ class Nodes(TorchDispatchMode):
 
 def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
     """What a capture holds for two images, counted on tensors without data, by op."""
-    monkeypatch.setattr(dispatch, "_obstacle", lambda *_: None)
-    monkeypatch.setattr(dispatch, "gelu_rides", lambda *_: True)
+    monkeypatch.setattr(dispatch, "_triton_on", lambda *_: None)
+    monkeypatch.setattr(functional, "fuses_gelu", lambda *_: True)
     B, rows = 2, 4 if guidance else 2
     with torch.device("meta"), torch.no_grad():
-        predictor = HoistedDiT(fastdit.DiT.from_config(cfg), dtype, twin=True)
+        predictor = DiTPredictor(fastdit.DiT.from_config(cfg), dtype, copies=True)
         x = torch.empty(B, cfg.img_size**2, cfg.in_channels)
         state = steps.State(x, torch.empty_like(x), torch.empty((), dtype=torch.int64))
         width = (6 * cfg.n_layers + 2) * cfg.hidden
@@ -280,13 +281,13 @@ def test_a_captured_step_holds_few_nodes(monkeypatch):
 
 def test_a_steps_conditioning_goes_straight_to_its_graph(graphs_without_cuda, monkeypatch):
     """From a loop's second step on: rows are gathered into the tensor that the graph reads."""
-    gathered, rows_of = [], ModulationTables.rows
+    gathered, rows_of = [], Tables.rows
 
     def watch(self, k, rows, out=None):
         gathered.append(out is not None)
         return rows_of(self, k, rows, out)
 
-    monkeypatch.setattr(ModulationTables, "rows", watch)
+    monkeypatch.setattr(Tables, "rows", watch)
     sampler = Sampler(make_model(), make_scheduler(), execution="graph")
     sampler([1, 2, 3])
     assert gathered == [False] + [True] * (STEPS - 1)

@@ -5,7 +5,12 @@ import torch
 
 import fastdit
 from fastdit import DiTConfig
-from fastdit.sampling.modulation import ModulationTables
+from fastdit.sampling.modulation import (
+    ChunkedTables,
+    JoinedProjection,
+    LayerProjection,
+    TableStore,
+)
 from fastdit.testing import randomize, relative_error
 
 SMALL = dict(hidden=16, n_layers=2, n_heads=2)
@@ -26,6 +31,10 @@ def make(cfg, dtype=torch.float64):
     return model.to(dtype)
 
 
+def make_tables(model, labels, bound=2**20, timesteps=TIMESTEPS):
+    return ChunkedTables(LayerProjection(model), timesteps, labels, bound)
+
+
 def row_bytes(labels=1, dtype=torch.float64):
     """Of a table, with the widest layer's product beside it."""
     return labels * (WIDTH + 6 * 16) * dtype.itemsize
@@ -39,7 +48,7 @@ def test_rows_are_the_models_modulation(name, labels):
     if labels and not cfg.use_class_cond:
         labels = None
     model = make(cfg)
-    tables = ModulationTables(model, TIMESTEPS, 2**20).serve(labels)
+    tables = make_tables(model, labels)
     y = None if labels is None else torch.tensor(labels)
     for k, t in enumerate(TIMESTEPS):
         expected = model.modulation(torch.full((4,), t), y)
@@ -52,9 +61,9 @@ def test_rows_are_the_models_modulation(name, labels):
 def test_a_forward_is_the_same_code_with_tables_of_one_step(name):
     model = make(CONFIGS[name])
     x, t, y = torch.randn(4, 3, 16, 16).double(), torch.full((4,), 7), torch.tensor([3, 1, 3, 0])
-    tokens = fastdit.reference.patchify(x, 4)
-    out = model.denoise(tokens, ModulationTables(model, [7], 2**20).serve(y.tolist()).rows(0, 4))
-    assert relative_error(fastdit.reference.unpatchify(out, 4), model(x, t, y)) < 1e-12
+    tokens = fastdit.functional.patchify(x, 4)
+    out = model.denoise(tokens, make_tables(model, y.tolist(), timesteps=[7]).rows(0, 4))
+    assert relative_error(fastdit.functional.unpatchify(out, 4), model(x, t, y)) < 1e-12
 
 
 @torch.no_grad()
@@ -67,10 +76,10 @@ def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
     bound = row_bytes(labels) * steps
     if name == "split":
         bound = row_bytes(labels) + row_bytes() * steps
-    tables = ModulationTables(model, TIMESTEPS, bound).serve(wanted)
+    tables = make_tables(model, wanted, bound)
     filled = []
-    chunk_from = tables._chunk_from
-    tables._chunk_from = lambda k: filled.append(k) or chunk_from(k)
+    fill = tables._fill
+    tables._fill = lambda k: filled.append(k) or fill(k)
     for k, t in enumerate(TIMESTEPS):
         expected = model.modulation(torch.full((4,), t), y)
         assert relative_error(tables.rows(k, 4), expected) < 1e-12
@@ -81,12 +90,12 @@ def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
 
 def test_a_bound_below_one_step_is_an_error():
     model = make(CONFIGS["silu"])
-    ModulationTables(model, TIMESTEPS, row_bytes(2)).serve([1, 2])
+    make_tables(model, [1, 2], row_bytes(2))
     with pytest.raises(ValueError, match=r"table_bytes: one step of 2 distinct labels takes"):
-        ModulationTables(model, TIMESTEPS, row_bytes(2) - 1).serve([1, 2])
+        make_tables(model, [1, 2], row_bytes(2) - 1)
     model = make(CONFIGS["split"])
     with pytest.raises(ValueError, match=f"takes {row_bytes(3)} bytes, got 100"):
-        ModulationTables(model, TIMESTEPS, 100).serve([1, 2, 2])
+        make_tables(model, [1, 2, 2], 100)
 
 
 @torch.no_grad()
@@ -95,7 +104,7 @@ def test_only_distinct_rows_are_computed(name, rows):
     """Five steps of six images with two labels: ten rows, or two, one of zeros, and five."""
     model, seen = make(CONFIGS[name]), []
     model.final_mod.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
-    tables = ModulationTables(model, TIMESTEPS, 2**20).serve([4, 9, 4, 4, 9, 9])
+    tables = make_tables(model, [4, 9, 4, 4, 9, 9])
     for k in range(5):
         tables.rows(k, 6)
     assert seen == rows
@@ -115,7 +124,7 @@ def test_layers_that_are_more_than_a_matrix_keep_what_they_add():
     layer.load_state_dict(model.final_mod.state_dict())
     model.final_mod = layer
     y = torch.tensor([3, 1])
-    tables = ModulationTables(model, TIMESTEPS, 2**20).serve(y.tolist())
+    tables = make_tables(model, y.tolist())
     expected = model.modulation(torch.full((2,), 500), y)
     assert relative_error(tables.rows(1, 2), expected) < 1e-12
 
@@ -129,20 +138,24 @@ def test_tables_that_stay_serve_any_batch(name, bound):
     def linear(x, weight, bias):
         out = torch.nn.functional.linear(x, weight, bias)
         if len(weight) == WIDTH:
-            assert kept.nbytes + out.numel() * out.element_size() <= bound
+            assert bytes_of(store) + bytes_of(tables) + out.nbytes <= bound
         return out
 
-    kept = ModulationTables(model, TIMESTEPS, bound, linear)
+    def bytes_of(holder):
+        held = getattr(holder, "_by_step", None), getattr(holder, "_by_label", None)
+        return sum(t.nbytes for t in held if t is not None)
+
+    store, tables = TableStore(JoinedProjection(model, linear), TIMESTEPS, bound), None
     batches = [None, [3], [3, 1, 3], [0, 2], None, [9, 9, 9]] if cfg.use_class_cond else [None] * 2
     for labels in batches:
         rows = 3 if labels is None else len(labels)
         y = None if labels is None else torch.tensor(labels)
-        kept.serve(labels)
+        tables = store.serve(labels)
         for k, t in enumerate(TIMESTEPS):
             expected = model.modulation(torch.full((rows,), t), y)
-            assert relative_error(kept.rows(k, rows), expected) < 1e-12
-            assert kept.nbytes <= bound
-        kept.release()
+            assert relative_error(tables.rows(k, rows), expected) < 1e-12
+            assert tables.nbytes <= bound
+        tables = None
 
 
 @torch.no_grad()
@@ -156,7 +169,7 @@ def test_steps_and_few_labels_are_computed_once_for_all_batches(classes, seen):
             rows.append(len(x))
         return torch.nn.functional.linear(x, weight, bias)
 
-    tables = ModulationTables(model, TIMESTEPS, 2**20, linear)
+    store = TableStore(JoinedProjection(model, linear), TIMESTEPS, 2**20)
     for labels in ([1], [2, 0], [0, 2, 2]):
-        tables.serve(labels).rows(0, len(labels))
+        store.serve(labels).rows(0, len(labels))
     assert sorted(rows) == sorted(seen)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, reference
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, functional, reference
 from fastdit.noise import normal
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
@@ -68,7 +68,7 @@ def test_a_seed_names_the_noise_that_noise_py_states():
     labels = torch.tensor([3, 1])
     keys = torch.tensor([[7, 5], [7, 6]])
     z = normal(keys, torch.arange(STEPS + 1), 3 * 16 * 16)
-    z = reference.unpatchify(z.view(-1, 16, 48), 4).view(STEPS + 1, 2, 3, 16, 16)
+    z = functional.unpatchify(z.view(-1, 16, 48), 4).view(STEPS + 1, 2, 3, 16, 16)
     sampler = Sampler(make_model(), make_scheduler())
     by_hand = sampler(labels, x_T=z[0], noise=z[1:])
     assert relative_error(sampler(labels, seed=7, first_index=5), by_hand) < 1e-6
@@ -210,7 +210,10 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
         ),
         ({"execution": "grpah"}, "got 'grpah'; did you mean 'graph'?"),
         ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
-        ({"guidance": Guidance(4.0)}, "guidance: expected None, since the model is no DiT with nu"),
+        (
+            {"guidance": Guidance(4.0)},
+            "guidance: expected None, since the model is not a DiT",
+        ),
         ({"dtype": torch.int64}, "got torch.int64"),
         ({"dtype": "bf16"}, "dtype: expected one of torch.float16, torch.bfloat16, torch.float32"),
         ({"table_bytes": 0}, "table_bytes: expected a positive integer, got 0"),

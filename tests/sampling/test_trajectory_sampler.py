@@ -9,9 +9,13 @@ import torch
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, functional, reference
 from fastdit.ops import dispatch
-from fastdit.packed import PackedDiT
-from fastdit.sampling import executions, loop
-from fastdit.sampling.predictors import HoistedDiT
+from fastdit.ops.trajectory import PackedDiT
+from fastdit.sampling import executions, trajectory
+from fastdit.sampling.executions import Subject
+from fastdit.sampling.loop import Plan
+from fastdit.sampling.predictors import DiTPredictor
+from fastdit.sampling.trajectory import TrajectoryLoop
+from fastdit.solvers import StepTable
 from fastdit.testing import randomize, relative_error
 
 GUIDED = DiTConfig(
@@ -76,7 +80,7 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
     real = functional.trajectory
 
     def counted(*args, **options):
-        calls.append((args[5], len(args[4]), options["guidance"] is not None))
+        calls.append((options["first"], len(args[4]), options["guidance"] is not None))
         return real(*args, **options)
 
     monkeypatch.setattr(functional, "trajectory", counted)
@@ -87,8 +91,8 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
     small = Sampler(sampler.model, scheduler, execution="trajectory", table_bytes=6 * row)
     assert torch.equal(small([3, 0, 5], seed=1), whole) and len(calls) > 3
     calls.clear()
-    monkeypatch.setattr(loop, "_CALL_FLOP", 5 * 3 * 6.8e6)
-    monkeypatch.setattr(loop, "_CALL_FLOP_PER_WEIGHT", 0)
+    monkeypatch.setattr(trajectory, "_CALL_FLOP", 5 * 3 * 6.8e6)
+    monkeypatch.setattr(trajectory, "_CALL_FLOP_PER_WEIGHT", 0)
     assert torch.equal(sampler([3, 0, 5], seed=1, progress=True), whole)
     assert [count for _, count, _ in calls] == [5, 5, 2]
     calls.clear()
@@ -107,15 +111,19 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
 def test_on_cuda_only_guidance_cuts_a_loop():
     """A call is asynchronous there: 200 steps of a thousand images are one launch."""
     model = make_model(GUIDED).requires_grad_(False)
-    hoisted = HoistedDiT(model, torch.float32, twin=False)
-    run = loop.TrajectoryEngine(hoisted, torch.device("cpu"), torch.float32)
-    timesteps, part = list(range(200))[::-1], Guidance(2.0, interval=(50, 100))
-    needs = 2000, 200_000
-    assert run._run_length(timesteps, None, *needs) < 50
-    run.device = torch.device("cuda")
-    assert run._run_length(timesteps, None, *needs) == 200
-    assert run._run_length(timesteps, part, *needs) == 100
-    assert run._run_length(timesteps[100:], part, *needs) == 50
+    predictor = DiTPredictor(model, torch.float32, copies=False)
+
+    def run_length(k, device, guidance=None):
+        table = StepTable(list(range(200))[::-1], torch.empty(200, 10))
+        plan = Plan(table, guidance, 2**30, GUIDED.sample_shape)
+        run = TrajectoryLoop(predictor, torch.device(device), torch.float32, plan)
+        return run._run_length(k, rows=2000, weights=200_000)
+
+    part = Guidance(2.0, interval=(50, 100))
+    assert run_length(0, "cpu") < 50
+    assert run_length(0, "cuda") == 200
+    assert run_length(0, "cuda", part) == 100
+    assert run_length(100, "cuda", part) == 50
 
 
 def test_noise_that_is_brought_goes_to_the_device_in_pieces(monkeypatch):
@@ -192,7 +200,7 @@ def test_auto_reads_weights_alone_only_where_nothing_else_is_there():
         alter(model)
         assert sampler.execution_for() == "eager"
         assert relative_error(sampler([1, 2]), plain) > 1e-5
-        with pytest.raises(ValueError, match="'trajectory' reads a fastdit.DiT's weights alone"):
+        with pytest.raises(ValueError, match="'trajectory' reads a fastdit.DiT's weights only"):
             named([1, 2])
 
 
@@ -218,10 +226,12 @@ def test_a_trajectory_shows_no_x0_and_says_so():
 
 
 def test_the_rule_of_auto_is_said_in_words():
-    assert executions.rule(DiTConfig()).endswith(
+    assert executions.describe_automatic(DiTConfig()).endswith(
         "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
     )
-    assert "takes a hidden size up to 512, got 1152" in executions.rule(fastdit.PRESETS["DiT-XL/2"])
+    assert "takes a hidden size up to 512, got 1152" in executions.describe_automatic(
+        fastdit.PRESETS["DiT-XL/2"]
+    )
 
 
 def on_cuda(monkeypatch, major=9, minor=0):
@@ -233,23 +243,26 @@ def on_cuda(monkeypatch, major=9, minor=0):
 
 def test_auto_on_cuda_takes_the_trajectory_only_where_it_was_measured_to_win(monkeypatch):
     device, model = on_cuda(monkeypatch), make_model()
-    half = (device, torch.bfloat16, False)
-    assert executions.WINS == () and executions.automatic(model, *half) == "graph"
-    assert executions.rule(model.cfg).startswith("'graph' on CUDA, ")
+
+    def automatic(model, dtype=torch.bfloat16, watched=False):
+        return executions.automatic(Subject(model, device, dtype), watched)
+
+    assert executions.WINS == () and automatic(model) == "graph"
+    assert executions.describe_automatic(model.cfg).startswith("'graph' on CUDA, ")
     monkeypatch.setattr(executions, "WINS", (executions.Win("sm_90", 16, 64, 4),))
-    assert executions.automatic(model, *half) == "trajectory"
-    assert executions.automatic(model, device, torch.float32, False) == "graph"
-    assert executions.automatic(model, device, torch.bfloat16, True) == "graph"
-    assert executions.rule(model.cfg).startswith(
+    assert automatic(model) == "trajectory"
+    assert automatic(model, torch.float32) == "graph"
+    assert automatic(model, watched=True) == "graph"
+    assert executions.describe_automatic(model.cfg).startswith(
         "'graph' on CUDA, but 'trajectory' in 16 bits on sm_90, on a CPU"
     )
     for other in (dict(n_layers=5), dict(hidden=128), dict(patch_size=2)):
-        assert executions.automatic(make_model(DiTConfig(**other)), *half) == "graph"
-        assert executions.rule(DiTConfig(**other)).startswith("'graph' on CUDA, ")
+        assert automatic(make_model(DiTConfig(**other))) == "graph"
+        assert executions.describe_automatic(DiTConfig(**other)).startswith("'graph' on CUDA, ")
     model.blocks[0].register_forward_hook(lambda module, inputs, out: out)
-    assert executions.automatic(model, *half) == "graph"
+    assert automatic(model) == "graph"
     on_cuda(monkeypatch, 8)
-    assert executions.automatic(make_model(), *half) == "graph"
+    assert automatic(make_model()) == "graph"
 
 
 @pytest.mark.parametrize(
@@ -280,7 +293,7 @@ def test_what_would_spill_on_a_gpu_is_refused_by_name(monkeypatch, options, dtyp
     cfg = DiTConfig(**options)
     for major in majors:
         device = on_cuda(monkeypatch, major)
-        reason = dispatch.trajectory_obstacle("triton", cfg, device, dtype)
+        reason = dispatch.obstacle("trajectory", "triton", cfg, device, dtype)
         assert (reason is None) if message is None else (message in reason)
 
 

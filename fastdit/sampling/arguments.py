@@ -1,0 +1,103 @@
+"""What `Sampler` asks of its arguments: shapes, ranges, and what they leave open."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit.config import DiTConfig
+from fastdit.errors import check_finite, check_range
+
+Labels: TypeAlias = Sequence[int] | Tensor | np.ndarray
+
+
+def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> tuple[int, int, int]:
+    """Return the (C, H, W) of an image: the model's, or of other models the given one."""
+    if given is not None:
+        given = tuple(given)  # type: ignore[assignment]
+    shape = cfg.sample_shape if cfg else given
+    if shape is None:
+        raise ValueError("sample_shape: expected (C, H, W), since the model is not a DiT, got None")
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"sample_shape: expected three positive integers, got {shape}")
+    if given not in (None, shape):
+        raise ValueError(f"sample_shape: expected the model's {shape}, got {given}")
+    return shape
+
+
+def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
+    """Return the labels as [B] int64 on the CPU, in range for a model of a known config."""
+    if labels is None:
+        return None
+    if cfg is not None and not cfg.use_class_cond:
+        raise ValueError("labels: expected None, since the model has use_class_cond=False")
+    expected = "labels: expected a non-empty list of integers, one an image"
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()  # of any strides
+    try:
+        y = torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{expected}; got {labels!r}") from error
+    numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if y.dim() != 1 or not numbers or not len(y):
+        raise ValueError(f"{expected}; got {y.dtype} of shape {list(y.shape)}")
+    y = y.to(torch.int64)
+    if cfg is not None:
+        check_range("labels", y, cfg.num_classes)
+    return y
+
+
+def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
+    """Return the number of images that the labels, or else the seeds or x_T, ask for."""
+    if seeds is not None and not isinstance(seeds, Sequence | Tensor | np.ndarray):
+        raise ValueError(f"seeds: expected a sequence of integers, got {type(seeds).__name__}")
+    given = y if y is not None else seeds if seeds is not None else x_T
+    if given is None or not len(given):
+        raise ValueError(
+            "labels: expected labels, or seeds or x_T to tell the batch size, got none"
+        )
+    return len(given)
+
+
+def noise_keys(B: int, seed: int, seeds: Sequence[int] | None, first_index: int) -> Tensor:
+    """Return the (key, stream) of each image's noise: [B, 2] int64."""
+    if seeds is None:
+        first = _integer("first_index", first_index, bits=32)
+        if first + B > 2**32:
+            raise ValueError(f"first_index: expected at most 2^32 - {B}, got {first}")
+        key = _integer("seed", seed, bits=63)
+        rows = [(key, first + i) for i in range(B)]
+    elif len(seeds) != B:
+        raise ValueError(f"seeds: expected {B}, one an image; got {len(seeds)}")
+    elif first_index:
+        raise ValueError("first_index: expected 0 where seeds names every image's key")
+    else:
+        rows = [(_integer("seeds", key, bits=63), 0) for key in seeds]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError unless a tensor is None, or finite floats of a shape."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a float tensor, got {got}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+    check_finite(name, {"it": value})
+
+
+def _integer(name: str, value: int, bits: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**bits:
+        raise ValueError(f"{name}: expected an integer in [0, 2^{bits}), got {value}")
+    return number

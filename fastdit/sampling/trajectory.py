@@ -1,0 +1,120 @@
+"""The sampling loop in as few ops as there is reason for, for small models."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit import flops, functional
+from fastdit.config import DiTConfig
+from fastdit.ops import definitions
+from fastdit.ops.trajectory import PackedDiT
+from fastdit.sampling.loop import Loop, Plan, Progress, Request, progress_bar
+from fastdit.sampling.modulation import JoinedProjection, TableStore
+from fastdit.sampling.predictors import DiTPredictor
+
+# The work of one op on a CPU, where it cannot be interrupted: half a second on two CPUs of 2025;
+# more where laying out the weights, with which an op begins, would otherwise be felt.
+_CALL_FLOP, _CALL_FLOP_PER_WEIGHT = 1e11, 3e4
+
+
+class _Prepared(NamedTuple):
+    """What was made of a model's weights."""
+
+    weights: Tensor  # a copy of all of them, which tells whether they are still the same
+    made_for: tuple[DiTConfig, tuple[int, ...]]  # and the timesteps
+    packed: PackedDiT
+    tables: TableStore
+
+
+class TrajectoryLoop(Loop):
+    """Runs many steps as one op, which reads the model's weights alone.
+
+    A new op begins where guidance begins or ends, where the next steps' modulation tables must be
+    made, and on a CPU where a call would last so long that it could be neither watched nor
+    interrupted; on CUDA a call returns at once. Nothing between two ops waits for the device:
+    `_prepare` waits before the first, to compare the weights.
+    """
+
+    def __init__(
+        self, predictor: DiTPredictor, device: torch.device, dtype: torch.dtype, plan: Plan
+    ) -> None:
+        super().__init__(predictor, device, dtype, plan)
+        self._dit = predictor  # `_predictor`, known to be a DiT's
+        self._prepared: _Prepared | None = None
+
+    def sample(self, request: Request, progress: Progress) -> Tensor:
+        table, guidance, table_bytes, _ = self._plan
+        B, S = len(request.keys), len(table.timesteps)
+        with self._without_autocast(), progress_bar(progress, total=S) as bar:
+            packed, store = self._prepare()
+            tables = store.serve(request.labels)
+            state, coefficients = self._start(request)
+            x, x0, k = state.x, state.x0, 0
+            while k < S:
+                now = guidance if guidance and guidance.active(table.timesteps[k]) else None
+                rows = 2 * B if now else B
+                most = self._run_length(k, rows, packed.weights.numel())
+                if request.noise is not None:  # a call's noise is on the device at once
+                    most = min(most, max(1, table_bytes // request.noise[0].nbytes))
+                modulation = tables.steps(k, most, rows)
+                steps = slice(k, k + len(modulation.by_step))
+                noise = None if request.noise is None else self._to_states(request.noise[steps])
+                x, x0 = functional.trajectory(
+                    x,
+                    x0,
+                    packed,
+                    modulation,
+                    coefficients[steps],
+                    first=k,
+                    seeds=request.keys if noise is None else None,
+                    noise=noise,
+                    guidance=now,
+                    backend="cpp" if self.device.type == "cpu" else "triton",
+                )
+                bar.update(steps.stop - k)
+                k = steps.stop
+            return self._layout.to_images(x)
+
+    def _prepare(self) -> tuple[PackedDiT, TableStore]:
+        """Return what was made of the weights, made anew unless all are what they were.
+
+        PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
+        """
+        source, timesteps, old = self._dit.source, self._plan.table.timesteps, self._prepared
+        made_for = source.cfg, tuple(timesteps)
+        weights = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
+        if old is None or old.made_for != made_for or not torch.equal(old.weights, weights):
+            self._prepared = None  # what follows may fail half way
+            self._dit.refresh()
+            linear = definitions.linear if self.device.type == "cpu" else F.linear
+            projection = JoinedProjection(self._dit.model, linear)
+            store = TableStore(projection, timesteps, self._plan.table_bytes)
+            packed = PackedDiT.of(self._dit.model)
+            old = self._prepared = _Prepared(weights, made_for, packed, store)
+        return old.packed, old.tables
+
+    def _run_length(self, k: int, rows: int, weights: int) -> int:
+        """Return how many steps from k on one op may take.
+
+        They are guided alike, and on a CPU they are at most a call's work.
+        """
+        timesteps, guidance = self._plan.table.timesteps[k:], self._plan.guidance
+        most = len(timesteps)
+        if self.device.type == "cpu":
+            flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)
+            most = min(most, max(1, int(flop // flops.flop(self._dit.cfg, rows))))
+        if guidance is None:
+            return most
+        active = guidance.active(timesteps[0])
+        alike = itertools.takewhile(lambda t: guidance.active(t) == active, timesteps[:most])
+        return sum(1 for _ in alike)
+
+    def _to_states(self, noise: Tensor) -> Tensor:
+        """Return images [K, B, C, H, W] as states on the device: [K, B, P, C] float32."""
+        images = noise.flatten(0, 1).to(self.device, torch.float32)
+        return self._layout.to_state(images).unflatten(0, noise.shape[:2])
