@@ -1,8 +1,6 @@
 """Every execution makes the reference loop's images, and sees the weights as they are."""
 
-import copy
 import functools
-import pickle
 import threading
 import types
 
@@ -161,39 +159,6 @@ def test_an_image_does_not_depend_on_batch_order_or_execution(cfg, guidance, exe
     eager = Sampler(model, scheduler, guidance=guidance, execution="eager")
     assert relative_error(together, eager(labels, seeds=keys)) < 1e-5
     assert relative_error(together[4], together[5]) > 0.1  # one label, two keys
-
-
-@by_execution
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own-dtype", "bfloat16"])
-def test_changed_weights_are_seen(execution, dtype):
-    """By a fused optimizer, by .data, by assignment: none of which a version counter shows."""
-    dtype = dtypes_of(execution, dtype)
-    model = make_model(device=device_of(execution))
-    sampler = Sampler(model, make_scheduler(), dtype=dtype, execution=execution)
-
-    def check(change):
-        before = sampler([1, 2])
-        change()
-        after = sampler([1, 2])
-        fresh = Sampler(model, make_scheduler(), dtype=dtype, execution=execution)([1, 2])
-        assert relative_error(after, before) > 1e-3
-        assert relative_error(after, fresh) < 1e-6
-
-    def fused_adamw():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-
-    def data():
-        model.final_linear.weight.data = 2 * model.final_linear.weight.data
-
-    def assign():
-        other = {name: 1.5 * p for name, p in model.state_dict().items()}
-        model.load_state_dict(other, assign=True)
-
-    for change in (fused_adamw, data, assign):
-        check(change)
 
 
 def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch):
@@ -365,128 +330,13 @@ def test_guidance_of_a_plain_reference_model_is_the_same():
 
 def test_guidance_needs_labels():
     sampler = Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0))
-    with pytest.raises(ValueError, match="labels: guidance needs some, got None"):
+    with pytest.raises(ValueError, match="labels: guidance needs labels, got None"):
         sampler(None, seeds=[1])
 
 
 def test_guidance_of_more_channels_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="guidance: expected at most the model's 4 channels, got"):
         Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0, channels=5))
-
-
-def test_autocast_names_the_dtype_of_the_forward():
-    model, scheduler = make_model(), make_scheduler()
-    sampler = Sampler(model, scheduler)
-    with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = sampler([1, 2])
-    assert torch.equal(under_autocast, Sampler(model, scheduler, dtype=torch.bfloat16)([1, 2]))
-    assert not torch.equal(under_autocast, sampler([1, 2]))
-    with torch.autocast("cpu", torch.bfloat16):
-        kept = Sampler(model, scheduler, dtype=torch.float32)([1, 2])
-    assert torch.equal(kept, sampler([1, 2]))
-
-
-def test_an_eager_sampler_follows_its_model():
-    model = make_model()
-    sampler = Sampler(model, make_scheduler())
-    single = sampler([1, 2])
-    model.double()
-    double = sampler([1, 2])
-    assert double.dtype == torch.float64 and 0 < relative_error(single, double) < 1e-5
-
-
-@by_execution
-def test_a_model_that_is_cast_after_a_call_is_followed_or_refused(execution):
-    """Also where the forward's dtype was named, and was the model's own."""
-    model = make_model(device=device_of(execution))
-    sampler = Sampler(model, make_scheduler(), dtype=torch.float32, execution=execution)
-    before = sampler([1, 2])
-    model.double()
-    if execution == "graph":
-        with pytest.raises(ValueError, match="make a new Sampler"):
-            sampler([1, 2])
-    else:
-        assert relative_error(sampler([1, 2]), before) < 1e-6
-
-
-def test_a_copy_has_all_tensors_of_the_model_and_follows_them():
-    class Scaled(nn.Linear):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            self.register_buffer("scale", torch.tensor(2.0), persistent=False)
-
-        def forward(self, x):
-            return super().forward(x) * self.scale
-
-    model = make_model()
-    layer = Scaled(32, 96)
-    layer.load_state_dict(model.blocks[0].attn.qkv.state_dict())
-    model.blocks[0].attn.qkv = layer
-    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
-    for value in (2.0, 0.5):
-        layer.scale.fill_(value)
-        assert relative_error(sampler([1, 2]), Sampler(model, make_scheduler())([1, 2])) < 0.02
-
-
-def test_a_model_in_two_dtypes_is_made_one():
-    model, mixed = make_model(), make_model()
-    mixed.blocks.bfloat16()
-    single = Sampler(mixed, make_scheduler(), dtype=torch.float32)([1, 2])
-    assert relative_error(single, Sampler(model, make_scheduler())([1, 2])) < 0.02
-
-
-def test_a_forward_of_ones_own_is_called():
-    """A subclass's, or one with a hook: nothing is hoisted past it."""
-
-    class Halved(fastdit.DiT):
-        def forward(self, x, t, y=None):
-            return 0.5 * super().forward(x, t, y)
-
-    own, hooked = Halved.from_config(SEED), make_model()
-    randomize(own)
-    hooked.register_forward_hook(lambda module, inputs, out: 0.5 * out)
-    plain = make_model()
-    with torch.no_grad():
-        plain.final_linear.weight.mul_(0.5)
-        plain.final_linear.bias.mul_(0.5)
-    expected = Sampler(plain, make_scheduler())([1, 2])
-    for model in (own, hooked):
-        assert relative_error(Sampler(model, make_scheduler())([1, 2]), expected) < 1e-5
-        with pytest.raises(ValueError, match="execution: 'compile' needs a fastdit.DiT whose forw"):
-            Sampler(model, make_scheduler(), execution="compile")
-
-
-def test_a_sampler_can_be_copied_and_sent():
-    sampler = Sampler(make_model(), make_scheduler(), dtype=torch.bfloat16)
-    images = sampler([1, 2])
-    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
-        assert torch.equal(other([1, 2]), images)
-
-
-def test_a_model_that_cannot_be_copied_is_named():
-    model = make_model()
-    model.lock = threading.Lock()
-    assert Sampler(model, make_scheduler())([1]).isfinite().all()
-    with pytest.raises(ValueError, match="model: this execution or dtype needs a copy of it"):
-        Sampler(model, make_scheduler(), dtype=torch.bfloat16)([1])
-
-
-def test_a_copy_refuses_a_model_of_another_shape():
-    model = make_model()
-    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
-    sampler([1])
-    model.final_mod = nn.Linear(32, 96)
-    with pytest.raises(ValueError, match="model: its parameters have other names or shapes"):
-        sampler([1])
-
-
-@pytest.mark.parametrize("name", ["compile", "graph"])
-def test_executions_of_a_dit_refuse_other_models(name):
-    plain = reference.DiT.from_config(SEED)
-    with pytest.raises(ValueError, match=f"execution: '{name}' needs a fastdit.DiT.*got DiT"):
-        Sampler(plain, make_scheduler(), execution=name)
-    with pytest.raises(ValueError, match="dtype: expected torch.float32 or None"):
-        Sampler(plain, make_scheduler(), dtype=torch.bfloat16)
 
 
 def test_graph_asks_for_cuda():
