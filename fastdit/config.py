@@ -12,6 +12,9 @@ MLP_RATIO = 4
 
 InitName = Literal["torch", "xavier"]
 
+# Fields that some saved configs lack, with the values that their writers computed with.
+_LATER_FIELDS = {"mlp_ln_eps": None, "t_freq_shift": 0}
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -87,6 +90,20 @@ class DiTConfig:
     def from_dict(cls, options: dict[str, Any]) -> DiTConfig:
         """A config from a plain dict, such as one read from a file. An unknown key is an error."""
         return from_options(cls, options)
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any]) -> DiTConfig:
+        """Return the config that a file holds, whichever release wrote it.
+
+        Fields that were added later get the values that the older releases computed with; a
+        default does not stand in for any other field.
+
+        Raises:
+            ValueError: a field is unknown or missing, or a value is out of range.
+        """
+        if isinstance(options, dict):
+            options = _LATER_FIELDS | options
+        return from_options(cls, options, complete=True)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""The wording of errors that several modules raise."""
+"""What several modules check of their arguments, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+
+# The dtypes in which weights are stored and ops compute; float8 is not among them.
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError:

@@ -51,6 +51,31 @@ def test_config_survives_a_dict():
         assert DiTConfig.from_dict(cfg.to_dict()) == cfg
 
 
+def test_a_saved_config_is_completed_as_its_release_meant_it():
+    saved = PRESETS["DiT-S/2"].to_dict()
+    assert DiTConfig.from_saved(saved) == PRESETS["DiT-S/2"]
+    older = {k: v for k, v in saved.items() if k not in ("mlp_ln_eps", "t_freq_shift")}
+    assert DiTConfig.from_saved(older) == PRESETS["DiT-S/2"]
+    assert older.keys() < saved.keys()  # the caller's dict is left alone
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("gelu"), "DiTConfig: expected every option, gelu missing"),
+        (lambda saved: saved.update(hiden=1), "did you mean 'hidden'?"),
+        (lambda saved: saved.update(hidden=0), "hidden: expected a positive integer, got 0"),
+    ],
+    ids=["missing", "unknown", "out-of-range"],
+)
+def test_a_saved_config_that_is_not_whole_is_an_error(change, message):
+    saved = DiTConfig().to_dict()
+    change(saved)
+    with pytest.raises(ValueError) as error:
+        DiTConfig.from_saved(saved)
+    assert message in str(error.value)
+
+
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DiTConfig().hidden = 128

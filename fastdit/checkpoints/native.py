@@ -21,7 +21,7 @@ from fastdit.checkpoints import foreign, layouts
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import from_options, unknown_name
+from fastdit.errors import FLOAT_DTYPES, unknown_name
 from fastdit.model import DiT, unwrap
 
 _HEADER = "fastdit"  # the metadata entry that holds the JSON below
@@ -29,9 +29,6 @@ _SHOWN_KEYS = 4
 # Peebles & Xie 2023, section 4: ADM's, linear from 1e-4 to 0.02.
 _PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
 SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LATER_OPTIONS = {"mlp_ln_eps": None, "t_freq_shift": 0}  # of DiTConfig; older files lack them
-
 _DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
 
 
@@ -171,7 +168,7 @@ def load(
     model = _empty_model(name, config)
     check_keys(name, model.state_dict(), tensors)
     for key, t in tensors.items():
-        if t.dtype not in _DTYPES or t.layout != torch.strided or t.is_meta:
+        if t.dtype not in FLOAT_DTYPES or t.layout != torch.strided or t.is_meta:
             kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
             raise ValueError(f"{name}: expected float weights, but {key} is {kind}")
     # Copies, one by one: of a file that may change or go, of views of one storage, of a live model.
@@ -319,10 +316,7 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
         )
     if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
-    options = header["config"]
-    if isinstance(options, dict):
-        options = _LATER_OPTIONS | options
-    config = from_options(DiTConfig, options, complete=True)
+    config = DiTConfig.from_saved(header["config"])
     diffusion, labels = header.get("diffusion"), header.get("labels")
     if diffusion is not None:
         if (
