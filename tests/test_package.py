@@ -2,9 +2,12 @@
 
 import ast
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 import fastdit
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (".py", ".cpp", ".h", ".typed")
 
 
 def run_python(code: str, cwd: Path) -> str:
@@ -25,9 +29,10 @@ def test_version_is_the_installed_one():
 
 
 def test_the_lowest_versions_asked_for_are_those_that_were_tested():
-    """2.11 is 2.11.0: pyproject.toml's bounds, and what tests/with_oldest.sh installs."""
+    """pyproject.toml's bounds are what tests/with_oldest.sh installs; 2.11 stands for 2.11.0."""
     project = (ROOT / "pyproject.toml").read_text()
-    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)[;"]', project.partition("dependencies")[2]))
+    dependencies = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)[;"]', dependencies))
     lines = (ROOT / "constraints-oldest.txt").read_text().split()
     pins = dict(line.split("==") for line in lines)
     assert {"torch", "triton", "numpy"} <= bounds.keys() == pins.keys()
@@ -62,6 +67,57 @@ def test_kernels_under_another_name_say_how_to_install():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "pip install -e ." in done.stderr
+
+
+USE_THE_WHEEL = """
+import fastdit, fastdit.train, fastdit.data, fastdit.cli.app, fastdit.pipeline, fastdit.kernels
+print(fastdit.__file__)
+print(fastdit.kernels.__file__)
+model = fastdit.DiT(hidden=8, n_layers=1, n_heads=1)
+scheduler = fastdit.DiffusionScheduler(2, schedule="cosine")
+print(list(fastdit.Sampler(model, scheduler, execution="eager")([3]).shape))
+"""
+
+
+def test_a_wheel_holds_the_whole_package_and_works(tmp_path):
+    """Built from a copy: what an earlier build left beside the sources would be packed too."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in ("fastdit", "kernels"):
+        shutil.copytree(
+            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "wheel", *offline, "--wheel-dir", tmp_path, source], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+
+    packed = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
+    sources = {p.relative_to(source) for p in source.rglob("*") if p.suffix in SOURCES}
+    expected = {p.as_posix() for p in sources if p.parts[0] == "fastdit"}
+    expected |= {f"fastdit/{p.as_posix()}" for p in sources if p.parts[0] == "kernels"}
+    assert {name for name in packed if ".dist-info/" not in name} == expected
+    assert {"fastdit/py.typed", "fastdit/kernels/cpu/trajectory.cpp"} < expected
+
+    done = subprocess.run(
+        [sys.executable, "-c", USE_THE_WHEEL],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(site / "fastdit" / "__init__.py"),
+        str(site / "fastdit" / "kernels" / "__init__.py"),
+        "[1, 3, 16, 16]",
+    ]
 
 
 def test_import_changes_nothing_global(tmp_path):
