@@ -99,6 +99,6 @@ def test_every_part_of_the_seed_matters(change):
 def test_compiled_noise_is_the_same_noise():
     """Inductor must not narrow the integers: it did, where counters came from a bare arange."""
     keys, steps = torch.tensor([[7, 0], [2**40 + 3, 5], [7, 2]]), torch.tensor([1])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(normal, fullgraph=True)
     assert (compiled(keys, steps, 770) - normal(keys, steps, 770)).abs().max() < 2e-6
