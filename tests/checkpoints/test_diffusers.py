@@ -71,7 +71,7 @@ def test_to_diffusers_and_back_is_the_same_to_the_bit(transformer, tmp_path):
 
 
 def test_what_is_no_dit_of_diffusers_is_named(transformer, tmp_path):
-    with pytest.raises(ValueError, match="keys look like diffusers's: give the folder"):
+    with pytest.raises(ValueError, match="keys look like those of diffusers: pass the folder"):
         fastdit.load(transformer.state_dict())
     with pytest.raises(ValueError, match="expected config.json and diffusion_pytorch_model.safet"):
         fastdit.load(tmp_path)
@@ -95,7 +95,7 @@ def test_what_is_no_dit_of_diffusers_is_named(transformer, tmp_path):
         with pytest.raises(ValueError, match=message):
             fastdit.load(tmp_path)
     published = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2)
-    with pytest.raises(ValueError, match="diffusers holds such DiTs only as"):
+    with pytest.raises(ValueError, match="diffusers can hold such a DiT only as"):
         fastdit.save(fastdit.DiT.from_config(published), tmp_path / "new", layout="diffusers")
     with pytest.raises(ValueError, match="holds published DiTs only"):
         fastdit.save(fastdit.load(transformer), tmp_path / "m.pt", layout="facebookresearch/DiT")
@@ -156,7 +156,7 @@ def test_positions_that_diffusers_would_not_compute_are_refused(transformer, tmp
     model = fastdit.load(transformer)
     with torch.no_grad():
         model.pos_embed.add_(1)
-    with pytest.raises(ValueError, match="diffusers computes positions, and this model's are oth"):
+    with pytest.raises(ValueError, match="pos_embed: expected the one that diffusers computes"):
         fastdit.save(model, tmp_path / "m", layout="diffusers")
     assert not (tmp_path / "m").exists()
 

@@ -152,19 +152,19 @@ def without(*names):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (without("pos_embed"), "tensors that tell the config are not there: pos_embed"),
+        (without("pos_embed"), "tensors that tell the config are missing: pos_embed"),
         (without("blocks.1.attn.qkv.bias"), "missing blocks.1.attn.qkv.bias"),
-        (STATE | {"x_embedder.proj.weight": torch.zeros(3)}, "have other shapes"),
+        (STATE | {"x_embedder.proj.weight": torch.zeros(3)}, "have unexpected dimensions"),
         (STATE | {"blocks.0.attn.qkv.bias": torch.zeros(3)}, r"expected shape \[432\], got \[3\]"),
-        (STATE | {"final_layer.linear.weight": torch.zeros(())}, "have other shapes"),
+        (STATE | {"final_layer.linear.weight": torch.zeros(())}, "have unexpected dimensions"),
         (STATE | {"blocks.0.adaLN_modulation.1.weight": torch.zeros(())}, r"got \[\]"),
         (STATE | {"blocks.0.adaLN_modulation.1.bias": torch.zeros(1)}, r"got \[1\]"),
         (STATE | {"blocks.0.mlp.0.weight": torch.zeros(3)}, "two of its tensors are blocks.0.mlp"),
         (STATE | {"pos_embed": STATE["pos_embed"].to("meta")}, "pos_embed is a meta tensor"),
         (STATE | {"pos_embed": STATE["pos_embed"].to_sparse()}, "sparse"),
         (STATE | {"pos_embed": STATE["pos_embed"].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
-        ({"encoder.weight": torch.zeros(3)}, "are of no layout known here"),
-        ({}, "are of no layout known here"),
+        ({"encoder.weight": torch.zeros(3)}, "are not of a known layout"),
+        ({}, "are not of a known layout"),
     ],
 )
 def test_what_does_not_fit_is_named(tensors, message):

@@ -227,8 +227,8 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     ("keys", "message"),
     [
         (["patch_embed.proj.weight"], "look like fastdit's: build fastdit.DiT"),
-        (["transformer_blocks.0.norm1.linear.weight"], "look like diffusers's"),
-        (["encoder.weight"], r"the keys \(encoder.weight\) are of no layout known here"),
+        (["transformer_blocks.0.norm1.linear.weight"], "look like those of diffusers"),
+        (["encoder.weight"], r"the keys \(encoder.weight\) are not of a known layout"),
     ],
 )
 def test_a_foreign_file_is_told_by_its_keys(tmp_path, keys, message):
