@@ -12,8 +12,9 @@ MLP_RATIO = 4
 
 InitName = Literal["torch", "xavier"]
 
-# Fields that some saved configs lack, with the values that their writers computed with.
-_LATER_FIELDS = {"mlp_ln_eps": None, "t_freq_shift": 0}
+# Fields that files from earlier releases lack, with the values that those releases computed with.
+# mlp_ln_eps and t_freq_shift came with the support for diffusers' checkpoints.
+_LATER_OPTIONS: dict[str, Any] = {"mlp_ln_eps": None, "t_freq_shift": 0}
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,16 @@ class DiTConfig:
 
     @classmethod
     def from_saved(cls, options: dict[str, Any]) -> DiTConfig:
-        """Return the config that a file holds, whichever release wrote it.
+        """Return the config that a file holds, which an earlier release may have written.
 
-        Fields that were added later get the values that the older releases computed with; a
-        default does not stand in for any other field.
+        Args:
+            options: every field, except those that were added after the file was written.
 
         Raises:
-            ValueError: a field is unknown or missing, or a value is out of range.
+            ValueError: a field is unknown, missing or out of range.
         """
         if isinstance(options, dict):
-            options = _LATER_FIELDS | options
+            options = _LATER_OPTIONS | options
         return from_options(cls, options, complete=True)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,17 +140,15 @@ class DiTConfig:
 
 def _check_value(name: str, value: Any, hint: Any) -> None:
     """Check a field's value against its annotation, so that each rule is written only once."""
+    if value is None and hint in (float | None, int | None):
+        return
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name}: expected True or False, got {value!r}")
     elif hint in (float, float | None):
-        if value is None and hint is not float:
-            return
         if not (isinstance(value, float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a positive float, got {value!r}")
     elif hint in (int, int | None):
-        if value is None and hint is not int:
-            return
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     elif value not in get_args(hint) or type(value) not in map(type, get_args(hint)):

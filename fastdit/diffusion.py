@@ -245,10 +245,7 @@ class DiffusionScheduler:
         return signal * x0 + noise * eps.to(x0.dtype)
 
     def gather(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the entries t [B] of the table `name` in `dtype`.
-
-        float64 entries come from the float64 table, all others from the float32 one.
-        """
+        """Return entries t [B] of the table `name`; all but float64 are rounded from float32."""
         if dtype == torch.float64:
             return self.tables[name].to(t.device)[t]
         attribute: Tensor = getattr(self, name)

@@ -1,7 +1,4 @@
-"""FLOP and bytes that a sampling step and a training step need at least.
-
-A sampling step does not contain the conditioning, which a `Sampler` computes before its loop.
-"""
+"""FLOP and bytes that a sampling step, without the conditioning, and a training step need."""
 
 from __future__ import annotations
 
@@ -44,10 +41,7 @@ def products(cfg: DiTConfig, rows: int) -> list[Product]:
 
 
 def attention_work(cfg: DiTConfig, rows: int, itemsize: int) -> tuple[int, int]:
-    """Return (FLOP, bytes) of a forward's attention.
-
-    The FLOP are those of QK^T and PV; the bytes are qkv, read, and the output, written.
-    """
+    """Return (FLOP, bytes) of a forward's attention: QK^T and PV; qkv read, the output written."""
     residual = rows * cfg.n_tokens * cfg.hidden
     return cfg.n_layers * 4 * cfg.n_tokens * residual, cfg.n_layers * 4 * residual * itemsize
 
@@ -85,14 +79,11 @@ def floor_seconds(
     attention_flop, attention_bytes = attention_work(cfg, rows, itemsize)
     passes = pass_bytes(cfg, rows, itemsize) / byte_rate
     attention = max(attention_flop / flop_rate, attention_bytes / byte_rate)
-    return (
-        attention
-        + passes
-        + sum(
-            p.times * max(p.flop / flop_rate, p.inner * p.columns * itemsize / byte_rate)
-            for p in products(cfg, rows)
-        )
+    matrices = sum(
+        p.times * max(p.flop / flop_rate, p.inner * p.columns * itemsize / byte_rate)
+        for p in products(cfg, rows)
     )
+    return attention + passes + matrices
 
 
 def training_flop(cfg: DiTConfig, images: int) -> int:

@@ -246,10 +246,7 @@ def _add(state: dict[str, Tensor], name: str, t: Tensor) -> None:
 
 
 def _swapped(name: str, rows: Tensor) -> Tensor:
-    """Return a modulation's rows with shift and scale exchanged, and other tensors as they are.
-
-    Exchanging twice gives the same rows again.
-    """
+    """Return a modulation's rows with shift and scale exchanged, and any other tensor as it is."""
     parts = 2 if name.startswith("final_mod") else 6
     if not _MODULATION.fullmatch(name) or not rows.dim() or len(rows) % parts:
         return rows  # a wrong shape is reported where shapes are compared
@@ -266,13 +263,8 @@ def _count_layers(names: Iterable[str]) -> int:
 
 def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTConfig:
     """Return the config of a published DiT as shapes tell it, with the presets' other choices."""
-    dims = {
-        "pos_embed": 3,
-        "patch_embed.proj.weight": 4,
-        "t_embed.0.weight": 2,
-        "y_embed.weight": 2,
-        "final_linear.weight": 2,
-    }
+    matrices = ("t_embed.0.weight", "y_embed.weight", "final_linear.weight")
+    dims = {"pos_embed": 3, "patch_embed.proj.weight": 4} | dict.fromkeys(matrices, 2)
     missing = [name for name in dims if name not in state]
     if missing:
         raise ValueError(f"tensors that tell the config are missing: {', '.join(missing)}")

@@ -30,7 +30,7 @@ _HEADER = "fastdit"  # the metadata entry that holds the header, as JSON
 _SHOWN_KEYS = 4
 # Peebles & Xie 2023, section 4: the linear schedule of ADM.
 _PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
-_KINDS = {key: type(value) for key, value in _PUBLISHED_DIFFUSION.items()}
+_DIFFUSION_TYPES = {key: type(value) for key, value in _PUBLISHED_DIFFUSION.items()}
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,19 @@ def save(
     if not isinstance(inner, reference.DiT):
         raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
     _check_labels("labels", labels, inner.cfg)
-    expected = _empty_model("model", inner.cfg).state_dict()
-    check_keys("model", expected, inner.state_dict())
+    state = inner.state_dict()
+    check_keys("model", _empty_model("model", inner.cfg).state_dict(), state)
     if layout == "fastdit":
-        header = {
-            "config": inner.cfg.to_dict(),
-            "diffusion": scheduler and scheduler.options,
-            "labels": labels and list(labels),
-        }
-        write_tensors(path, inner.state_dict(), header)
+        diffusion, names = scheduler and scheduler.options, labels and list(labels)
+        header = {"config": inner.cfg.to_dict(), "diffusion": diffusion, "labels": names}
+        write_tensors(path, state, header)
         return
     if scheduler or labels:
         raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
     if layout == "diffusers":
         _save_folder(inner, Path(path))
         return
-    theirs = layouts.to_facebook(inner.state_dict())
+    theirs = layouts.to_facebook(state)
     told, _ = layouts.from_facebook(theirs, inner.cfg.n_heads)
     if replace(told, init=inner.cfg.init) != inner.cfg:
         raise ValueError(
@@ -176,17 +173,15 @@ def load(
         if t.dtype not in FLOAT_DTYPES or t.layout != torch.strided or t.is_meta:
             kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
             raise ValueError(f"{name}: expected float weights, but {key} is {kind}")
-    # Copies, since the file may change, tensors may be views of one storage, and a live model goes
-    # on; one by one, so that no two copies of all weights are needed.
-    tensors = {key: _copy(tensors.pop(key)) for key in list(tensors)}
+    for key in tensors:
+        # Copied, since the file may change, tensors may share a storage, and a live model goes on.
+        tensors[key] = tensors[key].detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(config.pos_embed == "learned")
     return model
 
 
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
     """Return the info of a fastdit file or None, diffusers' config or None, and the tensors."""
     if Path(path).is_dir():
         config, weights = foreign.folder(Path(path))
@@ -325,7 +320,8 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
     if diffusion is not None:
         if isinstance(diffusion, dict):
             diffusion = {"prediction": "epsilon"} | diffusion  # the only one in older releases
-        if not isinstance(diffusion, dict) or {k: type(v) for k, v in diffusion.items()} != _KINDS:
+        types = isinstance(diffusion, dict) and {k: type(v) for k, v in diffusion.items()}
+        if types != _DIFFUSION_TYPES:
             raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
     _check_labels(f"{path}: labels", labels, config)
     return CheckpointInfo(config, diffusion, None if labels is None else tuple(labels))
@@ -346,10 +342,6 @@ def _empty_model(source: str, config: DiTConfig) -> DiT:
             return DiT.from_config(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
-
-
-def _copy(t: Tensor) -> Tensor:
-    return t.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:

@@ -14,7 +14,14 @@ import torch
 import typer
 
 DEFAULT_OUT = Path("runs/toy")
-Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1.  [the GPU, if any]")]
+
+
+def option(text: str, **settings: Any) -> Any:
+    """Return an option of a command with its help text, and other settings of `typer.Option`."""
+    return typer.Option(help=text, **settings)
+
+
+Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]")]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.cli.common import Device, device_of, plain_errors
+from fastdit.cli.common import Device, device_of, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import encode_folder, load_vae
 from fastdit.diffusion import DiffusionScheduler
@@ -19,8 +19,7 @@ from fastdit.model import DiT
 from fastdit.sampling import executions
 
 HeadsOption = Annotated[
-    int | None,
-    typer.Option(min=1, help="Attention heads; shapes tell them for published sizes only."),
+    int | None, option("Attention heads; shapes tell them for published sizes only.", min=1)
 ]
 
 
@@ -29,7 +28,7 @@ def convert(
         Path, typer.Argument(help="A checkpoint of fastdit, facebookresearch/DiT or diffusers.")
     ],
     out: Annotated[Path, typer.Argument(help="File to write; for diffusers, a folder.")],
-    layout: Annotated[str, typer.Option(help=f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
+    layout: Annotated[str, option(f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
     n_heads: HeadsOption = None,
 ) -> None:
     """Rewrite a checkpoint in another layout; no weight changes a bit."""
@@ -51,12 +50,8 @@ def convert(
 def info(
     model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as DiT-XL/2.")],
     n_heads: HeadsOption = None,
-    tflops: Annotated[
-        float, typer.Option(min=1e-3, help="TFLOP/s of a device's bfloat16 matrix products.")
-    ] = 790.0,
-    gbps: Annotated[
-        float, typer.Option(min=1e-3, help="GB/s that its copies read and write together.")
-    ] = 4300,
+    tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
+    gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
     """Print a model's config, the cost of a forward, and the least time of a step on a device.
 
@@ -89,12 +84,12 @@ def info(
 
 def encode(
     folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
-    vae: Annotated[str, typer.Option(help="Folder or name of the AutoencoderKL.")],
+    vae: Annotated[str, option("Folder or name of the AutoencoderKL.")],
     out: Annotated[
-        Path, typer.Option(help="Folder for the shards; a call that was stopped continues there.")
+        Path, option("Folder for the shards; a call that was stopped continues there.")
     ] = Path("latents"),
-    image_size: Annotated[int, typer.Option(min=8, help="Side of the cropped square.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 64,
+    image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
+    batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
     device: Device = None,
 ) -> None:
     """Encode images into latents to train a DiT on."""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fastdit.checkpoints.foreign import weight_files
 from fastdit.checkpoints.native import CheckpointInfo, inspect, load
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, plain_errors
+from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import DiTConfig
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import decode, digest, latent_channels, load_vae
@@ -40,50 +40,39 @@ def sample(
         Path, typer.Argument(help="A checkpoint that fastdit.load reads, or a run's weights.")
     ] = DEFAULT_OUT / WEIGHTS_FILE,
     labels: Annotated[
-        str | None, typer.Option(help="Class names or numbers, comma-separated.  [every class]")
+        str | None, option("Names or numbers, comma-separated.  [every class]")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images per label.")] = 4,
-    seed: Annotated[
-        int, typer.Option(help="The same seed, label and index always give the same image.")
-    ] = 0,
+    count: Annotated[int, option("Images per label.", min=1)] = 4,
+    seed: Annotated[int, option("The same seed, label and index always give the same image.")] = 0,
     out: Annotated[
-        Path, typer.Option(help="A .png grid, or an .npz of uint8 NHWC pixels or of latents.")
+        Path, option("A .png grid, or an .npz of uint8 NHWC pixels or of latents.")
     ] = Path("samples.png"),
     num_images: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Images in all, in place of --count: the labels take turns, torchrun shares the "
+        option(
+            "Images in all, in place of --count: the labels take turns, torchrun shares the "
             "batches between processes, and --out must be an .npz.",
+            min=1,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images sampled together.")] = 64,
-    solver: Annotated[str, typer.Option(help=f"{', '.join(SOLVERS)}.")] = "ddpm",
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps.  [every step of the training]")
-    ] = None,
+    batch_size: Annotated[int, option("Images sampled together.", min=1)] = 64,
+    solver: Annotated[str, option(f"{', '.join(SOLVERS)}.")] = "ddpm",
+    steps: Annotated[int | None, option("Sampling steps.  [every step of the training]")] = None,
     clip: Annotated[
         float | None,
-        typer.Option(
-            help="Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"
-        ),
+        option("Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"),
     ] = None,
     guidance_scale: Annotated[
-        float | None,
-        typer.Option(help="Classifier-free guidance; needs a model with a null class."),
+        float | None, option("Classifier-free guidance; needs a model with a null class.")
     ] = None,
     guidance_channels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Guide the first channels only; 3 for published DiTs.  [all]"),
+        int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}.  [the weights']")] = None,
+    dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.  [the weights']")] = None,
     execution: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is."),
+        str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
-    vae: Annotated[
-        str | None, typer.Option(help="Folder or name of the AutoencoderKL that decodes latents.")
-    ] = None,
+    vae: Annotated[str | None, option("Folder or name of an AutoencoderKL to decode by.")] = None,
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
@@ -149,10 +138,7 @@ def sample(
 def _sample_batch(
     sampler: Sampler, labels: list[int], seed: int, first: int, progress: bool = False
 ) -> Tensor:
-    """Sample a batch whose first image has the global index `first`.
-
-    Image i has stream i of the seed, or the key seed + i where the model is unconditional.
-    """
+    """Sample images `first`, first + 1, ...: image i has stream i of the seed, or key seed + i."""
     if sampler.config is None or sampler.config.use_class_cond:
         return sampler(labels, seed, first_index=first, progress=progress)
     keys = range(seed + first, seed + first + len(labels))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, plain_errors
+from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
@@ -34,32 +34,24 @@ PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0
 
 
 def _recipe_option(text: str) -> Any:
-    return typer.Option(help=f"{text}  [the recipe's]")
+    return option(f"{text}  [the recipe's]")
 
 
 def train(
-    out: Annotated[
-        Path, typer.Option(help="Folder for weights, checkpoints, metrics and samples.")
-    ] = DEFAULT_OUT,
+    out: Annotated[Path, option("Folder of the weights, checkpoints and samples.")] = DEFAULT_OUT,
     resume: Annotated[
         str,
-        typer.Option(
-            help="auto: continue from the newest whole checkpoint in --out, or start a run if "
+        option(
+            "auto: continue from the newest whole checkpoint in --out, or start a run if "
             "there is none; a file: continue from it; no: start a run."
         ),
     ] = "no",
     recipe: Annotated[
-        str | None, typer.Option(help=f"{', '.join(RECIPES)}; options below change it.  [seed]")
+        str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder that `fastdit encode` wrote.  [coloured shapes]")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A preset, such as DiT-B/2, fitted to the data.  [toy]")
-    ] = None,
-    per_class: Annotated[
-        int | None, typer.Option(help="Number of coloured shapes per class.  [200]")
-    ] = None,
+    data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
+    model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
+    per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
     steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
     batch_size: Annotated[int | None, _recipe_option("Images per step, on all processes.")] = None,
     lr: Annotated[float | None, _recipe_option("Peak learning rate.")] = None,
@@ -72,24 +64,18 @@ def train(
     diffusion_steps: Annotated[int | None, _recipe_option("Diffusion steps T.")] = None,
     schedule: Annotated[str | None, _recipe_option("linear, linear-scaled or cosine.")] = None,
     seed: Annotated[int | None, _recipe_option("Seed of data, weights, order, noise.")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
-    compile: Annotated[str, typer.Option(help="torch.compile: none, block or whole.")] = "none",
+    precision: Annotated[str, option("float32 or bfloat16 (autocast).")] = "float32",
+    compile: Annotated[str, option("torch.compile: none, block or whole.")] = "none",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")
     ] = False,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Parts in which a process computes its batch.")
-    ] = 1,
-    strategy: Annotated[str, typer.Option(help="With several processes: ddp or fsdp.")] = "ddp",
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    keep: Annotated[int, typer.Option(min=1, help="Number of checkpoints to keep.")] = 2,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 10,
-    sample_every: Annotated[
-        int, typer.Option(min=0, help="Steps between sample grids; 0: only at the end.")
-    ] = 0,
-    vae: Annotated[
-        str | None, typer.Option(help="Autoencoder that decodes the samples of latents.")
-    ] = None,
+    accumulate: Annotated[int, option("Parts in which a process computes its batch.", min=1)] = 1,
+    strategy: Annotated[str, option("With several processes: ddp or fsdp.")] = "ddp",
+    save_every: Annotated[int, option("Steps between checkpoints.", min=1)] = 100,
+    keep: Annotated[int, option("Number of checkpoints to keep.", min=1)] = 2,
+    log_every: Annotated[int, option("Steps between measurements.", min=1)] = 10,
+    sample_every: Annotated[int, option("Steps between sample grids; 0: at the end.", min=0)] = 0,
+    vae: Annotated[str | None, option("Autoencoder that decodes the samples of latents.")] = None,
     device: Device = None,
 ) -> None:
     """Train a DiT: the toy on coloured shapes, or any preset on latents.
@@ -114,14 +100,9 @@ def train(
     with plain_errors():
         where = device_of(device)
         with processes(where) as world:
+            names: dict[str, Any] = dict(precision=precision, compile=compile, strategy=strategy)
             runtime = Runtime(
-                where,
-                precision,  # type: ignore[arg-type]
-                compile,  # type: ignore[arg-type]
-                checkpointing,
-                accumulate,
-                strategy,  # type: ignore[arg-type]
-                world,
+                where, checkpointing=checkpointing, accumulate=accumulate, world=world, **names
             )
             options: dict[str, Any] = dict(runtime=runtime, save_every=save_every, keep=keep)
             saved = _find_saved(resume, out)
@@ -177,10 +158,7 @@ def _changed_recipe(recipe: Recipe, given: dict[str, Any]) -> Recipe:
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
-    """Return a preset with the data's shape and classes.
-
-    It has a null class if the preset has one or the recipe drops labels.
-    """
+    """Return a preset with the data's shape and classes, and a null class if labels are dropped."""
     if model not in PRESETS:
         raise unknown_name("--model", model, PRESETS)
     C, H, _ = source.sample_shape
@@ -279,7 +257,7 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
     background commands ignore SIGINT.
 
     Yields:
-        The numbers of the signals that were received, a list that grows.
+        The numbers of the signals received so far, a list that grows.
     """
     received: list[int] = []
     first = math.inf
@@ -325,10 +303,7 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
 
 
 def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
-    """Print the mean loss of some passes over the set.
-
-    Where the run followed the published recipe, the published losses are printed beside them.
-    """
+    """Print the mean loss of some passes, beside the published losses if they are comparable."""
     comparable = replace(recipe, seed=0) == Recipe() and (
         source.identity == Shapes(seed=recipe.seed).identity
     )
