@@ -46,7 +46,7 @@ def test_bad_options_are_value_errors_that_name_them(options, message, build):
     assert message in str(error.value)
 
 
-def test_config_survives_a_dict():
+def test_config_survives_a_round_trip_through_a_dict():
     for cfg in PRESETS.values():
         assert DiTConfig.from_dict(cfg.to_dict()) == cfg
 
@@ -81,8 +81,8 @@ def test_config_is_frozen():
         DiTConfig().hidden = 128
 
 
-# Millions of trained parameters, Peebles & Xie 2023, table 1; XL/2 exactly as its checkpoint has
-# them, the fixed positions counted.
+# Millions of trained parameters as in Peebles & Xie 2023, table 1; for XL/2 exactly the number in
+# its checkpoint, which includes the fixed position embedding.
 @pytest.mark.parametrize(
     ("name", "millions"), [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)]
 )
@@ -100,7 +100,7 @@ def test_presets_cover_all_published_names():
     assert set(PRESETS) == published | {"toy"}
 
 
-def test_a_model_of_a_preset_is_made_for_images_of_a_size():
+def test_a_preset_takes_an_image_size():
     with torch.device("meta"):
         assert fastdit.DiT.from_preset("DiT-XL/2").cfg.img_size == 32
         assert fastdit.DiT.from_preset("DiT-S/4", image_size=512).cfg.img_size == 64
@@ -115,7 +115,7 @@ def test_a_model_of_a_preset_is_made_for_images_of_a_size():
         ("toy", 0, "image_size: expected a multiple of 4, got 0"),
     ],
 )
-def test_a_preset_that_cannot_be_is_an_error(name, size, message):
+def test_a_bad_preset_or_image_size_is_an_error(name, size, message):
     with pytest.raises(ValueError) as error:
         fastdit.DiT.from_preset(name, size)
     assert message in str(error.value)

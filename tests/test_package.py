@@ -1,4 +1,4 @@
-"""What importing fastdit costs, and how its kernels may be imported."""
+"""How the package is built and imported, and which of its modules may import which."""
 
 import ast
 import importlib.metadata
@@ -80,7 +80,7 @@ print(list(fastdit.Sampler(model, scheduler, execution="eager")([3]).shape))
 
 
 def test_a_wheel_holds_the_whole_package_and_works(tmp_path):
-    """Built from a copy: what an earlier build left beside the sources would be packed too."""
+    """Built from a copy, since files of an earlier build beside the sources would be packed."""
     source, site = tmp_path / "source", tmp_path / "site"
     for folder in ("fastdit", "kernels"):
         shutil.copytree(
@@ -133,8 +133,8 @@ def test_import_changes_nothing_global(tmp_path):
     assert run_python(code, tmp_path).strip() == "True"
 
 
-# A wing or a root file may import those in the lines below its own, and nothing points back up.
-# "data" is what others read and write through; only ops imports kernels.
+# A wing or a root file may import what stands in the lines above its own, and nothing else. Only
+# ops imports kernels.
 LAYERS = [
     {"errors", "testing"},
     {"config", "data"},
@@ -152,7 +152,7 @@ LAYERS = [
 
 
 def fastdit_imports(path: Path) -> set[str]:
-    """The root files and wings that a file imports."""
+    """Return the root files and wings that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -191,7 +191,7 @@ def test_kernels_import_nothing_of_fastdit():
 
 
 @pytest.mark.parametrize("old", ["recipe", "sources", "latents"])
-def test_names_that_the_readme_showed_still_work_and_say_where_they_are(old, tmp_path):
+def test_modules_that_moved_still_import_and_warn(old, tmp_path):
     code = (
         "import warnings\n"
         "with warnings.catch_warnings(record=True) as seen:\n"

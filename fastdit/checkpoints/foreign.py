@@ -53,7 +53,7 @@ def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
 
 
-def folder(path: Path) -> tuple[Any, Path]:
+def read_folder(path: Path) -> tuple[Any, Path]:
     """Return the config and the weights' file in diffusers' folder of a transformer or a pipeline.
 
     Raises:
@@ -80,7 +80,7 @@ def weight_files(path: Path) -> list[Path]:
     """Return the files that a model at `path`, a file or a folder, is read from."""
     if path.is_file():
         return [path]
-    _, weights = folder(path)
+    _, weights = read_folder(path)
     return [weights.with_name("config.json"), weights]
 
 

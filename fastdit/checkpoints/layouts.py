@@ -115,8 +115,8 @@ def from_diffusers(
     if patch is None or list(patch.shape) != wanted or _count_layers(tensors) != cfg.n_layers:
         got = "none" if patch is None else f"{list(patch.shape)}"
         raise ValueError(
-            f"config: says {cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}; the "
-            f"tensors are of {_count_layers(tensors)} blocks and {got}"
+            f"config: says {cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}, but the "
+            f"tensors have {_count_layers(tensors)} blocks and {got}"
         )
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -161,9 +161,9 @@ def to_diffusers(
         "norm_elementwise_affine": False,
         "norm_eps": cfg.mlp_ln_eps or cfg.ln_eps,
     }
-    told = replace(_diffusers_config(config), init=cfg.init)
-    if told != cfg:
-        raise ValueError(f"diffusers can hold such a DiT only as {told}; got {cfg}")
+    stored = replace(_diffusers_config(config), init=cfg.init)
+    if stored != cfg:
+        raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
     back = [(own, theirs) for theirs, own in reversed(_DIFFUSERS)]
     embedder = [(own, theirs) for theirs, own in _DIFFUSERS_EMBEDDER]
     out: dict[str, Tensor] = {}
@@ -241,7 +241,7 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def _add(state: dict[str, Tensor], name: str, t: Tensor) -> None:
     if name in state:
-        raise ValueError(f"two of its tensors are {name}")
+        raise ValueError(f"two tensors have the name {name}")
     state[name] = _swapped(name, t)
 
 

@@ -90,15 +90,15 @@ def save(
         write_tensors(path, state, header)
         return
     if scheduler or labels:
-        raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
+        raise ValueError(f"layout: {layout!r} stores neither scheduler nor labels")
     if layout == "diffusers":
         _save_folder(inner, Path(path))
         return
     theirs = layouts.to_facebook(state)
-    told, _ = layouts.from_facebook(theirs, inner.cfg.n_heads)
-    if replace(told, init=inner.cfg.init) != inner.cfg:
+    stored, _ = layouts.from_facebook(theirs, inner.cfg.n_heads)
+    if replace(stored, init=inner.cfg.init) != inner.cfg:
         raise ValueError(
-            f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {inner.cfg}"
+            f"layout: {layout!r} can store such a DiT only as {stored}, got {inner.cfg}"
         )
     content = io.BytesIO()  # torch.save reports a full disk as an error of its own
     torch.save({name: t.detach().cpu() for name, t in theirs.items()}, content)
@@ -184,7 +184,7 @@ def load(
 def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
     """Return the info of a fastdit file or None, diffusers' config or None, and the tensors."""
     if Path(path).is_dir():
-        config, weights = foreign.folder(Path(path))
+        config, weights = foreign.read_folder(Path(path))
         return None, config, _read(weights)[2]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")

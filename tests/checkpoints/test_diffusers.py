@@ -14,7 +14,7 @@ from fastdit.testing import randomize, relative_error
 
 @pytest.fixture(scope="module")
 def transformer():
-    """A tiny DiT of diffusers, 1,000 classes, whose blocks share one embedder's weights."""
+    """A tiny DiT of diffusers with 1,000 classes, whose blocks have the same embedders."""
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     model = diffusers.DiTTransformer2DModel(
@@ -44,7 +44,7 @@ def test_the_network_of_diffusers_is_reproduced(transformer):
     assert relative_error(model(x, t, y), expected) < 1e-5
     plain = fastdit.DiT.from_config(replace(model.cfg, t_freq_shift=0, mlp_ln_eps=None))
     plain.load_state_dict(model.state_dict())
-    assert relative_error(plain(x, t, y), expected) > 1e-4  # its choices are felt
+    assert relative_error(plain(x, t, y), expected) > 1e-4  # both choices matter
 
 
 @pytest.mark.parametrize("as_pipeline", [False, True], ids=["transformer", "pipeline"])
@@ -57,7 +57,7 @@ def test_folders_of_diffusers_are_read(transformer, tmp_path, as_pipeline, safe)
     assert all(map(torch.equal, read.state_dict().values(), live.state_dict().values()))
 
 
-def test_to_diffusers_and_back_is_the_same_to_the_bit(transformer, tmp_path):
+def test_a_round_trip_keeps_every_bit(transformer, tmp_path):
     from diffusers import DiTTransformer2DModel
 
     model = fastdit.load(transformer)
@@ -70,7 +70,7 @@ def test_to_diffusers_and_back_is_the_same_to_the_bit(transformer, tmp_path):
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
 
 
-def test_what_is_no_dit_of_diffusers_is_named(transformer, tmp_path):
+def test_a_folder_that_is_not_a_dit_of_diffusers_is_an_error(transformer, tmp_path):
     with pytest.raises(ValueError, match="keys look like those of diffusers: pass the folder"):
         fastdit.load(transformer.state_dict())
     with pytest.raises(ValueError, match="expected config.json and diffusion_pytorch_model.safet"):
@@ -80,7 +80,7 @@ def test_what_is_no_dit_of_diffusers_is_named(transformer, tmp_path):
     for text, message in (
         ("{", "config.json: expected JSON"),
         (config.replace("ada_norm_zero", "layer_norm"), "expected norm_type to be one of ada_norm"),
-        (config.replace('"num_layers": 2', '"num_layers": 3'), "says 3 blocks.*are of 2 blocks"),
+        (config.replace('"num_layers": 2', '"num_layers": 3'), "says 3 blocks.*have 2 blocks"),
         (
             config.replace('"sample_size"', '"size"'),
             "expected sample_size to be a positive integer",
@@ -95,9 +95,9 @@ def test_what_is_no_dit_of_diffusers_is_named(transformer, tmp_path):
         with pytest.raises(ValueError, match=message):
             fastdit.load(tmp_path)
     published = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2)
-    with pytest.raises(ValueError, match="diffusers can hold such a DiT only as"):
+    with pytest.raises(ValueError, match="diffusers can store such a DiT only as"):
         fastdit.save(fastdit.DiT.from_config(published), tmp_path / "new", layout="diffusers")
-    with pytest.raises(ValueError, match="holds published DiTs only"):
+    with pytest.raises(ValueError, match="can store such a DiT only as"):
         fastdit.save(fastdit.load(transformer), tmp_path / "m.pt", layout="facebookresearch/DiT")
 
 
@@ -161,8 +161,8 @@ def test_positions_that_diffusers_would_not_compute_are_refused(transformer, tmp
     assert not (tmp_path / "m").exists()
 
 
-def test_a_folder_half_written_is_none(transformer, tmp_path, monkeypatch):
-    """Old config and new weights would fit each other, and be another network."""
+def test_a_half_written_folder_is_not_loaded(transformer, tmp_path, monkeypatch):
+    """The old config would fit the new weights and give a different network."""
     model = fastdit.load(transformer)
     fastdit.save(model, tmp_path / "m", layout="diffusers")
     dumps = json.dumps
@@ -179,7 +179,7 @@ def test_a_folder_half_written_is_none(transformer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_narrow_weights_go_there_and_back_too(transformer, tmp_path, dtype):
+def test_a_round_trip_keeps_16_bit_weights(transformer, tmp_path, dtype):
     model = fastdit.load(transformer).to(dtype)
     fastdit.save(model, tmp_path / "m", layout="diffusers")
     again = fastdit.load(tmp_path / "m")

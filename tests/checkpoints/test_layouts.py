@@ -1,4 +1,4 @@
-"""Checkpoints of facebookresearch/DiT: recognised, translated to the bit, sampled alike."""
+"""Checkpoints of facebookresearch/DiT are recognised, translated exactly and sampled alike."""
 
 import argparse
 import os
@@ -32,7 +32,7 @@ def published():
     return fastdit.load(STATE, n_heads=2)
 
 
-def test_the_config_is_told_by_shapes():
+def test_the_config_is_inferred_from_shapes():
     assert published().cfg == CFG
 
 
@@ -58,7 +58,7 @@ def test_a_forward_is_the_published_one():
 @pytest.mark.parametrize("solver", ["ddpm", "ddim"])
 @pytest.mark.parametrize("execution", ["eager", "compile"])
 def test_a_guided_loop_is_the_published_one(solver, execution):
-    """Ten steps, learned range, scale 4 on three channels, with the loop's own noise."""
+    """Ten steps with learned variance, guidance scale 4 on three channels and recorded noise."""
     sampler = Sampler(
         published(),
         DiffusionScheduler(1000),
@@ -68,7 +68,7 @@ def test_a_guided_loop_is_the_published_one(solver, execution):
         execution=execution,
     )
     assert sampler.table.timesteps[::-1] == GOLDEN[f"{solver}/timestep_map"].tolist()
-    half = len(GOLDEN["cfg/y"]) // 2  # the null rows of the published loop carry their own noise
+    half = len(GOLDEN["cfg/y"]) // 2  # the published loop draws other noise for the null rows
     images = sampler(
         GOLDEN["cfg/y"][:half],
         x_T=GOLDEN[f"{solver}/x_T"][:half],
@@ -77,7 +77,7 @@ def test_a_guided_loop_is_the_published_one(solver, execution):
     assert relative_error(images, GOLDEN[f"{solver}/x_0"][:half]) < 1e-5
 
 
-def test_there_and_back_is_the_same_to_the_bit(tmp_path):
+def test_a_round_trip_keeps_every_bit(tmp_path):
     model = published()
     fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
     back = torch.load(tmp_path / "m.pt", weights_only=True)
@@ -90,7 +90,7 @@ def as_bare(path):
 
 
 def as_training(path):
-    """What the published training code writes: weights twice, optimizer, command line."""
+    """As the published training code does: weights twice, optimizer state and command line."""
     noise = {name: torch.zeros_like(t) for name, t in STATE.items()}
     args = argparse.Namespace(model="DiT-XL/2", lr=1e-4)
     torch.save({"model": noise, "ema": STATE, "opt": {"state": {}}, "args": args}, path)
@@ -113,7 +113,7 @@ def test_files_of_every_kind_are_read(tmp_path, write):
     write(tmp_path / "checkpoint")
     model = fastdit.load(tmp_path / "checkpoint", n_heads=2)
     assert all(map(torch.equal, model.state_dict().values(), published().state_dict().values()))
-    os.truncate(tmp_path / "checkpoint", 0)  # nothing is mapped
+    os.truncate(tmp_path / "checkpoint", 0)  # the model must not map the file
     assert model.pos_embed.isfinite().all() and not model.pos_embed.requires_grad
 
 
@@ -159,7 +159,10 @@ def without(*names):
         (STATE | {"final_layer.linear.weight": torch.zeros(())}, "have unexpected dimensions"),
         (STATE | {"blocks.0.adaLN_modulation.1.weight": torch.zeros(())}, r"got \[\]"),
         (STATE | {"blocks.0.adaLN_modulation.1.bias": torch.zeros(1)}, r"got \[1\]"),
-        (STATE | {"blocks.0.mlp.0.weight": torch.zeros(3)}, "two of its tensors are blocks.0.mlp"),
+        (
+            STATE | {"blocks.0.mlp.0.weight": torch.zeros(3)},
+            "two tensors have the name blocks.0.mlp",
+        ),
         (STATE | {"pos_embed": STATE["pos_embed"].to("meta")}, "pos_embed is a meta tensor"),
         (STATE | {"pos_embed": STATE["pos_embed"].to_sparse()}, "sparse"),
         (STATE | {"pos_embed": STATE["pos_embed"].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
@@ -167,20 +170,20 @@ def without(*names):
         ({}, "are not of a known layout"),
     ],
 )
-def test_what_does_not_fit_is_named(tensors, message):
+def test_tensors_that_do_not_fit_are_named(tensors, message):
     with pytest.raises(ValueError, match=f"state dict: .*{message}"):
         fastdit.load(tensors, n_heads=2)
 
 
 def test_a_layout_refuses_a_model_that_it_cannot_hold(tmp_path):
     model = fastdit.DiT.from_config(DiTConfig())
-    with pytest.raises(ValueError, match="'facebookresearch/DiT' holds published DiTs only"):
+    with pytest.raises(ValueError, match="'facebookresearch/DiT' can store such a DiT only as"):
         fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
     own = fastdit.DiT.from_config(replace(CFG, gelu="erf"))
     randomize(own)
-    with pytest.raises(ValueError, match="holds published DiTs only"):
+    with pytest.raises(ValueError, match="can store such a DiT only as"):
         fastdit.save(own, tmp_path / "m.pt", layout="facebookresearch/DiT")
-    with pytest.raises(ValueError, match="holds neither scheduler nor labels"):
+    with pytest.raises(ValueError, match="stores neither scheduler nor labels"):
         fastdit.save(
             published(), tmp_path / "m.pt", DiffusionScheduler(), layout="facebookresearch/DiT"
         )
@@ -193,7 +196,7 @@ LOAD_XL = """
 import re, sys, fastdit
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+open("/proc/self/clear_refs", "w").write("5")  # resets the recorded peak
 before = resident("VmRSS")
 model = fastdit.load(sys.argv[1])
 print(resident("VmHWM") - before)
@@ -206,8 +209,8 @@ print(resident("VmHWM") - before)
     reason="reads Linux's account of a process, and needs 8 GB",
 )
 @pytest.mark.parametrize("layout", ["fastdit", "facebookresearch/DiT"])
-def test_loading_xl_takes_little_more_than_its_file(tmp_path, layout):
-    """In bfloat16, as XL's bytes are what counts."""
+def test_loading_xl_takes_little_more_memory_than_its_file(tmp_path, layout):
+    """In bfloat16, which saves disk and time, since only the ratio of bytes matters."""
     with torch.device("meta"):
         model = fastdit.DiT.from_preset("DiT-XL/2").bfloat16()
     model = model.to_empty(device="cpu")
@@ -221,12 +224,12 @@ def test_loading_xl_takes_little_more_than_its_file(tmp_path, layout):
     done = subprocess.run(
         [sys.executable, "-c", LOAD_XL, str(path)], capture_output=True, text=True, check=True
     )
-    # The model is as large as its file; at the peak no more than 1.2 times that stands beside it.
+    # The model is as large as its file; the peak adds at most 1.2 times that.
     assert size < int(done.stdout) < (1 + 1.2) * size
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_narrow_weights_go_there_and_back_too(tmp_path, dtype):
+def test_a_round_trip_keeps_16_bit_weights(tmp_path, dtype):
     model = published().to(dtype)
     fastdit.save(model, tmp_path / "m", layout="facebookresearch/DiT")
     again = fastdit.load(tmp_path / "m", n_heads=2)
@@ -234,8 +237,8 @@ def test_narrow_weights_go_there_and_back_too(tmp_path, dtype):
     assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
 
 
-def test_weights_are_the_models_own_however_they_lay_in_the_file(tmp_path):
-    """Views of one storage, and strides of their own, become tensors that can be trained."""
+def test_loaded_weights_are_contiguous_and_share_no_memory(tmp_path):
+    """Views of one storage and tensors with unusual strides become ordinary parameters."""
     state, flat = dict(STATE), torch.zeros(10_000)
     bias = STATE["final_layer.linear.bias"]
     state["final_layer.linear.bias"] = flat[: len(bias)]
@@ -250,6 +253,6 @@ def test_weights_are_the_models_own_however_they_lay_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("n_heads", [0, -1, 2.0, "2"])
-def test_heads_that_cannot_be_are_an_error(n_heads):
+def test_a_bad_number_of_heads_is_an_error(n_heads):
     with pytest.raises(ValueError, match="n_heads: expected a positive integer, got"):
         fastdit.load(STATE, n_heads=n_heads)

@@ -10,7 +10,7 @@ from fastdit import DiffusionScheduler, Sampler
 from fastdit.testing import randomize
 
 
-def test_convert_makes_a_published_checkpoint_one_that_samples_and_back(run, tmp_path):
+def test_a_published_checkpoint_is_converted_sampled_and_converted_back(run, tmp_path):
     preset = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2, num_classes=5)
     model = fastdit.DiT.from_config(preset)
     randomize(model)
@@ -44,12 +44,12 @@ def test_convert_makes_a_published_checkpoint_one_that_samples_and_back(run, tmp
     assert done.exit_code == 1 and "n_heads: shapes do not tell it" in done.stderr
 
 
-def test_convert_keeps_what_a_checkpoint_says(run, checkpoint, tmp_path):
+def test_convert_keeps_the_header(run, checkpoint, tmp_path):
     assert run("convert", checkpoint, tmp_path / "again.safetensors").exit_code == 0
     assert (tmp_path / "again.safetensors").read_bytes() == checkpoint.read_bytes()
 
 
-def test_info_says_what_a_preset_or_a_checkpoint_is(run, checkpoint):
+def test_info_describes_a_preset_or_a_checkpoint(run, checkpoint):
     done = run("info", "DiT-XL/2")
     assert done.exit_code == 0, done.output
     for part in (

@@ -33,7 +33,7 @@ def test_sample_writes_what_the_sampler_makes(run, checkpoint, tmp_path):
         assert archive.files == ["arr_0"]
         pixels = archive["arr_0"]
     assert pixels.dtype == np.uint8 and pixels.shape == (6, 16, 16, 3)
-    # The two batches round differently from one batch of six; a pixel may fall to its neighbour.
+    # Two batches round differently from one batch of six, so a pixel may differ by one.
     assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1
 
 
@@ -118,7 +118,7 @@ def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
     guidance, solver = fastdit.Guidance(2.5, channels=2), DPMSolverPP(clip=0.9)
     sampler = Sampler(model, scheduler, solver, 5, guidance=guidance, dtype=torch.bfloat16)
     images = sampler([3, 5], seed=4)
-    assert images.abs().max() < 0.91  # clipped; its pixels are not all black or white
+    assert images.abs().max() < 0.91  # clipped, so pixels are not all black or white
     with np.load(out) as file:
         assert np.array_equal(file["arr_0"], to_pixels(images))
 
@@ -136,13 +136,13 @@ def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
         (("--execution", "graph", "--device", "cpu"), "error: execution: 'graph' needs a model on"),
     ],
 )
-def test_sample_options_that_cannot_be_are_one_line(run, checkpoint, arguments, message):
+def test_bad_sampling_options_are_one_line(run, checkpoint, arguments, message):
     done = run("sample", checkpoint, *arguments)
     assert done.exit_code == 1 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_labels_have_several_names_as_imagenets_do():
+def test_a_class_may_have_several_names_as_in_imagenet():
     names = ("tench, Tinca tinca", "goldfish", "drake", "drake, mallard")
     cfg = DiTConfig(num_classes=4)
     assert parse_labels("tinca TINCA, goldfish,mallard, drake, 3", names, cfg) == [0, 1, 3, 2, 3]

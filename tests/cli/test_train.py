@@ -37,13 +37,13 @@ def test_train_then_resume_then_sample(run, tmp_path):
         "samples/step-00000004.png",
     }
     assert "pass    step   loss" in done.stdout and "   2       4   0." in done.stdout
-    assert "published" not in done.stdout  # another recipe's figures
+    assert "published" not in done.stdout  # the recipe is not the published one
     assert "160 samples: colour accuracy" in done.stdout and "images/s" in done.stdout
     assert f"wrote {out}/model.safetensors and {out}/samples/step-00000004.png" in done.stdout
     assert "warning: terminal SNR" in done.stderr
     assert "loss " in done.stderr and "img/s" in done.stderr and "MFU" in done.stderr
     with Image.open(out / "samples" / "step-00000004.png") as grid:
-        assert grid.size == ((16 * 17 - 1) * 3, (4 * 17 - 1) * 3)  # one row a colour
+        assert grid.size == ((16 * 17 - 1) * 3, (4 * 17 - 1) * 3)  # one row per colour
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in lines if "shape" in line] == [2, 4]
@@ -64,7 +64,7 @@ def test_train_then_resume_then_sample(run, tmp_path):
     assert "sampling" in sampled.stderr
 
 
-def test_sharp_trains_with_all_it_names(run, tmp_path):
+def test_the_sharp_recipe_trains_with_all_its_options(run, tmp_path):
     out = tmp_path / "run"
     done = run("train", "--recipe", "sharp", *QUICK, "--out", out)
     assert done.exit_code == 0, done.output
@@ -101,7 +101,7 @@ def test_options_change_the_recipe(run, tmp_path):
 
 
 def test_latents_train_any_preset(run, latents, tmp_path, monkeypatch):
-    """A published model on the latents of `fastdit encode`, learned variance and all."""
+    """A published model with learned variance trains on the latents of `fastdit encode`."""
     small = replace(fastdit.PRESETS["DiT-S/4"], hidden=32, n_layers=2, n_heads=2)
     monkeypatch.setitem(fastdit.PRESETS, "DiT-S/4", small)
     out = tmp_path / "run"
@@ -122,7 +122,7 @@ def test_latents_train_any_preset(run, latents, tmp_path, monkeypatch):
 
 def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
     class Doubles(torch.nn.Module):
-        """Stands for an autoencoder: its pixels are the first three channels, doubled in size."""
+        """A stand-in for an autoencoder: pixels are the first three channels, doubled in size."""
 
         config = types.SimpleNamespace(latent_channels=4, scaling_factor=1.0)
 

@@ -15,12 +15,12 @@ from fastdit.train.trainer import Trainer
 QUICK = "--steps 4 --per-class 2 --batch-size 16 --diffusion-steps 25 --schedule cosine".split()
 
 
-def test_resume_auto_begins_where_there_is_nothing(run, tmp_path):
+def test_resume_auto_starts_a_run_where_there_is_none(run, tmp_path):
     done = run("train", *QUICK, "--resume", "auto", "--out", tmp_path / "run")
     assert done.exit_code == 0 and "resuming" not in done.stderr
 
 
-def test_resume_auto_passes_over_a_torn_checkpoint(run, tmp_path):
+def test_resume_auto_skips_a_truncated_checkpoint(run, tmp_path):
     out = tmp_path / "run"
     assert run("train", *QUICK, "--save-every", 2, "--out", out).exit_code == 0
     final = (out / "model.safetensors").read_bytes()
@@ -50,7 +50,7 @@ def test_resume_takes_a_file_unless_later_ones_would_be_lost(run, tmp_path):
     ).read_bytes()
 
 
-def test_an_interrupt_saves_and_says_how_to_go_on(run, tmp_path, monkeypatch):
+def test_an_interrupt_saves_and_says_how_to_continue(run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     original = Trainer.train_step
 
@@ -88,8 +88,8 @@ def test_a_stop_before_the_first_step_saves_too(tmp_path):
     assert RunFolder(tmp_path).newest().header["step"] == 0
 
 
-def test_a_request_to_stop_that_comes_twice_at_once_is_one(run, tmp_path, monkeypatch):
-    """By itself and through a launcher."""
+def test_a_signal_that_arrives_twice_at_once_counts_once(run, tmp_path, monkeypatch):
+    """Once directly and once through a launcher."""
     original = Trainer.train_step
 
     def interrupted(self):
@@ -103,7 +103,7 @@ def test_a_request_to_stop_that_comes_twice_at_once_is_one(run, tmp_path, monkey
     assert done.exit_code == 130 and "stopped at step 2 of 4, and saved" in done.stderr
 
 
-def test_a_later_request_does_what_it_always_did(run, tmp_path, monkeypatch):
+def test_a_later_signal_acts_as_before_the_run(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_SAME_REQUEST", -1.0)
     original = Trainer.train_step
 
@@ -116,8 +116,8 @@ def test_a_later_request_does_what_it_always_did(run, tmp_path, monkeypatch):
     assert done.exit_code == 130 and "stopped at" not in done.stderr
 
 
-def test_a_request_that_the_process_ignores_stays_ignored(run, tmp_path, monkeypatch):
-    """As a shell lets its background commands ignore SIGINT."""
+def test_an_ignored_signal_stays_ignored(run, tmp_path, monkeypatch):
+    """A shell makes its background commands ignore SIGINT."""
     original = Trainer.train_step
 
     def interrupted(self):
@@ -173,7 +173,7 @@ def test_damaged_metrics_do_not_stop_a_resume(run, tmp_path, content):
     assert run("train", "--resume", "auto", "--out", out).exit_code == 0
 
 
-def test_a_checkpoint_that_is_a_folder_or_a_broken_link_is_passed_over(run, tmp_path):
+def test_a_checkpoint_that_is_a_folder_or_a_broken_link_is_skipped(run, tmp_path):
     out = tmp_path / "run"
     assert run("train", *QUICK, "--save-every", 2, "--out", out).exit_code == 0
     (out / "checkpoints" / "step-00000006.safetensors").mkdir()

@@ -46,7 +46,7 @@ def test_tensorboard_gets_the_metrics_where_it_is_installed(tmp_path, monkeypatc
     assert written == [(str(tmp_path / "tensorboard"), 5), ("loss", 0.5, 5), "closed"]
 
 
-def test_numpy_is_not_needed_to_read_what_a_run_measured(tmp_path):
+def test_metrics_are_plain_json(tmp_path):
     own = monitor.Monitor(RunFolder(tmp_path / "new" / "run"))
     own.begin(0, 1)
     own.log(1, {"loss": float(np.float32(0.25))})
