@@ -73,8 +73,10 @@ def test_every_table_is_finite_and_alpha_bars_fall(schedule, T):
 
 
 def test_terminal_snr_warns_and_says_what_it_does_to_samples():
-    with pytest.warns(TerminalSNRWarning, match=r"0\.152.*36% .*samples drift.*linear-scaled"):
+    said = r"0\.152.*36% .*samples drift.*linear-scaled"
+    with pytest.warns(TerminalSNRWarning, match=said) as caught:
         DiffusionScheduler(T=200)
+    assert caught[0].filename == __file__  # the caller's
 
 
 @pytest.mark.parametrize(
