@@ -1,6 +1,6 @@
-"""Map `kernels/` to `fastdit.kernels`; everything else is in pyproject.toml.
+"""Install `kernels/` as `fastdit.kernels`; everything else is in pyproject.toml.
 
-A top-level package named `kernels` would overwrite the well-known PyPI package of that name.
+A top-level package named `kernels` would overwrite another project's package of that name.
 """
 
 from setuptools import find_packages, setup

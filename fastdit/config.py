@@ -1,4 +1,4 @@
-"""What a DiT is made of: one frozen dataclass, and the published sizes as presets."""
+"""The shape and choices of a DiT: one frozen dataclass, and the published sizes as presets."""
 
 from __future__ import annotations
 
@@ -12,32 +12,37 @@ MLP_RATIO = 4
 
 InitName = Literal["torch", "xavier"]
 
+# Fields that files from earlier releases lack, with the values that those releases computed with.
+# mlp_ln_eps and t_freq_shift came with the support for diffusers' checkpoints.
+_LATER_OPTIONS: dict[str, Any] = {"mlp_ln_eps": None, "t_freq_shift": 0}
+
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape and choices of a DiT. The defaults are the 323,696-parameter toy.
+    """The shape and choices of a DiT. The defaults are the 323,696-parameter toy.
 
     Attributes:
-        img_size: height and width of the input, in pixels (or latent cells).
+        img_size: height and width of the input, in pixels or latent cells.
         patch_size: side p of a patch; must divide img_size.
         in_channels: channels C of the input.
         hidden: width D of the residual stream; must be a multiple of n_heads.
         n_layers: number of transformer blocks.
-        n_heads: attention heads.
+        n_heads: number of attention heads.
         num_classes: number of class labels, 0 to num_classes - 1.
         use_class_cond: whether the model has a class embedding at all.
-        null_class: one more embedding row, `num_classes`, that stands for "no label"
-            (classifier-free guidance); used where y is None.
+        null_class: whether the class embedding has one more row, number `num_classes`, for "no
+            label"; classifier-free guidance needs it, and it is used where y is None.
         modulation_act: activation of the conditioning before every modulation linear.
         gelu: "erf" (exact) or "tanh" (approximation) in the blocks' MLPs.
         ln_eps: epsilon of every LayerNorm.
-        mlp_ln_eps: epsilon of the LayerNorms before the MLPs, where it is another one.
-        pos_embed: "learned", or "sincos": fixed two-dimensional sine-cosine, stored.
+        mlp_ln_eps: epsilon of the LayerNorms before the MLPs; None means ln_eps.
+        pos_embed: "learned", or "sincos": a fixed two-dimensional sine-cosine embedding, which is
+            stored with the weights.
         t_embed_width: width of the sinusoidal timestep embedding; None means hidden.
-        t_freq_shift: the timestep embedding's slowest frequencies: exponents are divided by half
-            its width less this (0, or 1 as diffusers has it).
+        t_freq_shift: as `freq_shift` of `fastdit.timestep_embedding`: 0, or 1 as in diffusers.
         t_embed_act: activation inside the timestep MLP; "gelu" is the exact one.
-        learn_sigma: the model returns 2C channels: the noise and the variance's interpolation.
+        learn_sigma: whether the model returns 2C channels, the noise and the interpolation of the
+            variance, instead of C.
         init: how fresh weights are drawn. "torch" is each layer's own default; "xavier" is the
             published DiT's: Xavier-uniform linears and patches, zero biases, normal(0.02)
             embeddings. Modulation and final layers start at zero either way.
@@ -85,15 +90,29 @@ class DiTConfig:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> DiTConfig:
-        """A config from a plain dict, such as one read from a file. An unknown key is an error."""
+        """Return a config with some fields set; an unknown field is a ValueError."""
         return from_options(cls, options)
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any]) -> DiTConfig:
+        """Return the config that a file holds, which an earlier release may have written.
+
+        Args:
+            options: every field, except those that were added after the file was written.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of range.
+        """
+        if isinstance(options, dict):
+            options = _LATER_OPTIONS | options
+        return from_options(cls, options, complete=True)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
+        """Number of patches along one side."""
         return self.img_size // self.patch_size
 
     @property
@@ -110,7 +129,7 @@ class DiTConfig:
 
     @property
     def class_rows(self) -> int:
-        """Rows of the class embedding, the null row included."""
+        """Number of rows of the class embedding, including the null row."""
         return self.num_classes + int(self.null_class) if self.use_class_cond else 0
 
     @property
@@ -120,26 +139,24 @@ class DiTConfig:
 
 
 def _check_value(name: str, value: Any, hint: Any) -> None:
-    """Check one field against its annotation: the annotations are the rule, said once."""
+    """Check a field's value against its annotation, so that each rule is written only once."""
+    if value is None and hint in (float | None, int | None):
+        return
     if hint is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name}: expected True or False, got {value!r}")
     elif hint in (float, float | None):
-        if value is None and hint is not float:
-            return
         if not (isinstance(value, float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{name}: expected a positive float, got {value!r}")
     elif hint in (int, int | None):
-        if value is None and hint is not int:
-            return
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
     elif value not in get_args(hint) or type(value) not in map(type, get_args(hint)):
         raise unknown_name(name, value, get_args(hint))
 
 
-# Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), table 1; the patch size
-# varies, and 32 x 32 x 4 is the latent of a 256 x 256 image.
+# Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), table 1; each size comes with
+# three patch sizes, and 32 x 32 x 4 is the latent of a 256 x 256 image.
 _PUBLISHED = DiTConfig(
     img_size=32,
     in_channels=4,

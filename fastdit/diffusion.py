@@ -1,4 +1,4 @@
-"""The diffusion process on the host: noise schedules, their tables, the timestep embedding."""
+"""The diffusion process: noise schedules and their tables, and the timestep embedding."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 
 from fastdit.errors import check_range, unknown_name
 
-# A signal of 10% of the noise's amplitude is visible as a shift of brightness and layout; the
-# published 1000-step linear schedule ends at 4e-5.
+# A signal with 10% of the noise's amplitude visibly shifts brightness and layout; the published
+# 1000-step linear schedule ends at 4e-5.
 TERMINAL_SNR_LIMIT = 1e-2
 
 
 class TerminalSNRWarning(UserWarning):
-    """The last step still holds signal, while sampling starts from pure noise."""
+    """The last diffusion step still holds signal, but sampling starts from pure noise."""
 
 
 def timestep_embedding(
     t: Tensor, dim: int, max_period: float = 10000.0, freq_shift: int = 0
 ) -> Tensor:
-    """Sinusoidal embedding of timesteps, `[cos | sin]`, always computed in float32.
+    """Return the sinusoidal embedding `[cos | sin]` of timesteps, always computed in float32.
 
     Args:
         t: [B], integer or float timesteps.
-        dim: width of the embedding; where odd, the last column is zero.
-        max_period: period of the slowest sinusoid, in steps.
-        freq_shift: with 1 the slowest is reached exactly, as diffusers has it for DiT.
+        dim: width of the embedding; if it is odd, the last column is zero.
+        max_period: the lowest frequency approaches 1 / max_period radians per step.
+        freq_shift: 0; or 1, as in diffusers' DiT, with which it is 1 / max_period exactly.
 
     Returns:
-        [B, dim] float32; with half = dim // 2 column i < half is
+        [B, dim] float32. With half = dim // 2, column i < half is
         `cos(t * exp(-ln(max_period) * i / (half - freq_shift)))`.
 
-    Source: Nichol & Dhariwal 2021, `timestep_embedding`; DiT follows it.
+    Source: Nichol & Dhariwal 2021, `timestep_embedding` of their code, which DiT follows.
     """
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -46,46 +46,48 @@ def timestep_embedding(
 
 
 def _linear_betas(T: int) -> Tensor:
-    """Ho et al. 2020, section 4."""
+    """Return the betas of Ho et al. 2020, section 4."""
     return torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 
 
 def _linear_scaled_betas(T: int) -> Tensor:
-    """The linear betas times 1000/T, so that T steps add as much noise as 1000 would."""
+    """Return the linear betas times 1000/T, so that T steps add as much noise as 1000 would."""
     if T <= 20:  # the last beta would be 20 / T
         raise ValueError(f"T: schedule='linear-scaled' needs more than 20 steps, got {T}")
     return _linear_betas(T) * (1000 / T)
 
 
 def _cosine_betas(T: int) -> Tensor:
-    """Nichol & Dhariwal 2021, equation 17, clipped at 0.999 as published."""
+    """Return the betas of Nichol & Dhariwal 2021, equation 17, clipped at 0.999 as published."""
     u = torch.arange(T + 1, dtype=torch.float64) / T
     alpha_bars = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - alpha_bars[1:] / alpha_bars[:-1]).clamp(max=0.999)
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """Timesteps from 0 to T - 1 at equal distances, rounded, ascending; one step is at 0.
+    """Return timesteps from 0 to T - 1 at equal distances, rounded, in ascending order.
 
-    Source: Nichol & Dhariwal 2021, `space_timesteps` of their code with one section, which DiT's
-    samples use ("250").
+    A single step is timestep 0.
+
+    Source: Nichol & Dhariwal 2021, `space_timesteps` of their code with one section, as in DiT's
+    published samples ("250").
     """
     _check_steps(T, steps)
     stride = (T - 1) / (steps - 1) if steps > 1 else 1.0
-    taken, at = [], 0.0
-    for _ in range(steps):  # summed up and rounded half to even, as published
-        taken.append(round(at))
+    timesteps, at = [], 0.0
+    for _ in range(steps):  # summing strides and rounding half to even, as published
+        timesteps.append(round(at))
         at += stride
-    return taken
+    return timesteps
 
 
 def strided_timesteps(T: int, steps: int) -> list[int]:
-    """Every so-many-th timestep from 0, ascending: T - 1 is not among them.
+    """Return the multiples of a stride from 0 up, in ascending order.
 
     Raises:
-        ValueError: no stride takes so many steps; the message names numbers near by.
+        ValueError: no stride gives this number of steps; the message names the nearest numbers.
 
-    Source: Song et al. 2021 (DDIM), section 4.2's linear sub-sequence; "ddim50" in the code of
+    Source: Song et al. 2021 (DDIM), section 4.2, linear sub-sequence; "ddim50" in the code of
     Nichol & Dhariwal and of DiT.
     """
     _check_steps(T, steps)
@@ -109,13 +111,11 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {
     "linear-scaled": _linear_scaled_betas,
     "cosine": _cosine_betas,
 }
-
-
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class DiffusionScheduler:
-    """The tables of a discrete Gaussian diffusion, for any noise predictor.
+    """The tables of a discrete Gaussian diffusion, for any model that predicts noise, x0 or v.
 
     Every attribute below is a [T] float32 tensor on `device`, rounded once from float64.
 
@@ -125,8 +125,8 @@ class DiffusionScheduler:
         alphas: `1 - betas`.
         alpha_bars: cumulative product of alphas.
         alpha_bars_prev: alpha_bars one step earlier, starting with 1.
-        sqrt_alpha_bars: the signal's amplitude in x_t.
-        sqrt_one_minus_alpha_bars: the noise's amplitude in x_t.
+        sqrt_alpha_bars: amplitude of the signal in x_t.
+        sqrt_one_minus_alpha_bars: amplitude of the noise in x_t.
         posterior_var: `betas * (1 - alpha_bars_prev) / (1 - alpha_bars)`.
 
     Source: Ho et al. 2020, equations 4 and 7.
@@ -151,19 +151,19 @@ class DiffusionScheduler:
 
         Args:
             T: number of steps, at least 1.
-            device: where the attributes live.
-            schedule: "linear" (betas from 1e-4 to 0.02), "linear-scaled" (those times 1000/T)
+            device: device of the attributes.
+            schedule: "linear" (betas from 1e-4 to 0.02), "linear-scaled" (the same times 1000/T)
                 or "cosine".
             prediction: what the model was trained to return: "epsilon" (the noise), "sample" (x0),
                 or "v_prediction" (`sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x0`, Salimans &
                 Ho 2022).
 
         Raises:
-            ValueError: T is no positive integer, or too small for the schedule; or a name is
+            ValueError: T is not a positive integer or is too small for the schedule, or a name is
                 unknown.
 
         Warns:
-            TerminalSNRWarning: x_T keeps signal that sampling will not start with.
+            TerminalSNRWarning: x_T keeps signal, which sampling does not start from.
         """
         if not isinstance(T, int) or isinstance(T, bool) or T < 1:
             raise ValueError(f"T: expected a positive integer, got {T!r}")
@@ -194,7 +194,7 @@ class DiffusionScheduler:
 
     @property
     def options(self) -> dict[str, int | str]:
-        """The arguments that make this diffusion again, on any device."""
+        """The arguments that build this diffusion again, on any device."""
         return {"T": self.T, "schedule": self.schedule, "prediction": self.prediction}
 
     def _warn_if_signal_remains(self) -> None:
@@ -215,15 +215,16 @@ class DiffusionScheduler:
 
         Args:
             x0: [B, ...] clean images, any float dtype.
-            t: [B] integers in [0, T). On an accelerator its range is not read back, since that
-                would stall the stream at every training step, nor is it by a compiled call.
+            t: [B] integers in [0, T). The range is checked on the CPU only, and not in a compiled
+                call: on an accelerator the check would stall the stream at every training step.
             eps: standard normal noise of x0's shape.
 
         Returns:
             x_t, of x0's shape and dtype.
 
         Raises:
-            ValueError: shapes differ, x0 is no float, or t is no integer or out of range.
+            ValueError: the shapes differ, x0 is not of a float dtype, or t is not of an integer
+                dtype or out of range.
 
         Source: Ho et al. 2020, equation 4.
         """
@@ -244,7 +245,7 @@ class DiffusionScheduler:
         return signal * x0 + noise * eps.to(x0.dtype)
 
     def gather(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows t [B] of the table `name` in `dtype`; float64 comes from the float64 table."""
+        """Return entries t [B] of the table `name`; all but float64 are rounded from float32."""
         if dtype == torch.float64:
             return self.tables[name].to(t.device)[t]
         attribute: Tensor = getattr(self, name)

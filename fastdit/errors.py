@@ -1,4 +1,4 @@
-"""The wording of errors that several modules raise."""
+"""What several modules check of their arguments, and the wording of their errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# The dtypes in which weights are stored and ops compute; float8 is not among them.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError:
-    """The error for a misspelt name: what came, what there is, and the likeliest intent."""
+    """Return the error for an unknown name: what was expected, what came, and the closest name."""
     names = [str(k) for k in known]
     close = difflib.get_close_matches(str(name), names, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -26,7 +27,7 @@ def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError
 
 
 def check_range(name: str, values: Tensor, limit: int) -> None:
-    """Raise a ValueError unless 0 <= values < limit; on an accelerator this reads them back."""
+    """Raise a ValueError unless 0 <= values < limit; on an accelerator this waits for them."""
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {values.dtype}")
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
@@ -37,10 +38,13 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """A NaN would paint every pixel. One reduction and one read-back where all is well."""
+    """Raise a ValueError if a tensor holds a NaN or an infinity, which would spoil every pixel.
+
+    Where all values are finite, this takes one reduction per tensor and one synchronization.
+    """
     if not tensors:
         return
-    # A value that is not finite leaves no sum finite; a sum that overflows is looked at again.
+    # A sum is finite only if all its values are. It may also overflow, so the values decide below.
     sums = torch.stack([t.sum(dtype=torch.float32) for t in tensors.values()])
     if sums.isfinite().all():
         return
@@ -50,10 +54,10 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def from_options(cls: type[T], options: Any, complete: bool = False) -> T:
-    """A dataclass from a plain dict; an unknown key is an error.
+    """Return an instance of the dataclass `cls`; an unknown option is a ValueError.
 
-    With `complete`, as for a dict read from a file, so is a missing one: a default must not stand
-    in for what the file's writer meant.
+    With `complete` a missing option is one too: where the options were read from a file, a default
+    must not stand in for what its writer meant.
     """
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
     if not isinstance(options, dict):

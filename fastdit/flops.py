@@ -1,5 +1,4 @@
-"""What a step must compute and move at the least: of sampling, its conditioning hoisted, and of
-training."""
+"""FLOP and bytes that a sampling step, without the conditioning, and a training step need."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from fastdit.config import MLP_RATIO, DiTConfig
 
 
 class Product(NamedTuple):
-    """[rows, inner] @ [inner, columns], so many times a forward."""
+    """A matrix product [rows, inner] @ [inner, columns] that a forward computes `times` times."""
 
     name: str
     rows: int
@@ -23,12 +22,12 @@ class Product(NamedTuple):
 
     @property
     def flop(self) -> int:
-        """Of one of them."""
+        """FLOP of one such product."""
         return 2 * self.rows * self.inner * self.columns
 
 
 def products(cfg: DiTConfig, rows: int) -> list[Product]:
-    """The matrix products of a forward of so many images, without the conditioning's."""
+    """Return the matrix products of a forward of `rows` images, without the conditioning's."""
     M, D, L = rows * cfg.n_tokens, cfg.hidden, cfg.n_layers
     p2 = cfg.patch_size**2
     return [
@@ -42,21 +41,22 @@ def products(cfg: DiTConfig, rows: int) -> list[Product]:
 
 
 def attention_work(cfg: DiTConfig, rows: int, itemsize: int) -> tuple[int, int]:
-    """(FLOP, bytes) of a forward's attention: QK^T and PV; qkv read, the output written."""
+    """Return (FLOP, bytes) of a forward's attention: QK^T and PV; qkv read, the output written."""
     residual = rows * cfg.n_tokens * cfg.hidden
     return cfg.n_layers * 4 * cfg.n_tokens * residual, cfg.n_layers * 4 * residual * itemsize
 
 
 def pass_bytes(cfg: DiTConfig, rows: int, itemsize: int) -> int:
-    """Bytes of a forward's fused LayerNorm passes: four tensors each, two for the first.
+    """Return the bytes of a forward's fused LayerNorm passes.
 
-    The last need not write its residual.
+    Each pass moves four tensors, but the first one two and the last one three, since it need not
+    write its residual.
     """
     return (cfg.n_layers * 2 * 4 + 2 - 1) * rows * cfg.n_tokens * cfg.hidden * itemsize
 
 
 def flop(cfg: DiTConfig, rows: int) -> int:
-    """Of a forward, without the conditioning's."""
+    """Return the FLOP of a forward of `rows` images, without the conditioning's."""
     own = sum(product.times * product.flop for product in products(cfg, rows))
     return own + attention_work(cfg, rows, 1)[0]
 
@@ -64,37 +64,33 @@ def flop(cfg: DiTConfig, rows: int) -> int:
 def floor_seconds(
     cfg: DiTConfig, rows: int, itemsize: int, flop_rate: float, byte_rate: float
 ) -> float:
-    """The least time of a forward on a device of known rates.
+    """Return the least time of a forward, in seconds, on a device of known rates.
+
+    It is the sum over the matrix products, attention and the LayerNorm passes. A product takes the
+    time to compute it or to read its weights once, whichever is longer, and attention likewise.
 
     Args:
-        cfg: the model's.
-        rows: images, twice as many under guidance.
-        itemsize: bytes of an element.
-        flop_rate: FLOP a second in matrix products.
-        byte_rate: bytes a second, read and written, in a copy.
-
-    Returns:
-        The time of the matrix products, which read each weight once, whichever of computing and
-        reading takes longer, of attention by the same rule, and of the passes between them.
+        cfg: the model's config.
+        rows: number of images, counted twice under guidance.
+        itemsize: bytes per element.
+        flop_rate: FLOP per second of matrix products.
+        byte_rate: bytes per second that a copy reads and writes together.
     """
     attention_flop, attention_bytes = attention_work(cfg, rows, itemsize)
     passes = pass_bytes(cfg, rows, itemsize) / byte_rate
     attention = max(attention_flop / flop_rate, attention_bytes / byte_rate)
-    return (
-        attention
-        + passes
-        + sum(
-            p.times * max(p.flop / flop_rate, p.inner * p.columns * itemsize / byte_rate)
-            for p in products(cfg, rows)
-        )
+    matrices = sum(
+        p.times * max(p.flop / flop_rate, p.inner * p.columns * itemsize / byte_rate)
+        for p in products(cfg, rows)
     )
+    return attention + passes + matrices
 
 
 def training_flop(cfg: DiTConfig, images: int) -> int:
-    """FLOP of a training step's forward and backward, the conditioning's included.
+    """Return the FLOP of a training step's forward and backward, including the conditioning's.
 
-    A backward is two products for each of the forward's. What activation checkpointing computes a
-    second time does not count: it is no progress.
+    The backward has two products for each one of the forward. What activation checkpointing
+    recomputes is not counted.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B, model FLOPs utilisation.
     """
@@ -104,13 +100,13 @@ def training_flop(cfg: DiTConfig, images: int) -> int:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a large square matrix product: measured, the best of a few, in a moment."""
+    """Measure the FLOP per second of a large square matrix product, the best of a few."""
     side = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(side, side, device=device, generator=own).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     best = math.inf
-    for _ in range(6):  # the first warms up
+    for _ in range(6):  # the first one warms up
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()

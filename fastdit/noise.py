@@ -1,16 +1,16 @@
 """Normal noise as a pure function of (seed, step, element), in plain PyTorch.
 
-A sample's noise must not depend on the batch it rides in, the device or the backend, so it is
-counted, not drawn: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3") turns a key and a counter into four uniform 32-bit words, and Box-Muller turns those
-into four normals. For element e of image i at step s:
+An image's noise must not depend on its batch, the device or the backend, so it comes from a
+counter-based generator instead of a stateful one: Philox4x32-10 (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3") turns a key and a counter into four uniform 32-bit words, and
+Box-Muller turns those into four normals. For element e of image i at step s:
 
     key     = the image's 64-bit seed
     counter = (e // 4, s, the image's stream, 0)
     words   = philox4x32_10(key, counter)                          # r0 .. r3
     u       = float32(r0) * 2^-32 + 2^-33                          # in (0, 1]
     v       = float32(int32(r1)) * 2^-31                           # in [-1, 1]
-    normals = sqrt(-2 ln u) * (cos(pi v), sin(pi v)), and the same of (r2, r3)
+    normals = sqrt(-2 ln u) * (cos(pi v), sin(pi v)), and the same from (r2, r3)
 
 float32() rounds to nearest, so u and v have the same bits wherever they are computed, with or
 without fused multiply-add; the normals agree to float32 rounding.
@@ -28,12 +28,12 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
-# Counters at a time: below 2^16 PyTorch runs the rounds on one thread, above they leave the cache.
+# Counters per block: PyTorch runs fewer on one thread only, and more do not fit in the cache.
 _CPU_BLOCK = 2**16
 
 
 def philox4x32(counter: Sequence[Tensor], key: Tensor) -> list[Tensor]:
-    """Philox4x32-10.
+    """Return the four words of Philox4x32-10 for a counter and a key.
 
     Args:
         counter: four int64 tensors of 32-bit unsigned values, broadcastable to each other.
@@ -54,25 +54,25 @@ def philox4x32(counter: Sequence[Tensor], key: Tensor) -> list[Tensor]:
 
 
 def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, within int64.
+    """Return the high and low words of a product of two 32-bit numbers, within int64.
 
-    Both multipliers are above 2^31, so `multiplier - 2^32` keeps the product inside int64; the
-    2^32 * a left out is whole high words.
+    Both multipliers are above 2^31, so the product with `multiplier - 2^32` fits in int64; the
+    missing 2^32 * a is added to the high word.
     """
     product = a * (multiplier - 2**32)
     return (product >> 32) + a, product & _MASK
 
 
 def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
-    """Standard normal noise for some images at some steps.
+    """Return standard normal noise for some images at some steps.
 
     Args:
-        seeds: [B, 2] int64, a row (key, stream) for each image; 0 <= stream < 2^32.
+        seeds: [B, 2] int64, one row (key, stream) per image; 0 <= stream < 2^32.
         steps: [S] int64, 0 <= step < 2^32.
-        elements: how many normals an image has at each step.
+        elements: number of normals per image and step, at least 1.
 
     Returns:
-        [S, B, elements] float32 on seeds' device.
+        [S, B, elements] float32 on the device of seeds.
     """
     if elements < 1:
         raise ValueError(f"elements: expected at least 1, got {elements}")
@@ -93,9 +93,9 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
 
 
 def _fill_normal(out: Tensor, key: Tensor, step: Tensor, stream: Tensor) -> None:
-    """Fill out [R, Q, 4] for R rows of (key, step, stream), each [R, 1]."""
-    # The sum with a loaded value changes nothing but this: of a bare arange Inductor makes an index
-    # expression, and multiplies it in 32 bits.
+    """Fill out [R, Q, 4] for R rows of key, step and stream, each [R, 1]."""
+    # Adding zeros from a loaded tensor keeps the arange in int64: Inductor would turn a bare arange
+    # into an index expression and multiply it in 32 bits.
     quads = torch.arange(out.shape[1], device=out.device) + (key & 0)
     r0, r1, r2, r3 = philox4x32((quads, step, stream, torch.zeros_like(stream)), key)
     torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1, out=out)

@@ -1,4 +1,4 @@
-"""A `fastdit.DiT` in the place of the transformer of diffusers' `DiTPipeline`."""
+"""A `fastdit.DiT` as the transformer of diffusers' `DiTPipeline`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fastdit.model import DiT
 
 
 class TransformerOutput(NamedTuple):
-    """What diffusers' transformers return."""
+    """The output of a transformer, as in diffusers."""
 
     sample: Tensor  # [B, C_out, H, W]
 
 
 class PipelineTransformer(nn.Module):
-    """Answers like diffusers' `DiTTransformer2DModel`, and computes with a `fastdit.DiT`.
+    """A stand-in for diffusers' `DiTTransformer2DModel` that computes with a `fastdit.DiT`.
 
         pipe = DiTPipeline.from_pretrained(folder)
         pipe.transformer = PipelineTransformer(fastdit.load(pipe.transformer))
 
-    `fastdit.Sampler` is faster than any pipeline, since a pipeline calls the whole model at every
-    step; this is for code that is built around one.
+    This is for code that is built around a pipeline. `fastdit.Sampler` is faster than any pipeline,
+    since a pipeline runs the whole model, its conditioning included, at every step.
     """
 
     def __init__(self, model: DiT) -> None:
@@ -62,15 +62,20 @@ class PipelineTransformer(nn.Module):
 
         Args:
             hidden_states: [B, C, H, W] latents.
-            timestep: [B].
+            timestep: [B] timesteps.
             class_labels: [B] int64; num_classes is the null label.
-            cross_attention_kwargs: None; there is no cross attention.
-            return_dict: whether the result has the name `sample`.
+            cross_attention_kwargs: None, since a DiT has no cross attention.
+            return_dict: True returns a `TransformerOutput`, False a tuple.
+
+        Returns:
+            [B, C_out, H, W], as `sample` or as the tuple's only member.
 
         Raises:
             ValueError: a shape does not fit, or cross_attention_kwargs are given.
         """
         if cross_attention_kwargs:
-            raise ValueError("cross_attention_kwargs: expected None, since a DiT has none")
+            raise ValueError(
+                "cross_attention_kwargs: expected None, since a DiT has no cross attention"
+            )
         sample = self.model(hidden_states, timestep, class_labels)
         return TransformerOutput(sample) if return_dict else (sample,)

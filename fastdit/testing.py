@@ -1,4 +1,4 @@
-"""What the tests and the benchmarks share: weights that prove something, and the error rule."""
+"""What tests and benchmarks share: random weights that make a check meaningful, the error rule."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Draw every trainable weight anew, none of them zero.
+    """Replace every trainable weight by a random number other than zero.
 
-    A fresh adaLN-Zero model returns zeros and proves nothing. Matrices are scaled by fan-in, so
-    that activations stay of order one; modulation comes out at about 0.5.
+    A fresh adaLN-Zero model returns zeros, so a check on it proves nothing. Matrices are scaled by
+    their fan-in, which keeps activations of order one and makes modulations about 0.5.
     """
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -21,26 +21,27 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:
-    """Relative L2 distance over the whole tensor, computed in float64."""
+    """Return the relative L2 distance over the whole tensor, computed in float64."""
     actual, oracle = actual.detach().cpu().double(), oracle.detach().cpu().double()
     return ((actual - oracle).norm() / oracle.norm()).item()
 
 
 def check_against_oracle(actual: Tensor, plain: Tensor, oracle: Tensor) -> None:
-    """The error rule: a fast path may be at most twice as wrong as plain PyTorch ops.
+    """Check the error rule: a fast path may be at most twice as wrong as plain PyTorch ops.
 
-    Over the whole tensor in the relative L2 norm, `error(actual) <= 2 error(plain) + half an ulp`
-    (one rounding of the output); and no element is off by more than four times the largest error
-    of the plain ops, that rounding added.
+    In the relative L2 norm over the whole tensor, `error(actual) <= 2 error(plain) + half an ulp`,
+    which is one rounding of the output. No single element may be off by more than four times the
+    largest error of the plain ops plus that rounding.
 
     Args:
-        actual: what is tested.
-        plain: the same computation by plain ops, in the same dtype.
-        oracle: the same in float64.
+        actual: the result under test.
+        plain: the result of plain ops in the same dtype.
+        oracle: the result of the reference in float64.
 
     Raises:
         AssertionError: the rule is broken; the message gives both errors.
-        ValueError: shapes differ, there are too few elements to judge, or the oracle is zero.
+        ValueError: the shapes differ, or the oracle is not float64, has too few elements to judge
+            or is all zero.
     """
     if not actual.shape == plain.shape == oracle.shape:
         raise ValueError(
@@ -55,9 +56,9 @@ def check_against_oracle(actual: Tensor, plain: Tensor, oracle: Tensor) -> None:
     rounding = torch.finfo(actual.dtype).eps / 2
     error, plain_error = relative_error(actual, oracle), relative_error(plain, oracle)
     assert error <= 2 * plain_error + rounding, (
-        f"relative error {error:.3g}, plain ops have {plain_error:.3g}"
+        f"relative error {error:.3g}, but plain ops have {plain_error:.3g}"
     )
     worst = (actual.double() - oracle).abs().max().item()
     plain_worst = (plain.double() - oracle).abs().max().item()
     bound = 4 * plain_worst + rounding * oracle.abs().max().item()
-    assert worst <= bound, f"largest error {worst:.3g}, plain ops have {plain_worst:.3g}"
+    assert worst <= bound, f"largest error {worst:.3g}, but plain ops have {plain_worst:.3g}"

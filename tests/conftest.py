@@ -1,4 +1,4 @@
-"""Which tests this machine can run."""
+"""Which tests this machine can run, and the fixtures that all of them share."""
 
 import json
 import os
@@ -12,7 +12,7 @@ COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu are left out where there is none, or where kernels are interpreted."""
+    """Deselect tests marked gpu if there is no GPU or if kernels are interpreted."""
     if COMPILED:
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure():
-    """Tests send SIGINT, which a shell lets its background commands ignore."""
+    """Handle SIGINT, which tests send and which a shell makes its background commands ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -32,7 +32,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def float32_is_float32():
-    """cuDNN's convolutions, such as the plain model's patches, take TF32 unless they are told."""
+    """Turn off TF32, which cuDNN uses for convolutions, such as the patch embedding, by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -41,7 +41,7 @@ def float32_is_float32():
 
 @pytest.fixture
 def latents(tmp_path):
-    """Shards as `fastdit encode` leaves them: ten latents of three classes, four a file."""
+    """Shards as `fastdit encode` writes them: ten latents of three classes, four per file."""
     folder = tmp_path / "latents"
     folder.mkdir()
     generator = np.random.default_rng(0)

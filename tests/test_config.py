@@ -46,9 +46,34 @@ def test_bad_options_are_value_errors_that_name_them(options, message, build):
     assert message in str(error.value)
 
 
-def test_config_survives_a_dict():
+def test_config_survives_a_round_trip_through_a_dict():
     for cfg in PRESETS.values():
         assert DiTConfig.from_dict(cfg.to_dict()) == cfg
+
+
+def test_a_saved_config_is_completed_as_its_release_meant_it():
+    saved = PRESETS["DiT-S/2"].to_dict()
+    assert DiTConfig.from_saved(saved) == PRESETS["DiT-S/2"]
+    older = {k: v for k, v in saved.items() if k not in ("mlp_ln_eps", "t_freq_shift")}
+    assert DiTConfig.from_saved(older) == PRESETS["DiT-S/2"]
+    assert older.keys() < saved.keys()  # the caller's dict is left alone
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved.pop("gelu"), "DiTConfig: expected every option, gelu missing"),
+        (lambda saved: saved.update(hiden=1), "did you mean 'hidden'?"),
+        (lambda saved: saved.update(hidden=0), "hidden: expected a positive integer, got 0"),
+    ],
+    ids=["missing", "unknown", "out-of-range"],
+)
+def test_a_saved_config_that_is_not_whole_is_an_error(change, message):
+    saved = DiTConfig().to_dict()
+    change(saved)
+    with pytest.raises(ValueError) as error:
+        DiTConfig.from_saved(saved)
+    assert message in str(error.value)
 
 
 def test_config_is_frozen():
@@ -56,8 +81,8 @@ def test_config_is_frozen():
         DiTConfig().hidden = 128
 
 
-# Millions of trained parameters, Peebles & Xie 2023, table 1; XL/2 exactly as its checkpoint has
-# them, the fixed positions counted.
+# Millions of trained parameters as in Peebles & Xie 2023, table 1; for XL/2 exactly the number in
+# its checkpoint, which includes the fixed position embedding.
 @pytest.mark.parametrize(
     ("name", "millions"), [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)]
 )
@@ -75,7 +100,7 @@ def test_presets_cover_all_published_names():
     assert set(PRESETS) == published | {"toy"}
 
 
-def test_a_model_of_a_preset_is_made_for_images_of_a_size():
+def test_a_preset_takes_an_image_size():
     with torch.device("meta"):
         assert fastdit.DiT.from_preset("DiT-XL/2").cfg.img_size == 32
         assert fastdit.DiT.from_preset("DiT-S/4", image_size=512).cfg.img_size == 64
@@ -90,7 +115,7 @@ def test_a_model_of_a_preset_is_made_for_images_of_a_size():
         ("toy", 0, "image_size: expected a multiple of 4, got 0"),
     ],
 )
-def test_a_preset_that_cannot_be_is_an_error(name, size, message):
+def test_a_bad_preset_or_image_size_is_an_error(name, size, message):
     with pytest.raises(ValueError) as error:
         fastdit.DiT.from_preset(name, size)
     assert message in str(error.value)

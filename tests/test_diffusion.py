@@ -1,4 +1,4 @@
-"""Schedules and tables against their papers, and the warning about signal left at the end."""
+"""Schedules and tables follow their papers; signal left at the last step gives a warning."""
 
 import math
 import warnings
@@ -73,8 +73,10 @@ def test_every_table_is_finite_and_alpha_bars_fall(schedule, T):
 
 
 def test_terminal_snr_warns_and_says_what_it_does_to_samples():
-    with pytest.warns(TerminalSNRWarning, match=r"0\.152.*36% .*samples drift.*linear-scaled"):
+    said = r"0\.152.*36% .*samples drift.*linear-scaled"
+    with pytest.warns(TerminalSNRWarning, match=said) as caught:
         DiffusionScheduler(T=200)
+    assert caught[0].filename == __file__  # the caller's
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_timestep_embedding_is_its_formula(dim):
     for row, step in zip(out, t.tolist(), strict=True):
         for i in range(half):
             angle = step * math.exp(-math.log(10000) * i / half)
-            # The float32 angle is off by up to an ulp of itself, which at 999 is 6e-5.
+            # The float32 angle is off by up to one ulp, which is 6e-5 at 999.
             assert row[i].item() == pytest.approx(math.cos(angle), abs=1e-4)
             assert row[half + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
         assert dim % 2 == 0 or row[-1] == 0

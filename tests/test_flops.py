@@ -1,4 +1,4 @@
-"""What a step must compute and move, against what is published and what a model really does."""
+"""The counts of FLOP and bytes agree with the published ones and with a real forward."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fastdit import DiTConfig, flops
 XL = fastdit.PRESETS["DiT-XL/2"]
 
 
-def test_the_published_work_is_counted():
+def test_flop_are_the_published_ones():
     """DiT-XL/2 at 256 x 256: 118.6 Gflops in the paper, which counts a multiply-add as one."""
     by_name = {product.name: product for product in flops.products(XL, 1)}
     assert [round(by_name[n].flop / 1e9, 2) for n in ("qkv", "proj")] == [2.04, 0.68]
@@ -21,18 +21,18 @@ def test_the_published_work_is_counted():
 
 @torch.no_grad()
 @pytest.mark.parametrize("cfg", [DiTConfig(), DiTConfig(learn_sigma=True, hidden=96, n_heads=3)])
-def test_a_forward_does_what_is_counted(cfg):
+def test_flop_are_those_of_a_real_forward(cfg):
     model, rows = fastdit.DiT.from_config(cfg), 3
     tokens = torch.randn(rows, cfg.n_tokens, cfg.patch_size**2 * cfg.in_channels)
     modulation = model.modulation(torch.zeros(rows))
-    # PyTorch counts the products of attention where it is made of them.
+    # PyTorch's counter sees the products of attention only in its MATH backend.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.denoise(tokens, modulation)
     assert counter.get_total_flops() == flops.flop(cfg, rows)
 
 
-def test_a_floor_falls_to_the_weights_and_rises_with_the_rows():
-    """Few rows cost the reading of the weights; many their products."""
+def test_the_least_time_is_set_by_weights_for_few_rows_and_by_products_for_many():
+    """Few rows take the time to read the weights, many the time to compute the products."""
     rates = dict(flop_rate=790e12, byte_rate=4.3e12)
     weights = sum(p.times * p.inner * p.columns * 2 for p in flops.products(XL, 1))
     assert flops.floor_seconds(XL, 1, 2, **rates) > weights / 4.3e12

@@ -1,4 +1,4 @@
-"""Counter-based noise: published vectors, the statement of the formula, and its statistics."""
+"""Counter-based noise: published test vectors, the formula, and its statistics."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from fastdit.noise import normal, philox4x32
 
 
-# Known answers of philox4x32-10, Random123 1.14, tests/kat_vectors.
+# Known answers for philox4x32-10 from Random123 1.14, tests/kat_vectors.
 @pytest.mark.parametrize(
     ("counter", "key", "expected"),
     [
@@ -34,7 +34,7 @@ def test_philox_gives_the_published_words(counter, key, expected):
 
 
 def test_normal_is_its_stated_formula():
-    """Element by element in Python floats, from the words up."""
+    """Computed element by element in Python floats from the generator's words."""
     seeds = torch.tensor([[2**40 + 5, 3], [0, 0]])
     steps = torch.tensor([0, 9])
     out = normal(seeds, steps, 7)
@@ -54,7 +54,7 @@ def test_normal_is_its_stated_formula():
 
 def test_normal_has_the_moments_and_tails_of_a_normal():
     z = normal(torch.tensor([[7, i] for i in range(64)]), torch.arange(8), 4096).double()
-    n = z.numel()  # 2,097,152; bounds are five standard errors
+    n = z.numel()  # 2,097,152; the bounds below are five standard errors
     assert abs(z.mean()) < 5 / n**0.5
     assert abs(z.var() - 1) < 5 * (2 / n) ** 0.5
     assert abs((z**3).mean()) < 5 * (15 / n) ** 0.5
@@ -97,8 +97,8 @@ def test_every_part_of_the_seed_matters(change):
 
 
 def test_compiled_noise_is_the_same_noise():
-    """Inductor must not narrow the integers: it did, where counters came from a bare arange."""
+    """Inductor must not narrow the integers, as it does if counters come from a bare arange."""
     keys, steps = torch.tensor([[7, 0], [2**40 + 3, 5], [7, 2]]), torch.tensor([1])
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(normal, fullgraph=True)
     assert (compiled(keys, steps, 770) - normal(keys, steps, 770)).abs().max() < 2e-6

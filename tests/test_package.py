@@ -1,10 +1,13 @@
-"""What importing fastdit costs, and how its kernels may be imported."""
+"""How the package is built and imported, and which of its modules may import which."""
 
 import ast
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 import fastdit
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (".py", ".cpp", ".h", ".typed")
 
 
 def run_python(code: str, cwd: Path) -> str:
@@ -25,9 +29,10 @@ def test_version_is_the_installed_one():
 
 
 def test_the_lowest_versions_asked_for_are_those_that_were_tested():
-    """2.11 is 2.11.0: pyproject.toml's bounds, and what tests/with_oldest.sh installs."""
+    """pyproject.toml's bounds are what tests/with_oldest.sh installs; 2.11 stands for 2.11.0."""
     project = (ROOT / "pyproject.toml").read_text()
-    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)[;"]', project.partition("dependencies")[2]))
+    dependencies = project.partition("\ndependencies = [")[2].partition("\n]")[0]
+    bounds = dict(re.findall(r'"(\w+)>=([\d.]+)[;"]', dependencies))
     lines = (ROOT / "constraints-oldest.txt").read_text().split()
     pins = dict(line.split("==") for line in lines)
     assert {"torch", "triton", "numpy"} <= bounds.keys() == pins.keys()
@@ -64,6 +69,57 @@ def test_kernels_under_another_name_say_how_to_install():
     assert "pip install -e ." in done.stderr
 
 
+USE_THE_WHEEL = """
+import fastdit, fastdit.train, fastdit.data, fastdit.cli.app, fastdit.pipeline, fastdit.kernels
+print(fastdit.__file__)
+print(fastdit.kernels.__file__)
+model = fastdit.DiT(hidden=8, n_layers=1, n_heads=1)
+scheduler = fastdit.DiffusionScheduler(2, schedule="cosine")
+print(list(fastdit.Sampler(model, scheduler, execution="eager")([3]).shape))
+"""
+
+
+def test_a_wheel_holds_the_whole_package_and_works(tmp_path):
+    """Built from a copy, since files of an earlier build beside the sources would be packed."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in ("fastdit", "kernels"):
+        shutil.copytree(
+            ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    offline = ["--no-index", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "wheel", *offline, "--wheel-dir", tmp_path, source], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+
+    packed = {p.relative_to(site).as_posix() for p in site.rglob("*") if p.is_file()}
+    sources = {p.relative_to(source) for p in source.rglob("*") if p.suffix in SOURCES}
+    expected = {p.as_posix() for p in sources if p.parts[0] == "fastdit"}
+    expected |= {f"fastdit/{p.as_posix()}" for p in sources if p.parts[0] == "kernels"}
+    assert {name for name in packed if ".dist-info/" not in name} == expected
+    assert {"fastdit/py.typed", "fastdit/kernels/cpu/trajectory.cpp"} < expected
+
+    done = subprocess.run(
+        [sys.executable, "-c", USE_THE_WHEEL],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(site / "fastdit" / "__init__.py"),
+        str(site / "fastdit" / "kernels" / "__init__.py"),
+        "[1, 3, 16, 16]",
+    ]
+
+
 def test_import_changes_nothing_global(tmp_path):
     code = (
         "import logging, torch\n"
@@ -77,8 +133,8 @@ def test_import_changes_nothing_global(tmp_path):
     assert run_python(code, tmp_path).strip() == "True"
 
 
-# A wing or a root file may import those in the lines below its own, and nothing points back up.
-# "data" is what others read and write through; only ops imports kernels.
+# A wing or a root file may import what stands in the lines above its own, and nothing else. Only
+# ops imports kernels.
 LAYERS = [
     {"errors", "testing", "update"},
     {"config", "data"},
@@ -95,7 +151,7 @@ LAYERS = [
 
 
 def fastdit_imports(path: Path) -> set[str]:
-    """The root files and wings that a file imports."""
+    """Return the root files and wings that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -134,7 +190,7 @@ def test_kernels_import_nothing_of_fastdit():
 
 
 @pytest.mark.parametrize("old", ["recipe", "sources", "latents"])
-def test_names_that_the_readme_showed_still_work_and_say_where_they_are(old, tmp_path):
+def test_modules_that_moved_still_import_and_warn(old, tmp_path):
     code = (
         "import warnings\n"
         "with warnings.catch_warnings(record=True) as seen:\n"

@@ -1,4 +1,4 @@
-"""The error rule itself: what it lets through, and what it does not."""
+"""What the error rule accepts and what it rejects."""
 
 import pytest
 import torch

@@ -11,9 +11,9 @@ trap 'rm -rf "$venv"' EXIT
 python3 -m venv "$venv"
 export PATH="$venv/bin:$PATH"
 
-pip install -q -c constraints-oldest.txt -e . pytest pytest-benchmark matplotlib
+pip install -q -c constraints-oldest.txt -e . pytest pytest-benchmark matplotlib 'setuptools>=77'
 pip list | grep -E '^(torch|triton|numpy|safetensors|typer) '
 if [ $# -eq 0 ]; then
-  set -- tests/{test_package,compilation/test_{compile_time,cpp_build},ops/test_cpp_ops,sampling/test_{executions,graph},cli/test_app}.py
+  set -- tests/{test_package,compilation/test_{compile_time,cpp_build},ops/test_cpp_ops,sampling/test_{executions,graph},cli/test_{app,models,sample}}.py
 fi
 pytest "$@"

@@ -1,6 +1,11 @@
-"""Weights on disk: fastdit's own files (`native`) and those of other projects.
+"""Models on disk, in fastdit's own layout and in those of other projects.
 
-`layouts` translates names and rows, `foreign` reads files without running anything in them.
+    model = load("DiT-XL-2-256x256.pt")  # the layout is recognised by the keys
+    save(model, "model.safetensors", scheduler, labels)
+    inspect("model.safetensors")  # config, diffusion and labels, without the weights
+
+`native` holds these three and fastdit's own file format. `layouts` translates the names and rows
+of other projects, and `foreign` reads their files without running anything in them.
 """
 
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save

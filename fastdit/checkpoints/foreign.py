@@ -1,4 +1,4 @@
-"""Files that other projects write: PyTorch's pickles, read without running them, and folders."""
+"""Files of other projects: PyTorch pickles, read without running them, and diffusers' folders."""
 
 from __future__ import annotations
 
@@ -17,41 +17,33 @@ from torch import Tensor
 
 FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-# What torch.load raises for a file that is torn, of another kind, or wants to run code.
-_BAD_PICKLE = (
-    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError),
-    *(LookupError, TypeError, AttributeError, OverflowError, AssertionError),
-)
+# What torch.load raises for a file that is truncated, of another kind, or would run code.
+_REFUSED = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError)
+_DAMAGED = (LookupError, TypeError, AttributeError, OverflowError, AssertionError)
 
 
 def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The weights in a .pt file, read without running anything in it.
+    """Read the weights in a .pt file without running anything in it.
 
-    Of a training checkpoint these are "ema", else "model" or "state_dict"; the prefix of a data
-    parallel wrapper goes.
+    Where the file is a training checkpoint, the weights are its "ema", or else its "model" or
+    "state_dict". The prefix of a data parallel wrapper is removed from the names.
 
     Raises:
-        ValueError: the file is truncated, no dict, or holds code.
+        ValueError: the file is truncated, is not a dict, or holds code.
     """
-    # The published training code stores its command line beside the weights.
+    # The published training code stores its command line beside the weights, as a Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except MemoryError:
-            raise
-        except (*_BAD_PICKLE, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a torn offset
+        except (*_REFUSED, *_DAMAGED, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a bad offset
                 raise
-            # Not PyTorch's own words, which advise to run the file.
+            # PyTorch's own message is not passed on, since it advises to run the file.
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise ValueError(
-                f"{path}: expected a PyTorch file of tensors; "
-                + (
-                    f"it holds more than tensors ({code[1]}), which is refused and not run"
-                    if code
-                    else "it is truncated or damaged, or holds more than tensors, which is not run"
-                )
-            ) from error
+            reason = "it is truncated or damaged, or holds more than tensors, which is not run"
+            if code:
+                reason = f"it holds more than tensors ({code[1]}), which is refused and not run"
+            raise ValueError(f"{path}: expected a PyTorch file of tensors; {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
     for key in ("ema", "model", "state_dict"):
@@ -61,11 +53,11 @@ def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
 
 
-def folder(path: Path) -> tuple[Any, Path]:
-    """The config and the file of weights in a folder of diffusers, or of a pipeline's transformer.
+def read_folder(path: Path) -> tuple[Any, Path]:
+    """Return the config and the weights' file in diffusers' folder of a transformer or a pipeline.
 
     Raises:
-        ValueError: one of the two is not there, or the config is no JSON.
+        ValueError: one of the two is missing, or the config is not a JSON object.
     """
     if (path / "transformer").is_dir() and not (path / "config.json").is_file():
         path = path / "transformer"
@@ -85,15 +77,15 @@ def folder(path: Path) -> tuple[Any, Path]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that a model is read from: a file, or those of a folder."""
+    """Return the files that a model at `path`, a file or a folder, is read from."""
     if path.is_file():
         return [path]
-    _, weights = folder(path)
+    _, weights = read_folder(path)
     return [weights.with_name("config.json"), weights]
 
 
 def folder_labels(path: Path, num_classes: int) -> tuple[str, ...] | None:
-    """The names of the classes, where a folder is of a pipeline that knows them all."""
+    """Return the names of the classes if `path` is a pipeline's folder that has all of them."""
     try:
         names = json.loads((path / "model_index.json").read_text())["id2label"]
         return tuple(str(names[str(i)]) for i in range(num_classes))

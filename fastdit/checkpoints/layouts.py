@@ -1,12 +1,13 @@
-"""The names and rows of other projects' DiT checkpoints, translated to fastdit's and back.
+"""Translation of other projects' DiT checkpoints, names and rows, to fastdit's layout and back.
 
-Others store modulation as (shift, scale, gate) and fastdit as (scale, shift, gate): rows are
-permuted here, once, so that the model has one order. No value of a weight changes, and translating
-back gives the same bits.
+The other projects store modulation as (shift, scale, gate) and fastdit as (scale, shift, gate).
+The rows are permuted here, so that the model needs to know one order only. No value of a weight
+changes, and translating back gives the same bits.
 
-diffusers keeps queries, keys and values apart, computes its positions, and copies the embedders
-into every block. Its network differs from the published one in numbers too: timestep frequencies
-divide by half the width less one, and the LayerNorm before an MLP has an epsilon of its own.
+diffusers stores queries, keys and values separately, computes its position embedding, and has a
+copy of the embedders in every block. Its network also differs from the published one in numbers:
+the timestep frequencies' exponents are divided by half the width less one, and the LayerNorms
+before the MLPs have an epsilon of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,14 +24,14 @@ from torch import Tensor
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.model import sincos_pos_embed
 
-# A key that begins so is found in every checkpoint of the layout, and in no other's.
-MARKS = {
+# Every checkpoint of a layout has a key with this prefix, and no checkpoint of another has one.
+PREFIXES = {
     "patch_embed.": "fastdit",
     "x_embedder.": "facebookresearch/DiT",
     "transformer_blocks.": "diffusers",
 }
 
-# (theirs, fastdit's), parts of names; replaced in this order.
+# Pairs of parts of names, the project's and fastdit's, which are replaced in this order.
 _FACEBOOK = (
     ("x_embedder.", "patch_embed."),
     ("t_embedder.mlp.", "t_embed."),
@@ -61,10 +61,10 @@ _MODULATION = re.compile(r"(blocks\.\d+\.adaLN_modulation|final_mod)\.(weight|bi
 
 
 def layout_of(keys: Iterable[str]) -> str | None:
-    """The name in MARKS' values that a checkpoint's keys belong to, or None."""
+    """Return the name of the layout that a checkpoint's keys belong to, or None."""
     keys = list(keys)
-    for mark, name in MARKS.items():
-        if any(key.startswith(mark) for key in keys):
+    for prefix, name in PREFIXES.items():
+        if any(key.startswith(prefix) for key in keys):
             return name
     return None
 
@@ -72,14 +72,16 @@ def layout_of(keys: Iterable[str]) -> str | None:
 def from_facebook(
     tensors: Mapping[str, Tensor], n_heads: int | None
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Config and state dict of a facebookresearch/DiT state dict.
+    """Return the config and fastdit's state dict for a state dict of facebookresearch/DiT.
 
     Args:
-        tensors: its state dict.
-        n_heads: None takes that of the published model of this depth and width.
+        tensors: the state dict.
+        n_heads: number of attention heads; None takes that of the published model of this depth
+            and width.
 
     Raises:
-        ValueError: a tensor that tells the config is missing, or n_heads is not to be told.
+        ValueError: a tensor that the config is inferred from is missing, or n_heads is None and
+            no published model fits.
     """
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -88,7 +90,7 @@ def from_facebook(
 
 
 def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict under facebookresearch/DiT's names; the inverse of `from_facebook`."""
+    """Return the state dict in facebookresearch/DiT's layout; the inverse of `from_facebook`."""
     back = [(own, theirs) for theirs, own in reversed(_FACEBOOK)]
     return {_renamed(name, back): _swapped(name, t) for name, t in state.items()}
 
@@ -96,24 +98,25 @@ def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_diffusers(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Config and state dict of diffusers' `DiTTransformer2DModel`.
+    """Return the config and fastdit's state dict for diffusers' `DiTTransformer2DModel`.
 
     Args:
         tensors: its state dict.
-        config: its `config.json`, or a live model's `config`.
+        config: the content of its `config.json`, or a live model's `config`.
 
     Raises:
-        ValueError: the config is of another model, or its blocks' embedders differ.
+        ValueError: the config is another model's or does not fit the tensors, or the blocks'
+            embedders differ.
     """
     cfg = _diffusers_config(config)
-    # Before anything of the config's size is made: a config may say what it likes.
+    # Checked before anything is allocated by the config, whose sizes cannot be trusted.
     patch = tensors.get("pos_embed.proj.weight")
     wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
     if patch is None or list(patch.shape) != wanted or _count_layers(tensors) != cfg.n_layers:
         got = "none" if patch is None else f"{list(patch.shape)}"
         raise ValueError(
-            f"config: says {cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}; the "
-            f"tensors are of {_count_layers(tensors)} blocks and {got}"
+            f"config: says {cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}, but the "
+            f"tensors have {_count_layers(tensors)} blocks and {got}"
         )
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -121,16 +124,14 @@ def from_diffusers(
         if (embedder := re.sub(r"^blocks\.\d+\.norm1\.emb\.", "", name)) != name:
             name = _renamed(embedder, _DIFFUSERS_EMBEDDER)
             if name in state and not torch.equal(state[name], t):
-                raise ValueError(
-                    f"the embedders of its blocks differ ({name}); a DiT has one for all"
-                )
+                raise ValueError(f"the embedders of its blocks differ ({name}); a DiT has only one")
             state[name] = t
         else:
             _add(state, name, t)
     for i in range(cfg.n_layers):
         for kind in ("weight", "bias"):
             parts = [f"blocks.{i}.attn1.to_{n}.{kind}" for n in "qkv"]
-            if all(part in state for part in parts):  # else the names that are left tell
+            if all(part in state for part in parts):  # if not, load() reports the other names
                 state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([state.pop(p) for p in parts])
     state["pos_embed"] = sincos_pos_embed(cfg.hidden, cfg.grid).to(patch.dtype)
     return cfg, state
@@ -139,10 +140,10 @@ def from_diffusers(
 def to_diffusers(
     cfg: DiTConfig, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`config.json` and state dict for diffusers; the inverse of `from_diffusers`.
+    """Return `config.json` and the state dict for diffusers; the inverse of `from_diffusers`.
 
     Raises:
-        ValueError: diffusers' model has no such choice.
+        ValueError: diffusers' model cannot express the config or the position embedding.
     """
     config = {
         "_class_name": "DiTTransformer2DModel",
@@ -160,9 +161,9 @@ def to_diffusers(
         "norm_elementwise_affine": False,
         "norm_eps": cfg.mlp_ln_eps or cfg.ln_eps,
     }
-    told = replace(_diffusers_config(config), init=cfg.init)
-    if told != cfg:
-        raise ValueError(f"diffusers holds such DiTs only as {told}; got {cfg}")
+    stored = replace(_diffusers_config(config), init=cfg.init)
+    if stored != cfg:
+        raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
     back = [(own, theirs) for theirs, own in reversed(_DIFFUSERS)]
     embedder = [(own, theirs) for theirs, own in _DIFFUSERS_EMBEDDER]
     out: dict[str, Tensor] = {}
@@ -170,7 +171,7 @@ def to_diffusers(
         t = _swapped(name, t)
         if name == "pos_embed":
             if not torch.equal(t.cpu(), sincos_pos_embed(cfg.hidden, cfg.grid).to(t.dtype)):
-                raise ValueError("diffusers computes positions, and this model's are other ones")
+                raise ValueError("pos_embed: expected the one that diffusers computes")
             continue
         if name.startswith(("t_embed.", "y_embed.")):
             for i in range(cfg.n_layers):
@@ -186,7 +187,7 @@ def to_diffusers(
 
 
 def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
-    """The config of a diffusers DiT, with what its code has fixed."""
+    """Return the config of a DiT of diffusers; choices that its code fixes are filled in."""
     expected = {
         "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
         "norm_type": ("ada_norm_zero",),
@@ -200,38 +201,35 @@ def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
                 f"config: expected {key} to be one of {', '.join(map(str, known))}, got "
                 f"{config[key]!r}"
             )
-    numbers = {
-        key: config.get(key)
-        for key in (
-            *("num_attention_heads", "attention_head_dim", "in_channels", "num_layers"),
-            *("sample_size", "patch_size", "num_embeds_ada_norm"),
-        )
-    }
-    for key, value in numbers.items():
+
+    def size(key: str) -> int:
+        value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**20:
             raise ValueError(f"config: expected {key} to be a positive integer, got {value!r:.40}")
-    n = SimpleNamespace(**numbers)
+        return value
+
+    n_heads, channels = size("num_attention_heads"), size("in_channels")
     out_channels, norm_eps = config.get("out_channels"), config.get("norm_eps", 1e-5)
-    if out_channels not in (None, n.in_channels, 2 * n.in_channels):
+    if out_channels not in (None, channels, 2 * channels):
         raise ValueError(
-            f"config: expected out_channels of {n.in_channels} or {2 * n.in_channels}, got "
+            f"config: expected out_channels of {channels} or {2 * channels}, got "
             f"{out_channels!r:.40}"
         )
     if not isinstance(norm_eps, float):
         raise ValueError(f"config: expected norm_eps to be a float, got {norm_eps!r:.40}")
     return replace(
         PRESETS["DiT-XL/2"],
-        img_size=n.sample_size,
-        patch_size=n.patch_size,
-        in_channels=n.in_channels,
-        hidden=n.num_attention_heads * n.attention_head_dim,
-        n_layers=n.num_layers,
-        n_heads=n.num_attention_heads,
-        num_classes=n.num_embeds_ada_norm,
+        img_size=size("sample_size"),
+        patch_size=size("patch_size"),
+        in_channels=channels,
+        hidden=n_heads * size("attention_head_dim"),
+        n_layers=size("num_layers"),
+        n_heads=n_heads,
+        num_classes=size("num_embeds_ada_norm"),
         gelu="erf" if config.get("activation_fn") == "gelu" else "tanh",
         mlp_ln_eps=norm_eps,
         t_freq_shift=1,
-        learn_sigma=out_channels == 2 * n.in_channels,
+        learn_sigma=out_channels == 2 * channels,
     )
 
 
@@ -243,15 +241,15 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
 
 def _add(state: dict[str, Tensor], name: str, t: Tensor) -> None:
     if name in state:
-        raise ValueError(f"two of its tensors are {name}")
+        raise ValueError(f"two tensors have the name {name}")
     state[name] = _swapped(name, t)
 
 
 def _swapped(name: str, rows: Tensor) -> Tensor:
-    """Modulation's rows with shift and scale exchanged: its own inverse; other tensors as is."""
+    """Return a modulation's rows with shift and scale exchanged, and any other tensor as it is."""
     parts = 2 if name.startswith("final_mod") else 6
     if not _MODULATION.fullmatch(name) or not rows.dim() or len(rows) % parts:
-        return rows  # of another shape than it should be, it is named by who compares them
+        return rows  # a wrong shape is reported where shapes are compared
     pieces = list(rows.chunk(parts))
     for i in range(0, parts, 3):
         pieces[i], pieces[i + 1] = pieces[i + 1], pieces[i]
@@ -264,17 +262,15 @@ def _count_layers(names: Iterable[str]) -> int:
 
 
 def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTConfig:
-    """What shapes tell of a published DiT; its other choices are those of every preset."""
-    needed = (
-        *("pos_embed", "patch_embed.proj.weight", "t_embed.0.weight", "y_embed.weight"),
-        "final_linear.weight",
-    )
-    missing = [name for name in needed if name not in state]
+    """Return the config of a published DiT as shapes tell it, with the presets' other choices."""
+    matrices = ("t_embed.0.weight", "y_embed.weight", "final_linear.weight")
+    dims = {"pos_embed": 3, "patch_embed.proj.weight": 4} | dict.fromkeys(matrices, 2)
+    missing = [name for name in dims if name not in state]
     if missing:
-        raise ValueError(f"the tensors that tell the config are not there: {', '.join(missing)}")
-    shapes = {name: list(state[name].shape) for name in needed}
-    if [len(shape) for shape in shapes.values()] != [3, 4, 2, 2, 2]:
-        raise ValueError(f"the tensors that tell the config have other shapes: {shapes}")
+        raise ValueError(f"tensors that tell the config are missing: {', '.join(missing)}")
+    shapes = {name: list(state[name].shape) for name in dims}
+    if [len(shape) for shape in shapes.values()] != list(dims.values()):
+        raise ValueError(f"tensors that tell the config have unexpected dimensions: {shapes}")
     D, C, p, _ = shapes["patch_embed.proj.weight"]
     layers = _count_layers(state)
     known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors with the config in the header, written whole or not at all."""
+"""Loading and saving models, and fastdit's own files: safetensors with the config in the header."""
 
 from __future__ import annotations
 
@@ -20,29 +20,28 @@ from fastdit.checkpoints import foreign, layouts
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import from_options, unknown_name
+from fastdit.errors import FLOAT_DTYPES, unknown_name
 from fastdit.model import DiT, config_of, unwrap
 
-_HEADER = "fastdit"  # the metadata entry that holds the JSON below
-_SHOWN_KEYS = 4
-# Peebles & Xie 2023, section 4: ADM's, linear from 1e-4 to 0.02.
-_PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
 SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LATER_OPTIONS = {"mlp_ln_eps": None, "t_freq_shift": 0}  # of DiTConfig; older files lack them
 
-_DIFFUSION = {"T", "schedule", "prediction"}  # of a DiffusionScheduler
+_HEADER = "fastdit"  # the metadata entry that holds the header, as JSON
+_SHOWN_KEYS = 4
+# Peebles & Xie 2023, section 4: the linear schedule of ADM.
+_PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
+_DIFFUSION_TYPES = {key: type(value) for key, value in _PUBLISHED_DIFFUSION.items()}
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself.
+    """What a checkpoint holds besides its weights.
 
     Attributes:
-        config: the model's.
-        diffusion: keyword arguments of the `DiffusionScheduler` it was trained on, if stored; of
-            another project's checkpoint the published one's, 1000 linear steps.
-        labels: the names of its classes, if stored.
+        config: the model's config.
+        diffusion: keyword arguments of the `DiffusionScheduler` that the model was trained with, or
+            None if they are not stored. For other projects' checkpoints they are the published
+            ones, 1000 linear steps.
+        labels: the names of the classes, or None if they are not stored.
     """
 
     config: DiTConfig
@@ -61,19 +60,20 @@ def save(
     """Write a model to a file, atomically.
 
     Args:
-        model: its state dict and config are stored; a compiled or wrapped one is unwrapped.
-        path: the file; an older one is replaced only once the new one is whole on disk. Of a
-            diffusers folder each file is; while it is written the folder is without a config.
-        scheduler: the diffusion the model was trained on, so that sampling can find it.
-        labels: names of the classes, one for each of `num_classes`.
-        layout: "fastdit", a safetensors file; "facebookresearch/DiT", the state dict that its code
-            loads, as a .pt file; or "diffusers", a folder for its `from_pretrained`. The latter two
-            hold neither scheduler nor labels, and DiTs of their own choices only.
+        model: a `fastdit.DiT`, which may be compiled or wrapped; its state dict and config are
+            stored.
+        path: the file to write; an older file is replaced once the new one is whole on disk. In a
+            diffusers folder this holds for each file, and the config is missing in between.
+        scheduler: the diffusion that the model was trained with, for sampling from the file.
+        labels: names of the classes, `num_classes` of them.
+        layout: "fastdit", a safetensors file; "facebookresearch/DiT", a .pt file of the state dict
+            that its code loads; or "diffusers", a folder for its `from_pretrained`. The latter two
+            store neither scheduler nor labels, and only models that their projects can express.
 
     Raises:
-        ValueError: the model is no DiT, its weights are not those of its config, the labels are
-            not num_classes strings, or the layout cannot hold the model.
-        OSError: the file cannot be written; an older one is left as it was.
+        ValueError: the model is not a DiT, its weights do not fit its config, the labels are not
+            num_classes strings, or the layout cannot hold the model.
+        OSError: the file cannot be written; an older file is left as it was.
     """
     if layout not in SAVED_LAYOUTS:
         raise unknown_name("layout", layout, SAVED_LAYOUTS)
@@ -82,27 +82,22 @@ def save(
     if cfg is None:
         raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
     _check_labels("labels", labels, cfg)
-    expected = _empty_model("model", cfg).state_dict()
-    check_keys("model", expected, inner.state_dict())
+    state = inner.state_dict()
+    check_keys("model", _empty_model("model", cfg).state_dict(), state)
     if layout == "fastdit":
-        header = {
-            "config": cfg.to_dict(),
-            "diffusion": scheduler and scheduler.options,
-            "labels": labels and list(labels),
-        }
-        write_tensors(path, inner.state_dict(), header)
+        diffusion, names = scheduler and scheduler.options, labels and list(labels)
+        header = {"config": cfg.to_dict(), "diffusion": diffusion, "labels": names}
+        write_tensors(path, state, header)
         return
     if scheduler or labels:
-        raise ValueError(f"layout: {layout!r} holds neither scheduler nor labels")
+        raise ValueError(f"layout: {layout!r} stores neither scheduler nor labels")
     if layout == "diffusers":
-        _save_folder(cfg, inner.state_dict(), Path(path))
+        _save_folder(cfg, state, Path(path))
         return
-    theirs = layouts.to_facebook(inner.state_dict())
-    told, _ = layouts.from_facebook(theirs, cfg.n_heads)
-    if replace(told, init=cfg.init) != cfg:
-        raise ValueError(
-            f"layout: {layout!r} holds published DiTs only, whose config is {told}; got {cfg}"
-        )
+    theirs = layouts.to_facebook(state)
+    stored, _ = layouts.from_facebook(theirs, cfg.n_heads)
+    if replace(stored, init=cfg.init) != cfg:
+        raise ValueError(f"layout: {layout!r} can store such a DiT only as {stored}, got {cfg}")
     content = io.BytesIO()  # torch.save reports a full disk as an error of its own
     torch.save({name: t.detach().cpu() for name, t in theirs.items()}, content)
     with atomic_path(path) as aside:
@@ -110,15 +105,16 @@ def save(
 
 
 def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
-    """The two files that diffusers' from_pretrained reads.
+    """Write the two files that diffusers' from_pretrained reads.
 
-    The config goes first and comes last: without it a folder is none, and none is half a new one.
+    The old config is removed first and the new one written last, since a folder without a config
+    is not taken for a checkpoint: old and new files are never read together.
     """
     config, tensors = layouts.to_diffusers(cfg, state)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
     if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path}: not written; a folder was expected, or nothing")
+        raise FileExistsError(f"{path}: not written, since it exists and is not a folder")
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").unlink(missing_ok=True)
     with atomic_path(path / foreign.FOLDER_WEIGHTS[0]) as aside:
@@ -132,22 +128,23 @@ def load(
     *,
     n_heads: int | None = None,
 ) -> DiT:
-    """Read a model, whose layout is told by its keys, on the CPU, in its stored dtype.
+    """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
 
     Args:
-        source: a file of `fastdit.save`; a checkpoint of facebookresearch/DiT, as a .pt file or
-            safetensors, bare or with "ema" or "model" in it (the first of them is taken), or its
-            state dict; a folder of diffusers' DiT, or of a pipeline with one; or a live module of
-            any of the three.
-        n_heads: attention heads where shapes do not tell it: of a model of facebookresearch/DiT
-            that has none of the published depths and widths.
+        source: a file that `fastdit.save` wrote; a checkpoint of facebookresearch/DiT, which is a
+            .pt or safetensors file or a state dict, where a training checkpoint's "ema" is
+            preferred to its "model"; a folder of diffusers' DiT or of a pipeline with one; or a
+            live module of any of the three projects.
+        n_heads: number of attention heads; needed only for a model of facebookresearch/DiT whose
+            depth and width are not published ones.
 
     Returns:
-        A fastdit.DiT with weights of its own. `model.cfg` is what was read or inferred.
+        A fastdit.DiT with its own copy of the weights; `model.cfg` is the config that was read or
+        inferred.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the source is truncated or foreign, holds code, or is not of one model; the
+        ValueError: the source is truncated, holds code, or is not a DiT of a known layout; the
             message says what it looks like.
     """
     if n_heads is not None and (not isinstance(n_heads, int) or n_heads < 1):
@@ -157,42 +154,41 @@ def load(
         config = config_of(inner)
         n_heads = getattr(inner, "num_heads", None) if n_heads is None else n_heads
         name, tensors = type(inner).__name__, inner.state_dict()
-        theirs = getattr(inner, "config", None)
+        foreign_config = getattr(inner, "config", None)
     elif isinstance(source, Mapping):
-        name, config, theirs, tensors = "state dict", None, None, dict(source)
+        name, config, foreign_config, tensors = "state dict", None, None, dict(source)
     else:
         name = str(source)
-        info, theirs, tensors = _read(source)
+        info, foreign_config, tensors = _read(source)
         config = info.config if info else None
     if config is None:
-        config, tensors = _translate(name, tensors, theirs, n_heads)
+        config, tensors = _translate(name, tensors, foreign_config, n_heads)
     elif n_heads not in (None, config.n_heads):
         raise ValueError(f"n_heads: {name} says {config.n_heads}, got {n_heads}")
     model = _empty_model(name, config)
     check_keys(name, model.state_dict(), tensors)
     for key, t in tensors.items():
-        if t.dtype not in _DTYPES or t.layout != torch.strided or t.is_meta:
+        if t.dtype not in FLOAT_DTYPES or t.layout != torch.strided or t.is_meta:
             kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
             raise ValueError(f"{name}: expected float weights, but {key} is {kind}")
-    # Copies, one by one: of a file that may change or go, of views of one storage, of a live model.
-    tensors = {key: _copy(tensors.pop(key)) for key in list(tensors)}
+    for key in tensors:
+        # Copied, since the file may change, tensors may share a storage, and a live model goes on.
+        tensors[key] = tensors[key].detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(config.pos_embed == "learned")
     return model
 
 
-def _read(
-    path: str | os.PathLike[str],
-) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
-    """What fastdit wrote of itself, or diffusers' config, where there is one; and the tensors."""
+def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
+    """Return the info of a fastdit file or None, diffusers' config or None, and the tensors."""
     if Path(path).is_dir():
-        config, weights = foreign.folder(Path(path))
+        config, weights = foreign.read_folder(Path(path))
         return None, config, _read(weights)[2]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
         start = file.read(9)
-    # What torch.save writes, a zip or a bare pickle; safetensors has its JSON at the ninth byte.
+    # torch.save writes a zip or a pickle; the JSON of safetensors begins at the ninth byte.
     if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
         return None, None, foreign.pickled_tensors(path)
     with _open(path) as file:
@@ -202,35 +198,35 @@ def _read(
 
 
 def _translate(
-    name: str, tensors: Mapping[str, Tensor], theirs: Any, n_heads: int | None
+    name: str, tensors: Mapping[str, Tensor], foreign_config: Any, n_heads: int | None
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Config and state dict, where the keys and perhaps a foreign config say what they are of."""
+    """Return the config and fastdit's state dict for another project's tensors."""
     layout = layouts.layout_of(tensors)
     try:
         if layout == "facebookresearch/DiT":
             return layouts.from_facebook(tensors, n_heads)
-        if layout == "diffusers" and isinstance(theirs, Mapping):
-            return layouts.from_diffusers(tensors, theirs)
+        if layout == "diffusers" and isinstance(foreign_config, Mapping):
+            return layouts.from_diffusers(tensors, foreign_config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     raise ValueError(f"{name}: expected a fastdit header, got none; {_describe_layout(tensors)}")
 
 
 def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> CheckpointInfo:
-    """What a checkpoint holds: as it says, or as its shapes tell of a published DiT.
+    """Return what a checkpoint holds besides its weights, stored or inferred from shapes.
 
     Args:
-        path: a file that `load` reads.
+        path: a file or a folder that `load` reads.
         n_heads: as for `load`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or foreign; the message says what it looks like.
+        ValueError: as for `load`.
     """
-    info, theirs, tensors = _read(path)
+    info, foreign_config, tensors = _read(path)
     if info is not None:
         return info
-    config, _ = _translate(str(path), tensors, theirs, n_heads)
+    config, _ = _translate(str(path), tensors, foreign_config, n_heads)
     names = foreign.folder_labels(Path(path), config.num_classes)
     return CheckpointInfo(config, dict(_PUBLISHED_DIFFUSION), names)
 
@@ -241,7 +237,7 @@ def write_tensors(
     """Write tensors and a JSON header to a safetensors file, atomically."""
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
     try:
-        # One metadata entry: with two, their order in the file, and so its bytes, would vary.
+        # The header is a single entry, since the order of two, and so the file's bytes, would vary.
         content = serialize(contiguous, {_HEADER: json.dumps(header)})
     except RuntimeError as error:
         raise ValueError(f"{path}: expected tensors with memory of their own ({error})") from error
@@ -250,11 +246,11 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, mapped from disk, and the JSON header of a file that write_tensors wrote.
+    """Return the tensors, mapped from disk, and the header of a file that write_tensors wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or foreign.
+        ValueError: the file is truncated or has no fastdit header.
     """
     with _open(path) as file:
         header = _read_header(path, file)
@@ -262,14 +258,12 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names what is missing, unexpected or of another shape."""
+    """Raise a ValueError that names missing, unexpected and misshapen tensors, if there are any."""
     problems = []
-    for what, keys in (
-        ("missing", [name for name in expected if name not in tensors]),
-        ("unexpected", [name for name in tensors if name not in expected]),
-    ):
-        if keys:
-            problems.append(f"{what} {_some(keys)}")
+    if missing := [name for name in expected if name not in tensors]:
+        problems.append(f"missing {_first_few(missing)}")
+    if unexpected := [name for name in tensors if name not in expected]:
+        problems.append(f"unexpected {_first_few(unexpected)}")
     for name, tensor in expected.items():
         if name in tensors and tensors[name].shape != tensor.shape:
             want, got = list(tensor.shape), list(tensors[name].shape)
@@ -291,8 +285,8 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: expected a whole safetensors file ({error}); it is truncated, or of another "
-            "kind"
+            f"{path}: expected a whole safetensors file, got one that is truncated or of another "
+            f"kind ({error})"
         ) from error
 
 
@@ -319,19 +313,13 @@ def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
         )
     if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
-    options = header["config"]
-    if isinstance(options, dict):
-        options = _LATER_OPTIONS | options
-    config = from_options(DiTConfig, options, complete=True)
+    config = DiTConfig.from_saved(header["config"])
     diffusion, labels = header.get("diffusion"), header.get("labels")
     if diffusion is not None:
-        if (
-            not isinstance(diffusion, dict)
-            or not {"T", "schedule"} <= diffusion.keys() <= _DIFFUSION
-        ):
-            raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
-        diffusion = {"prediction": "epsilon"} | diffusion  # the only one there was at first
-        if [type(diffusion[k]) for k in ("T", "schedule", "prediction")] != [int, str, str]:
+        if isinstance(diffusion, dict):
+            diffusion = {"prediction": "epsilon"} | diffusion  # the only one in older releases
+        types = isinstance(diffusion, dict) and {k: type(v) for k, v in diffusion.items()}
+        if types != _DIFFUSION_TYPES:
             raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
     _check_labels(f"{path}: labels", labels, config)
     return CheckpointInfo(config, diffusion, None if labels is None else tuple(labels))
@@ -346,7 +334,7 @@ def _check_labels(what: str, labels: Any, config: DiTConfig) -> None:
 
 
 def _empty_model(source: str, config: DiTConfig) -> DiT:
-    """The config's model without storage, and without drawing random numbers."""
+    """Build the config's model without allocating memory or drawing random numbers."""
     try:
         with torch.device("meta"):
             return DiT.from_config(config)
@@ -354,22 +342,18 @@ def _empty_model(source: str, config: DiTConfig) -> DiT:
         raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
 
 
-def _copy(t: Tensor) -> Tensor:
-    return t.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
     layout = layouts.layout_of(keys)
     if layout is None:
-        return f"the keys ({_some(list(keys))}) are of no layout known here"
+        return f"the keys ({_first_few(list(keys))}) are not of a known layout"
     if layout == "fastdit":
         return (
             "the keys look like fastdit's: build fastdit.DiT with this checkpoint's options, call "
             "load_state_dict on it, then fastdit.save"
         )
-    return f"the keys look like {layout}'s: give the folder, whose config.json says the rest"
+    return f"the keys look like those of {layout}: pass the folder, which has a config.json"
 
 
-def _some(keys: list[str]) -> str:
+def _first_few(keys: list[str]) -> str:
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     return ", ".join(keys[:_SHOWN_KEYS]) + more

@@ -1,1 +1,5 @@
-"""The command line: `app` gathers the commands, and each module holds one or a few of them."""
+"""The command line: `fastdit train`, `sample`, `encode`, `convert` and `info`.
+
+`app` gathers the commands. `train` and `sample` hold one each, `models` the other three, and
+`common` the options and the error handling that all of them share.
+"""

@@ -1,4 +1,4 @@
-"""What the commands share: errors of one line, and where to compute."""
+"""What the commands share: errors of one line, and the device to compute on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ import typer
 DEFAULT_OUT = Path("runs/toy")
 
 
+def option(text: str, **settings: Any) -> Any:
+    """Return an option of a command with its help text, and other settings of `typer.Option`."""
+    return typer.Option(help=text, **settings)
+
+
+Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]")]
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Errors and warnings a user can act on are one line on stderr, without a traceback."""
+    """Print errors and warnings that a user can act on as one line each, without a traceback."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"warning: {message}", file=sys.stderr)
@@ -32,22 +40,21 @@ def plain_errors() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            print("interrupted; batches that were finished are kept", file=sys.stderr)
+            print("interrupted; finished batches are kept", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
 def device_of(name: str | None) -> torch.device:
+    """Return the named device; None takes the process's own GPU, or the CPU without one."""
     if name in (None, "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # torchrun's
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by torchrun
     if name is None:
         return torch.device("cpu")
     if name.startswith("meta"):
         raise ValueError(f"--device: expected one that computes, got {name}")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, ImportError) as error:  # as torch's builds differ
+    # The type of the error depends on how PyTorch was built.
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: expected one that is here, got {name} ({reason})") from error
-
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU if there is one.")]

@@ -10,7 +10,7 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.cli.common import Device, device_of, plain_errors
+from fastdit.cli.common import Device, device_of, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import encode_folder, load_vae
 from fastdit.diffusion import DiffusionScheduler
@@ -18,18 +18,20 @@ from fastdit.errors import unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
 
+HeadsOption = Annotated[
+    int | None, option("Attention heads; shapes tell them for published sizes only.", min=1)
+]
+
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint that fastdit.load reads, of fastdit or others.")
+        Path, typer.Argument(help="A checkpoint of fastdit, facebookresearch/DiT or diffusers.")
     ],
-    out: Annotated[Path, typer.Argument(help="The file to write; for diffusers a folder.")],
-    layout: Annotated[str, typer.Option(help=f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
-    n_heads: Annotated[
-        int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")
-    ] = None,
+    out: Annotated[Path, typer.Argument(help="File to write; for diffusers, a folder.")],
+    layout: Annotated[str, option(f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
+    n_heads: HeadsOption = None,
 ) -> None:
-    """Rewrite a checkpoint in another layout, to the bit."""
+    """Rewrite a checkpoint in another layout; no weight changes a bit."""
     with plain_errors():
         info, model = inspect(source, n_heads=n_heads), load(source, n_heads=n_heads)
         cfg = model.cfg
@@ -47,19 +49,13 @@ def convert(
 
 def info(
     model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as DiT-XL/2.")],
-    n_heads: Annotated[
-        int | None, typer.Option(min=1, help="Where shapes do not tell it.  [the published]")
-    ] = None,
-    tflops: Annotated[
-        float, typer.Option(min=1e-3, help="A device's bf16 matrix products, TFLOP/s.")
-    ] = 790.0,
-    gbps: Annotated[
-        float, typer.Option(min=1e-3, help="Its copies, read and written, GB/s.")
-    ] = 4300,
+    n_heads: HeadsOption = None,
+    tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
+    gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
-    """Say what a model is, what a forward takes, and how fast a device could be at it.
+    """Print a model's config, the cost of a forward, and the least time of a step on a device.
 
-    The default rates are those measured on an H200.
+    The default rates were measured on an H200.
     """
     with plain_errors():
         if model in PRESETS:
@@ -76,27 +72,27 @@ def info(
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
         print(f"{'parameters':16} {parameters:,}")
-        print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice in float32")
-        print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP an image\n")
+        print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice that in float32")
+        print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image\n")
         print(f"--execution auto is {describe_automatic(cfg)}\n")
-        print(f"floor of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
-        print("rows   ms a step   rows/s")
+        print(f"least time of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
+        print("rows     ms/step   rows/s")
         for rows in (1, 2, 8, 32, 128):
             seconds = flops.floor_seconds(cfg, rows, 2, tflops * 1e12, gbps * 1e9)
             print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
 
 
 def encode(
-    folder: Annotated[Path, typer.Argument(help="Images in one sub-folder a class.")],
-    vae: Annotated[str, typer.Option(help="Folder or name of the AutoencoderKL.")],
-    out: Annotated[Path, typer.Option(help="Folder of shards; a stopped call goes on in it.")] = (
-        Path("latents")
-    ),
-    image_size: Annotated[int, typer.Option(min=8, help="Side of the square that is cut.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 64,
+    folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
+    vae: Annotated[str, option("Folder or name of the AutoencoderKL.")],
+    out: Annotated[
+        Path, option("Folder for the shards; a call that was stopped continues there.")
+    ] = Path("latents"),
+    image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
+    batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
     device: Device = None,
 ) -> None:
-    """Encode images to the latents that a DiT is trained on."""
+    """Encode images into latents to train a DiT on."""
     with plain_errors():
         autoencoder = load_vae(vae, device_of(device))
         count = encode_folder(autoencoder, folder, out, image_size, batch_size)

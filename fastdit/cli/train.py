@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, plain_errors
+from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
@@ -27,72 +27,60 @@ from fastdit.train.runtime import Runtime
 from fastdit.train.sources import Latents, Shapes, Source
 from fastdit.train.trainer import Trainer, TrainResult
 
-_SAME_REQUEST = 3.0  # seconds
-# Mean squared error by pass over the set that the author of the toy published for its recipe, on
-# a set that differs from `fastdit.data` in detail.
+_SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
+# The mean squared error by pass over the set that the toy's author published for the seed recipe;
+# that set differs from `fastdit.data.shapes` in detail.
 PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
-def _of_recipe(text: str) -> Any:
-    return typer.Option(help=f"{text}  [the recipe's]")
+def _recipe_option(text: str) -> Any:
+    return option(f"{text}  [the recipe's]")
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of weights, checkpoints, metrics, samples.")] = (
-        DEFAULT_OUT
-    ),
+    out: Annotated[Path, option("Folder of the weights, checkpoints and samples.")] = DEFAULT_OUT,
     resume: Annotated[
         str,
-        typer.Option(
-            help="auto: go on from the newest whole checkpoint in --out, begin where there is "
-            "none; a file: go on from that; no: begin."
+        option(
+            "auto: continue from the newest whole checkpoint in --out, or start a run if "
+            "there is none; a file: continue from it; no: start a run."
         ),
     ] = "no",
     recipe: Annotated[
-        str | None, typer.Option(help=f"{', '.join(RECIPES)}; options below change it.  [seed]")
+        str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of `fastdit encode`.  [the coloured shapes]")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A preset, such as DiT-B/2, fitted to the data.  [toy]")
-    ] = None,
-    per_class: Annotated[
-        int | None, typer.Option(help="Coloured shapes of each class.  [200]")
-    ] = None,
-    steps: Annotated[int | None, _of_recipe("Of the optimizer.")] = None,
-    batch_size: Annotated[int | None, _of_recipe("Images a step, of all processes.")] = None,
-    lr: Annotated[float | None, _of_recipe("Learning rate at its peak.")] = None,
-    lr_schedule: Annotated[str | None, _of_recipe("cosine or constant.")] = None,
-    warmup: Annotated[int | None, _of_recipe("Steps of rising rate.")] = None,
-    weight_decay: Annotated[float | None, _of_recipe("AdamW's.")] = None,
-    clip: Annotated[float | None, _of_recipe("Bound of the gradient's norm; 0: none.")] = None,
-    ema: Annotated[float | None, _of_recipe("Decay of the averaged weights; 0: none.")] = None,
-    label_dropout: Annotated[float | None, _of_recipe("Share of labels dropped.")] = None,
-    diffusion_steps: Annotated[int | None, _of_recipe("T, of the diffusion.")] = None,
-    schedule: Annotated[str | None, _of_recipe("linear, linear-scaled or cosine.")] = None,
-    seed: Annotated[int | None, _of_recipe("Of data, weights, order and noise.")] = None,
-    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).")] = "float32",
-    compile: Annotated[str, typer.Option(help="none, block or whole: torch.compile.")] = "none",
+    data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
+    model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
+    per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
+    steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, _recipe_option("Images per step, on all processes.")] = None,
+    lr: Annotated[float | None, _recipe_option("Peak learning rate.")] = None,
+    lr_schedule: Annotated[str | None, _recipe_option("cosine or constant.")] = None,
+    warmup: Annotated[int | None, _recipe_option("Steps in which the rate rises to lr.")] = None,
+    weight_decay: Annotated[float | None, _recipe_option("AdamW's weight decay.")] = None,
+    clip: Annotated[float | None, _recipe_option("Bound of the gradient's norm; 0: none.")] = None,
+    ema: Annotated[float | None, _recipe_option("Decay of the averaged weights; 0: none.")] = None,
+    label_dropout: Annotated[float | None, _recipe_option("Share of labels dropped.")] = None,
+    diffusion_steps: Annotated[int | None, _recipe_option("Diffusion steps T.")] = None,
+    schedule: Annotated[str | None, _recipe_option("linear, linear-scaled or cosine.")] = None,
+    seed: Annotated[int | None, _recipe_option("Seed of data, weights, order, noise.")] = None,
+    precision: Annotated[str, option("float32 or bfloat16 (autocast).")] = "float32",
+    compile: Annotated[str, option("torch.compile: none, block or whole.")] = "none",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")
     ] = False,
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a process's batch.")] = 1,
-    strategy: Annotated[str, typer.Option(help="Of several processes: ddp or fsdp.")] = "ddp",
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that stay.")] = 2,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 10,
-    sample_every: Annotated[
-        int, typer.Option(min=0, help="Steps between sample grids; 0: at the end alone.")
-    ] = 0,
-    vae: Annotated[
-        str | None, typer.Option(help="Autoencoder to show the samples of latents by.")
-    ] = None,
+    accumulate: Annotated[int, option("Parts in which a process computes its batch.", min=1)] = 1,
+    strategy: Annotated[str, option("With several processes: ddp or fsdp.")] = "ddp",
+    save_every: Annotated[int, option("Steps between checkpoints.", min=1)] = 100,
+    keep: Annotated[int, option("Number of checkpoints to keep.", min=1)] = 2,
+    log_every: Annotated[int, option("Steps between measurements.", min=1)] = 10,
+    sample_every: Annotated[int, option("Steps between sample grids; 0: at the end.", min=0)] = 0,
+    vae: Annotated[str | None, option("Autoencoder that decodes the samples of latents.")] = None,
     device: Device = None,
 ) -> None:
-    """Train a DiT: the toy on the coloured shapes, or any preset on latents.
+    """Train a DiT: the toy on coloured shapes, or any preset on latents.
 
-    torchrun -m fastdit train shares the work between processes.
+    To share the work between processes: torchrun -m fastdit train.
     """
     given = dict(
         steps=steps,
@@ -112,25 +100,20 @@ def train(
     with plain_errors():
         where = device_of(device)
         with processes(where) as world:
+            names: dict[str, Any] = dict(precision=precision, compile=compile, strategy=strategy)
             runtime = Runtime(
-                where,
-                precision,  # type: ignore[arg-type]
-                compile,  # type: ignore[arg-type]
-                checkpointing,
-                accumulate,
-                strategy,  # type: ignore[arg-type]
-                world,
+                where, checkpointing=checkpointing, accumulate=accumulate, world=world, **names
             )
             options: dict[str, Any] = dict(runtime=runtime, save_every=save_every, keep=keep)
-            saved = _saved(resume, out)
+            saved = _find_saved(resume, out)
             resumed = saved is not None
             if saved is None:
-                trainer = _started(out, data, per_class, model, given, options)
+                trainer = _start(out, data, per_class, model, given, options)
             else:
-                trainer = _resumed(saved, out, data, given, options)
+                trainer = _resume(saved, out, data, given, options)
                 _check_same_start(trainer, model, per_class)
-            del saved  # or its file would be mapped as long as the run goes on
-            monitor = _monitor(trainer, vae, log_every, sample_every)
+            del saved  # it maps its file, which would stay mapped during the run
+            monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
@@ -141,7 +124,7 @@ def train(
             raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
 
 
-def _started(
+def _start(
     out: Path,
     data: Path | None,
     per_class: int | None,
@@ -149,22 +132,22 @@ def _started(
     given: dict[str, Any],
     options: dict[str, Any],
 ) -> Trainer:
-    """A new run."""
+    """Return the trainer of a new run."""
     name = given["name"] or "seed"
     if name not in RECIPES:
         raise unknown_name("--recipe", name, RECIPES)
-    recipe = _changed(RECIPES[name], given)
+    recipe = _changed_recipe(RECIPES[name], given)
     if data is None:
         source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
     elif per_class is not None:
         raise ValueError("--per-class: expected none beside --data")
     else:
         source = Latents(data)
-    return Trainer(_config(model or "toy", recipe, source), recipe, source, out, **options)
+    return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, out, **options)
 
 
-def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
-    """The recipe with what was asked for; 0 stands for none."""
+def _changed_recipe(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """Return the recipe with the options that were given; a clip or ema of 0 means None."""
     changes = {name: value for name, value in given.items() if value is not None}
     for name in ("clip", "ema"):
         if changes.get(name) == 0:
@@ -174,8 +157,8 @@ def _changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     return replace(recipe, **changes)
 
 
-def _config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
-    """A preset with the data's shape and classes, and a null class where labels are dropped."""
+def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
+    """Return a preset with the data's shape and classes, and a null class if labels are dropped."""
     if model not in PRESETS:
         raise unknown_name("--model", model, PRESETS)
     C, H, _ = source.sample_shape
@@ -189,8 +172,8 @@ def _config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
     )
 
 
-def _saved(resume: str, out: Path) -> Saved | None:
-    """The checkpoint to go on from, if that is asked for and there is one."""
+def _find_saved(resume: str, out: Path) -> Saved | None:
+    """Return the checkpoint to continue from, or None where the run starts afresh."""
     if resume == "no":
         return None
     folder = RunFolder(out)
@@ -210,9 +193,10 @@ def _saved(resume: str, out: Path) -> Saved | None:
     return saved
 
 
-def _resumed(
+def _resume(
     saved: Saved, out: Path, data: Path | None, given: dict[str, Any], options: dict[str, Any]
 ) -> Trainer:
+    """Return the trainer of a saved run; an option that differs from that run's is an error."""
     source = None if data is None else Latents(data)
     trainer = Trainer.resume(saved, out, source=source, **options)
     for name, value in given.items():
@@ -224,31 +208,35 @@ def _resumed(
 
 
 def _check_same_start(trainer: Trainer, model: str | None, per_class: int | None) -> None:
-    """Refuse what a run cannot be changed to on its way."""
-    if model is not None and _config(model, trainer.recipe, trainer.source) != trainer.config:
+    """Refuse another model or data set than the run was started with."""
+    if (
+        model is not None
+        and _fitted_config(model, trainer.recipe, trainer.source) != trainer.config
+    ):
         raise ValueError(f"--model: the run was started with another one, got {model}")
     started = trainer.source.identity.get("per_class")
     if per_class not in (None, started):
         raise ValueError(f"--per-class: the run was started with {started}, got {per_class}")
 
 
-def _monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
-    """What is measured and shown; outputs are the first process's alone."""
+def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
+    """Return the monitor of a run; only the first process's writes files and shows progress."""
     runtime, showing = trainer.runtime, SHOWINGS[trainer.recipe.name]
     if isinstance(trainer.source, Shapes):
         if vae is not None:
-            raise ValueError("--vae: the coloured shapes are pixels; expected none")
+            raise ValueError("--vae: expected none, since the coloured shapes are pixels")
         sample = shapes_sampler(trainer.config, trainer.scheduler, showing)
     elif vae is not None:
         decoder, channels = load_vae(vae, runtime.device), trainer.config.in_channels
-        if latent_channels(decoder) != channels:
-            raise ValueError(
-                f"--vae: it decodes {latent_channels(decoder)} channels, the data have {channels}"
-            )
+        takes = latent_channels(decoder)
+        if takes != channels:
+            raise ValueError(f"--vae: it decodes {takes} channels, but the data have {channels}")
         sample = latents_sampler(trainer.config, trainer.scheduler, showing, decoder)
     else:
         if sample_every:
-            raise ValueError("--sample-every: expected --vae, to show latents by, got none")
+            raise ValueError(
+                "--sample-every: expected --vae beside it to decode the samples, got none"
+            )
         sample = None
     first = runtime.world.rank == 0
     return Monitor(
@@ -262,18 +250,19 @@ def _monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: in
 
 @contextmanager
 def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """The first SIGTERM or SIGINT lets the run save and end; a later one does what it always did.
+    """Let the first SIGTERM or SIGINT save and end the run, and a later one act as it did before.
 
-    One that follows at once is the same request, which reached the process twice: by itself, and
-    through a launcher. One that the process ignores stays ignored: a shell asks its background
-    commands to ignore SIGINT.
+    A signal that follows at once is the same request, which reached the process both directly and
+    through a launcher. A signal that the process ignores stays ignored, since a shell makes its
+    background commands ignore SIGINT.
 
-    Yields what was received.
+    Yields:
+        The numbers of the signals received so far, a list that grows.
     """
     received: list[int] = []
     first = math.inf
-    asks = signal.SIGTERM, signal.SIGINT
-    before = {n: own for n in asks if (own := signal.getsignal(n)) != signal.SIG_IGN}
+    both = signal.SIGTERM, signal.SIGINT
+    before = {n: own for n in both if (own := signal.getsignal(n)) != signal.SIG_IGN}
 
     def stop(number: int, _: FrameType | None) -> None:
         nonlocal first
@@ -297,6 +286,7 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
 
 
 def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) -> None:
+    """Print how a run ended, or how to continue one that was stopped."""
     recipe = trainer.recipe
     if not result.finished:
         print(
@@ -313,7 +303,7 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
 
 
 def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
-    """The mean loss of some passes over the set, beside the published one where the recipe is."""
+    """Print the mean loss of some passes, beside the published losses if they are comparable."""
     comparable = replace(recipe, seed=0) == Recipe() and (
         source.identity == Shapes(seed=recipe.seed).identity
     )
@@ -324,7 +314,7 @@ def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
             continue
         first, last = ((number - i) * len(source) // recipe.batch_size for i in (1, 0))
         last = min(last, recipe.steps)
-        if last <= first:  # a step shows several passes
+        if last <= first:  # a step spans several passes
             continue
         loss = result.losses[first:last].mean().item()
         beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""

@@ -1,4 +1,4 @@
-"""Weights come back as they went, a file is whole or old, and a foreign one is named."""
+"""Files come back bit for bit, are replaced whole, and are refused with a clear error if bad."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_header_carries_schedule_and_labels(tmp_path):
     )
 
 
-def test_label_names_must_be_as_many_as_classes(tmp_path):
+def test_every_class_must_have_a_label(tmp_path):
     with pytest.raises(ValueError, match="labels: expected 16 names, got ..a., .b.."):
         fastdit.save(make_model(), tmp_path / "m.safetensors", labels=["a", "b"])
 
@@ -77,7 +77,7 @@ def test_a_file_has_the_mode_of_any_new_file(tmp_path):
     assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_what_a_killed_process_left_aside_is_removed(tmp_path):
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     leftover = tmp_path / f".m.safetensors.{dead.pid}-1.tmp"
@@ -149,7 +149,7 @@ def test_what_load_would_refuse_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_module_that_only_holds_a_dit_is_not_taken_for_it():
+def test_a_module_that_contains_a_dit_is_not_unwrapped():
     class Latent(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -219,7 +219,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     for name in ("m.pt", "zipped.pt"):
         with pytest.raises(ValueError, match="holds more than tensors.*is.*not run") as error:
             fastdit.load(tmp_path / name)
-        assert "weights_only" not in str(error.value)  # PyTorch's advice is to run it
+        assert "weights_only" not in str(error.value)  # PyTorch advises to run the file
     assert not (tmp_path / "ran").exists()
 
 
@@ -227,11 +227,11 @@ def test_a_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     ("keys", "message"),
     [
         (["patch_embed.proj.weight"], "look like fastdit's: build fastdit.DiT"),
-        (["transformer_blocks.0.norm1.linear.weight"], "look like diffusers's"),
-        (["encoder.weight"], r"the keys \(encoder.weight\) are of no layout known here"),
+        (["transformer_blocks.0.norm1.linear.weight"], "look like those of diffusers"),
+        (["encoder.weight"], r"the keys \(encoder.weight\) are not of a known layout"),
     ],
 )
-def test_a_foreign_file_is_told_by_its_keys(tmp_path, keys, message):
+def test_a_foreign_file_is_recognised_by_its_keys(tmp_path, keys, message):
     save_file({key: torch.zeros(2) for key in keys}, tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match=f"expected a fastdit header, got none; .*{message}"):
         fastdit.load(tmp_path / "m.safetensors")
@@ -252,7 +252,7 @@ def test_keys_that_do_not_fit_are_listed(tmp_path):
         assert part in str(error.value)
 
 
-def test_weights_that_are_no_floats_are_refused(tmp_path):
+def test_weights_of_an_integer_dtype_are_refused(tmp_path):
     state = dict(make_model().state_dict()) | {"pos_embed": torch.zeros(1, 16, 32).int()}
     write_tensors(tmp_path / "m", state, {"config": SMALL.to_dict()})
     with pytest.raises(ValueError, match="expected float weights, but pos_embed is torch.int32"):
@@ -275,7 +275,7 @@ except OSError as error:
 
 
 def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path):
-    """A limit on the file's size stands for the full disk: the write fails half way."""
+    """A limit on file sizes stands in for a full disk: the write fails half way."""
     path = tmp_path / "m.safetensors"
     fastdit.save(make_model(), path)
     before = path.read_bytes()

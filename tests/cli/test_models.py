@@ -1,0 +1,66 @@
+"""`fastdit convert` and `fastdit info`: what they keep, and what they print."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+import fastdit
+from fastdit import DiffusionScheduler, Sampler
+from fastdit.testing import randomize
+
+
+def test_a_published_checkpoint_is_converted_sampled_and_converted_back(run, tmp_path):
+    preset = replace(fastdit.PRESETS["DiT-S/8"], hidden=32, n_layers=1, n_heads=2, num_classes=5)
+    model = fastdit.DiT.from_config(preset)
+    randomize(model)
+    theirs, own = tmp_path / "theirs.pt", tmp_path / "own.safetensors"
+    fastdit.save(model, theirs, layout="facebookresearch/DiT")
+    done = run("convert", theirs, own, "--n-heads", 2)
+    assert done.exit_code == 0, done.output
+    assert "1 layers of width 32 with 2 heads, 5 classes, images of 4 x 32 x 32" in done.stdout
+    assert all(
+        map(torch.equal, fastdit.load(own).state_dict().values(), model.state_dict().values())
+    )
+
+    out = tmp_path / "s.npz"
+    chosen = ("--labels", "3", "--count", 1, "--solver", "ddim", "--steps", 4, "--out", out)
+    done = run("sample", own, *chosen, "--guidance-scale", 4, "--guidance-channels", 3)
+    assert done.exit_code == 0, done.output
+    with np.load(out) as file:
+        assert file.files == ["latents"]
+        latents = file["latents"]
+    assert latents.shape == (1, 4, 32, 32) and latents.dtype == np.float32
+    guidance = fastdit.Guidance(4.0, channels=3)
+    sampler = Sampler(model, DiffusionScheduler(1000), "ddim", 4, guidance=guidance)
+    assert np.array_equal(latents, sampler([3]).numpy())
+
+    done = run("convert", own, tmp_path / "back.pt", "--layout", "facebookresearch/DiT")
+    assert done.exit_code == 0, done.output
+    pair = (torch.load(path, weights_only=True) for path in (theirs, tmp_path / "back.pt"))
+    first, second = pair
+    assert first.keys() == second.keys() and all(map(torch.equal, first.values(), second.values()))
+    done = run("convert", theirs, own)
+    assert done.exit_code == 1 and "n_heads: shapes do not tell it" in done.stderr
+
+
+def test_convert_keeps_the_header(run, checkpoint, tmp_path):
+    assert run("convert", checkpoint, tmp_path / "again.safetensors").exit_code == 0
+    assert (tmp_path / "again.safetensors").read_bytes() == checkpoint.read_bytes()
+
+
+def test_info_describes_a_preset_or_a_checkpoint(run, checkpoint):
+    done = run("info", "DiT-XL/2")
+    assert done.exit_code == 0, done.output
+    for part in (
+        "675,129,632",
+        "236.79 GFLOP",
+        "1,288 MiB",
+        "hidden           1152",
+        "790 TFLOP/s",
+    ):
+        assert part in done.stdout, part
+    done = run("info", checkpoint)
+    assert done.exit_code == 0 and "schedule cosine" in done.stdout
+    done = run("info", "DiT-XL/3")
+    assert done.exit_code == 1 and "did you mean 'DiT-XL/" in done.stderr

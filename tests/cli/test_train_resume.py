@@ -1,0 +1,182 @@
+"""`fastdit train`: how a run is stopped, and how it is resumed."""
+
+import os
+import signal
+
+import pytest
+
+import fastdit
+from fastdit.cli import train
+from fastdit.train.recipe import Recipe
+from fastdit.train.run_folder import RunFolder
+from fastdit.train.sources import Shapes
+from fastdit.train.trainer import Trainer
+
+QUICK = "--steps 4 --per-class 2 --batch-size 16 --diffusion-steps 25 --schedule cosine".split()
+
+
+def test_resume_auto_starts_a_run_where_there_is_none(run, tmp_path):
+    done = run("train", *QUICK, "--resume", "auto", "--out", tmp_path / "run")
+    assert done.exit_code == 0 and "resuming" not in done.stderr
+
+
+def test_resume_auto_skips_a_truncated_checkpoint(run, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--save-every", 2, "--out", out).exit_code == 0
+    final = (out / "model.safetensors").read_bytes()
+    newest = out / "checkpoints" / "step-00000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    done = run("train", "--resume", "auto", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "warning: not resumed from: " in done.stderr and "truncated" in done.stderr
+    assert "resuming at step 2 of 4" in done.stderr
+    assert (out / "model.safetensors").read_bytes() == final
+    for _, path in RunFolder(out).checkpoints():
+        path.write_bytes(b"")
+    done = run("train", "--resume", "auto", "--out", out)
+    assert done.exit_code == 1 and "none of its 2 checkpoints is whole" in done.stderr
+
+
+def test_resume_takes_a_file_unless_later_ones_would_be_lost(run, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--save-every", 2, "--out", out).exit_code == 0
+    early = out / "checkpoints" / "step-00000002.safetensors"
+    done = run("train", "--resume", early, "--out", out)
+    assert done.exit_code == 1 and "holds a later checkpoint, step-00000004" in done.stderr
+    done = run("train", "--resume", early, "--out", tmp_path / "other")
+    assert done.exit_code == 0 and "resuming at step 2 of 4" in done.stderr
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == (
+        out / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_interrupt_saves_and_says_how_to_continue(run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        if self.step == 2:
+            os.kill(os.getpid(), 2)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", interrupted)
+        done = run("train", "--out", out, *QUICK)
+    assert done.exit_code == 130, done.output
+    assert (
+        f"stopped at step 2 of 4, and saved; continue with fastdit train --resume auto --out {out}"
+        in (done.stderr)
+    )
+    done = run("train", "--out", out, "--resume", "auto")
+    assert done.exit_code == 0 and "resuming at step 2 of 4" in done.stderr
+
+
+def test_a_finished_run_whose_samples_were_lost_makes_them_again(run, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--out", out).exit_code == 0
+    grid = out / "samples" / "step-00000004.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    assert run("train", "--resume", "auto", "--out", out).exit_code == 0
+    assert grid.read_bytes() == before
+
+
+def test_a_stop_before_the_first_step_saves_too(tmp_path):
+    stopped = Trainer(fastdit.DiTConfig(), Recipe(steps=3), Shapes(8), tmp_path)
+    stopped.request_stop()
+    assert not stopped.run().finished
+    assert RunFolder(tmp_path).newest().header["step"] == 0
+
+
+def test_a_signal_that_arrives_twice_at_once_counts_once(run, tmp_path, monkeypatch):
+    """Once directly and once through a launcher."""
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        if self.step == 2:
+            os.kill(os.getpid(), 2)
+            os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    done = run("train", "--out", tmp_path / "run", *QUICK)
+    assert done.exit_code == 130 and "stopped at step 2 of 4, and saved" in done.stderr
+
+
+def test_a_later_signal_acts_as_before_the_run(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_SAME_REQUEST", -1.0)
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        os.kill(os.getpid(), 2)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    done = run("train", "--out", tmp_path / "run", *QUICK)
+    assert done.exit_code == 130 and "stopped at" not in done.stderr
+
+
+def test_an_ignored_signal_stays_ignored(run, tmp_path, monkeypatch):
+    """A shell makes its background commands ignore SIGINT."""
+    original = Trainer.train_step
+
+    def interrupted(self):
+        original(self)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        done = run("train", "--out", tmp_path / "run", *QUICK)
+        assert done.exit_code == 0 and "stopped at" not in done.stderr
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_file_is_not_resumed_into_another_run(run, tmp_path):
+    for name in ("a", "b"):
+        assert run("train", *QUICK, "--out", tmp_path / name).exit_code == 0
+    last = tmp_path / "a" / "checkpoints" / "step-00000004.safetensors"
+    done = run("train", "--resume", last, "--out", tmp_path / "b")
+    assert done.exit_code == 1 and "already holds a run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--per-class", 3), "--per-class: the run was started with 2, got 3"),
+        (("--model", "DiT-S/2"), "--model: the run was started with another one, got DiT-S/2"),
+        (("--seed", 3), "--seed: the run was started with 0, got 3"),
+        (("--recipe", "sharp"), "--recipe: the run was started with seed, got sharp"),
+        (("--diffusion-steps", 30), "--diffusion-steps: the run was started with 25, got 30"),
+    ],
+)
+def test_a_refused_resume_leaves_the_folder_as_it_was(run, tmp_path, arguments, message):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--save-every", 2, "--log-every", 1, "--out", out).exit_code == 0
+    torn = out / "checkpoints" / "step-00000004.safetensors"
+    torn.write_bytes(b"torn")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    done = run("train", "--resume", "auto", "--out", out, *arguments)
+    assert done.exit_code == 1 and message in done.stderr
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    same = ("--per-class", 2, "--model", "toy", "--seed", 0, "--recipe", "seed")
+    assert run("train", "--resume", "auto", "--out", out, *same).exit_code == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[" * 200_000, b'{"step": 1, "caf\xc3'])
+def test_damaged_metrics_do_not_stop_a_resume(run, tmp_path, content):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--out", out).exit_code == 0
+    (out / "metrics.jsonl").write_bytes(content)
+    assert run("train", "--resume", "auto", "--out", out).exit_code == 0
+
+
+def test_a_checkpoint_that_is_a_folder_or_a_broken_link_is_skipped(run, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *QUICK, "--save-every", 2, "--out", out).exit_code == 0
+    (out / "checkpoints" / "step-00000006.safetensors").mkdir()
+    (out / "checkpoints" / "step-00000007.safetensors").symlink_to("nowhere")
+    done = run("train", "--resume", "auto", "--out", out)
+    assert done.exit_code == 0 and done.stderr.count("not resumed from") == 2
