@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,23 @@ def test_the_sampling_example_runs():
     (example,) = (code for code in examples("sampling.md") if "execution=" in code)
     exec(compile(example, "sampling.md", "exec"), names)
     assert names["images"].shape == (2, 4, 32, 32)
+
+
+def test_the_example_of_a_published_checkpoint_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = replace(fastdit.PRESETS["DiT-S/8"], n_layers=1)  # so that 250 steps take a second
+    model = fastdit.DiT.from_config(small)
+    fastdit.save(model, "DiT-XL-2-256x256.pt", layout="facebookresearch/DiT")
+    monkeypatch.setattr(fastdit, "load", partial(fastdit.load, n_heads=small.n_heads))
+    names = {"fastdit": fastdit}
+    exec(compile(examples("checkpoints.md")[0], "checkpoints.md", "exec"), names)
+    assert names["latents"].shape == (2, 4, 32, 32)
+
+
+def test_the_example_of_the_architecture_runs():
+    names = {"fastdit": fastdit, "model": fastdit.DiT()}
+    exec(compile(examples("architecture.md")[0], "architecture.md", "exec"), names)
+    assert names["image"].shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("page", PAGES)
