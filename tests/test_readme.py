@@ -1,9 +1,11 @@
-"""The README says what is true: its example runs, its tables are the measured ones."""
+"""The README and docs/ say what is true: examples run, tables are the measured ones."""
 
 import json
 import re
+import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ import torch
 import fastdit
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGE_PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = {path.name: path.read_text() for path in PAGE_PATHS}
+README, RESULTS_PAGE = PAGES["README.md"], PAGES["results.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
 SAMPLING, TRAINING = RESULTS / "sample_throughput.json", RESULTS / "train_throughput.json"
 CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
@@ -40,13 +44,13 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def examples():
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
 
 
 def test_the_first_example_runs(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
-    code = examples()[0]
+    code = examples("README.md")[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     names = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -59,9 +63,69 @@ def test_the_sampling_example_runs():
     model = fastdit.DiT.from_config(cfg)
     scheduler = fastdit.DiffusionScheduler(T=4, schedule="cosine")
     names = {"fastdit": fastdit, "torch": torch, "model": model, "scheduler": scheduler}
-    (example,) = (code for code in examples() if "execution=" in code)
-    exec(compile(example, "README.md", "exec"), names)
+    (example,) = (code for code in examples("sampling.md") if "execution=" in code)
+    exec(compile(example, "sampling.md", "exec"), names)
     assert names["images"].shape == (2, 4, 32, 32)
+
+
+def test_the_example_of_a_published_checkpoint_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = replace(fastdit.PRESETS["DiT-S/8"], n_layers=1)  # so that 250 steps take a second
+    model = fastdit.DiT.from_config(small)
+    fastdit.save(model, "DiT-XL-2-256x256.pt", layout="facebookresearch/DiT")
+    monkeypatch.setattr(fastdit, "load", partial(fastdit.load, n_heads=small.n_heads))
+    names = {"fastdit": fastdit}
+    exec(compile(examples("checkpoints.md")[0], "checkpoints.md", "exec"), names)
+    assert names["latents"].shape == (2, 4, 32, 32)
+
+
+def test_the_example_of_the_architecture_runs():
+    names = {"fastdit": fastdit, "model": fastdit.DiT()}
+    exec(compile(examples("architecture.md")[0], "architecture.md", "exec"), names)
+    assert names["image"].shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_example_is_python_and_what_it_imports_exists(page):
+    for code in examples(page):
+        compile(code, page, "exec")
+        for line in re.findall(r"^(?:import|from) .*fastdit.*$", code, re.MULTILINE):
+            exec(line, {})
+
+
+def test_the_readme_is_one_screen():
+    assert len(README.splitlines()) <= 80
+
+
+def speed_columns_and_rows(rows):
+    """The README's table: a row for each batch, the ways that it compares beside each other.
+
+    Args:
+        rows: of sample_throughput.json.
+    """
+    ways = {
+        "plain loop": "reference eager",
+        "plain compiled": "reference compiled",
+        "fastdit compiled": "fastdit compile",
+        "trajectory": "fastdit trajectory",
+    }
+    columns = {"batch": "d", **dict.fromkeys(ways, ".1f")}
+    columns |= {"to plain": ".1f", "to plain compiled": ".1f", "error": ".1e"}
+    by_way = {(row["way"], row["batch"]): row for row in rows}
+    table_rows = []
+    for batch in sorted({row["batch"] for row in rows}):
+        own = {name: by_way[way, batch]["images/s"] for name, way in ways.items()}
+        last = by_way["fastdit trajectory", batch]
+        ratios = {"to plain": last["ratio"], "to plain compiled": last["to compiled"]}
+        table_rows.append({"batch": batch, **own, **ratios, "error": last["error"]})
+    return columns, table_rows
+
+
+def test_the_readmes_table_is_the_measured_one(benchmark_modules):
+    from _harness import table
+
+    columns, rows = speed_columns_and_rows(read(SAMPLING)["rows"])
+    assert table(columns, rows, markdown=True) in README
 
 
 def test_the_sampling_table_is_the_measured_one(benchmark_modules):
@@ -69,14 +133,14 @@ def test_the_sampling_table_is_the_measured_one(benchmark_modules):
     from sample_throughput import COLUMNS
 
     document = read(SAMPLING)
-    assert table(COLUMNS, document["rows"], markdown=True) in README
+    assert table(COLUMNS, document["rows"], markdown=True) in RESULTS_PAGE
 
 
 def test_the_table_of_the_crossover_is_the_measured_one(benchmark_modules):
     from _harness import table
     from crossover import summary
 
-    assert table(*summary(read(CROSSOVER)["rows"]), markdown=True) in README
+    assert table(*summary(read(CROSSOVER)["rows"]), markdown=True) in RESULTS_PAGE
 
 
 def test_the_table_of_the_ops_is_the_measured_one(benchmark_modules):
@@ -84,7 +148,7 @@ def test_the_table_of_the_ops_is_the_measured_one(benchmark_modules):
 
     from kernels import SUMMARY, summary
 
-    assert table(SUMMARY, summary(read(KERNELS)["rows"]), markdown=True) in README
+    assert table(SUMMARY, summary(read(KERNELS)["rows"]), markdown=True) in RESULTS_PAGE
 
 
 def test_the_training_tables_are_the_measured_ones(benchmark_modules):
@@ -92,22 +156,30 @@ def test_the_training_tables_are_the_measured_ones(benchmark_modules):
     from train_throughput import QUALITY_COLUMNS, RATE_COLUMNS
 
     document = read(TRAINING)
-    assert table(RATE_COLUMNS, document["rows"], markdown=True) in README
-    assert table(QUALITY_COLUMNS, document["learned"], markdown=True) in README
+    assert table(RATE_COLUMNS, document["rows"], markdown=True) in RESULTS_PAGE
+    assert table(QUALITY_COLUMNS, document["learned"], markdown=True) in RESULTS_PAGE
+    plain, own = (
+        [row["final loss"] for row in document["learned"] if row["way"] == way]
+        for way in ("plain eager", "fastdit compiled")
+    )
+    apart = abs(statistics.mean(plain) - statistics.mean(own))
+    spread = max(plain) - min(plain)
+    assert f"means differ by {apart:.4f}, the textbook loop's seeds" in RESULTS_PAGE
+    assert f"among themselves by {spread:.4f}" in RESULTS_PAGE
 
 
 def test_the_table_of_the_toys_recipes_is_the_measured_one(benchmark_modules):
     from _harness import table
     from toy_recipes import COLUMNS
 
-    assert table(COLUMNS, read(TOY)["rows"], markdown=True) in README
+    assert table(COLUMNS, read(TOY)["rows"], markdown=True) in PAGES["training.md"]
 
 
 def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
     from _harness import table
     from inductive_bias import COLUMNS
 
-    page = (ROOT / "docs" / "inductive_bias.md").read_text()
+    page = PAGES["inductive_bias.md"]
     assert table(COLUMNS, read(BIAS)["rows"], markdown=True) in page
     assert "![" in page and (ROOT / "docs" / "inductive_bias.png").exists()
 
@@ -117,13 +189,57 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
 )
 def test_results_name_their_machine_and_come_from_a_commit(path):
     machine = read(path)["machine"]
-    assert machine["device"] in README and f"torch {machine['torch']}" in README
+    for page in (README, RESULTS_PAGE):
+        assert machine["device"] in page and f"torch {machine['torch']}" in page
     assert re.fullmatch(r"[0-9a-f]{10}", machine["commit"])
 
 
-def test_every_linked_file_exists():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def heading_anchors(text):
+    """The fragments that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGE_PATHS, ids=lambda path: path.name)
+def test_every_linked_file_and_heading_exists(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        file, _, heading = target.partition("#")
+        path = page.parent / file if file else page
+        assert path.exists(), target
+        if heading:
+            assert heading in heading_anchors(path.read_text()), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_image_says_what_it_shows(page):
+    for text in re.findall(r"!\[(.*?)\]", PAGES[page]):
+        assert len(text.split()) >= 4, text
+
+
+def test_every_page_is_reached_from_the_readme():
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)", README))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "CONTRIBUTING.md"])
+def test_every_file_that_is_named_exists(page):
+    """Paths are from the repository's root or, as imports are, from the package's."""
+    named = set(re.findall(r"`([\w/.-]+\.(?:py|h|cpp|sh|txt|toml))`", PAGES[page]))
+    named |= set(re.findall(r"`(\w[\w/]*/)`", PAGES[page]))
+    assert named
+    missing = [
+        name
+        for name in sorted(named)
+        if not any((base / name).exists() for base in (ROOT, ROOT / "fastdit", ROOT / "tests"))
+    ]
+    assert not missing
+
+
+def test_the_picture_of_the_architecture_shows_every_wing():
+    picture = (ROOT / "docs" / "architecture.svg").read_text()
+    wings = [p.parent.name for p in (ROOT / "fastdit").glob("*/__init__.py")]
+    for wing in [*wings, "kernels"]:
+        assert wing.startswith("_") or f">{wing}/<" in picture, wing
 
 
 def test_ci_runs_the_readme_command():
