@@ -1,14 +1,16 @@
-"""The ops a DiT is made of: shapes checked, numbers defined, the fastest way to run them chosen.
+"""The ops that a DiT is made of; each checks its arguments and picks the fastest way to run.
 
-In lower precision every op computes in at least float32 inside LayerNorm and softmax; with mixed
-dtypes a residual keeps x's dtype and a modulated output takes scale's.
+LayerNorm and softmax are computed in at least float32. With mixed dtypes a residual keeps x's
+dtype, and a modulated output takes scale's.
 
-Every op takes a `backend`: "triton" runs the fused kernels, on CUDA or ROCm, or on the CPU where
-TRITON_INTERPRET=1 was set before the import; it runs them or raises. "reference" is plain PyTorch,
-which a compiler sees through. None, the default, is "triton" where it can run, and "reference"
-elsewhere: on other devices, in float64, for heads wider than 128, on NVIDIA GPUs before Ampere. All
-but attention also have "cpp", C++ for float32 on a CPU, which is the default there where nothing is
-being compiled, of the LayerNorms from 100,000 elements on.
+Every op takes a `backend`, which runs the op or raises:
+
+- "triton": fused kernels on CUDA or ROCm, or on the CPU if TRITON_INTERPRET=1 was set before the
+  import. They take no float64, no heads wider than 128, and no NVIDIA GPU before Ampere.
+- "cpp": C++ for float32 on a CPU; attention has none.
+- "reference": plain PyTorch, which torch.compile can fuse.
+- None, the default: the first of these that can run. On a CPU "cpp" is left to the caller while
+  torch.compile traces, and in LayerNorms of fewer than 100,000 elements.
 """
 
 from __future__ import annotations
@@ -44,14 +46,14 @@ def unpatchify(x: Tensor, p: int) -> Tensor:
 def layer_norm_modulate(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5, backend: str | None = None
 ) -> Tensor:
-    """LayerNorm without affine weights, then adaLN modulation: `LN(x) * (1 + scale) + shift`.
+    """Return LayerNorm without affine weights, then modulated: `LN(x) * (1 + scale) + shift`.
 
     Args:
         x: [B, N, D], any float dtype.
-        scale: [B, D], any row stride (a `chunk` of one [B, 6D] tensor needs no copy).
+        scale: [B, D], of any row stride, so that a `chunk` of one [B, 6D] tensor needs no copy.
         shift: [B, D], like scale.
         eps: added to the variance.
-        backend: "triton", "reference", "cpp" (all in float32 on a CPU), or None.
+        backend: "triton", "cpp" (all tensors in float32 on a CPU), "reference" or None.
 
     Returns:
         [B, N, D] in scale's dtype.
@@ -80,7 +82,7 @@ def gated_residual_layer_norm_modulate(
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Close one sub-layer and open the next: `r = x + gate * y`, `LN(r) * (1 + scale) + shift`.
+    """End one sub-layer and begin the next: `r = x + gate * y`, `LN(r) * (1 + scale) + shift`.
 
     Args:
         x: [B, N, D], the residual stream, any float dtype.
@@ -89,7 +91,7 @@ def gated_residual_layer_norm_modulate(
         scale: [B, D], the next sub-layer's.
         shift: [B, D], the next sub-layer's.
         eps: added to the variance.
-        backend: "triton", "reference", "cpp" (all in float32 on a CPU), or None.
+        backend: "triton", "cpp" (all tensors in float32 on a CPU), "reference" or None.
 
     Returns:
         (r, modulated): both [B, N, D]; r in x's dtype, modulated in scale's.
@@ -118,11 +120,11 @@ def gated_residual_layer_norm_modulate(
 
 
 def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
-    """Softmax attention, no mask, scaled by `head_dim ** -0.5`, on packed queries, keys, values.
+    """Return softmax attention without a mask, on packed queries, keys and values.
 
-    float32 is computed in float32, in TF32 only where `torch.backends.cuda.matmul` allows it;
-    under autocast in its dtype, like any matrix product. A single token attends to itself alone,
-    so that N = 1 returns v, exactly.
+    Scores are scaled by `head_dim ** -0.5`. float32 is computed in float32, or in TF32 where
+    `torch.backends.cuda.matmul` allows it, and under autocast in its dtype, like any matrix
+    product. For N = 1 the result is exactly v.
 
     Args:
         qkv: [B, N, 3D], the thirds of one linear, each head-major.
@@ -161,10 +163,10 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """GELU of a linear layer, `gelu(x W^T + b)`, as one product where PyTorch has that.
+    """Return the GELU of a linear layer, `gelu(x W^T + b)`.
 
-    It has a tanh GELU in the epilogue of CUDA's products, without gradients: a pass over the widest
-    tensor of a block less. There GELU is computed before the product is rounded.
+    At inference on CUDA a tanh GELU is fused into the product, which saves a pass over the widest
+    tensor of a block; it is then computed before the product is rounded.
 
     Args:
         x: [..., D], any float dtype.
@@ -196,7 +198,7 @@ def sampler_update(
     out: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Guidance, one solver step and its noise; any solver that is linear in x, eps and x0.
+    """Apply guidance, one solver step and its noise; the solver is linear in x, eps and x0.
 
     With c the row `step` of the coefficients, whose columns `fastdit.update.Coefficients` names:
 
@@ -204,9 +206,9 @@ def sampler_update(
         x_next = c.x * x + c.eps * eps + c.x0 * x0 + c.x0_prev * x0_prev + sigma * z
         sigma = c.sigma, or with a learned range exp(low + (v + 1) / 2 * (high - low))
 
-    low and high are c.log_sigma_low and c.log_sigma_high. Where c.sigma is 0 (a last step)
-    nothing is added for z and they are not used; c.x0_limit = inf does not clip. All of it is
-    computed in at least float32.
+    low and high are c.log_sigma_low and c.log_sigma_high. Where c.sigma is 0, as in a last step,
+    no noise is added and they are not used. c.x0_limit = inf does not clip. The update is computed
+    in at least float32.
 
     Args:
         x: [B, P, C] tokens (all pixels in the model's token order) or [B, C, H, W] images, any
@@ -214,18 +216,17 @@ def sampler_update(
         model_out: predicted noise eps, like x but any float dtype; or, with the learned range v,
             [B, P, 2C] or [B, 2C, H, W], eps first. With guidance 2B rows: B conditional, B null.
         coefficients: [S, 10] float.
-        step: [] int64 on x's device, or an int: the row, and the noise's step less one (x_T is
-            step 0).
+        step: [] int64 on x's device, or an int: the row. Its noise is that of step + 1, since
+            x_T is the noise of step 0.
         x0_prev: like x, the x0 of the step before; None for 0.
-        seeds: [B, 2] int64 (key, stream in [0, 2^32)): z is `fastdit.noise.normal` of them, its
-            elements counted in the order of x's own.
+        seeds: [B, 2] int64 (key, stream in [0, 2^32)): z is `fastdit.noise.normal` of them, with
+            elements counted in the order of x's.
         noise: z itself, like x. With neither seeds nor noise z is 0.
-        guidance: scale, and how many channels it holds for.
-        out: where to write x_next and x0: two contiguous tensors like x, which may be x and
-            x0_prev themselves, and share no other memory with what is given. Nothing may ask for
-            a gradient.
-        backend: "triton", "reference", "cpp" (float32 on a CPU, the default there but under
-            `torch.compile` or where a gradient is asked for), or None.
+        guidance: the scale, and the number of guided channels.
+        out: two contiguous tensors like x, to which x_next and x0 are written. They may be x and
+            x0_prev, and share no other memory with the arguments. Nothing may require a gradient.
+        backend: "triton", "cpp" (a float32 state on a CPU; not a default under torch.compile or
+            where a gradient is required), "reference" or None.
 
     Returns:
         (x_next, x0), both of x's shape and dtype.
@@ -249,7 +250,7 @@ def sampler_update(
         if out is None:
             return registration.call(definitions.sampler_update, *given)
         definitions.sampler_update_out(*given, *out)
-        if not torch.compiler.is_compiling():  # which an op of ours does not do of itself
+        if not torch.compiler.is_compiling():  # torch.library ops do not do it by themselves
             torch.autograd.graph.increment_version(out)
         return out
     results = reference.sampler_update(
@@ -263,13 +264,13 @@ def sampler_update(
 
 
 def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = None) -> Tensor:
-    """Standard normal noise as a pure function of seed, step and element.
+    """Return standard normal noise as a pure function of seed, step and element.
 
     Args:
         seeds: [B, 2] int64, a row (key, stream) for each image; 0 <= stream < 2^32.
         steps: [S] int64, 0 <= step < 2^32.
-        elements: how many normals an image has at each step.
-        backend: "cpp" on a CPU, the default there but under `torch.compile`; "reference"; or None.
+        elements: number of normals of an image at each step.
+        backend: "cpp" (on a CPU; not a default under torch.compile), "reference" or None.
 
     Returns:
         [S, B, elements] float32 on seeds' device.
@@ -297,27 +298,26 @@ def trajectory(
     guidance: Guidance | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K steps of a sampling loop as one op: forwards of a small DiT, each with its update.
+    """Take K steps of a sampling loop of a small DiT in one op.
 
-    Step k is `out = denoise(tokens of x)` under `modulation.at(k)`, then `sampler_update` with row
-    k of the coefficients. On a CPU an image's bits depend on neither its batch, nor its place in
-    it, nor the number of threads.
+    Step k is `DiT.denoise` under `modulation.at(k)`, then `sampler_update` with row k of the
+    coefficients. On a CPU an image has the same bits in any batch, at any place in it, and with any
+    number of threads.
 
     Args:
         x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
         x0: like x, the x0 of the step before; zeros before a first step.
         packed: the model's weights, in x's dtype, or on CUDA in 16 bits.
-        modulation: of the K steps; with guidance its rows are 2B, the null label's last. That
-            they are rows of the tables is looked at on a CPU only: elsewhere it would wait for the
-            device, and the caller answers for them.
+        modulation: that of the K steps; with guidance of 2B rows, the null label's last. Whether
+            `rows` are in range is checked on a CPU only, since it would wait for a device.
         coefficients: [K, 10] float, as `sampler_update` takes them.
-        first: how many steps were taken before: the noise of step k is that of step first + k + 1.
-        seeds: [B, 2] int64 (key, stream); or
-        noise: [K, B, P, C], z itself. With neither z is 0.
-        guidance: scale, and how many channels it holds for; all K steps are guided.
+        first: number of steps taken before; the noise of step k is that of step first + k + 1.
+        seeds: [B, 2] int64 (key, stream), or None where noise is given.
+        noise: [K, B, P, C], z itself. With neither seeds nor noise z is 0.
+        guidance: the scale, and the number of guided channels; all K steps are guided.
         backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens; the error names what a chip's
-            registers do not allow), "cpp" (a CPU, float32, hidden
-            up to 512, up to 256 tokens), "reference", or None, the first of these that can run.
+            registers do not allow), "cpp" (a CPU, float32, hidden up to 512, up to 256 tokens),
+            "reference" or None.
 
     Returns:
         (x, x0) after the last step, of x's shape and dtype.

@@ -1,4 +1,7 @@
-"""The update rules of sampling, each a table of coefficients that reads like its paper's box."""
+"""The solvers of sampling; each is a table of coefficients, written like its paper's algorithm.
+
+To add one, subclass `Solver`, write its `rows`, and give it a name in `SOLVERS`.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ def _number(name: str, value: Any) -> float:
 
 
 class StepTable(NamedTuple):
-    """How the state moves from noise to image: one row of coefficients a model evaluation."""
+    """A solver's plan of a loop: one row of coefficients for each evaluation of the model."""
 
     timesteps: list[int]  # [S], in the order in which the model is called at them
     coefficients: Tensor  # [S, 10] float64 on the host, as `functional.sampler_update` takes them
 
 
 class Nodes(NamedTuple):
-    """The times a solver steps through, noisiest first; each [S] float64."""
+    """The times that a solver steps through, noisiest first; each field is [S] float64."""
 
     signal: Tensor  # sqrt(alpha_bar): the image's amplitude in the state
     noise: Tensor  # sqrt(1 - alpha_bar)
@@ -44,7 +47,7 @@ class Solver:
 
     Attributes:
         clip: bound of the predicted x0 at every step, such as 1.0 for pixels; None does not clip.
-            Where it bites, the noise that belongs to the clipped x0 replaces the predicted one.
+            Where x0 is clipped, the noise that belongs to the clipped x0 replaces the predicted one.
     """
 
     clip: float | None = None
@@ -56,15 +59,15 @@ class Solver:
                 raise ValueError(f"clip: expected a positive number, or None, got {self.clip}")
 
     def spacing(self, T: int, steps: int) -> list[int]:
-        """Which timesteps to take, ascending."""
+        """Return the timesteps to take, ascending."""
         return spaced_timesteps(T, steps)
 
     def rows(self, at: Nodes) -> tuple[list[int], Coefficients]:
-        """The evaluations of a loop over S times, in epsilon.
+        """Return the evaluations of a loop over S times, in terms of predicted noise.
 
         Returns:
-            The time of each evaluation, an index into the S, and its coefficients, without those
-            that predict x0.
+            (visits, coefficients): the index among the S times of each evaluation, and its
+            coefficients, without those that predict x0.
         """
         raise NotImplementedError
 
@@ -73,10 +76,10 @@ class Solver:
 
         Args:
             scheduler: the diffusion, and what its model predicts.
-            steps: how many times to step through, None for all T.
+            steps: the number of steps; None takes all T.
 
         Raises:
-            ValueError: there is no such number of steps.
+            ValueError: the solver cannot take that number of steps.
         """
         timesteps = self.spacing(scheduler.T, scheduler.T if steps is None else steps)[::-1]
         alpha_bar = scheduler.tables["alpha_bars"][timesteps]
@@ -90,14 +93,14 @@ class Solver:
 
 
 def _coefficients(like: Tensor, **columns: Tensor) -> Coefficients:
-    """Columns by name; the others are 0, and x0 is not clipped."""
+    """Return coefficients by name; the others are 0, and x0 is not clipped."""
     rest = dict.fromkeys(Coefficients._fields, torch.zeros_like(like))
     rest["x0_limit"] = torch.full_like(like, math.inf)
     return Coefficients(**rest | columns)
 
 
 def _predicting(prediction: str, c: Coefficients, a: Tensor, s: Tensor) -> Coefficients:
-    """Coefficients of epsilon as those of what the model returns, at amplitudes a and s.
+    """Turn coefficients of epsilon into those of what the model returns, at amplitudes a and s.
 
     With x = a x0 + s eps, and v = a eps - s x0:
 
@@ -114,7 +117,7 @@ def _predicting(prediction: str, c: Coefficients, a: Tensor, s: Tensor) -> Coeff
 
 
 def _through_x0(c: Coefficients) -> Coefficients:
-    """The same step with the model's output in x0 alone, so that clipping x0 is felt."""
+    """Return the same step written in x0 without epsilon, so that clipping x0 has its effect."""
     share = c.eps / c.x0_eps
     return c._replace(x=c.x - share * c.x0_x, eps=torch.zeros_like(share), x0=c.x0 + share)
 
@@ -125,10 +128,10 @@ class DDPM(Solver):
 
         x' = (x - beta / sqrt(1 - alpha_bar) * eps) / sqrt(alpha) + sigma * z
 
-    with z = 0 at the end. sigma^2 is the posterior's variance, beta (1 - alpha_bar') /
-    (1 - alpha_bar); or, where the model returns 2C channels, learned: log sigma^2 lies between the
-    posterior's (last channels at -1) and log beta (at 1). With fewer steps than T alpha and beta
-    are those of the steps that are left.
+    with z = 0 in the last step. sigma^2 is the posterior's variance, beta (1 - alpha_bar') /
+    (1 - alpha_bar). Where the model returns 2C channels it is learned: the last C channels v
+    interpolate log sigma^2 between the posterior's (v = -1) and log beta (v = 1). With fewer steps
+    than T, alpha and beta are those of the diffusion between the steps that are taken.
 
     Timesteps: `spaced_timesteps`, the published "250".
 
@@ -152,7 +155,7 @@ class DDPM(Solver):
 
 @dataclass(frozen=True)
 class DDIM(Solver):
-    """Deterministic at eta 0, as noisy as ancestral sampling at eta 1.
+    """DDIM: deterministic at eta = 0, and as noisy as ancestral sampling at eta = 1.
 
         x' = a' x0 + sqrt(s'^2 - sigma^2) eps + sigma z
         sigma = eta * s' / s * sqrt(1 - a^2 / a'^2)
@@ -197,7 +200,7 @@ class DDIM(Solver):
 class DPMSolverPP(Solver):
     """DPM-Solver++(2M): second order, one evaluation a step, deterministic.
 
-    With lambda = ln(a / s), h the step in lambda and r the last step over this one:
+    With lambda = ln(a / s), h the step in lambda and r the previous step's h over this one's:
 
         D  = (1 + 1 / (2r)) x0 - 1 / (2r) x0_prev
         x' = s' / s x - a' (exp(-h) - 1) D
@@ -232,10 +235,11 @@ class Heun(Solver):
         u~ = u + (sigma' - sigma) eps                     # Euler
         u' = u~ + (sigma' - sigma) / 2 * (eps~ - eps)     # eps~ at u~
 
-    Two evaluations a step, the second at the next timestep, but for the last step, which goes to
-    sigma = 0 and stays Euler's: 2 steps - 1 in all. In the second eps is (u~ - x0_prev) / sigma'.
-    That difference costs digits where a step is long: over two steps of the 1000-step cosine
-    schedule float32 is a tenth off, over 25 less than a thousandth.
+    Every step evaluates the model twice, the second time at the next timestep, except the last
+    step, which goes to sigma = 0 and is Euler's: 2 * steps - 1 evaluations in all. The first
+    evaluation's eps is recovered in the second as (u~ - x0_prev) / sigma'. This difference loses
+    digits where a step is long: with two steps of the 1000-step cosine schedule float32 is off by
+    a tenth, with 25 steps by less than a thousandth.
 
     Timesteps: `spaced_timesteps`.
 

@@ -1,4 +1,4 @@
-"""What the public ops ask of their arguments: shapes, dtypes, devices."""
+"""Checks of the public ops' arguments: shapes, dtypes, devices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_tokens(name: str, x: Tensor) -> None:
 
 
 def check_modulation(x: Tensor, **modulation: Tensor) -> None:
-    """Shapes, dtypes and devices."""
+    """Check the shape, dtype and device of each modulation tensor."""
     B, _, D = x.shape
     expected, device = (B, D), x.device
     for name, value in modulation.items():
@@ -39,7 +39,7 @@ def check_update_tensors(
     x0_prev: Tensor | None,
     noise: Tensor | None,
 ) -> None:
-    """Shapes, dtypes and devices."""
+    """Check the shapes, dtypes and devices of one update's tensors."""
     shape = x.shape
     if len(shape) not in (3, 4):
         raise ValueError(f"x: expected [B, P, C] or [B, C, H, W], got {list(shape)}")
@@ -119,7 +119,7 @@ def check_trajectory(
         raise ValueError(f"x: expected float32 or float64, got {x.dtype}")
     if x0.dtype != x.dtype:
         raise ValueError(f"x0: expected x's dtype {x.dtype}, got {x0.dtype}")
-    if row.device.type == "cpu":  # elsewhere a look at them would wait for all that was launched
+    if row.device.type == "cpu":  # reading values elsewhere would wait for the device
         check_range("modulation.rows", row, labels if by_label is None else len(by_label))
     if guidance is not None and not 0 < (guidance.channels or 1) <= cfg.in_channels:
         raise ValueError(
@@ -147,7 +147,7 @@ def check_noise(seeds: Tensor, steps: Tensor, elements: int) -> None:
 
 
 def check_update_tables(x: Tensor, coefficients: Tensor, step: Tensor | int) -> Tensor:
-    """Returns step as a tensor."""
+    """Check the table and return step as a tensor."""
     columns = len(COEFFICIENTS)
     S = coefficients.shape[0] if coefficients.dim() else 0
     if coefficients.shape != (S, columns) or coefficients.dtype not in FLOAT_DTYPES:

@@ -1,8 +1,8 @@
 """The kernels as PyTorch ops: schema, shapes, gradients.
 
-`torch.ops.fastdit.*` is what `fastdit.functional` calls for "triton" and "cpp". One op is one
-boundary: it traces under `torch.compile(fullgraph=True)`, and Triton is first imported when
-one of them runs. Arguments are checked in `functional`, not here.
+`fastdit.functional` calls these ops for "triton" and "cpp", after it has checked the arguments.
+They trace under `torch.compile(fullgraph=True)`, and a kernel's module is imported when an op first
+runs it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -> Any:
     r, y, gate, scale, mean, rstd = ctx.saved_tensors
-    if dh is None:  # the modulated output went unused
+    if dh is None:  # the modulated output was not used
         if dr is None:
             return (None,) * 7
         dh = torch.zeros_like(r, dtype=scale.dtype)
@@ -331,7 +331,7 @@ def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str
 
 
 def build_cpp() -> None:
-    """Have the C++ kernels, which are built once on a machine.
+    """Build the C++ kernels unless they are in the cache.
 
     Raises:
         RuntimeError: they cannot be built.
@@ -339,13 +339,10 @@ def build_cpp() -> None:
     _kernels("library", "cpp").library()
 
 
-# Called at every launch: an import statement takes time where it has nothing to do, too.
+# Cached, since an import statement would take time at every launch.
 @functools.cache
 def _kernels(of: str, backend: str) -> Any:
-    """The module that launches some ops: one of `kernels`, or `cpu`, which has all but LayerNorm.
-
-    It is imported when one of them first runs.
-    """
+    """Import and return the module that launches an op: one of `kernels`, or `kernels.cpu`."""
     if backend == "cpp":
         of = "cpu.adaln" if of == "adaln" else "cpu"
     return importlib.import_module(f"fastdit.kernels.{of}")
@@ -369,7 +366,7 @@ linear = torch.ops.fastdit.linear.default
 
 
 def _fresh(like: Tensor) -> Tensor:
-    """What the launchers allocate: contiguous, of like's shape and dtype."""
+    """Return what a launcher allocates: a contiguous tensor of like's shape and dtype."""
     return like.new_empty(like.shape)
 
 

@@ -16,7 +16,7 @@ _INDUCTOR_FORMATS_UNKNOWN_OPS = TorchVersion(torch.__version__) < "2.13"
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Run an op; past PyTorch's autograd, which is Python here, where it would have no part."""
+    """Run an op, without PyTorch's autograd, which is Python code here, where no gradient is."""
     if torch.compiler.is_compiling() or has_torch_function(args):
         return op(*args)
     if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
@@ -26,7 +26,7 @@ def call(op: Any, *args: Any) -> Any:
 
 
 def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a launch for every device."""
+    """Register a function that launches an op's kernel, for every device."""
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.impl(name, "default", on_its_device(launch))
@@ -36,7 +36,7 @@ def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch where the first argument is, or where that is None the second: both are tensors."""
+    """Launch on the device of the first argument that is not None, one of the first two."""
 
     @functools.wraps(launch)
     def launched(*args: Any) -> Any:
@@ -51,7 +51,7 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shapes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register what says an op's results' shapes, which compilers call before they see the op."""
+    """Register the function by which compilers learn the shapes of an op's results."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fake)
@@ -66,11 +66,11 @@ def shapes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def _introduce(name: str) -> None:
-    """Tell Inductor of an op before it meets the op in a graph.
+    """Add an op to Inductor's fallbacks before Inductor meets it in a graph.
 
-    Before PyTorch 2.13 it writes out the arguments of an op that it does not know, for a message
-    that nobody reads. Late in a deep graph this text doubles with every layer: a sampling step of
-    ten layers compiled for two minutes, one of twelve did not end.
+    Before PyTorch 2.13 Inductor writes out the arguments of an op that it does not know, for a log
+    message. In a deep graph this text doubles with every layer: a sampling step of ten layers
+    compiled for two minutes, and one of twelve did not end.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     if not _INDUCTOR_FORMATS_UNKNOWN_OPS or lowering is None:

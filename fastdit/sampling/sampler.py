@@ -30,13 +30,12 @@ class Sampler:
         sampler = Sampler(model, DiffusionScheduler(T=200))
         images = sampler([0, 5, 10], seed=7)
 
-    Noise is counted, not drawn (`fastdit.noise`): image i of `seed=7` is the same image in a batch
-    of one, in a batch of a thousand, on any device and in any execution, up to the arithmetic of
-    the forward.
+    Noise is a function of the seed (`fastdit.noise`): image i of `seed=7` is the same image in any
+    batch, on any device and in any execution, up to the arithmetic of the forward.
 
-    For a `fastdit.DiT` nothing is in the loop that need not be: every step's modulation is
-    computed before it, weights are cast once a call, the state stays in tokens, and guidance, the
-    solver's update and its noise are one op. Changes of the weights between two calls are seen.
+    For a `fastdit.DiT` every step's modulation is computed before the loop, weights are cast once a
+    call, the state stays in tokens, and guidance, the solver's update and its noise are one op.
+    Every call uses the weights that the model has at that time.
     """
 
     def __init__(
@@ -57,34 +56,36 @@ class Sampler:
         Args:
             model: called as `model(x, t, y)` with x [B, C, H, W], t [B] int64 and y [B] int64 or
                 None; returns the predicted noise, like x, or [B, 2C, H, W] with the learned
-                variance. It stays in the mode it is in, on the device of its first parameter (on
-                the CPU where it has none). A compiled or data parallel `fastdit.DiT` is unwrapped:
-                `execution` says how it runs.
-            scheduler: the diffusion the model was trained on.
+                variance. It is sampled on the device of its first parameter (on the CPU if it has
+                none) and keeps its mode. A compiled or data-parallel `fastdit.DiT` is unwrapped,
+                since `execution` says how it runs.
+            scheduler: the diffusion that the model was trained on.
             solver: "ddpm" (ancestral), "ddim", "dpm++" (DPM-Solver++(2M)) or "heun", or one of
                 `fastdit.solvers` with its options, such as `DDIM(eta=0.5)` or `DDPM(clip=1.0)`.
-            steps: how many of the scheduler's T steps to take; None takes all. Which ones, the
-                solver's docstring says. Heun's method calls the model twice a step, but once in
-                the last.
+            steps: number of the scheduler's T steps to take; None takes all. The solver's docstring
+                says which. Heun's method calls the model twice a step, except in the last.
             guidance: classifier-free guidance; needs a DiT with `null_class`.
-            dtype: of the forward, its residual stream included; None is the model's own, or
-                autocast's inside autocast. Other than its own needs a `fastdit.DiT`. The sampler's
-                state is at least float32 whatever it is.
-            execution: "eager"; "compile", the step as one graph of torch.compile, which pays back
-                after some hundred steps; "graph", the step replayed as a CUDA graph; "trajectory",
-                all steps as one op, for small models, from their weights alone, in C++ on a CPU
-                in float32. All but "eager" need a `fastdit.DiT`. "compile" and "graph" copy it, as
-                another dtype does: later calls see its weights as they are then, but not modules
-                that were exchanged or hooks that came; "trajectory" refuses these, and keeps two
-                copies of the weights. "auto" is "graph" for a `fastdit.DiT` on CUDA; on a CPU
-                "trajectory" where it can be and `progress` is no function; "eager" elsewhere
-                (`execution_for` says which).
-            table_bytes: bound of the memory of the modulation tables, which are made for as many
-                steps at a time as fit.
+            dtype: of the forward, including its residual stream; None is the model's own, or inside
+                autocast autocast's. A dtype that is not the model's own needs a `fastdit.DiT`. The
+                sampler's state is at least float32.
+            execution: how the loop runs; all ways but "eager" need a `fastdit.DiT`.
+                "eager": op by op.
+                "compile": each step is one graph of torch.compile, which pays off after some
+                    hundred steps.
+                "graph": each step is a replayed CUDA graph.
+                "trajectory": all steps of a small model are one op, in C++ on a CPU in float32. It
+                    reads the model's weights only, and refuses hooks and exchanged modules.
+                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run and `progress` is not
+                    a function; "eager" otherwise. `execution_for` says which.
+                "compile", "graph" and another dtype use a copy of the model, whose weights are
+                renewed at every call; hooks and exchanged modules are copied once. "trajectory"
+                keeps two copies of the weights.
+            table_bytes: bound on the memory of the modulation tables, which are made for as many
+                steps at a time as fit into it.
             sample_shape: (C, H, W) of one image, for models other than DiT.
 
         Raises:
-            ValueError: an unknown name, or a model this sampler cannot serve.
+            ValueError: a name is unknown, or the model cannot be sampled as asked.
         """
         if not isinstance(solver, Solver) and solver not in SOLVERS:
             raise unknown_name("solver", solver, SOLVERS)
@@ -121,31 +122,29 @@ class Sampler:
         noise: Tensor | None = None,
         progress: Progress = False,
     ) -> Tensor:
-        """Sample one image a label.
+        """Sample one image for each label.
 
         Args:
-            labels: [B] class labels. None samples without labels; the batch is then as large as
-                `seeds` or `x_T`.
-            seed: key of the noise; image i uses stream `first_index + i` of it.
-            seeds: B keys, one an image, all at stream 0; replaces `seed`.
+            labels: [B] class labels. None samples without labels, as many images as `seeds` or
+                `x_T` has.
+            seed: key of the noise; image i uses its stream `first_index + i`.
+            seeds: B keys, one an image, all with stream 0; they replace `seed`.
             first_index: index of the first image, so that a set can be sampled in parts.
-            x_T: [B, C, H, W] to start from, instead of the seed's.
-            noise: [S, B, C, H, W] to add, instead of the seed's: the k-th of S evaluations of
-                the model uses noise[k] (the last adds none, and a deterministic solver none at
-                all).
-            progress: True shows a progress bar on stderr; a function is called after each step
-                as `progress(k, x0)`, with k from 0 and the image predicted so far [B, C, H, W],
-                which "trajectory" does not show.
-                On CUDA both run ahead of the device, which works on what was launched.
+            x_T: [B, C, H, W] to start from instead of the seed's noise.
+            noise: [S, B, C, H, W] to add instead of the seed's: the k-th of S evaluations of the
+                model uses noise[k]. The last one adds none, and deterministic solvers never do.
+            progress: True shows a progress bar on stderr. A function is called after each step as
+                `progress(k, x0)`, with k from 0 and the image predicted so far, [B, C, H, W];
+                "trajectory" has none to show. On CUDA both run ahead of the device.
 
         Returns:
             [B, C, H, W] on the model's device: float32, or float64 for a float64 model.
 
         Raises:
-            ValueError: an argument's shape or range is wrong, or a weight is not finite; or under
+            ValueError: an argument's shape or range is wrong, a weight is not finite, or under
                 "graph" the model has moved to another device or dtype.
             FloatingPointError: the model's predictions were not finite.
-            RuntimeError: `progress` called the sampler that calls it; or "trajectory" was named,
+            RuntimeError: `progress` called the sampler that calls it, or "trajectory" was named
                 and its C++ cannot be built.
         """
         y = arguments.class_labels(labels, self.config)
