@@ -47,7 +47,7 @@ class Solver:
 
     Attributes:
         clip: bound of the predicted x0 at every step, such as 1.0 for pixels; None does not clip.
-            Where x0 is clipped, the noise that belongs to the clipped x0 replaces the predicted one.
+            Where x0 is clipped, its own noise replaces the predicted one.
     """
 
     clip: float | None = None
