@@ -15,83 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.ops.registration import call, implements, no_derivative, shapes
-
-_define = torch.library.define
+from fastdit.ops.registration import call, no_derivative, op
 
 
-_define(
-    "fastdit::layer_norm_modulate",
-    "(Tensor x, Tensor scale, Tensor shift, float eps, str backend='triton')"
-    " -> (Tensor h, Tensor mean, Tensor rstd)",
-)
-_define(
-    "fastdit::layer_norm_modulate_backward",
-    "(Tensor dh, Tensor x, Tensor scale, Tensor mean, Tensor rstd, str backend='triton')"
-    " -> (Tensor dx, Tensor dscale, Tensor dshift)",
-)
-_define(
-    "fastdit::gated_residual_layer_norm_modulate",
-    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps,"
-    " str backend='triton') -> (Tensor r, Tensor h, Tensor mean, Tensor rstd)",
-)
-_define(
-    "fastdit::gated_residual_layer_norm_modulate_backward",
-    "(Tensor? dr, Tensor dh, Tensor r, Tensor y, Tensor gate, Tensor scale, Tensor mean,"
-    " Tensor rstd, str backend='triton')"
-    " -> (Tensor dx, Tensor dy, Tensor dgate, Tensor dscale, Tensor dshift)",
-)
-_define("fastdit::normal", "(Tensor seeds, Tensor steps, int elements) -> Tensor")
-_define("fastdit::linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_define("fastdit::attention", "(Tensor qkv, int n_heads) -> (Tensor out, Tensor lse)")
-_define(
-    "fastdit::attention_backward",
-    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_heads) -> Tensor dqkv",
-)
-_define(
-    "fastdit::trajectory",
-    "(Tensor x, Tensor x0, Tensor weights, Tensor[] modulation, Tensor coefficients, int first,"
-    " Tensor? seeds, Tensor? noise, float[] guidance, float[] shape, str backend)"
-    " -> (Tensor x_next, Tensor x0_next)",
-)
-_define(
-    "fastdit::sampler_update",
-    "(Tensor x, Tensor model_out, Tensor coefficients, Tensor step, Tensor? x0_prev,"
-    " Tensor? seeds, Tensor? noise, float? scale, int? channels, str backend='triton')"
-    " -> (Tensor x_next, Tensor x0)",
-)
-_define(
-    "fastdit::sampler_update_out",
-    "(Tensor x, Tensor model_out, Tensor coefficients, Tensor step, Tensor? x0_prev,"
-    " Tensor? seeds, Tensor? noise, float? scale, int? channels, str backend,"
-    " Tensor(a!) x_next, Tensor(b!) x0) -> ()",
-)
+def _fresh(like: Tensor) -> Tensor:
+    """Return what a launcher allocates: a contiguous tensor of like's shape and dtype."""
+    return like.new_empty(like.shape)
 
 
-@implements("fastdit::layer_norm_modulate")
-def _layer_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton"
-) -> Any:
-    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
-
-
-@shapes("fastdit::layer_norm_modulate")
-def _(x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton") -> Any:
-    return (x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
-
-
-@implements("fastdit::layer_norm_modulate_backward")
-def _layer_norm_modulate_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, backend: str = "triton"
-) -> Any:
-    kernels = _kernels("adaln", backend)
-    dx, _, _, dscale, dshift = kernels.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
-    return dx, dscale, dshift
-
-
-@shapes("fastdit::layer_norm_modulate_backward")
-def _(dh: Tensor, x: Tensor, scale: Tensor, *_: Any) -> Any:
-    return _fresh(x), _fresh(scale), _fresh(scale)
+def _modulated(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a modulated LayerNorm of x, its means and its reciprocal standard deviations."""
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=scale.dtype), mean, rstd
 
 
 def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
@@ -105,55 +40,32 @@ def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
 def _layer_norm_gradients(ctx: Any, dh: Tensor | None, *_: None) -> Any:
     if dh is None:
         return (None,) * 5
-    backward = torch.ops.fastdit.layer_norm_modulate_backward.default
-    return *call(backward, dh, *ctx.saved_tensors, ctx.backend), None, None
+    return *call(layer_norm_modulate_backward, dh, *ctx.saved_tensors, ctx.backend), None, None
 
 
-torch.library.register_autograd(
-    "fastdit::layer_norm_modulate", _layer_norm_gradients, setup_context=_save_layer_norm
+@op(
+    shapes=lambda x, scale, *_: _modulated(x, scale),
+    saves=_save_layer_norm,
+    gradients=_layer_norm_gradients,
 )
-torch.library.register_autograd("fastdit::layer_norm_modulate_backward", no_derivative)
+def layer_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, mean, rstd)"""
+    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
 
 
-@implements("fastdit::gated_residual_layer_norm_modulate")
-def _gated(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    backend: str = "triton",
-) -> Any:
-    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
-
-
-@shapes("fastdit::gated_residual_layer_norm_modulate")
-def _(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, *_: Any) -> Any:
-    return (_fresh(x), x.new_empty(x.shape, dtype=scale.dtype), *_statistics(x))
-
-
-@implements("fastdit::gated_residual_layer_norm_modulate_backward")
-def _gated_backward(
-    dr: Tensor | None,
-    dh: Tensor,
-    r: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    backend: str = "triton",
-) -> Any:
+@op(
+    shapes=lambda dh, x, scale, *_: (_fresh(x), _fresh(scale), _fresh(scale)),
+    gradients=no_derivative,
+)
+def layer_norm_modulate_backward(
+    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, backend: str = "triton"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dscale, dshift)"""
     kernels = _kernels("adaln", backend)
-    return kernels.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
-
-
-@shapes("fastdit::gated_residual_layer_norm_modulate_backward")
-def _(
-    dr: Tensor | None, dh: Tensor, r: Tensor, y: Tensor, gate: Tensor, scale: Tensor, *_: Any
-) -> Any:
-    return tuple(_fresh(t) for t in (r, y, gate, scale, scale))
+    dx, _, _, dscale, dshift = kernels.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
+    return dx, dscale, dshift
 
 
 def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
@@ -165,45 +77,51 @@ def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -> Any:
-    r, y, gate, scale, mean, rstd = ctx.saved_tensors
+    r, _, _, scale, _, _ = ctx.saved_tensors
     if dh is None:  # the modulated output was not used
         if dr is None:
             return (None,) * 7
         dh = torch.zeros_like(r, dtype=scale.dtype)
-    backward = torch.ops.fastdit.gated_residual_layer_norm_modulate_backward.default
-    return *call(backward, dr, dh, r, y, gate, scale, mean, rstd, ctx.backend), None, None
+    backward = gated_residual_layer_norm_modulate_backward
+    return *call(backward, dr, dh, *ctx.saved_tensors, ctx.backend), None, None
 
 
-torch.library.register_autograd(
-    "fastdit::gated_residual_layer_norm_modulate", _gated_gradients, setup_context=_save_gated
+@op(
+    shapes=lambda x, y, gate, scale, *_: (_fresh(x), *_modulated(x, scale)),
+    saves=_save_gated,
+    gradients=_gated_gradients,
 )
-torch.library.register_autograd(
-    "fastdit::gated_residual_layer_norm_modulate_backward", no_derivative
+def gated_residual_layer_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(r, h, mean, rstd)"""
+    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
+
+
+@op(
+    shapes=lambda dr, dh, r, y, gate, scale, *_: tuple(map(_fresh, (r, y, gate, scale, scale))),
+    gradients=no_derivative,
 )
-
-
-@implements("fastdit::attention")
-def _attention(qkv: Tensor, n_heads: int) -> Any:
-    return _kernels("attention", "triton").attention_fwd(qkv, n_heads)
-
-
-@shapes("fastdit::attention")
-def _(qkv: Tensor, n_heads: int) -> Any:
-    B, N, D3 = qkv.shape
-    lse = qkv.new_empty((B, n_heads, N), dtype=torch.float32)
-    return qkv.new_empty((B, N, D3 // 3)), lse
-
-
-@implements("fastdit::attention_backward")
-def _attention_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int
-) -> Tensor:
-    return _kernels("attention", "triton").attention_bwd(dout, qkv, out, lse, n_heads)
-
-
-@shapes("fastdit::attention_backward")
-def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> Tensor:
-    return _fresh(qkv)
+def gated_residual_layer_norm_modulate_backward(
+    dr: Tensor | None,
+    dh: Tensor,
+    r: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    backend: str = "triton",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dy, dgate, dscale, dshift)"""
+    kernels = _kernels("adaln", backend)
+    return kernels.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
 
 
 def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
@@ -217,18 +135,36 @@ def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
 def _attention_gradients(ctx: Any, dout: Tensor | None, _: None) -> Any:
     if dout is None:
         return None, None
-    backward = torch.ops.fastdit.attention_backward.default
-    return call(backward, dout, *ctx.saved_tensors, ctx.n_heads), None
+    return call(attention_backward, dout, *ctx.saved_tensors, ctx.n_heads), None
 
 
-torch.library.register_autograd(
-    "fastdit::attention", _attention_gradients, setup_context=_save_attention
-)
-torch.library.register_autograd("fastdit::attention_backward", no_derivative)
+def _attention_shapes(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    B, N, D3 = qkv.shape
+    lse = qkv.new_empty((B, n_heads, N), dtype=torch.float32)
+    return qkv.new_empty((B, N, D3 // 3)), lse
 
 
-@implements("fastdit::sampler_update")
-def _sampler_update(
+@op(shapes=_attention_shapes, saves=_save_attention, gradients=_attention_gradients)
+def attention(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+    """(out, lse)"""
+    return _kernels("attention", "triton").attention_fwd(qkv, n_heads)
+
+
+@op(shapes=lambda dout, qkv, *_: _fresh(qkv), gradients=no_derivative)
+def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> Tensor:
+    """dqkv"""
+    return _kernels("attention", "triton").attention_bwd(dout, qkv, out, lse, n_heads)
+
+
+def _update(
+    backend: str, scale: float | None, channels: int | None, out: Any, *given: Tensor | None
+) -> Any:
+    guidance = None if scale is None else (scale, channels)
+    return _kernels("sampling", backend).sampler_update(*given, guidance, out=out)
+
+
+@op(shapes=lambda x, *_: (_fresh(x), _fresh(x)), gradients=no_derivative)
+def sampler_update(
     x: Tensor,
     model_out: Tensor,
     coefficients: Tensor,
@@ -239,66 +175,62 @@ def _sampler_update(
     scale: float | None,
     channels: int | None,
     backend: str = "triton",
-    out: tuple[Tensor, Tensor] | None = None,
-) -> Any:
-    guidance = None if scale is None else (scale, channels)
-    given = x, model_out, coefficients, step, x0_prev, seeds, noise, guidance
-    return _kernels("sampling", backend).sampler_update(*given, out=out)
+) -> tuple[Tensor, Tensor]:
+    """(x_next, x0)"""
+    given = x, model_out, coefficients, step, x0_prev, seeds, noise
+    return _update(backend, scale, channels, None, *given)
 
 
-@shapes("fastdit::sampler_update")
-def _(x: Tensor, *_: Any) -> Any:
-    return _fresh(x), _fresh(x)
+@op(shapes=lambda *_: None, mutates=("x_next", "x0"))
+def sampler_update_out(
+    x: Tensor,
+    model_out: Tensor,
+    coefficients: Tensor,
+    step: Tensor,
+    x0_prev: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    scale: float | None,
+    channels: int | None,
+    backend: str,
+    x_next: Tensor,
+    x0: Tensor,
+) -> None:
+    given = x, model_out, coefficients, step, x0_prev, seeds, noise
+    _update(backend, scale, channels, (x_next, x0), *given)
 
 
-torch.library.register_autograd("fastdit::sampler_update", no_derivative)
-
-
-@implements("fastdit::sampler_update_out")
-def _sampler_update_out(*given: Any) -> None:
-    *arguments, x_next, x0 = given
-    _sampler_update(*arguments, out=(x_next, x0))
-
-
-@shapes("fastdit::sampler_update_out")
-def _(*_: Any) -> None:
-    return None
-
-
-@implements("fastdit::normal")
-def _normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
+@op(
+    shapes=lambda seeds, steps, n: seeds.new_empty((len(steps), len(seeds), n), dtype=torch.float32)
+)
+def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     return _kernels("sampling", "cpp").normal(seeds, steps, elements)
 
 
-@shapes("fastdit::normal")
-def _(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
-    return seeds.new_empty((len(steps), len(seeds), elements), dtype=torch.float32)
-
-
-@implements("fastdit::linear")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+@op(shapes=lambda x, weight, bias: x.new_empty((len(x), len(weight))))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _kernels("linear", "cpp").linear(x, weight, bias)
 
 
-@shapes("fastdit::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty((len(x), len(weight)))
-
-
-@implements("fastdit::trajectory")
-def _trajectory(
+@op(shapes=lambda x, *_: (_fresh(x), _fresh(x)), gradients=no_derivative)
+def trajectory(
     x: Tensor,
     x0: Tensor,
     weights: Tensor,
-    modulation: list[Tensor],  # by_step, rows, and by_label where there is one
+    modulation: list[Tensor],
     coefficients: Tensor,
     first: int,
     seeds: Tensor | None,
     noise: Tensor | None,
-    guidance: list[float],  # scale and channels, or nothing
-    shape: list[float],  # the integers and the floats of the kernels' `Shape`
+    guidance: list[float],
+    shape: list[float],
     backend: str,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
+    """(x_next, x0_next)
+
+    modulation is [by_step, rows], and by_label where there is one; guidance is [scale, channels],
+    or empty; shape is the kernels' `Shape`, its integers first.
+    """
     by_step, rows, *by_label = modulation
     scale, channels = guidance or (1.0, 0)
     return _kernels("trajectory", backend).trajectory(
@@ -315,14 +247,6 @@ def _trajectory(
         guidance=(scale, int(channels)) if guidance else None,
         shape=_shape(shape),
     )
-
-
-@shapes("fastdit::trajectory")
-def _(x: Tensor, *_: Any) -> Any:
-    return _fresh(x), _fresh(x)
-
-
-torch.library.register_autograd("fastdit::trajectory", no_derivative)
 
 
 def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str | None:
@@ -353,23 +277,3 @@ def _shape(values: Sequence[float]) -> Any:
 
     *integers, tanh_gelu, eps, mlp_eps = values
     return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps)
-
-
-layer_norm_modulate = torch.ops.fastdit.layer_norm_modulate.default
-gated_residual_layer_norm_modulate = torch.ops.fastdit.gated_residual_layer_norm_modulate.default
-attention = torch.ops.fastdit.attention.default
-sampler_update = torch.ops.fastdit.sampler_update.default
-sampler_update_out = torch.ops.fastdit.sampler_update_out.default
-trajectory = torch.ops.fastdit.trajectory.default
-normal = torch.ops.fastdit.normal.default
-linear = torch.ops.fastdit.linear.default
-
-
-def _fresh(like: Tensor) -> Tensor:
-    """Return what a launcher allocates: a contiguous tensor of like's shape and dtype."""
-    return like.new_empty(like.shape)
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return mean, rstd

@@ -25,12 +25,39 @@ def call(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function that launches an op's kernel, for every device."""
+def op(
+    shapes: Callable[..., Any],
+    *,
+    saves: Callable[..., None] | None = None,
+    gradients: Callable[..., Any] | None = None,
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Any]:
+    """Make an op `fastdit::<name>` for every device of the function that launches its kernel.
 
-    def register(launch: Callable[..., Any]) -> Callable[..., Any]:
+    Args:
+        shapes: called like the op; returns empty tensors like the op's results, for compilers.
+        saves: `setup_context` of `torch.library.register_autograd`.
+        gradients: `backward` of the same; None leaves an op without autograd.
+        mutates: the arguments that the op writes to.
+
+    Returns:
+        A decorator, which returns the op. The op's schema is the function's signature.
+    """
+
+    def register(launch: Callable[..., Any]) -> Any:
+        name = f"fastdit::{launch.__name__}"
+        torch.library.define(name, torch.library.infer_schema(launch, mutates_args=mutates))
         torch.library.impl(name, "default", on_its_device(launch))
-        return launch
+        made = getattr(torch.ops.fastdit, launch.__name__).default
+
+        def introduced(*args: Any) -> Any:
+            _introduce(made)
+            return shapes(*args)
+
+        torch.library.register_fake(name, introduced)
+        if gradients is not None:
+            torch.library.register_autograd(name, gradients, setup_context=saves)
+        return made
 
     return register
 
@@ -50,22 +77,7 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-def shapes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the function by which compilers learn the shapes of an op's results."""
-
-    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(fake)
-        def introduced(*args: Any) -> Any:
-            _introduce(name)
-            return fake(*args)
-
-        torch.library.register_fake(name, introduced)
-        return fake
-
-    return register
-
-
-def _introduce(name: str) -> None:
+def _introduce(op: Any) -> None:
     """Add an op to Inductor's fallbacks before Inductor meets it in a graph.
 
     Before PyTorch 2.13 Inductor writes out the arguments of an op that it does not know, for a log
@@ -75,14 +87,13 @@ def _introduce(name: str) -> None:
     lowering = sys.modules.get("torch._inductor.lowering")
     if not _INDUCTOR_FORMATS_UNKNOWN_OPS or lowering is None:
         return
-    namespace, _, op_name = name.partition("::")
-    op = getattr(getattr(torch.ops, namespace), op_name).default
     if op not in lowering.lowerings:  # as Inductor itself would add it
         exact = lowering.tag_to_layout_constraint(torch._C.Tag.needs_exact_strides)
         lowering.make_fallback(op, exact)
 
 
 def no_derivative(ctx: Any, *gradients: Any) -> Any:
+    """The `gradients` of an op that has none."""
     raise NotImplementedError(
         "fastdit's kernels have no second derivative, and sampler_update and trajectory no first; "
         "use backend='reference' for it"

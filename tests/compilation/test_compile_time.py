@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from fastdit import functional, ops
+from fastdit import functional
+from fastdit.ops import definitions
 
 CPP = {"backend": "cpp"}
 
@@ -16,7 +17,11 @@ def inductor_knows_no_op(monkeypatch):
     """As in a new process; and to write out an op's arguments, which may be endless, is a fault."""
     from torch._inductor import config, exc, lowering
 
-    for op in (ops.layer_norm_modulate, ops.gated_residual_layer_norm_modulate, ops.sampler_update):
+    for op in (
+        definitions.layer_norm_modulate,
+        definitions.gated_residual_layer_norm_modulate,
+        definitions.sampler_update,
+    ):
         monkeypatch.delitem(lowering.lowerings, op, raising=False)
 
     def written_out(target, args, kwargs):
