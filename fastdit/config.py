@@ -12,6 +12,10 @@ MLP_RATIO = 4
 
 InitName = Literal["torch", "xavier"]
 
+# Fields that files from earlier releases lack, with the values that those releases computed with.
+# mlp_ln_eps and t_freq_shift came with the support for diffusers' checkpoints.
+_LATER_OPTIONS: dict[str, Any] = {"mlp_ln_eps": None, "t_freq_shift": 0}
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -87,6 +91,20 @@ class DiTConfig:
     def from_dict(cls, options: dict[str, Any]) -> DiTConfig:
         """A config from a plain dict, such as one read from a file. An unknown key is an error."""
         return from_options(cls, options)
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any]) -> DiTConfig:
+        """Return the config that a file holds, which an earlier release may have written.
+
+        Args:
+            options: every field, except those that were added after the file was written.
+
+        Raises:
+            ValueError: a field is unknown, missing or out of range.
+        """
+        if isinstance(options, dict):
+            options = _LATER_OPTIONS | options
+        return from_options(cls, options, complete=True)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

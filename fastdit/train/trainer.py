@@ -21,7 +21,6 @@ from torch import Tensor
 from fastdit.checkpoints.native import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import from_options
 from fastdit.model import DiT
 from fastdit.train import distributed
 from fastdit.train.ema import EMA
@@ -360,7 +359,7 @@ class Trainer:
             ValueError: the checkpoint is of something else, or the data are not the run's.
         """
         header, path = saved.header, saved.path
-        config = from_options(DiTConfig, header["config"], complete=True)
+        config = DiTConfig.from_saved(header["config"])
         recipe = Recipe.from_dict(header["recipe"], complete=True)
         if source is None:
             source = open_source(header["data"])

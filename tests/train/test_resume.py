@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -293,3 +296,51 @@ def test_metrics_are_one_line_a_measurement_and_forget_what_was_lost(tmp_path):
     assert after[:4] == before[:4]
     assert [line["loss"] for line in after] == [line["loss"] for line in before]
     assert {"loss", "grad_norm", "lr", "images_per_second", "mfu"} <= after[1].keys()
+
+
+RELEASE = Path(__file__).parent.parent / "golden" / "release-0.1.0"
+
+
+def edit_config(path, remove=(), **changes):
+    config = read_tensors(path)[1]["config"] | changes
+    edit_header(path, config={n: v for n, v in config.items() if n not in remove})
+
+
+@pytest.fixture
+def released(tmp_path):
+    """A copy of half a run, four steps of eight, that release 0.1.0 wrote."""
+    return Path(shutil.copytree(RELEASE / "run", tmp_path / "run"))
+
+
+def finish(folder):
+    with warnings.catch_warnings():  # the environment may be another than the one it began in
+        warnings.filterwarnings("ignore", ".*the run was saved under")
+        return resume(folder).run()
+
+
+def test_a_run_of_an_earlier_release_is_finished_with_its_losses(released):
+    result = finish(released)
+    expected = load_file(RELEASE / "expected.safetensors")["losses"]
+    assert result.finished
+    assert result.losses.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_a_run_from_before_a_config_field_is_finished_with_its_losses(released):
+    edit_config(RunFolder(released).checkpoints()[-1][1], ("mlp_ln_eps", "t_freq_shift"))
+    result = finish(released)
+    expected = load_file(RELEASE / "expected.safetensors")["losses"]
+    assert result.losses.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("remove", "changes", "message"),
+    [
+        (("mlp_ln_eps", "gelu"), {}, "DiTConfig: expected every option, gelu missing"),
+        ((), {"rotary": True}, "DiTConfig option: expected one of img_size"),
+    ],
+    ids=["missing", "unknown"],
+)
+def test_a_config_of_other_fields_is_refused(released, remove, changes, message):
+    edit_config(RunFolder(released).checkpoints()[-1][1], remove, **changes)
+    with pytest.raises(ValueError, match=message):
+        resume(released)
