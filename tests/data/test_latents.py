@@ -163,7 +163,7 @@ def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, imag
 
     (images / "dog" / "z.png").write_bytes(b"\x89PNG but torn")
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 1 and "they differ in files, labels, num; remove" in done.stderr
+    assert done.exit_code == 1 and "which differ in files, labels, num; remove" in done.stderr
     done = CliRunner().invoke(app, [*arguments[:5], str(tmp_path / "other"), *arguments[6:]])
     assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
     (images / "dog" / "z.png").unlink()
@@ -184,8 +184,8 @@ def test_encoding_refuses_what_would_spoil_it(vae_folder, images, tmp_path):
         with pytest.raises(ValueError, match=message):
             encode_folder(vae, source, into, size)
     for name, image, message in (
-        ("thin", Image.new("RGB", (1, 1000)), "expected sides of like length, got 1 x 1000"),
-        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits a channel"),
+        ("thin", Image.new("RGB", (1, 1000)), "expected sides of similar length, got 1 x 1000"),
+        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits per channel"),
     ):
         image.save(images / "cat" / f"{name}.png")
         with pytest.raises(ValueError, match=f"{name}.png: expected an image.*{message}"):
@@ -195,7 +195,7 @@ def test_encoding_refuses_what_would_spoil_it(vae_folder, images, tmp_path):
     encode_folder(vae, images, out, 16, shard=3)
     with torch.no_grad():
         next(vae.parameters()).add_(1)
-    with pytest.raises(ValueError, match="they differ in vae;"):
+    with pytest.raises(ValueError, match="which differ in vae;"):
         encode_folder(vae, images, out, 16, shard=3)
 
 
