@@ -115,7 +115,7 @@ def test_a_learned_variance_is_trained(tmp_path):
     trainer = Trainer(config, Recipe(steps=32, batch_size=32), Shapes(16), tmp_path)
     losses = trainer.run().losses.view(4, 8).mean(1)
     assert losses[-1] < losses[0]
-    samples, numbers = trainer.samples()
-    batch = trainer.objective.draw(*samples, numbers)
+    samples, numbers = trainer.loader.load(trainer.step)
+    batch = trainer.objective.draw(samples, numbers)
     with torch.no_grad():
         assert trainer.model(batch.x_t, batch.t, batch.labels)[:, 3:].abs().mean() > 1e-3

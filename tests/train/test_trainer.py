@@ -40,8 +40,8 @@ def test_steps_equal_a_plain_loop():
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
     losses = []
     for _ in range(12):
-        samples, numbers = ours.samples()
-        batch = ours.objective.draw(*samples, numbers)
+        samples, numbers = ours.loader.load(ours.step)
+        batch = ours.objective.draw(samples, numbers)
         loss = F.mse_loss(plain(batch.x_t, batch.t, batch.labels), batch.eps)
         optimizer.zero_grad()
         loss.backward()
@@ -215,7 +215,10 @@ def test_a_gradient_that_is_not_finite_stops_before_a_save(tmp_path):
         ),
         (lambda: trainer(save_every=0), "save_every: expected at least 1, got 0"),
         (lambda: trainer("x", keep=0), "keep: expected at least 1, got 0"),
-        (lambda: trainer(runtime=Runtime(accumulate=5)), "expected a multiple of 5, 1 processes"),
+        (
+            lambda: trainer(runtime=Runtime(accumulate=5)),
+            "expected a multiple of 5 (1 processes",
+        ),
         (lambda: Runtime(accumulate=0), "accumulate: expected at least 1, got 0"),
         (lambda: Runtime(precision="float16"), "precision: expected one of float32, bfloat16"),
         (lambda: Runtime(compile="all"), "compile: expected one of none, block, whole"),
