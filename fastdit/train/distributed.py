@@ -57,14 +57,14 @@ class World:
             return
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, values)
+        first = everyone[0]
         for rank, theirs in enumerate(everyone):
-            other = [name for name in values if theirs[name] != everyone[0][name]]
-            if other:
-                name = other[0]
-                raise ValueError(
-                    f"{name}: process {rank} has {theirs[name]}, process 0 {everyone[0][name]}; "
-                    "expected one run, in a folder that all of them see"
-                )
+            for name in values:
+                if theirs[name] != first[name]:
+                    raise ValueError(
+                        f"{name}: process {rank} has {theirs[name]}, process 0 {first[name]}; "
+                        "expected one run, in a folder that all of them see"
+                    )
 
 
 @contextmanager

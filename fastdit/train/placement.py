@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.model import DiT
 from fastdit.train import distributed
@@ -13,14 +12,8 @@ from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import PRECISIONS, Runtime
 
 
-def place(
-    model: DiT,
-    config: DiTConfig,
-    scheduler: DiffusionScheduler,
-    recipe: Recipe,
-    runtime: Runtime,
-) -> nn.Module:
-    """Place a model in place, as the runtime says, and return the `Objective` that trains it."""
+def place(model: DiT, scheduler: DiffusionScheduler, recipe: Recipe, runtime: Runtime) -> nn.Module:
+    """Move, split and compile a model as the runtime says, and return the loss that trains it."""
     precision = PRECISIONS[runtime.precision]
     model.float()
     if not runtime.split:
@@ -31,7 +24,7 @@ def place(
             block.compile(dynamic=False)
     if runtime.split:
         distributed.shard(model, runtime.device, precision)
-    objective = Objective(model, config, scheduler, recipe.seed, recipe.label_dropout, precision)
+    objective = Objective(model, model.cfg, scheduler, recipe.seed, recipe.label_dropout, precision)
     if runtime.compile == "whole":
         objective.compile(dynamic=False)
     if runtime.world.size > 1 and not runtime.split:

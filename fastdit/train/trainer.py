@@ -110,7 +110,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
-        self.objective = place(self.model, config, self.scheduler, recipe, runtime)
+        self.objective = place(self.model, self.scheduler, recipe, runtime)
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [p for _, p in trained], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -309,7 +309,7 @@ class Trainer:
             saved: the checkpoint.
             out: the folder to continue in; `run` removes files of later steps from it.
             runtime: how to compute the run; it need not be the one before.
-            source: the images; None opens them where they were.
+            source: the images; None opens them from where they were.
             options: save_every and keep, as for the constructor.
 
         Raises:
@@ -334,7 +334,7 @@ class Trainer:
         return trainer
 
     def _warn_of_changes(self, then: Any) -> None:
-        """Warn of what in the environment has changed since the checkpoint was written."""
+        """Warn of changes in the environment since the checkpoint was written."""
         for name, now in self.runtime.environment().items():
             before = then.get(name) if isinstance(then, dict) else None
             if before != now:

@@ -1,4 +1,4 @@
-"""Many images: one file, the same bytes for any number of processes, restarts and batches kept."""
+"""Sharded arrays: the same bytes for any number of processes and restarts."""
 
 import os
 import signal
@@ -61,10 +61,10 @@ def test_the_file_does_not_depend_on_the_number_of_processes(checkpoint, tmp_pat
     sampler = Sampler(fastdit.load(checkpoint), scheduler, fastdit.solvers.DDPM(clip=1.0))
     labels = [(3, 7, 1)[i % 3] for i in range(22)]
     expected = to_pixels(sampler(labels, seed=5)).astype(int)
-    assert np.abs(pixels - expected).max() <= 1  # other batches: rounding may tip a level
+    assert np.abs(pixels - expected).max() <= 1  # other batch sizes may round to the next level
 
 
-def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path):
+def test_a_killed_run_keeps_the_finished_shards(checkpoint, tmp_path):
     whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
     num = 400
     assert run(1, *arguments(checkpoint, whole, num)).returncode == 0
@@ -103,7 +103,7 @@ def test_batches_of_another_plan_are_not_mixed(checkpoint, tmp_path):
     assert done.returncode == 1 and "--num-images: expected --out to end in .npz" in done.stderr
 
 
-def test_the_last_batch_is_made_whole_and_cut(tmp_path):
+def test_the_last_batch_is_computed_whole_and_cut(tmp_path):
     starts = []
 
     def make(first):
@@ -117,7 +117,7 @@ def test_the_last_batch_is_made_whole_and_cut(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "short"])
-def test_a_damaged_part_is_made_again(tmp_path, damage):
+def test_a_damaged_shard_is_computed_again(tmp_path, damage):
     def make(first):
         return np.arange(first, first + 4, dtype=np.float32)[:, None]
 
@@ -146,7 +146,7 @@ except OSError as error:
 """
 
 
-def test_a_full_disk_leaves_no_part_behind(tmp_path):
+def test_a_full_disk_leaves_no_shard_behind(tmp_path):
     folder = tmp_path / "parts"
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True

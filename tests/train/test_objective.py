@@ -1,4 +1,4 @@
-"""The loss of numbered samples: what is drawn for each, and its gradient through the model."""
+"""The loss of numbered samples: what is drawn for each of them, and the model's gradients."""
 
 import itertools
 from dataclasses import replace
@@ -28,8 +28,8 @@ def shapes(n):
     return Shapes(per_class=n // 16).take(torch.arange(n))
 
 
-def test_draws_are_a_samples_own():
-    """Whatever batch it rides in: its noise, timestep and label follow from its number."""
+def test_draws_depend_on_the_samples_number_alone():
+    """Noise, timestep and label of a sample are the same in every batch."""
     samples, numbers = shapes(64), torch.arange(64)
     draw = objective(label_dropout=0.5).draw
     whole = draw(samples, numbers)
@@ -52,9 +52,9 @@ def test_draws_are_distributed_as_they_should_be():
     dropped = batch.labels == 16
     assert 0.22 < dropped.float().mean() < 0.28
     assert torch.equal(batch.labels[~dropped], samples.labels[~dropped])
-    # Timesteps and dropped labels are drawn apart from each other and from the noise, whose first
-    # four elements are of one counter, and whose size follows from the first word.
-    first = batch.eps.permute(0, 2, 3, 1).flatten(1)[:, :8].T  # as the model's tokens lie
+    # Timesteps and dropped labels are independent of each other and of the noise. The noise's first
+    # four elements share one counter, and its magnitude follows from the counter's first word.
+    first = batch.eps.permute(0, 2, 3, 1).flatten(1)[:, :8].T  # in the order of the model's tokens
     drawn = [batch.t.float(), dropped.float(), *batch.eps.flatten(1)[:, :8].T, *first]
     sizes = torch.stack([*drawn, *(part.abs() for part in drawn[2:])])
     assert torch.corrcoef(sizes)[:2].triu(1).abs().max() < 0.07
@@ -129,7 +129,8 @@ def gradients(model, config, samples, autocast=None, **how):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-# Each pair of choices occurs; what is the published models' own is no business of the compiler's.
+# Every pair of choices occurs, except that the published config is not compiled in every way: the
+# compiler does not depend on its choices.
 CROSS = [
     *itertools.product(["toy"], [None, torch.bfloat16], ["none"], [False, True]),
     ("toy", None, "block", False),
@@ -148,7 +149,7 @@ CROSS = [
     ids=lambda value: {None: "float32", True: "checkpointed", False: "kept"}.get(value, str(value)),
 )
 def test_the_whole_models_gradients_obey_the_error_rule(name, autocast, compile, checkpointing):
-    """Against float64; the plain model under the same autocast sets the bound."""
+    """The oracle is in float64; the plain model under the same autocast sets the bound."""
     torch._dynamo.reset()
     config, samples = GRADIENT_CONFIGS[name], shapes(48)
     model = fastdit.DiT.from_config(config)

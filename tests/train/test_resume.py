@@ -1,4 +1,4 @@
-"""What a run keeps, and how it goes on after a stop, a kill or a new release."""
+"""What a run writes to its folder, and how it resumes after a stop, a kill or a new release."""
 
 import json
 import math
@@ -96,7 +96,7 @@ from fastdit.train import Trainer
 out, last = sys.argv[1], int(sys.argv[2])
 
 class Doomed(Trainer):
-    # After its step number `last`, counted from here, it has a step's or a save's time to live.
+    # Kills itself after `last` more steps, at a random moment of the next step or save.
     taken = 0
 
     def train_step(self):
@@ -121,10 +121,10 @@ KILLS = 20
 
 
 def test_a_run_killed_at_twenty_random_moments_always_resumes(tmp_path):
-    """SIGKILL, which nothing can catch, while every step is saved: half of the time it saves.
+    """SIGKILL cannot be caught. Every step is saved, so that half of the kills hit a save.
 
-    After each kill the newest whole checkpoint is no older than the one before, and in the end all
-    bits are those of a run that nobody killed.
+    After each kill the newest whole checkpoint is no older than the one before. The finished run
+    has the bits of one that was never killed.
     """
 
     def run(out, last):
@@ -176,7 +176,7 @@ trainer.save()
     ids=["aside", "unnamed", "weights-aside", "weights-unnamed", "weights-named"],
 )
 def test_a_kill_inside_a_save_leaves_whole_files(tmp_path, kill_before, call, step):
-    """At each place where a file is aside, or one is new and the other old."""
+    """The kills hit each moment at which a temporary file exists, or only one file is new."""
     whole = trainer()
     whole.run()
     first = trainer(tmp_path)
@@ -190,10 +190,10 @@ def test_a_kill_inside_a_save_leaves_whole_files(tmp_path, kill_before, call, st
     assert resumed.step == step
     resumed.run()
     assert same_tensors(state_of(resumed), state_of(whole))
-    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name], "what was aside is removed"
+    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name], "temporary files are removed"
 
 
-def test_a_stop_saves_and_goes_on_to_the_same_bits(tmp_path):
+def test_a_stopped_run_saves_and_resumes_to_the_same_bits(tmp_path):
     whole = trainer(recipe=FULL, config=NULL)
     whole.run()
     first = trainer(tmp_path, FULL, NULL)
@@ -227,7 +227,7 @@ def test_a_stop_where_a_checkpoint_was_just_written_writes_no_second_one(tmp_pat
     assert written == [0, 2]
 
 
-def test_a_changed_environment_is_said_aloud(tmp_path):
+def test_a_changed_environment_is_warned_of(tmp_path):
     trainer(tmp_path).save()
     with pytest.warns(UserWarning, match="checkpointing: the run was saved under False, and goes"):
         resume(tmp_path, runtime=Runtime(checkpointing=True))
@@ -281,8 +281,8 @@ def test_a_tampered_checkpoint_is_one_clear_error(tmp_path, changes, message):
     assert message in str(error.value)
 
 
-def test_metrics_are_one_line_a_measurement_and_forget_what_was_lost(tmp_path):
-    """A run that goes on from step 4 measures steps 5 and 6 anew, once."""
+def test_metrics_have_one_line_per_measurement_and_drop_those_after_the_checkpoint(tmp_path):
+    """A run resumed at step 4 records steps 5 and 6 once, although it had measured them before."""
     first = trainer(tmp_path, save_every=4)
     first.run(Monitor(first.folder, log_every=1))
     (tmp_path / "checkpoints" / "step-00000006.safetensors").unlink()
@@ -308,12 +308,12 @@ def edit_config(path, remove=(), **changes):
 
 @pytest.fixture
 def released(tmp_path):
-    """A copy of half a run, four steps of eight, that release 0.1.0 wrote."""
+    """Return a copy of a run that release 0.1.0 stopped at step 4 of 8."""
     return Path(shutil.copytree(RELEASE / "run", tmp_path / "run"))
 
 
 def finish(folder):
-    with warnings.catch_warnings():  # the environment may be another than the one it began in
+    with warnings.catch_warnings():  # of changes in the environment
         warnings.filterwarnings("ignore", ".*the run was saved under")
         return resume(folder).run()
 

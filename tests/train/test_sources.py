@@ -1,4 +1,4 @@
-"""What training draws from: the set's images, each once a pass, in an order that is the seed's."""
+"""The training sets: their images and identities, and the models that fit them."""
 
 import json
 
@@ -8,9 +8,6 @@ import torch
 
 from fastdit import DiTConfig
 from fastdit.data.shapes import coloured_shapes
-from fastdit.train.loading import BatchLoader, ShuffledOrder
-from fastdit.train.recipe import Recipe
-from fastdit.train.runtime import Runtime
 from fastdit.train.sources import Latents, Shapes, check_fits, check_same_data, open_source
 
 
@@ -35,7 +32,7 @@ def test_latents_are_the_shards_rows(latents):
     assert labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
 
 
-def test_a_source_is_made_again_from_its_identity(latents):
+def test_a_source_is_opened_again_from_its_identity(latents):
     for source in (Shapes(2, 1), Latents(latents[0])):
         identity = json.loads(json.dumps(source.identity))
         again = open_source(identity)
@@ -57,44 +54,6 @@ def test_other_data_are_refused_and_a_moved_folder_is_not(latents, tmp_path):
         check_same_data(Latents(moved).identity, before)
     with pytest.raises(ValueError, match="expected the identity of shapes or latents, got"):
         open_source({"kind": "movies"})
-
-
-@pytest.mark.parametrize("batch", [1, 7, 10, 25])
-def test_every_pass_shows_every_image_once_in_another_order(batch):
-    order = ShuffledOrder(10, seed=3)
-    stream = torch.cat([order.rows(first, batch) for first in range(0, 50, batch)])[:50]
-    passes = stream.view(5, 10)
-    assert torch.equal(passes.sort(dim=1).values, torch.arange(10).expand(5, 10))
-    assert len(passes.unique(dim=0)) == 5
-    assert torch.equal(stream, ShuffledOrder(10, seed=3).rows(0, 50)), "the same whatever the batch"
-    assert not torch.equal(stream, ShuffledOrder(10, seed=4).rows(0, 50))
-
-
-@pytest.mark.parametrize("prefetch", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_prefetched_batches_are_those_asked_for(latents, prefetch, accumulate):
-    source, order = Latents(latents[0]), ShuffledOrder(10, 0)
-    recipe, size = Recipe(steps=5, batch_size=4), 4 // accumulate
-    loader = BatchLoader(source, recipe, Runtime(accumulate=accumulate), prefetch)
-    asked = [(step, i) for step in range(5) for i in range(accumulate)]
-    for step, i in [*asked, asked[2], asked[0]]:  # the last two are not those prefetched
-        first = 4 * step + size * i
-        images, numbers = loader.load(step, i)
-        expected = source.take(order.rows(first, size))
-        assert all(torch.equal(a, b) for a, b in zip(images, expected, strict=True))
-        assert numbers.tolist() == list(range(first, first + size))
-
-
-def test_an_error_while_prefetching_is_raised_where_the_batch_is_needed(latents):
-    folder, rows = latents[0], ShuffledOrder(10, 0).rows(0, 10)
-    recipe = Recipe(steps=10, batch_size=1)
-    loader = BatchLoader(Latents(folder), recipe, Runtime(), prefetch=True)
-    # The last shard holds images 8 and 9.
-    before = next(n for n in range(9) if rows[n] < 8 <= rows[n + 1])
-    (folder / "00000002.npy").write_bytes(b"torn")
-    loader.load(before)
-    with pytest.raises(ValueError, match="00000002.npy: it is damaged"):
-        loader.load(before + 1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Training: the recipe's step, its losses, and a resume that leaves no trace."""
+"""What a run computes: its steps, losses and averages, however they are computed."""
 
 import time
 from dataclasses import replace
@@ -31,7 +31,7 @@ def same_tensors(a, b):
 
 
 def test_steps_equal_a_plain_loop():
-    """The trainer against textbook PyTorch on the same batches: weights after twelve steps."""
+    """Twelve steps on the same batches give the weights of a textbook PyTorch loop."""
     recipe = Recipe(steps=12, batch_size=64)
     ours = Trainer(SMALL, recipe, Shapes(16))
     plain = reference.DiT.from_config(SMALL)
@@ -80,7 +80,7 @@ def test_without_an_average_the_weights_themselves_are_shown():
     assert not same_tensors(shown.state_dict(), ours.model.state_dict()), "a copy"
 
 
-def test_a_run_asks_for_gradients_itself():
+def test_a_run_enables_gradients_itself():
     with torch.no_grad():
         assert trainer().run().finished
 
@@ -121,7 +121,7 @@ def test_micro_batches_add_up_to_the_batch(parts):
     [dict(checkpointing=True), dict(compile="block"), dict(compile="whole")],
     ids=["checkpointing", "block", "whole"],
 )
-def test_ways_to_compute_have_one_loss(how):
+def test_compilation_and_checkpointing_keep_the_loss(how):
     torch._dynamo.reset()
     counters.clear()
     config = replace(NULL, n_layers=3)
@@ -142,14 +142,14 @@ def test_autocast_trains_float32_weights_in_bfloat16_products():
     assert 0 < (losses - plain.run().losses).abs().max() < 0.02
 
 
-def test_the_first_steps_time_is_without_the_first_save(tmp_path):
+def test_the_first_steps_time_excludes_the_first_save(tmp_path):
     ours = trainer(tmp_path)
     write = ours.folder.write
     ours.folder.write = lambda *all: (time.sleep(1), write(*all))
     assert ours.run().first_step_seconds < 0.8
 
 
-def test_a_blocked_pipe_is_no_other_run(tmp_path):
+def test_a_blocked_pipe_is_not_taken_for_another_run(tmp_path):
     ours = trainer(tmp_path)
 
     class Blocks(Monitor):
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_names_the_samples_and_the_last_good_checkpoin
 
 
 def test_a_gradient_that_is_not_finite_stops_before_a_save(tmp_path):
-    """A finite loss with an infinite gradient: the weights of this very step are lost."""
+    """The loss is finite, but the gradient is not, and the step has spoiled the weights."""
     ours = trainer(tmp_path, save_every=1)
     ours.model.pos_embed.register_hook(lambda g: g * float("inf"))
     with pytest.raises(FloatingPointError, match="gradient norm (inf|nan) at step 1 of 6"):
@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused(make, message):
 
 
 def test_the_scheduler_trains_any_noise_predictor():
-    """Fifty plain steps with a convolution: DiffusionScheduler needs nothing of DiT."""
+    """DiffusionScheduler needs nothing of DiT: a convolution learns in fifty plain steps."""
     torch.manual_seed(0)
     scheduler = DiffusionScheduler(T=200)
     model = torch.nn.Sequential(
