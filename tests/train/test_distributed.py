@@ -99,7 +99,7 @@ def test_bfloat16_shards_train_too(alone, tmp_path):
 
 DIFFERENT = """
 import os, sys
-from fastdit.cli import app
+from fastdit.cli.app import app
 os.makedirs(f"{sys.argv[1]}/{os.environ['RANK']}", exist_ok=True)
 os.chdir(f"{sys.argv[1]}/{os.environ['RANK']}")
 sys.argv = ["fastdit", "train", "--out", "run", "--resume", "auto", *sys.argv[2:]]
