@@ -1,4 +1,4 @@
-"""The folder of a run, which always holds a whole checkpoint.
+"""A run's folder. Files are written atomically, so that a kill leaves the last checkpoint whole.
 
 runs/toy/
   model.safetensors                      the model to sample from: averaged if the recipe says so
