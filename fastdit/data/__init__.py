@@ -1,8 +1,10 @@
-"""What models are trained on and what they make: the coloured shapes, latents, files.
+"""Images, latents and files: what models are trained on, and what is written of their samples.
 
-The names of `fastdit.data.shapes`, the toy's set and its judge, are here. `latents` decodes and
-encodes through an autoencoder, `images` writes pixels, `shards` keeps batches that processes
-share, and `files` writes a file whole or not at all.
+- `shapes` draws the toy's data set and judges samples of it; its names are exported here.
+- `latents` loads an autoencoder, decodes latents, and encodes folders of images for training.
+- `images` writes pixels and latents as PNG and NPZ.
+- `shards` computes large arrays in batches that processes share.
+- `files` writes files atomically.
 """
 
 from fastdit.data.shapes import (

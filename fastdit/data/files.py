@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP)
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which becomes `path` once all of it is on disk.
+    """Yield a temporary path to write to, which is renamed to `path` once it is on disk.
 
-    Whatever stops the writing, a full disk or a kill, `path` is the old file or a new one, whole.
-    Each writer has an aside of its own; those that killed processes left are removed. A link is
-    followed.
+    Whatever stops the writing, such as a full disk or a kill, `path` is either the old file or the
+    whole new one. Each writer has its own temporary file, and removes those that killed processes
+    left. Links are followed.
 
     Raises:
-        OSError: writing failed; what was written aside is removed.
+        OSError: writing failed; the temporary file is removed.
     """
     target = Path(os.path.realpath(path))
     aside = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -41,14 +41,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise OSError(message) from error
         raise
     try:
-        _sync(target.parent)  # so that the new name survives a power cut
+        _sync(target.parent)  # so that the new name survives a power failure
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:  # some file systems cannot sync a folder
             raise
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed writers left aside in a folder, of files whose name fits a pattern."""
+    """Remove the temporary files that killed writers left in a folder, for names of a pattern."""
     for leftover in folder.glob(f".{name}.*-*.tmp"):
         pid = leftover.name.split(".")[-2].split("-")[0]
         if pid.isdecimal() and not _is_alive(int(pid)):

@@ -1,4 +1,4 @@
-"""Images on disk: pixels, grids, PNG and NPZ."""
+"""Images and latents as files: pixels, grids, PNG and NPZ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PixelArray = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]
 
 
 def to_pixels(images: Tensor) -> PixelArray:
-    """[B, C, H, W] in [-1, 1] -> [B, H, W, C] uint8, `clamp(127.5 x + 128)` as published for ADM.
+    """Return [B, C, H, W] in [-1, 1] as [B, H, W, C] uint8: `clamp(127.5 x + 128)`, as in ADM.
 
     Raises:
         ValueError: a pixel is not finite.
@@ -28,13 +28,13 @@ def to_pixels(images: Tensor) -> PixelArray:
 
 
 def write_npz(path: str | os.PathLike[str], pixels: PixelArray) -> None:
-    """Write [B, H, W, C] uint8 under `arr_0`, as the field's FID tools read it."""
+    """Write [B, H, W, C] uint8 under the key `arr_0`, which FID tools read."""
     with atomic_path(path) as aside, open(aside, "wb") as file:
         np.savez(file, arr_0=pixels)
 
 
 def write_latents(path: str | os.PathLike[str], latents: Tensor) -> None:
-    """Write [B, C, h, w] as they are, in float32, under `latents`."""
+    """Write [B, C, h, w] in float32 under the key `latents`."""
     with atomic_path(path) as aside, open(aside, "wb") as file:
         np.savez(file, latents=latents.detach().to("cpu", torch.float32).numpy())
 
@@ -42,13 +42,13 @@ def write_latents(path: str | os.PathLike[str], latents: Tensor) -> None:
 def write_grid(
     path: str | os.PathLike[str], pixels: PixelArray, columns: int, zoom: int = 1
 ) -> None:
-    """Write images as one PNG, row by row.
+    """Write a grid of images to a PNG, row by row.
 
     Args:
         path: the file.
         pixels: [B, H, W, C] uint8, C of 1 or 3.
-        columns: images in a row; the last row is filled up with grey.
-        zoom: side of the square that shows one pixel.
+        columns: images per row; the last row is filled up with grey.
+        zoom: side of the square that shows a pixel.
 
     Raises:
         ValueError: C is neither 1 nor 3 (latents need decoding first).
@@ -57,7 +57,7 @@ def write_grid(
     if C not in (1, 3):
         raise ValueError(f"pixels: expected 1 or 3 channels for a PNG, got {C}; write an NPZ")
     rows = -(-B // columns)
-    cells = np.full((rows * columns, H + 1, W + 1, C), 64, dtype=np.uint8)  # a grey line between
+    cells = np.full((rows * columns, H + 1, W + 1, C), 64, dtype=np.uint8)  # grey lines between
     cells[:B, :H, :W] = pixels
     sheet = cells.reshape(rows, columns, H + 1, W + 1, C).transpose(0, 2, 1, 3, 4)
     sheet = sheet.reshape(rows * (H + 1), columns * (W + 1), C)[:-1, :-1]

@@ -1,4 +1,4 @@
-"""Latents and pixels, by the autoencoder that published DiTs were trained behind."""
+"""Latents of an autoencoder: decoding samples, and encoding folders of images for training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdit.data.shards import PLAN, read_plan, write_parts
+from fastdit.data.shards import PLAN, read_plan, write_shards
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
@@ -28,16 +28,16 @@ _BAD_IMAGE = (
     Image.DecompressionBombError,
 )
 
-AT_ONCE = 8  # images decoded together: a 512-pixel one takes about a gigabyte on its way
+AT_ONCE = 8  # decoding one 512-pixel image takes about a gigabyte
 
 
 def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
-    """diffusers' `AutoencoderKL` from a folder, or by a name that it can download.
+    """Load diffusers' `AutoencoderKL` from a folder, or by a name that diffusers can download.
 
-    A folder of a whole pipeline serves too: its part `vae` is taken.
+    In the folder of a pipeline the sub-folder `vae` is taken.
 
     Raises:
-        ValueError: diffusers is not installed, or there is no such autoencoder.
+        ValueError: diffusers is not installed, or finds no such autoencoder.
     """
     try:
         import diffusers
@@ -47,7 +47,7 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
         ) from error
     inner = {"subfolder": "vae"} if os.path.isdir(os.path.join(source, "vae")) else {}
     level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()  # what it would say is an error below
+    diffusers.utils.logging.set_verbosity_error()  # its warnings are errors below
     try:
         vae, told = diffusers.AutoencoderKL.from_pretrained(
             source, low_cpu_mem_usage=False, output_loading_info=True, **inner
@@ -57,7 +57,7 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
         raise ValueError(f"vae: expected an AutoencoderKL in {source} ({reason})") from error
     finally:
         diffusers.utils.logging.set_verbosity(level)
-    # It would go on with random weights in the place of those that are not there.
+    # diffusers would use random weights in place of missing ones.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if told[what]:
             raise ValueError(
@@ -66,13 +66,13 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
             )
     if getattr(vae.config, "shift_factor", None):
         raise ValueError(
-            f"vae: {source} shifts its latents, which no published DiT's autoencoder does"
+            f"vae: {source} shifts its latents; expected no shift, as in published DiTs"
         )
     return vae.to(device).eval()
 
 
 def digest(vae: nn.Module) -> str:
-    """What tells one autoencoder's weights from another's."""
+    """Return a hash of an autoencoder's weights."""
     content = hashlib.blake2b(digest_size=16)
     for name, t in sorted(vae.state_dict().items()):
         content.update(f"{name} {t.dtype} {list(t.shape)}".encode())
@@ -81,33 +81,33 @@ def digest(vae: nn.Module) -> str:
 
 
 def latent_channels(vae: Any) -> int:
-    """Channels of an autoencoder's latents."""
+    """Return the number of channels of an autoencoder's latents."""
     return int(vae.config.latent_channels)
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE) -> Tensor:
-    """Decode latents, a few images at a time, so that memory does not grow with their number.
+    """Decode latents a few images at a time, so that memory does not grow with their number.
 
     Args:
-        vae: an `AutoencoderKL`; its `config.scaling_factor` is what latents were multiplied by.
-        latents: [B, C, h, w], any float dtype, on any device.
+        vae: an `AutoencoderKL`; latents are divided by its `config.scaling_factor`.
+        latents: [B, C, h, w] in any float dtype, on any device.
         at_once: images decoded together.
 
     Returns:
         [B, 3, H, W] float32 on the CPU, about -1 to 1.
 
     Raises:
-        ValueError: latents are of another number of channels, or at_once is below 1.
+        ValueError: latents have another number of channels, or at_once is below 1.
 
-    Source: Rombach et al. 2022; the factor, 0.18215 for the published DiTs, is theirs.
+    Source: Rombach et al. 2022, and their scaling factor, which is 0.18215 for the published DiTs.
     """
     if at_once < 1:
         raise ValueError(f"at_once: expected at least 1, got {at_once}")
     channels = latent_channels(vae)
     if latents.dim() != 4 or latents.shape[1] != channels:
         raise ValueError(
-            f"latents: expected shape [B, {channels}, h, w], as this autoencoder makes them, got "
+            f"latents: expected shape [B, {channels}, h, w], of this autoencoder, got "
             f"{list(latents.shape)}"
         )
     parameter = next(vae.parameters())
@@ -120,15 +120,15 @@ def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE) -> Tensor:
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
-    """The distribution of images' latents, in the units a DiT works in.
+    """Return the distribution of images' latents, scaled as a DiT takes them.
 
     Args:
         vae: an `AutoencoderKL`; latents are multiplied by its `config.scaling_factor`.
-        images: [B, 3, H, W] float, -1 to 1.
+        images: [B, 3, H, W] float in [-1, 1].
 
     Returns:
         [B, 2C, h, w] float32 on the CPU: the mean, then the standard deviation. A latent is
-        `mean + std * z`.
+        `mean + std * z` with z from N(0, 1).
     """
     parameter = next(vae.parameters())
     latent = vae.encode(images.to(parameter.device, parameter.dtype)).latent_dist
@@ -136,19 +136,20 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square of an image, [size, size, 3] uint8.
+    """Return the central square of an image, scaled to [size, size, 3] uint8.
 
-    Halved by boxes while twice too large, then resized bicubically, as ADM and DiT crop ImageNet
-    (`center_crop_arr` of Dhariwal & Nichol's code); a rotation that EXIF tells of is not made.
+    The image is halved by box averaging while its shorter side is at least twice the size, and then
+    resized bicubically, as ADM and DiT crop ImageNet (`center_crop_arr` of Dhariwal & Nichol's
+    code). EXIF rotations are ignored.
 
     Raises:
-        ValueError: the image has 16 bits or floats a channel, or is more than 100 times as long as
-            it is wide, which the resizing would make larger still.
+        ValueError: the image has more than 8 bits per channel, or one side is more than 100 times
+            the other, which would take much memory to resize.
     """
     if image.mode not in _MODES:
-        raise ValueError(f"expected 8 bits a channel, got PIL's mode {image.mode}")
+        raise ValueError(f"expected 8 bits per channel, got PIL's mode {image.mode}")
     if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"expected sides of like length, got {image.width} x {image.height}")
+        raise ValueError(f"expected sides of similar length, got {image.width} x {image.height}")
     image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -162,10 +163,10 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Images in one sub-folder a class: the files in order, their labels, the classes' names.
+    """List images that lie in one sub-folder per class: (files, their labels, class names).
 
     Raises:
-        ValueError: there is no such folder, or a class has none.
+        ValueError: there is no such folder, or a class has no images.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -187,21 +188,23 @@ def _is_image(path: Path) -> bool:
 
 
 def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shard: int = 64) -> int:
-    """Encode a folder of images to shards that `LatentShards` reads; a stopped call goes on.
+    """Encode a folder of images to shards that `LatentShards` reads.
+
+    A call that was interrupted can be repeated; it keeps the shards that are finished.
 
     Args:
         vae: an `AutoencoderKL`.
-        source: images in one sub-folder a class.
+        source: a folder with one sub-folder of images per class.
         out: the folder to write.
-        image_size: side of the square that is cut from the middle of each image.
+        image_size: side of the central square that each image is cropped and scaled to.
         shard: images encoded together and written to one file.
 
     Returns:
         The number of images.
 
     Raises:
-        ValueError: there are no images, one cannot be read, `out` lies among them or holds shards
-            of others, or image_size is no multiple of what the autoencoder shrinks by.
+        ValueError: there are no images or an unreadable one, `out` lies in `source` or holds shards
+            of another call, or image_size is not a multiple of the autoencoder's scale factor.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size < 1 or image_size % factor:
@@ -224,7 +227,7 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
         "labels": labels,
         "classes": classes,
     }
-    write_parts(out, make, plan)
+    write_shards(out, make, plan)
     return len(files)
 
 
@@ -237,7 +240,7 @@ def _read(path: Path, size: int) -> np.ndarray:
 
 
 class LatentShards:
-    """The latents of `encode_folder`, mapped from disk.
+    """The latents that `encode_folder` wrote, memory-mapped.
 
     shards = LatentShards("latents")
     mean, std, label = shards[0]
@@ -245,10 +248,10 @@ class LatentShards:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a folder.
+        """Open a folder of shards.
 
         Raises:
-            ValueError: it holds no shards, or not all of them.
+            ValueError: there are no shards, or some are missing.
         """
         path = Path(folder)
         plan = read_plan(path)
@@ -268,7 +271,7 @@ class LatentShards:
                 f"{folder}: expected all shards of `fastdit encode`, but {gone[0]} is not there; "
                 "run it again"
             )
-        # Opened when they are asked for: a set may have more of them than files may be open.
+        # Opened on demand, since there may be more shards than the limit on open files.
         self._shard = functools.lru_cache(maxsize=64)(self._open)
 
     def _open(self, i: int) -> np.ndarray:
@@ -291,12 +294,12 @@ class LatentShards:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
-        """Mean and standard deviation, [C, h, w] float32 each, and the label of image i."""
+        """Return mean and standard deviation, [C, h, w] float32 each, and the label of image i."""
         mean, std = torch.from_numpy(np.array(self.row(i))).chunk(2)
         return mean, std, self.labels[i]
 
     def row(self, i: int) -> np.ndarray:
-        """Image i as it lies on disk: [2C, h, w], mean before deviation."""
+        """Return image i as stored: [2C, h, w], the mean before the standard deviation."""
         if not 0 <= i < len(self):
             raise IndexError(f"expected an index in [0, {len(self)}), got {i}")
         return self._shard(i // self._size)[i % self._size]

@@ -1,7 +1,7 @@
-"""The coloured-shapes set, 16 classes of 16 x 16 pixels, and the judge of what was learned.
+"""The toy's data set, 16 classes of coloured shapes, and the judge of a model's samples.
 
-Class `4 * colour + shape`: colours red, green, blue, yellow; shapes circle, square, triangle,
-cross, on a dark ground. Pixels are in [-1, 1].
+An image has 16 x 16 pixels in [-1, 1] and shows a shape (circle, square, triangle or cross) of one
+colour (red, green, blue or yellow) on a dark ground. Its class is `4 * colour + shape`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ IMG_SIZE = 16
 GROUND = (-0.9, -0.9, -0.9)
 PALETTE = ((0.9, -0.7, -0.7), (-0.7, 0.8, -0.6), (-0.6, -0.5, 0.9), (0.9, 0.8, -0.7))
 
-_CENTRE_JITTER = 1.0  # pixels, each way
+_CENTRE_JITTER = 1.0  # pixels, in either direction
 _RADIUS = (4.0, 5.5)  # pixels
-_COLOUR_JITTER = 0.08  # each channel, each way
-_EDGE = 0.5  # pixels over which an edge fades: antialiasing
+_COLOUR_JITTER = 0.08  # per channel, in either direction
+_EDGE = 0.5  # width of the antialiased edge, pixels
 
-# Share of white noise's variance that its best template explains: at most 0.045 in 100,000 images.
+# Of white noise, the best template explained at most 0.045 of the variance in 100,000 images.
 _NOISE_SHARE = 0.05
-_FLAT_VARIANCE = (2 / 255) ** 2  # a pixel's, where all differ by about one displayed level
+_FLAT_VARIANCE = (2 / 255) ** 2  # per pixel: differences of about one displayed level
 
 
 class ShapesData(NamedTuple):
@@ -45,11 +45,11 @@ class Accuracy(NamedTuple):
 def coloured_shapes(per_class: int = 200, seed: int = 0) -> ShapesData:
     """Draw the set: `per_class` images of each of the 16 classes, in class order.
 
-    Position, size and colour are jittered; the same seed gives the same set.
+    Position, size and colour are random; the same seed gives the same set.
 
     Args:
         per_class: images of each class, at least 1.
-        seed: seed of the jitter.
+        seed: seed of position, size and colour.
 
     Returns:
         ShapesData of 16 * per_class images.
@@ -78,11 +78,11 @@ def coloured_shapes(per_class: int = 200, seed: int = 0) -> ShapesData:
 
 
 def shape_masks(centre: Tensor, radius: Tensor) -> Tensor:
-    """Coverage of every shape at n places and sizes.
+    """Return every shape's coverage of the pixels, at n positions and sizes.
 
     Args:
-        centre: [n, 2], offset (x, y) from the image's centre, pixels.
-        radius: [n], half the extent, pixels.
+        centre: [n, 2] offsets (x, y) from the image's centre, in pixels.
+        radius: [n] half the shapes' extent, in pixels.
 
     Returns:
         [4, n, 16, 16] in [0, 1], in the order of SHAPES.
@@ -91,8 +91,8 @@ def shape_masks(centre: Tensor, radius: Tensor) -> Tensor:
     x = axis[None, None, :] - centre[:, 0, None, None]  # [n, 1, 16]
     y = axis[None, :, None] - centre[:, 1, None, None]  # [n, 16, 1]
     r = radius[:, None, None]
-    # Signed distances, negative inside; the square's side and the triangle's are set so that
-    # areas are comparable and no shape is told by its area alone.
+    # Signed distances, negative inside. The sides of square and triangle make the areas
+    # comparable, so that no shape can be recognised by its area alone.
     circle = (x**2 + y**2).sqrt() - r
     square = torch.maximum(x.abs(), y.abs()) - 0.85 * r
     # Upright triangle: base at y = 0.8 r, apex at y = -r.
@@ -106,17 +106,17 @@ def shape_masks(centre: Tensor, radius: Tensor) -> Tensor:
 
 
 def judge(images: Tensor, labels: Tensor) -> Accuracy:
-    """The share of images that show their label's colour, and the share that show its shape.
+    """Return the shares of images that show their label's colour, and its shape.
 
     Args:
-        images: [n, 3, 16, 16] in about [-1, 1].
+        images: [n, 3, 16, 16], about -1 to 1.
         labels: [n] int64 in [0, 16).
 
     Returns:
         Accuracy(colour, shape), each in [0, 1]; guessing scores about 1/4.
 
     Raises:
-        ValueError: a shape is wrong, or a label out of range.
+        ValueError: a tensor's shape is wrong, or a label is out of range.
     """
     if labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(
@@ -132,13 +132,13 @@ def judge(images: Tensor, labels: Tensor) -> Accuracy:
 
 
 def classify(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The colour and the shape each image shows best.
+    """Return the colour and the shape that each image shows best.
 
-    Template matching in closed form: for every shape, place and size the image is fitted as
-    `ground + mask * contrast` by least squares, with ground and contrast free in each channel. The
-    mask that explains most of the image's variance gives the shape; the direction of its contrast
-    gives the colour, as the palette's entry at the smallest angle. A flat image, or one
-    whose best mask explains no more than it would of noise, shows nothing.
+    This is template matching in closed form. For every shape, position and size, the image is
+    fitted as `ground + mask * contrast` by least squares, with ground and contrast free in each
+    channel. The mask that explains most of the image's variance gives the shape. The palette's
+    entry at the smallest angle to its contrast gives the colour. An image shows nothing if it is
+    flat, or if its best mask explains no more of it than of noise.
 
     Args:
         images: [n, 3, 16, 16].
@@ -147,7 +147,7 @@ def classify(images: Tensor) -> tuple[Tensor, Tensor]:
         (colour, shape): [n] int64 each, on the CPU; -1 where the image shows nothing.
 
     Raises:
-        ValueError: the shape is wrong, or a pixel is not finite.
+        ValueError: the tensor's shape is wrong, or a pixel is not finite.
     """
     if images.dim() != 4 or list(images.shape[1:]) != [3, IMG_SIZE, IMG_SIZE]:
         raise ValueError(f"images: expected shape [n, 3, 16, 16], got {list(images.shape)}")
@@ -175,7 +175,7 @@ def classify(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _templates() -> tuple[Tensor, Tensor]:
-    """Every shape on a half-pixel grid of places and sizes: [K, 256] masks, [K] shapes."""
+    """Return all shapes on a half-pixel grid of positions and sizes: [K, 256] masks, [K] shapes."""
     jitter = _CENTRE_JITTER
     offsets = torch.arange(-jitter, jitter + 0.25, 0.5, dtype=torch.float32)
     radii = torch.arange(_RADIUS[0], _RADIUS[1] + 0.25, 0.5, dtype=torch.float32)

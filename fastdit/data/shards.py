@@ -1,8 +1,9 @@
-"""Many images: batches that processes share, kept as they are made, and one file at the end.
+"""Arrays of many images, computed in batches by any number of processes, interrupted or not.
 
-Batches are cut by the images' global index, and the last one is computed whole, since a matrix
-product's bits change with its rows; processes take whole batches in turn. So the file's bytes do
-not depend on how many processes made it, or on how often they were stopped and started again.
+Each batch becomes a file, a shard, as soon as it is computed. Batches are cut by the images' global
+index, and each process takes whole batches in turn. The last batch is computed at full size too,
+since a matrix product's bits may change with its number of rows. So the result's bytes do not
+depend on the number of processes, or on how often they were stopped and started again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastdit.data.files import atomic_path
 PLAN = "plan.json"
 
 
-def write_many(
+def write_sharded_npz(
     out: Path,
     make: Callable[[int], np.ndarray],
     plan: dict[str, Any],
@@ -33,68 +34,68 @@ def write_many(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Make `plan["num"]` images in batches and write them to one NPZ.
+    """Compute `plan["num"]` images in batches and write them to one NPZ.
 
-    Finished batches lie in a folder beside `out` until the file is whole. A call that finds them
-    goes on from there.
+    Finished shards lie in a folder beside `out` until the file is whole, and a repeated call keeps
+    them.
 
     Args:
         out: the file.
-        make: makes the batch that starts at a global index, of `plan["batch_size"]` images, as one
-            array with the image first.
-        plan: "num", "batch_size" and whatever else decides the images' bytes, for JSON.
+        make: computes the batch of `plan["batch_size"]` images that starts at a global index, as
+            one array whose first axis is the image.
+        plan: JSON values: "num", "batch_size" and everything else that decides the images' bytes.
         key: the array's name in the file.
-        rank: of this process; it makes every world-th batch.
-        world: number of processes; the first one writes the file when all have done their part.
+        rank: rank of this process; it computes every world-th batch from this one on.
+        world: number of processes; rank 0 writes the file when all have done their part.
 
     Raises:
-        ValueError: the folder holds batches of another plan.
+        ValueError: the folder holds shards of another plan.
         OSError: a file cannot be written.
     """
     folder = out.with_name(f"{out.name}.parts")
-    parts = write_parts(folder, make, plan, rank, world)
+    shards = write_shards(folder, make, plan, rank, world)
     if rank == 0:
-        _join(parts, out, key, plan["num"])
+        _join(shards, out, key, plan["num"])
         shutil.rmtree(folder)
 
 
-def write_parts(
+def write_shards(
     folder: Path,
     make: Callable[[int], np.ndarray],
     plan: dict[str, Any],
     rank: int = 0,
     world: int = 1,
 ) -> list[Path]:
-    """Batches of `write_many` as files of their own, which stay; returns once all are there."""
-    _agree(folder, plan)
+    """Write the shards of `write_sharded_npz` to a folder, and return them once all are there."""
+    _check_plan(folder, plan)
     num, size = plan["num"], plan["batch_size"]
-    parts = [folder / f"{i:08d}.npy" for i in range(-(-num // size))]
-    own = range(rank, len(parts), world)
+    shards = [folder / f"{i:08d}.npy" for i in range(-(-num // size))]
+    own = range(rank, len(shards), world)
     with tqdm(total=len(own), unit="batch", desc=f"rank {rank}", disable=rank > 0) as bar:
         for i in own:
-            if _rows(parts[i]) != min(size, num - i * size):  # not there, or damaged
-                content = io.BytesIO()  # NumPy's own writing to a file can miss that a disk is full
+            if _images_in(shards[i]) != min(size, num - i * size):
+                content = io.BytesIO()  # since np.save to a file can miss that the disk is full
                 np.save(content, make(i * size)[: num - i * size])
-                with atomic_path(parts[i]) as aside:
+                with atomic_path(shards[i]) as aside:
                     aside.write_bytes(content.getbuffer())
             bar.update()
     if world > 1:
         dist.barrier()
-    return parts
+    return shards
 
 
-def _rows(part: Path) -> int:
-    """How many images a part holds whole; 0 where it is not there or damaged."""
+def _images_in(shard: Path) -> int:
+    """Return the number of images in a shard; 0 if it is missing or damaged."""
     try:
-        return len(np.load(part, mmap_mode="r"))
+        return len(np.load(shard, mmap_mode="r"))
     except (OSError, ValueError, EOFError):
         return 0
 
 
-def _agree(folder: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or see that it is the one whose batches lie there."""
+def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Check that the shards in a folder are of this plan, or write the plan to an empty folder."""
     if plan["num"] < 1 or plan["batch_size"] < 1:
-        raise ValueError(f"expected 1 image or more, and as many a batch, got {plan}")
+        raise ValueError(f"expected at least 1 image, and 1 per batch, got {plan}")
     wanted = json.dumps(plan, indent=1, sort_keys=True)
     before = read_plan(folder)
     if before is None:
@@ -105,16 +106,16 @@ def _agree(folder: Path, plan: dict[str, Any]) -> None:
     other = sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n))
     if other:
         raise ValueError(
-            f"{folder}: the batches there are of another call: they differ in {', '.join(other)}; "
+            f"{folder}: it holds shards of another call, which differ in {', '.join(other)}; "
             "remove the folder, or write elsewhere"
         )
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
-    """The plan whose batches lie in a folder; None where there is none.
+    """Return the plan of a folder's shards, or None if it has no plan.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the plan is damaged.
     """
     try:
         plan = json.loads((folder / PLAN).read_text())
@@ -127,9 +128,9 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
     return plan
 
 
-def _join(parts: list[Path], out: Path, key: str, num: int) -> None:
-    """One array of an NPZ, written part by part."""
-    first = np.load(parts[0], mmap_mode="r")
+def _join(shards: list[Path], out: Path, key: str, num: int) -> None:
+    """Write shards as one array of an NPZ, one at a time."""
+    first = np.load(shards[0], mmap_mode="r")
     header = {
         "descr": npy.dtype_to_descr(first.dtype),
         "fortran_order": False,
@@ -141,5 +142,5 @@ def _join(parts: list[Path], out: Path, key: str, num: int) -> None:
         archive.open(f"{key}.npy", "w", force_zip64=True) as file,
     ):
         npy.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(np.load(part).tobytes())
+        for shard in shards:
+            file.write(np.load(shard).tobytes())

@@ -4,6 +4,17 @@ from fastdit.train import RECIPES, Monitor, Shapes, Trainer
 
 trainer = Trainer(fastdit.DiTConfig(), RECIPES["seed"], Shapes(), out="runs/toy")
 result = trainer.run(Monitor(progress=True))
+
+The loop is in `trainer`, and its parts are in the other files:
+
+- what is computed: `recipe` has the settings, `sources` the training sets, `loading` the order of
+  the images and the batches, `objective` the noise and the loss of a batch, `losses` the formulas,
+  and `ema` the averaged weights;
+- how it is computed: `runtime` has device, precision and the like, `distributed` everything about
+  several processes, and `placement` applies both to a model;
+- what is kept: `state` has a run's tensors, and `run_folder` its files;
+- what is shown: `monitor` has the outputs, `samples` makes the grids' images, and `meter` measures
+  the speed.
 """
 
 from fastdit.train.monitor import Monitor

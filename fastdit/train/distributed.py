@@ -1,7 +1,7 @@
-"""Several processes that train one model, on torch's own engine: DDP, or FSDP2's shards.
+"""Training one model on several processes, with DDP or FSDP2.
 
-torchrun starts them and says who is who. Everything here is also right in a process of its own,
-where it does nothing.
+torchrun starts the processes and tells each one its rank. Everything here also works in a single
+process, where it does nothing.
 """
 
 from __future__ import annotations
@@ -22,60 +22,60 @@ from fastdit.model import DiT
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is among those that work together.
+    """This process's place among those that work together.
 
     Attributes:
-        rank: from 0 on.
-        size: how many there are.
+        rank: this process's number, from 0.
+        size: number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum over all processes, in each."""
+        """Sum x over all processes, in place, and return it."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def any(self, asked: bool) -> bool:
-        """Whether any process says yes; waits for the others, not for a device."""
+        """Return whether any process passes True; wait for the others, but not for a device."""
         if self.size == 1:
             return asked
-        answer = torch.tensor([float(asked)])  # on the host, whatever the model is on
+        answer = torch.tensor([float(asked)])  # on the host, even if the model is on a GPU
         dist.all_reduce(answer, dist.ReduceOp.MAX)
         return bool(answer > 0)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
     def check_same(self, values: dict[str, Any]) -> None:
-        """Raise a ValueError in each process unless all bring the same values, by name."""
+        """Raise a ValueError in every process unless all of them pass the same values."""
         if self.size == 1:
             return
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, values)
+        first = everyone[0]
         for rank, theirs in enumerate(everyone):
-            other = [name for name in values if theirs[name] != everyone[0][name]]
-            if other:
-                name = other[0]
-                raise ValueError(
-                    f"{name}: process {rank} has {theirs[name]}, process 0 {everyone[0][name]}; "
-                    "expected one run, in a folder that all of them see"
-                )
+            for name in values:
+                if theirs[name] != first[name]:
+                    raise ValueError(
+                        f"{name}: process {rank} has {theirs[name]}, process 0 {first[name]}; "
+                        "expected one run, in a folder that all of them see"
+                    )
 
 
 @contextmanager
 def processes(
     device: torch.device | str = "cpu", timeout: timedelta | None = None
 ) -> Iterator[World]:
-    """The processes that torchrun started, connected; one without it.
+    """Connect the processes that torchrun started; without torchrun there is only this one.
 
     Args:
-        device: where they compute: on CUDA they talk through NCCL, elsewhere through Gloo.
-        timeout: how long one waits for another; None is torch's default.
+        device: where they compute; on CUDA they communicate through NCCL, elsewhere through Gloo.
+        timeout: how long one process waits for another; None is torch's default.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
@@ -90,8 +90,8 @@ def processes(
     )
     world = World(dist.get_rank(), dist.get_world_size())
     yield world
-    # Not after an error: each would wait for the others, who wait for this one. All leave together,
-    # since a thread of Gloo's that still frees what a collective held, as the interpreter ends,
+    # Skipped after an error, since the others may wait for this process elsewhere. All leave
+    # together: a Gloo thread that still frees a collective's memory while the interpreter exits
     # aborts the process.
     world.wait()
     dist.destroy_process_group()
@@ -100,14 +100,14 @@ def processes(
 def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Split a model's weights, gradients and optimizer state over the processes, in place.
 
-    A block's own weights are gathered when it runs, and its modulation's, which run before all
-    blocks, apart from them.
+    A block's weights are gathered when it runs. Its modulation is gathered separately, since all
+    modulations are computed before the first block runs.
 
     Args:
-        model: on the host; each process must have the same one.
-        device: where its parts go.
-        dtype: of the blocks' gathered weights; all else, the sums of gradients and the weights
-            that are kept stay as they are. None leaves the gathered ones too.
+        model: the model on the host, the same in every process.
+        device: where each process keeps its part.
+        dtype: dtype of the blocks' gathered weights; None leaves it as it is. Gradients are
+            reduced in float32, and the stored weights keep their dtype.
 
     Source: `torch.distributed.fsdp.fully_shard` (FSDP2).
     """
@@ -125,46 +125,49 @@ def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) ->
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with gradients averaged over the processes (DDP)."""
+    """Wrap a module so that its gradients are averaged over the processes (DDP)."""
     on_cuda = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
         module, device_ids=on_cuda, gradient_as_bucket_view=True
     )
 
 
-def apart(module: nn.Module) -> AbstractContextManager[None]:
-    """A backward in here adds gradients up without talking to the others, where that costs no
-    memory: DDP's are whole anyway, those of FSDP are reduced to shards each time."""
+def without_gradient_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Let a backward in this context add up DDP's gradients without exchanging them.
+
+    FSDP still reduces its gradients in every backward: unreduced ones would not be split, and would
+    take as much memory as the whole model.
+    """
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return module.no_sync()
     return nullcontext()
 
 
-def local(t: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory; all of one that is not split."""
+def local_tensor(t: Tensor) -> Tensor:
+    """Return this process's part of a tensor, in the same memory; all of one that is not split."""
     t = t.detach()
     return t.to_local() if _is_split(t) else t  # type: ignore[attr-defined]
 
 
-def whole(t: Tensor) -> Tensor:
-    """All of a tensor; where it is split all processes must ask for it together."""
+def full_tensor(t: Tensor) -> Tensor:
+    """Return a whole tensor; if it is split, all processes must call this together."""
     t = t.detach()
     return t.full_tensor() if _is_split(t) else t  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
-def fill(target: Tensor, values: Tensor) -> None:
-    """Copy values, all of them, into a tensor that may be split."""
+def copy_full_tensor(target: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into one that may be split."""
     if _is_split(target):
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]
         values = values.detach().to(target.device, target.dtype)
-        # Each process has all values: none is sent.
+        # Every process has all values, so nothing needs to be sent.
         values = distribute_tensor(values, mesh, placements, src_data_rank=None)
     target.copy_(values)
 
 
 def _is_split(t: Tensor) -> bool:
-    # By name: importing DTensor takes a while, and where there is one it has been imported.
+    # By name, since importing DTensor takes a while; a split tensor's class is already imported.
     return type(t).__name__ == "DTensor"

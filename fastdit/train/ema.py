@@ -7,24 +7,25 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fastdit.train.distributed import local
+from fastdit.train.distributed import local_tensor
 
 
 class EMA:
-    """`average = decay * average + (1 - decay) * weights`, in float32, for all weights at once.
+    """The exponential moving average of all trained weights, in float32.
 
-    Of a split model each process keeps the average of its own part.
+    `average = decay * average + (1 - decay) * weights`. If the model is split over processes, each
+    process averages its own part.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Begin at the weights of now: (name, parameter) of those that are trained."""
+        """Start from the current values of the trained parameters, given as (name, parameter)."""
         self._weights = {name: p for name, p in parameters}
         self.averages: dict[str, Tensor] = {
             name: p.detach().clone() for name, p in self._weights.items()
         }
 
     def update(self, decay: float) -> None:
-        """Take the weights of now into the average."""
-        averages = [local(t) for t in self.averages.values()]
-        weights = [local(t) for t in self._weights.values()]
+        """Add the current weights to the average."""
+        averages = [local_tensor(t) for t in self.averages.values()]
+        weights = [local_tensor(t) for t in self._weights.values()]
         torch._foreach_lerp_(averages, weights, 1 - decay)

@@ -1,4 +1,4 @@
-"""What a DiT is trained on: the noise, and with a learned variance a bound of the likelihood."""
+"""The training loss: the noise's squared error, and a variational bound for a learned variance."""
 
 from __future__ import annotations
 
@@ -19,60 +19,61 @@ def diffusion_loss(
     eps: Tensor,
     scheduler: DiffusionScheduler,
 ) -> Tensor:
-    """The mean squared error of the noise; with a learned variance the variational bound besides.
+    """Return the noise's mean squared error, plus the variational bound if a variance is learned.
 
-    The bound, in bits a dimension, is the divergence of the model's step from the posterior, or at
-    t = 0 the likelihood of the image's 256 levels. It trains the variance alone: the mean in it is
-    taken as given.
+    The bound, in bits per dimension, is the KL divergence of the model's step from the posterior,
+    or at t = 0 the negative log-likelihood of the image's 256 levels. It trains the variance only:
+    no gradient reaches the mean through it.
 
     Args:
-        model_out: [B, C, H, W] predicted noise, or [B, 2C, H, W] with the learned range's share.
+        model_out: [B, C, H, W] predicted noise, or [B, 2C, H, W] with the variance's interpolation
+            v after it.
         x0: [B, C, H, W] clean images, about -1 to 1.
-        x_t: [B, C, H, W], what the model saw.
+        x_t: [B, C, H, W] the noisy images that the model saw.
         t: [B] int64 timesteps.
         eps: [B, C, H, W] the noise in x_t.
-        scheduler: the diffusion; a learned variance needs two steps or more.
+        scheduler: the diffusion; a learned variance needs at least two steps.
 
     Returns:
         [] the mean over the batch; the bound is computed in at least float32.
 
     Raises:
-        ValueError: the diffusion has one step, and the variance is learned.
+        ValueError: the variance is learned, and the diffusion has one step only.
 
     Source: Ho et al. 2020, equations 7, 13 and 14; Nichol & Dhariwal 2021, equation 15 and section
-    3.1, with weight 1 for the bound, as DiT's code has it.
+    3.1, with weight 1 for the bound, as in DiT's code.
     """
     C = x0.shape[1]
-    predicted, share = model_out[:, :C], model_out[:, C:]
+    predicted, v = model_out[:, :C], model_out[:, C:]
     loss = F.mse_loss(predicted, eps)
-    if not share.shape[1]:
+    if not v.shape[1]:
         return loss
     if scheduler.T < 2:
         raise ValueError(f"scheduler: a learned variance needs T of 2 or more, got {scheduler.T}")
     wide = torch.promote_types(x0.dtype, torch.float32)
-    predicted, share, x0, x_t = (part.to(wide) for part in (predicted, share, x0, x_t))
-    return loss + _bound(predicted.detach(), share, x0, x_t, t, scheduler).mean()
+    predicted, v, x0, x_t = (part.to(wide) for part in (predicted, v, x0, x_t))
+    return loss + _bound(predicted.detach(), v, x0, x_t, t, scheduler).mean()
 
 
 def _bound(
-    eps: Tensor, share: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, scheduler: DiffusionScheduler
+    eps: Tensor, v: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, scheduler: DiffusionScheduler
 ) -> Tensor:
-    """[B] bits a dimension."""
+    """Return the variational bound of each image: [B], in bits per dimension."""
 
     def at(name: str, steps: Tensor = t) -> Tensor:
         return scheduler.gather(name, steps, x0.dtype)[:, None, None, None]
 
     beta, noise = at("betas"), at("sqrt_one_minus_alpha_bars")
     predicted_x0 = (x_t - noise * eps) / at("sqrt_alpha_bars")
-    # Equation 7; 1 - alpha_bar is noise^2, and 1 - alpha_bar_prev follows from the posterior's
-    # variance: subtracted, they would lose their digits where alpha_bar is near 1.
+    # Equation 7. 1 - alpha_bar is taken as noise^2, and 1 - alpha_bar_prev from the posterior's
+    # variance, since the subtractions would cancel where alpha_bar is near 1.
     of_x0 = at("alpha_bars_prev").sqrt() * beta / noise**2
     of_x = at("alphas").sqrt() * at("posterior_var") / beta
     mean = of_x0 * predicted_x0 + of_x * x_t
     true_mean = of_x0 * x0 + of_x * x_t
 
-    low = at("posterior_var", t.clamp(min=1)).log()  # that of t = 0 is 0
-    log_variance = low + (share + 1) / 2 * (beta.log() - low)
+    low = at("posterior_var", t.clamp(min=1)).log()  # it is 0 at t = 0
+    log_variance = low + (v + 1) / 2 * (beta.log() - low)
     divergence = 0.5 * (
         log_variance
         - low
@@ -86,7 +87,7 @@ def _bound(
 
 
 def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Of 8-bit levels between -1 and 1 under a normal; the first and the last reach to infinity."""
+    """Return the log-likelihood of 8-bit levels in [-1, 1]; the outermost bins are unbounded."""
     half_level = 1 / 255
     above = _cdf((x - mean + half_level) * (-log_scale).exp())
     below = _cdf((x - mean - half_level) * (-log_scale).exp())
@@ -95,5 +96,5 @@ def _log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 
 
 def _cdf(x: Tensor) -> Tensor:
-    """The normal's, by the approximation that the published code trains with."""
+    """Return the normal's CDF, by the approximation that the published code trains with."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

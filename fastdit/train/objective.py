@@ -1,9 +1,9 @@
-"""The loss of training samples, in which all that is random follows from a sample's number.
+"""The loss of training samples, in which everything random follows from a sample's number.
 
-Samples are counted from the first one that a run sees. What is drawn for number n, its noise,
-timestep, and whether it keeps its label, are words of Philox at the counter of n, under a key that
-follows from the run's seed (`fastdit.noise`). So a run does not depend on how its samples are
-split into processes and micro-batches, and continues from any step without any random state.
+Samples are numbered in the order in which a run sees them. The noise and the timestep of sample n,
+and whether it keeps its label, are words of Philox at the counter n, under a key derived from the
+run's seed (`fastdit.noise`). So a run does not depend on how its samples are split into processes
+and micro-batches, and it continues from any step without a stored random state.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.noise import philox4x32
 from fastdit.train.losses import diffusion_loss
-from fastdit.train.sources import Samples
+from fastdit.train.sources import ImageBatch
 
-_EPS, _CHOICES = 0, 2  # the counter's second word, by what is drawn; a latent's own follows _EPS
+# The second word of the counter, by what is drawn; the noise of a latent itself is at _EPS + 1.
+_EPS, _CHOICES = 0, 2
 
 
-class Batch(NamedTuple):
-    """What a model is asked and what it should answer."""
+class NoisyBatch(NamedTuple):
+    """The inputs of a model in training, and the noise that it should predict."""
 
     x0: Tensor  # [b, C, H, W]
     x_t: Tensor  # [b, C, H, W]
@@ -35,7 +36,7 @@ class Batch(NamedTuple):
 
 
 class Objective(nn.Module):
-    """`diffusion_loss` of a model on numbered samples; all processes call it alike."""
+    """The `diffusion_loss` of a model on numbered samples."""
 
     def __init__(
         self,
@@ -46,15 +47,15 @@ class Objective(nn.Module):
         label_dropout: float = 0.0,
         autocast: torch.dtype | None = None,
     ) -> None:
-        """Of a model and its diffusion.
+        """Set up the loss of a model.
 
         Args:
             model: called as `model(x_t, t, labels)`.
-            config: the model's, for its classes.
+            config: the model's config, for its classes.
             scheduler: the diffusion.
-            seed: of all that is drawn.
+            seed: seed of everything that is drawn.
             label_dropout: share of labels that become the null class.
-            autocast: dtype of the model's matrix products; None leaves them as its weights are.
+            autocast: dtype of the model's matrix products; None leaves them in the weights' dtype.
 
         Raises:
             ValueError: labels are dropped, and the model has no null class.
@@ -67,8 +68,9 @@ class Objective(nn.Module):
         self._key = random_key(seed, "training noise")
 
     @torch.no_grad()
-    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, numbers: Tensor) -> Batch:
-        """The batch of samples `numbers`, [b] int64; the rest as in `Samples`."""
+    def draw(self, images: ImageBatch, numbers: Tensor) -> NoisyBatch:
+        """Add noise to images whose sample numbers are `numbers`, [b] int64."""
+        mean, std, labels = images
         seeds = torch.stack([torch.full_like(numbers, self._key), numbers], dim=1)
         kinds = torch.arange(_EPS, _EPS + (1 if std is None else 2), device=numbers.device)
         drawn = functional.normal(seeds, kinds, mean[0].numel()).view(len(kinds), *mean.shape)
@@ -78,18 +80,18 @@ class Objective(nn.Module):
         zero = torch.zeros_like(numbers)
         counter = (zero, torch.full_like(numbers, _CHOICES), numbers, zero)
         for_t, for_label, _, _ = philox4x32(counter, seeds[:, 0])
-        t = (for_t * self.scheduler.T) >> 32  # the integer part of T times a share in [0, 1)
+        t = (for_t * self.scheduler.T) >> 32  # floor(T * u) for a uniform u = for_t / 2^32
         y: Tensor | None = labels
         if not self._config.use_class_cond:
             y = None
         elif self._label_dropout:
             dropped = for_label < int(self._label_dropout * 2**32)
             y = labels.masked_fill(dropped, self._config.num_classes)
-        return Batch(x0, self.scheduler.q_sample(x0, t, drawn[0]), t, y, drawn[0])
+        return NoisyBatch(x0, self.scheduler.q_sample(x0, t, drawn[0]), t, y, drawn[0])
 
-    def forward(self, samples: Samples, numbers: Tensor) -> Tensor:
-        """The mean loss of some samples: [] in at least float32."""
-        batch = self.draw(*samples, numbers)
+    def forward(self, images: ImageBatch, numbers: Tensor) -> Tensor:
+        """Return the mean loss of the samples `numbers`: [], in at least float32."""
+        batch = self.draw(images, numbers)
         device = batch.x0.device.type
         with torch.autocast(device, self._autocast, enabled=self._autocast is not None):
             out = self.model(batch.x_t, batch.t, batch.labels)
@@ -98,6 +100,6 @@ class Objective(nn.Module):
 
 
 def random_key(seed: int, purpose: str) -> int:
-    """63 bits for one purpose; the hash spreads neighbouring seeds."""
+    """Return a 63-bit key for one purpose; the hash keeps neighbouring seeds apart."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,4 +1,4 @@
-"""What decides the outcome of a training, and the recipes that have a name."""
+"""The settings that decide the outcome of a training run, and the named recipes."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from fastdit.errors import from_options, unknown_name
 from fastdit.solvers import DDIM, DDPM, Solver
 from fastdit.update import Guidance
 
-MAX_SAMPLES = 2**32  # the index of a sample is one word of its noise's counter
+MAX_SAMPLES = 2**32  # a sample's number is one 32-bit word of its noise's counter
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the outcome of a run, besides the model's config and the data.
+    """The settings that decide the outcome of a run, besides the model's config and the data.
 
-    The defaults are the toy's published ones.
+    The defaults are those that the toy was published with.
 
     Attributes:
-        steps: of the optimizer.
-        batch_size: samples a step, on all processes together.
-        lr: AdamW's rate at its peak.
+        steps: number of optimizer steps.
+        batch_size: samples per step, over all processes.
+        lr: AdamW's peak learning rate.
         lr_schedule: "cosine", from the peak to 0 over the steps after the warm-up, or "constant".
-        warmup: steps over which the rate rises to its peak.
-        weight_decay: AdamW's.
+        warmup: steps over which the learning rate rises to its peak.
+        weight_decay: AdamW's weight decay.
         clip: bound on the gradient's norm; None for no bound.
-        ema: decay of the moving average of the weights; None keeps none. It begins shorter, at
-            `(1 + step) / (10 + step)`, so that early averages are not of the first weights.
+        ema: decay of the moving average of the weights; None for no average. The first steps use
+            the smaller `(1 + step) / (10 + step)`, so that the average soon forgets the initial
+            weights.
         label_dropout: share of labels replaced by the null label, for guidance.
-        T: diffusion steps.
+        T: number of diffusion steps.
         schedule: a name in `fastdit.diffusion.SCHEDULES`.
-        seed: of the weights, the order and the noise.
-        name: the recipe in `RECIPES` that this one is, or was changed from; its samples are made
-            as `SHOWINGS` says.
+        seed: seed of the weights, the order of the images and the noise.
+        name: the recipe in `RECIPES` that this one equals or was derived from; it chooses the entry
+            of `SHOWINGS` by which samples are made.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -85,10 +86,11 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], complete: bool = False) -> Recipe:
+        """Return a recipe from a plain dict; with `complete`, no field may be missing."""
         return from_options(cls, options, complete)
 
     def lr_at(self, step: int) -> float:
-        """The rate of a step, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         if self.lr_schedule == "constant":
@@ -97,19 +99,19 @@ class Recipe:
         return 0.5 * self.lr * (1 + math.cos(math.pi * done))
 
     def ema_at(self, step: int) -> float:
-        """The average's decay after a step, counted from 0; it needs `ema`."""
+        """Return the average's decay after a step, counted from 0; `ema` must not be None."""
         assert self.ema is not None
         return min(self.ema, (1 + step) / (10 + step))
 
 
 @dataclass(frozen=True)
 class Showing:
-    """How the samples of a run are made.
+    """How samples are made to show a run's progress.
 
     Attributes:
-        solver: the solver, with its own options.
-        steps: of the solver; None takes every timestep.
-        guidance: classifier-free guidance, of models that have a null class.
+        solver: the solver and its options.
+        steps: number of solver steps; None takes every timestep.
+        guidance: classifier-free guidance, used if the model has a null class.
     """
 
     solver: Solver = field(default_factory=DDPM)
@@ -127,7 +129,8 @@ def _check_number(name: str, value: Any, low: float, limit: float, expected: str
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-# "dit" is Peebles & Xie 2023, section 4 and their code: constant rate, no clipping, no decay.
+# "dit" follows Peebles & Xie 2023, section 4, and their code: constant learning rate, no gradient
+# clipping, no weight decay.
 RECIPES: dict[str, Recipe] = {
     "seed": Recipe(),
     "sharp": Recipe(

@@ -1,11 +1,11 @@
-"""A run's folder: checkpoints by step, the newest of which is always whole.
+"""A run's folder. Files are written atomically, so that a kill leaves the last checkpoint whole.
 
 runs/toy/
-  model.safetensors                    the weights for users, averaged where the recipe says so
-  checkpoints/step-00000700.safetensors  all that a run needs to go on; the last few are kept
-  metrics.jsonl, tensorboard/          what was measured on the way
-  samples/step-00000700.png            what it could do by then
-  .lock                                held while the run goes on
+  model.safetensors                      the model to sample from: averaged if the recipe says so
+  checkpoints/step-00000700.safetensors  everything needed to resume; the last few are kept
+  metrics.jsonl, tensorboard/            what was measured during training
+  samples/step-00000700.png              samples of the model at that step
+  .lock                                  locked while the run is in progress
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HEADER_KEYS = {"step", "config", "recipe", "data", "environment"}
 
 
 class Saved(NamedTuple):
-    """A checkpoint that was read."""
+    """The contents of a checkpoint."""
 
     path: Path
     tensors: dict[str, Tensor]  # mapped from the file
@@ -39,10 +39,10 @@ class Saved(NamedTuple):
 
 
 class RunFolder:
-    """Where a run is kept."""
+    """Reads and writes the files of a run."""
 
     def __init__(self, path: str | os.PathLike[str], keep: int = 2) -> None:
-        """Of a folder, which need not exist; `keep` checkpoints stay there."""
+        """Use a folder, which need not exist yet, and keep the last `keep` checkpoints in it."""
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, got {keep}")
         self.path, self.keep = Path(path), keep
@@ -50,7 +50,7 @@ class RunFolder:
         self.samples = self.path / "samples"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, file) of every checkpoint, oldest first, whole or not."""
+        """Return (step, file) of every checkpoint, oldest first; some may be damaged."""
         found = []
         for path in (self.path / "checkpoints").glob("step-*.safetensors"):
             name = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
@@ -59,7 +59,7 @@ class RunFolder:
         return sorted(found)
 
     def check_unused(self) -> None:
-        """Raise a FileExistsError where a new run would write over an older one's files."""
+        """Raise a FileExistsError if a new run would overwrite the files of an older one."""
         if self.checkpoints():
             raise FileExistsError(
                 f"out: {self.path} already holds a run; continue it (--resume auto), or name "
@@ -70,12 +70,12 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """While this lasts no other process can claim the folder; a kill ends it too.
+        """Lock the folder against other processes; a killed process releases its lock too.
 
         Raises:
-            FileExistsError: another process has claimed it.
+            FileExistsError: another process holds the lock.
         Warns:
-            UserWarning: the file system knows no locks.
+            UserWarning: the file system does not support locks.
         """
         import fcntl
 
@@ -95,10 +95,10 @@ class RunFolder:
             yield
 
     def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
-        """Write a checkpoint, then remove those that are no longer kept, and what kills left.
+        """Write a checkpoint, then remove old ones and the temporary files of killed processes.
 
         Raises:
-            OSError: it could not be written; all older ones are as they were.
+            OSError: the checkpoint could not be written; the older ones are unchanged.
         """
         path = self.path / "checkpoints" / f"step-{step:08d}.safetensors"
         write_tensors(path, tensors, {"step": step, **header})
@@ -108,25 +108,25 @@ class RunFolder:
             old.unlink(missing_ok=True)
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole, if there is one.
+        """Read the newest checkpoint that is whole; None if the folder has no checkpoints.
 
         Raises:
-            ValueError: there are checkpoints, and all are torn.
+            ValueError: all checkpoints are damaged.
         Warns:
-            UserWarning: a newer one is torn.
+            UserWarning: a newer checkpoint is damaged.
         """
         found = self.checkpoints()
         for _, path in reversed(found):
             try:
                 return read(path)
-            except (ValueError, FileNotFoundError) as error:  # no file: a folder, a broken link
+            except (ValueError, FileNotFoundError) as error:  # also for a folder or a broken link
                 warnings.warn(f"not resumed from: {error}", stacklevel=2)
         if found:
             raise ValueError(f"{self.path}: none of its {len(found)} checkpoints is whole")
         return None
 
-    def forget_after(self, step: int) -> None:
-        """Remove what came after a step that a run goes on from: torn files, and measurements."""
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints and measurements of later steps than the one to resume at."""
         for at, path in self.checkpoints():
             if at > step and (path.is_file() or path.is_symlink()):
                 path.unlink()
@@ -137,7 +137,7 @@ class RunFolder:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a JSONL file; one that a kill cut short is left out."""
+    """Yield the lines of a JSONL file, without any that a kill has cut short."""
     for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -152,7 +152,7 @@ def read(path: str | os.PathLike[str]) -> Saved:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, or something else.
+        ValueError: the file is truncated, or no checkpoint of a run.
     """
     tensors, header = read_tensors(path)
     if not header.keys() >= _HEADER_KEYS:

@@ -1,4 +1,4 @@
-"""How a training is computed, as against what it computes."""
+"""How a training run is computed: device, precision, compilation, processes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a run is computed, which changes its speed and memory, and its loss by rounding alone.
+    """How a run is computed. It affects speed and memory, and the loss only by rounding.
 
     Attributes:
-        device: where.
-        precision: "bfloat16" runs the model under autocast: matrix products in bfloat16; weights,
-            optimizer, residual stream and loss in float32. With "fsdp" a block's weights are
-            gathered in bfloat16 too.
-        compile: "block" compiles one block for all; "whole" the loss with all that is drawn for
-            it, which is faster in a process of its own and takes longer to compile.
-        checkpointing: keep only each block's inputs for the backward, which computes the rest
-            once more.
-        accumulate: parts that a process's share of a batch is computed in.
-        strategy: of several processes: "ddp", each with all weights; or "fsdp", each with a share.
-        world: which of several processes this is.
+        device: where to compute.
+        precision: "bfloat16" runs the model under autocast: matrix products are in bfloat16, and
+            weights, optimizer, residual stream and loss in float32. With "fsdp" the blocks' weights
+            are gathered in bfloat16 too.
+        compile: "block" compiles one block, which all blocks share; "whole" compiles the loss with
+            the drawing of its noise, which runs faster on one process and compiles longer.
+        checkpointing: keep only each block's inputs for the backward, which recomputes the rest.
+        accumulate: micro-batches into which a process's share of a batch is split.
+        strategy: with several processes, "ddp" keeps all weights on each of them, and "fsdp" splits
+            the weights.
+        world: this process's place among several.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -57,7 +57,7 @@ class Runtime:
         return self.strategy == "fsdp" and self.world.size > 1
 
     def environment(self) -> dict[str, Any]:
-        """What the bits of a step depend on, besides the run itself."""
+        """Return what a step's bits depend on, besides config, recipe and data."""
         return {
             "torch": torch.__version__,
             "device": self.device.type,

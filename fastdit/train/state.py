@@ -1,4 +1,4 @@
-"""What a run must keep to go on: its tensors by name, wherever their parts are."""
+"""Collect and restore the tensors of a run, however many processes hold them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch import Tensor
 from fastdit.checkpoints.native import check_keys
 from fastdit.config import DiTConfig
 from fastdit.model import DiT
-from fastdit.train import distributed
-from fastdit.train.distributed import World
+from fastdit.train.distributed import World, copy_full_tensor, full_tensor
 from fastdit.train.ema import EMA
 from fastdit.train.run_folder import Saved
 
 
-def tensors_of(
+def run_tensors(
     model: DiT, optimizer: torch.optim.Optimizer, ema: EMA | None, history: Tensor
 ) -> dict[str, Tensor]:
-    """The live tensors, as they are called in a checkpoint."""
+    """Return the live tensors of a run, under the names they have in a checkpoint."""
     tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
     for name, p in model.named_parameters():
         for entry, tensor in optimizer.state.get(p, {}).items():
@@ -30,25 +29,25 @@ def tensors_of(
 
 
 def gather(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Copies on the host of the first process, all of each tensor; none on the others.
+    """Return whole copies on the host in the process of rank 0, and an empty dict in the others.
 
-    All processes must call it together. A device holds one whole tensor at a time.
+    All processes must call it together. A device holds only one whole tensor at a time.
     """
     gathered = {}
     for name, t in tensors.items():
-        whole = distributed.whole(t)
+        whole = full_tensor(t)
         if world.rank == 0:
             gathered[name] = whole.to("cpu", copy=True)
     return gathered
 
 
-def model_of(config: DiTConfig, gathered: Mapping[str, Tensor]) -> DiT:
-    """The model to sample from, on the host: of the moving average where there is one.
+def model_from(config: DiTConfig, gathered: Mapping[str, Tensor]) -> DiT:
+    """Return the model to sample from, on the host: with averaged weights if there are any.
 
-    It takes the gathered tensors themselves.
+    The model shares the memory of the gathered tensors.
     """
     state: dict[str, Tensor] = {}
-    for kind in ("model.", "ema."):  # an average goes before the weights
+    for kind in ("model.", "ema."):  # averages replace the weights
         state |= {n.removeprefix(kind): t for n, t in gathered.items() if n.startswith(kind)}
     with torch.device("meta"):
         model = DiT.from_config(config)
@@ -56,8 +55,8 @@ def model_of(config: DiTConfig, gathered: Mapping[str, Tensor]) -> DiT:
     return model.requires_grad_(False)
 
 
-def fill_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Let AdamW make its state, as its first step does: here with gradients of zero."""
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let AdamW create its state, which it does in its first step, by a step of zero gradients."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p)
@@ -65,14 +64,14 @@ def fill_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def restore(own: Mapping[str, Tensor], saved: Saved, step: int) -> None:
-    """Copy a checkpoint into the live tensors.
+    """Copy a checkpoint into the live tensors of a run.
 
     Raises:
-        ValueError: its tensors are of another run, or not of this step.
+        ValueError: the tensors are of another run, or of another step.
     """
     check_keys(str(saved.path), own, saved.tensors)
     for name, tensor in own.items():
-        distributed.fill(tensor, saved.tensors[name])
+        copy_full_tensor(tensor, saved.tensors[name])
     taken = {int(t) for name, t in own.items() if name.endswith(".step")} or {0}
     if taken != {step}:
         raise ValueError(f"{saved.path}: the optimizer took {taken} steps, the header says {step}")

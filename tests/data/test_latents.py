@@ -1,4 +1,4 @@
-"""Decoding: the autoencoder's own images, a few at a time, from the command line too."""
+"""Latents: decoding samples, encoding folders of images, and reading the shards."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def vae_folder(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_slices_are_the_autoencoders_own_images(vae_folder):
+def test_decoding_in_slices_gives_the_autoencoders_images(vae_folder):
     vae, latents = load_vae(vae_folder / "vae"), torch.randn(5, 4, 8, 8)
     expected = vae.decode(latents / 0.25).sample
     seen = []
@@ -51,7 +51,7 @@ def test_slices_are_the_autoencoders_own_images(vae_folder):
 
 
 def test_what_cannot_be_decoded_is_named(vae_folder, tmp_path, monkeypatch):
-    vae = load_vae(vae_folder)  # a pipeline's
+    vae = load_vae(vae_folder)  # from a pipeline's folder
     with pytest.raises(ValueError, match=r"latents: expected shape \[B, 4, h, w\].*got \[1, 3, 8"):
         decode(vae, torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="at_once: expected at least 1, got 0"):
@@ -91,7 +91,7 @@ def test_the_command_line_decodes(vae_folder, tmp_path, suffix):
 
 @pytest.fixture
 def images(tmp_path):
-    """Three classes, seven images of several sizes and kinds."""
+    """Return a folder of seven images of several sizes and kinds, in three classes."""
     torch.manual_seed(0)
     for i, (name, size, mode) in enumerate(
         [
@@ -113,11 +113,11 @@ def images(tmp_path):
 
 
 def test_a_centre_crop_is_the_published_one():
-    """Halved by boxes while twice too large, resized by the shorter side, cut in the middle."""
+    """It halves by box averaging, resizes by the shorter side, and cuts out the middle."""
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None], (200, 100, 3))
     crop = centre_crop(Image.fromarray(ramp), 25)
     assert crop.shape == (25, 25, 3)
-    # 200 x 100 becomes 50 x 25 by two halvings; the middle 25 rows hold 4 of the ramp each.
+    # 200 x 100 becomes 50 x 25 by two halvings; each of the middle 25 rows averages 4 of the ramp.
     assert np.abs(crop[:, 0, 0].astype(float) - (4 * np.arange(12, 37) + 1.5)).max() <= 1
     same = np.random.default_rng(0).integers(0, 256, (25, 25, 3), dtype=np.uint8)
     assert np.array_equal(centre_crop(Image.fromarray(same), 25), same)
@@ -137,14 +137,14 @@ def test_shards_hold_each_images_distribution(vae_folder, images, tmp_path):
         latent = vae.encode(pixels / 127.5 - 1).latent_dist
         assert torch.allclose(mean, latent.mean[0] * 0.25, atol=1e-5)
         assert torch.allclose(std, latent.std[0] * 0.25, atol=1e-5) and (std > 0).all()
-    # What was sampled from the distribution decodes as the autoencoder would have it.
+    # The stored latents decode to images.
     back = decode(vae, shards[0][0][None])
     assert back.shape == (1, 3, 16, 16)
     with pytest.raises(IndexError, match=r"expected an index in \[0, 7\), got 7"):
         shards[7]
 
 
-def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, images, tmp_path):
+def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path):
     out = tmp_path / "out"
     arguments = ["encode", str(images), "--vae", str(vae_folder), "--out", str(out)]
     arguments += ["--image-size", "16", "--batch-size", "3"]
@@ -163,7 +163,7 @@ def test_encoding_goes_on_where_it_was_and_refuses_other_images(vae_folder, imag
 
     (images / "dog" / "z.png").write_bytes(b"\x89PNG but torn")
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 1 and "they differ in files, labels, num; remove" in done.stderr
+    assert done.exit_code == 1 and "which differ in files, labels, num; remove" in done.stderr
     done = CliRunner().invoke(app, [*arguments[:5], str(tmp_path / "other"), *arguments[6:]])
     assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
     (images / "dog" / "z.png").unlink()
@@ -184,23 +184,23 @@ def test_encoding_refuses_what_would_spoil_it(vae_folder, images, tmp_path):
         with pytest.raises(ValueError, match=message):
             encode_folder(vae, source, into, size)
     for name, image, message in (
-        ("thin", Image.new("RGB", (1, 1000)), "expected sides of like length, got 1 x 1000"),
-        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits a channel"),
+        ("thin", Image.new("RGB", (1, 1000)), "expected sides of similar length, got 1 x 1000"),
+        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits per channel"),
     ):
         image.save(images / "cat" / f"{name}.png")
         with pytest.raises(ValueError, match=f"{name}.png: expected an image.*{message}"):
             encode_folder(vae, images, tmp_path / name, 16)
         (images / "cat" / f"{name}.png").unlink()
-    # Another autoencoder of the same name is another.
+    # An autoencoder of the same name with other weights is another one.
     encode_folder(vae, images, out, 16, shard=3)
     with torch.no_grad():
         next(vae.parameters()).add_(1)
-    with pytest.raises(ValueError, match="they differ in vae;"):
+    with pytest.raises(ValueError, match="which differ in vae;"):
         encode_folder(vae, images, out, 16, shard=3)
 
 
 def test_a_vae_with_other_weights_than_its_own_is_refused(vae_folder, tmp_path):
-    """diffusers would go on with random ones, and say so in a log."""
+    """diffusers would use random weights instead, and only log a warning."""
     shutil.copytree(vae_folder / "vae", tmp_path / "vae")
     path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     state = load_file(path)

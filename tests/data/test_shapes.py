@@ -1,4 +1,4 @@
-"""The coloured shapes, and a judge that can say no."""
+"""The coloured shapes, and their judge, which also recognises bad samples."""
 
 import time
 
@@ -49,7 +49,7 @@ def add_noise(images, sigma):
     return images + sigma * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_judge_stands_noise_and_then_loses_its_way(clean):
+def test_the_judge_tolerates_noise_up_to_a_point(clean):
     images, labels = clean
     some, more, flooded = (judge(add_noise(images, s), labels) for s in (0.5, 1.0, 3.0))
     assert some.colour > 0.99 and some.shape > 0.99
@@ -83,7 +83,7 @@ def test_the_judge_sees_nothing_where_there_is_nothing(clean, nothing):
 
 
 def test_colour_and_shape_are_judged_apart(clean):
-    """A red circle painted into a green cross's place keeps its own shape."""
+    """A recoloured circle is judged to have the new colour and the old shape."""
     red_circle, green_cross = clean.images[0], clean.images[7 * 200]
     recoloured = red_circle[[1, 0, 2]]
     colour, shape = classify(torch.stack([recoloured, green_cross]))

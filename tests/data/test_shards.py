@@ -1,4 +1,4 @@
-"""Many images: one file, the same bytes for any number of processes, restarts and batches kept."""
+"""Sharded arrays: the same bytes for any number of processes and restarts."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import torch
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
 from fastdit.data.images import to_pixels
-from fastdit.data.shards import write_many, write_parts
+from fastdit.data.shards import write_sharded_npz, write_shards
 from fastdit.testing import randomize
 
 STEPS = 8
@@ -61,10 +61,10 @@ def test_the_file_does_not_depend_on_the_number_of_processes(checkpoint, tmp_pat
     sampler = Sampler(fastdit.load(checkpoint), scheduler, fastdit.solvers.DDPM(clip=1.0))
     labels = [(3, 7, 1)[i % 3] for i in range(22)]
     expected = to_pixels(sampler(labels, seed=5)).astype(int)
-    assert np.abs(pixels - expected).max() <= 1  # other batches: rounding may tip a level
+    assert np.abs(pixels - expected).max() <= 1  # other batch sizes may round to the next level
 
 
-def test_a_killed_run_goes_on_where_it_was(checkpoint, tmp_path):
+def test_a_killed_run_keeps_the_finished_shards(checkpoint, tmp_path):
     whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
     num = 400
     assert run(1, *arguments(checkpoint, whole, num)).returncode == 0
@@ -92,42 +92,42 @@ def test_batches_of_another_plan_are_not_mixed(checkpoint, tmp_path):
 
     out = tmp_path / "s.npz"
     with pytest.raises(KeyboardInterrupt):
-        write_many(out, stop, {"num": 5, "batch_size": 2, "seed": 1}, "arr_0")
+        write_sharded_npz(out, stop, {"num": 5, "batch_size": 2, "seed": 1}, "arr_0")
     with pytest.raises(
-        ValueError, match="parts: the batches there are of another call: they differ in seed;"
+        ValueError, match="parts: it holds shards of another call, which differ in seed;"
     ):
-        write_many(out, stop, {"num": 5, "batch_size": 2, "seed": 2}, "arr_0")
+        write_sharded_npz(out, stop, {"num": 5, "batch_size": 2, "seed": 2}, "arr_0")
     done = run(1, *arguments(checkpoint, out))
     assert done.returncode == 1 and "remove the folder" in done.stderr
     done = run(1, *arguments(checkpoint, tmp_path / "s.png"))
     assert done.returncode == 1 and "--num-images: expected --out to end in .npz" in done.stderr
 
 
-def test_the_last_batch_is_made_whole_and_cut(tmp_path):
+def test_the_last_batch_is_computed_whole_and_cut(tmp_path):
     starts = []
 
     def make(first):
         starts.append(first)
         return np.arange(first, first + 4, dtype=np.float32)[:, None]
 
-    write_many(tmp_path / "s.npz", make, {"num": 10, "batch_size": 4}, "latents")
+    write_sharded_npz(tmp_path / "s.npz", make, {"num": 10, "batch_size": 4}, "latents")
     assert starts == [0, 4, 8]
     with np.load(tmp_path / "s.npz") as file:
         assert np.array_equal(file["latents"], torch.arange(10.0)[:, None].numpy())
 
 
 @pytest.mark.parametrize("damage", ["empty", "torn", "short"])
-def test_a_damaged_part_is_made_again(tmp_path, damage):
+def test_a_damaged_shard_is_computed_again(tmp_path, damage):
     def make(first):
         return np.arange(first, first + 4, dtype=np.float32)[:, None]
 
     out, plan = tmp_path / "s.npz", {"num": 10, "batch_size": 4, "guidance": (1, 2)}
-    parts = write_parts(tmp_path / "s.npz.parts", make, plan)
+    parts = write_shards(tmp_path / "s.npz.parts", make, plan)
     if damage == "short":
         np.save(parts[1], make(4)[:2])
     else:
         os.truncate(parts[1], 0 if damage == "empty" else 130)
-    write_many(out, make, plan, "latents")
+    write_sharded_npz(out, make, plan, "latents")
     with np.load(out) as file:
         assert np.array_equal(file["latents"][:, 0], np.arange(10))
 
@@ -136,17 +136,17 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import numpy as np
-from fastdit.data.shards import write_parts
+from fastdit.data.shards import write_shards
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
 try:
-    write_parts(Path(sys.argv[1]), lambda i: np.ones((4, 200)), {"num": 8, "batch_size": 4})
+    write_shards(Path(sys.argv[1]), lambda i: np.ones((4, 200)), {"num": 8, "batch_size": 4})
 except OSError as error:
     print(error)
 """
 
 
-def test_a_full_disk_leaves_no_part_behind(tmp_path):
+def test_a_full_disk_leaves_no_shard_behind(tmp_path):
     folder = tmp_path / "parts"
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True
@@ -160,6 +160,6 @@ def test_a_damaged_plan_is_named(tmp_path, content):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "plan.json").write_text(content)
     with pytest.raises(ValueError, match="plan.json: it is damaged.*remove"):
-        write_parts(tmp_path / "p", None, {"num": 1, "batch_size": 1})
-    with pytest.raises(ValueError, match="expected 1 image or more"):
-        write_parts(tmp_path / "q", None, {"num": 0, "batch_size": 1})
+        write_shards(tmp_path / "p", None, {"num": 1, "batch_size": 1})
+    with pytest.raises(ValueError, match="expected at least 1 image"):
+        write_shards(tmp_path / "q", None, {"num": 0, "batch_size": 1})

@@ -1,4 +1,4 @@
-"""Several processes train what one trains: the same losses, the same weights, the same files."""
+"""Training on several processes gives the losses, weights and files of a single process."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_two_processes_have_the_losses_and_the_files_of_one(alone, tmp_path, opt
         assert ours[name].shape == theirs[name].shape
         if not theirs[name].any():
             assert not ours[name].any()
-        else:  # a second moment is of squares
+        else:  # looser than for losses, since second moments hold squares
             assert relative_error(ours[name], theirs[name]) < 1e-4, name
     assert done.stdout.count("wrote ") == 1, "one process speaks"
     assert (tmp_path / "run" / "samples" / "step-00000008.png").exists()
@@ -79,7 +79,7 @@ def test_two_processes_have_the_losses_and_the_files_of_one(alone, tmp_path, opt
 @pytest.mark.parametrize(
     ("before", "after"), [((2, "fsdp"), (1, "ddp")), ((1, "ddp"), (2, "fsdp"))], ids=str
 )
-def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, before, after):
+def test_a_run_continues_on_another_number_of_processes(alone, tmp_path, before, after):
     out = tmp_path / "run"
     train(before[0], out, *BRIEF, "--strategy", before[1])
     (out / STEP.format(8)).unlink()
@@ -99,7 +99,7 @@ def test_bfloat16_shards_train_too(alone, tmp_path):
 
 DIFFERENT = """
 import os, sys
-from fastdit.cli import app
+from fastdit.cli.app import app
 os.makedirs(f"{sys.argv[1]}/{os.environ['RANK']}", exist_ok=True)
 os.chdir(f"{sys.argv[1]}/{os.environ['RANK']}")
 sys.argv = ["fastdit", "train", "--out", "run", "--resume", "auto", *sys.argv[2:]]
@@ -108,7 +108,7 @@ app()
 
 
 def test_processes_that_see_different_folders_are_refused(alone, tmp_path):
-    """As on two machines without a disk in common."""
+    """Two machines without a shared disk would be in this state."""
     shutil.copytree(alone, tmp_path / "0" / "run")
     (tmp_path / "0" / "run" / STEP.format(8)).unlink()
     (tmp_path / "different.py").write_text(DIFFERENT)
@@ -126,7 +126,7 @@ def test_processes_that_see_different_folders_are_refused(alone, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_sigterm_saves_and_ends(tmp_path, processes):
-    """To every process of the run, as a scheduler's pre-emption sends it."""
+    """The signal reaches every process of the run, as when a job scheduler pre-empts it."""
     out = tmp_path / "run"
     arguments = "--steps 100000 --per-class 4 --batch-size 16 --log-every 2 --save-every 100000"
     process = subprocess.Popen(

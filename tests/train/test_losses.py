@@ -1,4 +1,4 @@
-"""The loss: mean squared error, and the bound against distributions that PyTorch knows."""
+"""The loss: the squared error, and the bound against PyTorch's own distributions."""
 
 import math
 
@@ -19,14 +19,14 @@ SCHEDULER = DiffusionScheduler(T, schedule="linear-scaled")
 def batch(t, B=64):
     t = torch.full((B,), t)
     x0 = (2 * torch.rand(B, 2, 4, 4, dtype=torch.float64) - 1).mul(127.5).round() / 127.5
-    x0[0], x0[1] = 1, -1  # levels whose bins have no end
+    x0[0], x0[1] = 1, -1  # levels whose bins are unbounded
     eps = torch.randn_like(x0)
     out = torch.cat([eps + 0.1 * torch.randn_like(x0), torch.rand_like(x0) * 2 - 1], dim=1)
     return out, x0, SCHEDULER.q_sample(x0, t, eps), t, eps, SCHEDULER
 
 
 def step(out, x0, x_t, t):
-    """The model's step and the posterior as distributions, by the textbook."""
+    """Return the model's step and the posterior as distributions, by the textbook formulas."""
     c = {name: values[int(t[0])] for name, values in SCHEDULER.tables.items()}
     eps, share = out.chunk(2, dim=1)
     predicted = (x_t - (1 - c["alpha_bars"]).sqrt() * eps) / c["alpha_bars"].sqrt()
@@ -53,8 +53,8 @@ def test_the_bound_is_the_divergence_from_the_posterior(t):
     assert loss.item() == pytest.approx((mse + bits).item(), rel=1e-10)
 
 
-def test_at_the_end_it_is_the_likelihood_of_the_levels():
-    """The published code approximates the normal's distribution, to about 1e-3 in probability."""
+def test_at_timestep_0_the_bound_is_the_likelihood_of_the_levels():
+    """The published code approximates the normal's CDF with an error of about 1e-3."""
     out, x0, x_t, t, eps, scheduler = batch(0)
     model, _ = step(out, x0, x_t, t)
     above, below = model.cdf(x0 + 1 / 255), model.cdf(x0 - 1 / 255)
@@ -80,7 +80,7 @@ def test_the_bound_trains_the_variance_alone(t):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_narrow_dtypes_lose_few_digits(schedule, dtype):
-    """At T = 1000, where alpha_bar is nearly 1 at first and nearly 0 at last."""
+    """T = 1000 makes alpha_bar nearly 1 at the first timestep and nearly 0 at the last."""
     scheduler = DiffusionScheduler(1000, schedule=schedule)
     for t in (0, 1, 2, 500, 999):
         steps = torch.full((32,), t)
@@ -110,12 +110,12 @@ def test_without_a_learned_variance_it_is_the_squared_error():
 
 
 def test_a_learned_variance_is_trained(tmp_path):
-    """Its loss falls, and its share leaves where it started: at zero, the middle."""
+    """The loss falls, and the variance's interpolation leaves its initial value, 0."""
     config = DiTConfig(hidden=32, n_layers=1, n_heads=2, learn_sigma=True)
     trainer = Trainer(config, Recipe(steps=32, batch_size=32), Shapes(16), tmp_path)
     losses = trainer.run().losses.view(4, 8).mean(1)
     assert losses[-1] < losses[0]
-    samples, numbers = trainer.samples()
-    batch = trainer.objective.draw(*samples, numbers)
+    samples, numbers = trainer.loader.load(trainer.step)
+    batch = trainer.objective.draw(samples, numbers)
     with torch.no_grad():
         assert trainer.model(batch.x_t, batch.t, batch.labels)[:, 3:].abs().mean() > 1e-3

@@ -1,4 +1,4 @@
-"""The loss of numbered samples: what is drawn for each, and its gradient through the model."""
+"""The loss of numbered samples: what is drawn for each of them, and the model's gradients."""
 
 import itertools
 from dataclasses import replace
@@ -13,7 +13,7 @@ from fastdit.noise import normal
 from fastdit.testing import check_against_oracle, randomize
 from fastdit.train.losses import diffusion_loss
 from fastdit.train.objective import Objective
-from fastdit.train.sources import Samples, Shapes
+from fastdit.train.sources import ImageBatch, Shapes
 
 NULL = DiTConfig(hidden=16, n_layers=1, n_heads=1, null_class=True)
 SCHEDULER = DiffusionScheduler(200, schedule="linear-scaled")
@@ -28,22 +28,22 @@ def shapes(n):
     return Shapes(per_class=n // 16).take(torch.arange(n))
 
 
-def test_draws_are_a_samples_own():
-    """Whatever batch it rides in: its noise, timestep and label follow from its number."""
+def test_draws_depend_on_the_samples_number_alone():
+    """Noise, timestep and label of a sample are the same in every batch."""
     samples, numbers = shapes(64), torch.arange(64)
     draw = objective(label_dropout=0.5).draw
-    whole = draw(*samples, numbers)
-    part = draw(*(s[40:50] if s is not None else None for s in samples), numbers[40:50])
+    whole = draw(samples, numbers)
+    part = draw(ImageBatch(samples.mean[40:50], None, samples.labels[40:50]), numbers[40:50])
     for a, b in zip(whole, part, strict=True):
         assert torch.equal(a[40:50], b)
-    other = objective(label_dropout=0.5, seed=1).draw(*samples, numbers)
+    other = objective(label_dropout=0.5, seed=1).draw(samples, numbers)
     assert not torch.equal(other.t, whole.t) and not torch.equal(other.eps, whole.eps)
 
 
 def test_draws_are_distributed_as_they_should_be():
     n = 4096
-    samples = Samples(torch.zeros(n, 3, 16, 16), None, torch.arange(n) % 16)
-    batch = objective(label_dropout=0.25).draw(*samples, torch.arange(n))
+    samples = ImageBatch(torch.zeros(n, 3, 16, 16), None, torch.arange(n) % 16)
+    batch = objective(label_dropout=0.25).draw(samples, torch.arange(n))
     assert abs(batch.eps.mean()) < 3e-3 and abs(batch.eps.std() - 1) < 3e-3
     counts = batch.t.bincount(minlength=200).double()
     assert len(counts) == 200 and counts.sum() == n
@@ -52,9 +52,9 @@ def test_draws_are_distributed_as_they_should_be():
     dropped = batch.labels == 16
     assert 0.22 < dropped.float().mean() < 0.28
     assert torch.equal(batch.labels[~dropped], samples.labels[~dropped])
-    # Timesteps and dropped labels are drawn apart from each other and from the noise, whose first
-    # four elements are of one counter, and whose size follows from the first word.
-    first = batch.eps.permute(0, 2, 3, 1).flatten(1)[:, :8].T  # as the model's tokens lie
+    # Timesteps and dropped labels are independent of each other and of the noise. The noise's first
+    # four elements share one counter, and its magnitude follows from the counter's first word.
+    first = batch.eps.permute(0, 2, 3, 1).flatten(1)[:, :8].T  # in the order of the model's tokens
     drawn = [batch.t.float(), dropped.float(), *batch.eps.flatten(1)[:, :8].T, *first]
     sizes = torch.stack([*drawn, *(part.abs() for part in drawn[2:])])
     assert torch.corrcoef(sizes)[:2].triu(1).abs().max() < 0.07
@@ -69,11 +69,12 @@ def test_latents_are_drawn_from_their_distribution():
     mean, std = torch.full((n, 4, 8, 8), 3.0), torch.full((n, 4, 8, 8), 0.5)
     config = replace(NULL, in_channels=4, img_size=8)
     draw = objective(config).draw
-    batch = draw(mean, std, torch.zeros(n, dtype=torch.int64), torch.arange(n))
+    latents = ImageBatch(mean, std, torch.zeros(n, dtype=torch.int64))
+    batch = draw(latents, torch.arange(n))
     assert abs(batch.x0.mean() - 3) < 3e-3 and abs(batch.x0.std() - 0.5) < 3e-3
     share = torch.corrcoef(torch.stack([batch.x0.flatten(), batch.eps.flatten()]))[0, 1]
     assert abs(share) < 0.01
-    later = draw(mean, std, torch.zeros(n, dtype=torch.int64), torch.arange(n, 2 * n))
+    later = draw(latents, torch.arange(n, 2 * n))
     assert not torch.equal(later.x0, batch.x0), "another pass draws others"
 
 
@@ -81,7 +82,7 @@ def test_the_loss_is_the_published_one():
     own = objective()
     randomize(own.model)
     samples, numbers = shapes(32), torch.arange(32)
-    batch = own.draw(*samples, numbers)
+    batch = own.draw(samples, numbers)
     expected = F.mse_loss(own.model(batch.x_t, batch.t, batch.labels), batch.eps)
     assert torch.equal(own(samples, numbers), expected)
 
@@ -89,7 +90,7 @@ def test_the_loss_is_the_published_one():
 def test_a_model_without_classes_gets_no_labels():
     config = replace(NULL, null_class=False, use_class_cond=False)
     own = objective(config)
-    assert own.draw(*shapes(16), torch.arange(16)).labels is None
+    assert own.draw(shapes(16), torch.arange(16)).labels is None
     assert own(shapes(16), torch.arange(16)).isfinite()
 
 
@@ -128,7 +129,8 @@ def gradients(model, config, samples, autocast=None, **how):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-# Each pair of choices occurs; what is the published models' own is no business of the compiler's.
+# Every pair of choices occurs, except that the published config is not compiled in every way: the
+# compiler does not depend on its choices.
 CROSS = [
     *itertools.product(["toy"], [None, torch.bfloat16], ["none"], [False, True]),
     ("toy", None, "block", False),
@@ -147,7 +149,7 @@ CROSS = [
     ids=lambda value: {None: "float32", True: "checkpointed", False: "kept"}.get(value, str(value)),
 )
 def test_the_whole_models_gradients_obey_the_error_rule(name, autocast, compile, checkpointing):
-    """Against float64; the plain model under the same autocast sets the bound."""
+    """The oracle is in float64; the plain model under the same autocast sets the bound."""
     torch._dynamo.reset()
     config, samples = GRADIENT_CONFIGS[name], shapes(48)
     model = fastdit.DiT.from_config(config)
@@ -155,7 +157,7 @@ def test_the_whole_models_gradients_obey_the_error_rule(name, autocast, compile,
     plain, oracle = (reference.DiT.from_config(config) for _ in range(2))
     for other in (plain, oracle):
         other.load_state_dict(model.state_dict())
-    exact = Samples(samples.mean.double(), None, samples.labels)
+    exact = ImageBatch(samples.mean.double(), None, samples.labels)
     of_oracle = gradients(oracle.double(), config, exact)
     of_plain = gradients(plain, config, samples, autocast)
     actual = gradients(
@@ -177,9 +179,9 @@ def test_float64_losses_draw_what_float32_ones_do():
     randomize(model)
     samples, numbers = shapes(32), torch.arange(32)
     single = Objective(model, NULL, SCHEDULER, 0)
-    batch = single.draw(*samples, numbers)
+    batch = single.draw(samples, numbers)
     exact = Objective(model, NULL, SCHEDULER, 0).draw(
-        samples.mean.double(), None, samples.labels, numbers
+        ImageBatch(samples.mean.double(), None, samples.labels), numbers
     )
     assert torch.equal(exact.eps.float(), batch.eps) and torch.equal(exact.t, batch.t)
     out = model(batch.x_t, batch.t, batch.labels)

@@ -1,4 +1,4 @@
-"""Recipes: what is in them, how their rates run, and what they refuse."""
+"""Recipes: their values, their learning rates and decays, and the values they refuse."""
 
 import math
 from dataclasses import asdict, replace
@@ -44,7 +44,7 @@ def test_without_warm_up_the_rate_is_the_published_cosine():
     )
 
 
-def test_the_average_begins_short():
+def test_the_averages_decay_rises_to_its_value():
     recipe = Recipe(ema=0.99)
     decays = [recipe.ema_at(step) for step in range(2000)]
     assert decays[0] == 0.1 and decays == sorted(decays)

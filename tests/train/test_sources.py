@@ -1,4 +1,4 @@
-"""What training draws from: the set's images, each once a pass, in an order that is the seed's."""
+"""The training sets: their images and identities, and the models that fit them."""
 
 import json
 
@@ -8,9 +8,7 @@ import torch
 
 from fastdit import DiTConfig
 from fastdit.data.shapes import coloured_shapes
-from fastdit.train.sources import Ahead, Latents, Order, Shapes, check_fits, check_same, open_source
-
-CPU = torch.device("cpu")
+from fastdit.train.sources import Latents, Shapes, check_fits, check_same_data, open_source
 
 
 def test_shapes_are_the_coloured_shapes():
@@ -34,7 +32,7 @@ def test_latents_are_the_shards_rows(latents):
     assert labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
 
 
-def test_a_source_is_made_again_from_its_identity(latents):
+def test_a_source_is_opened_again_from_its_identity(latents):
     for source in (Shapes(2, 1), Latents(latents[0])):
         identity = json.loads(json.dumps(source.identity))
         again = open_source(identity)
@@ -47,47 +45,15 @@ def test_other_data_are_refused_and_a_moved_folder_is_not(latents, tmp_path):
     folder = latents[0]
     before = Latents(folder).identity
     moved = folder.rename(tmp_path / "moved")
-    check_same(Latents(moved).identity, before)
+    check_same_data(Latents(moved).identity, before)
     with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found none"):
         open_source(before)
     plan = json.loads((moved / "plan.json").read_text())
     (moved / "plan.json").write_text(json.dumps(plan | {"labels": [0] * 10}))
     with pytest.raises(ValueError, match="data: the run was started on"):
-        check_same(Latents(moved).identity, before)
+        check_same_data(Latents(moved).identity, before)
     with pytest.raises(ValueError, match="expected the identity of shapes or latents, got"):
         open_source({"kind": "movies"})
-
-
-@pytest.mark.parametrize("batch", [1, 7, 10, 25])
-def test_every_pass_shows_every_image_once_in_another_order(batch):
-    order = Order(10, seed=3)
-    stream = torch.cat([order.rows(first, batch) for first in range(0, 50, batch)])[:50]
-    passes = stream.view(5, 10)
-    assert torch.equal(passes.sort(dim=1).values, torch.arange(10).expand(5, 10))
-    assert len(passes.unique(dim=0)) == 5
-    assert torch.equal(stream, Order(10, seed=3).rows(0, 50)), "the same whatever the batch"
-    assert not torch.equal(stream, Order(10, seed=4).rows(0, 50))
-
-
-@pytest.mark.parametrize("in_background", [False, True])
-def test_samples_taken_ahead_are_those_asked_for(latents, in_background):
-    source = Latents(latents[0])
-    ahead, order = Ahead(source, CPU, in_background), Order(10, 0)
-    asked = [order.rows(4 * i, 4) for i in range(5)]
-    for now, after in zip(asked, [*asked[1:], None], strict=True):
-        samples, expected = ahead.take(now, after), source.take(now)
-        assert all(torch.equal(a, b) for a, b in zip(samples, expected, strict=True))
-    other = ahead.take(asked[3], asked[0])  # not what was foreseen
-    assert torch.equal(other.mean, source.take(asked[3]).mean)
-
-
-def test_an_error_while_reading_ahead_is_raised_where_it_is_needed(latents):
-    folder = latents[0]
-    ahead = Ahead(Latents(folder), CPU, in_background=True)
-    (folder / "00000002.npy").write_bytes(b"torn")
-    ahead.take(torch.tensor([0]), torch.tensor([9]))
-    with pytest.raises(ValueError, match="00000002.npy: it is damaged"):
-        ahead.take(torch.tensor([9]), None)
 
 
 @pytest.mark.parametrize(
