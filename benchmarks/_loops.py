@@ -16,7 +16,7 @@ from fastdit import DiTConfig, reference
 from fastdit.train.losses import diffusion_loss
 from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import PRECISIONS, Runtime
-from fastdit.train.sources import Samples, Source
+from fastdit.train.sources import ImageBatch, Source
 from fastdit.train.trainer import Trainer
 
 LATENTS = 512  # drawn for a published model; none is looked at
@@ -43,8 +43,8 @@ class RandomLatents:
     def __len__(self) -> int:
         return LATENTS
 
-    def take(self, rows: Tensor) -> Samples:
-        return Samples(self.means[rows], self.stds[rows], self.labels[rows])
+    def take(self, rows: Tensor) -> ImageBatch:
+        return ImageBatch(self.means[rows], self.stds[rows], self.labels[rows])
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
 from fastdit.data.shapes import LABEL_NAMES, judge
 from fastdit.diffusion import TerminalSNRWarning, timestep_embedding
+from fastdit.train.loading import ShuffledOrder
 from fastdit.train.objective import Objective
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.sources import Order, Samples, Shapes
+from fastdit.train.sources import ImageBatch, Shapes
 
 COLUMNS = {
     "model": "",
@@ -113,7 +114,7 @@ def train(name: str, recipe: Recipe, source: Shapes) -> tuple[nn.Module, list[fl
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )
-    order, losses = Order(len(source), recipe.seed), []
+    order, losses = ShuffledOrder(len(source), recipe.seed), []
     for step in tqdm(range(recipe.steps), desc=f"{name}, {len(source)} images", leave=False):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step)
@@ -133,7 +134,7 @@ def held_out_loss(model: nn.Module, recipe: Recipe) -> float:
     source = Shapes(HELD_OUT_PER_CLASS, HELD_OUT_SEED)
     scheduler = DiffusionScheduler(recipe.T, schedule=recipe.schedule)
     objective = Objective(model, DiTConfig(), scheduler, HELD_OUT_SEED)
-    everything: Samples = source.take(torch.arange(len(source)))
+    everything: ImageBatch = source.take(torch.arange(len(source)))
     return objective(everything, torch.arange(len(source))).item()
 
 

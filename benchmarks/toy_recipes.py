@@ -23,9 +23,10 @@ from _harness import machine, print_machine, table, write_json
 from fastdit import DiTConfig
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.model import DiT
-from fastdit.train.monitor import Monitor, shapes_sampler
+from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe, Showing
 from fastdit.train.runtime import Runtime
+from fastdit.train.samples import shapes_sampler
 from fastdit.train.sources import Shapes
 from fastdit.train.trainer import Trainer
 

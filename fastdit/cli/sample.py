@@ -22,7 +22,7 @@ from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_err
 from fastdit.config import DiTConfig
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import decode, digest, latent_channels, load_vae
-from fastdit.data.shards import write_many
+from fastdit.data.shards import write_sharded_npz
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.sampling.executions import EXECUTIONS
@@ -164,7 +164,7 @@ def _sample_many(
 
     # After a stop one process may have most of its batches left while the others wait for it.
     with processes(timeout=timedelta(days=7)) as world:
-        write_many(out, make, plan, "arr_0" if pixels else "latents", world.rank, world.size)
+        write_sharded_npz(out, make, plan, "arr_0" if pixels else "latents", world.rank, world.size)
         if world.rank == 0:
             print(f"wrote {plan['num']} images to {out}")
 

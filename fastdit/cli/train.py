@@ -20,10 +20,11 @@ from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
 from fastdit.train.distributed import processes
-from fastdit.train.monitor import Monitor, latents_sampler, shapes_sampler
+from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.train.run_folder import RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
+from fastdit.train.samples import latents_sampler, shapes_sampler
 from fastdit.train.sources import Latents, Shapes, Source
 from fastdit.train.trainer import Trainer, TrainResult
 

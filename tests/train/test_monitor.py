@@ -9,7 +9,7 @@ import pytest
 
 import fastdit
 from fastdit import DiffusionScheduler
-from fastdit.train import monitor
+from fastdit.train import monitor, samples
 from fastdit.train.recipe import SHOWINGS, Recipe
 from fastdit.train.run_folder import RunFolder
 from fastdit.train.sources import Shapes
@@ -19,7 +19,7 @@ from fastdit.train.trainer import Trainer
 def test_samples_that_the_solver_cannot_make_are_refused_before_training():
     with pytest.raises(ValueError, match="steps: no stride takes 50 of 60"):
         scheduler = DiffusionScheduler(60, schedule="cosine")
-        monitor.shapes_sampler(fastdit.DiTConfig(), scheduler, SHOWINGS["dit"])
+        samples.shapes_sampler(fastdit.DiTConfig(), scheduler, SHOWINGS["dit"])
 
 
 def test_tensorboard_gets_the_metrics_where_it_is_installed(tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_a_model_without_classes_is_trained_and_shown(tmp_path):
     config = fastdit.DiTConfig(hidden=16, n_layers=1, n_heads=1, use_class_cond=False)
     recipe = Recipe(steps=2, batch_size=8, T=25, schedule="cosine")
     trainer = Trainer(config, recipe, Shapes(1), tmp_path)
-    sample = monitor.shapes_sampler(config, trainer.scheduler, SHOWINGS["sharp"], per_class=4)
+    sample = samples.shapes_sampler(config, trainer.scheduler, SHOWINGS["sharp"], per_class=4)
     shows = monitor.Monitor(trainer.folder, sample=sample)
     trainer.run(shows)
     assert shows.grid.exists() and shows.shown.measured == {}
