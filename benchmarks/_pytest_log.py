@@ -1,7 +1,7 @@
-"""A pytest plugin that appends a line of JSON for a test found, begun and ended.
+"""A pytest plugin that logs a line of JSON when a test is found, begins and ends.
 
-The file is named by FASTDIT_TEST_LOG. A test that leaves the GPU broken, as an illegal address
-does, ends the process, since every later one would fail for it.
+The variable FASTDIT_TEST_LOG names the file. A test that leaves the GPU broken, for example by an
+illegal address, ends the process, since every later test would fail because of it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _broken() -> str:
-    """What the GPU says, where it serves this process no more."""
+    """Return the GPU's error if this process cannot use it any more."""
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
