@@ -1,6 +1,6 @@
 """The Python time of one call of an op: from the call to the driver's launch, and back.
 
-The inputs are small, so that no call waits for the device; on a GPU the calls are not synchronised.
+The inputs are small and the calls are not synchronised, so that no call waits for the device.
 The columns are the public op without gradients, the registered op below it, the kernel's launcher
 below that, the public op with gradients, and the backward. Rounds are interleaved. A figure is the
 median over the rounds of the mean of a round's calls, in CPU time of this process, so that other
@@ -12,6 +12,7 @@ load on the machine counts less. These are figures of the CPU that runs Python, 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -116,6 +117,8 @@ def main() -> None:
     parser = harness.parser(__doc__, device=True)
     parser.add_argument("--rounds", type=positive, default=20)
     args = parser.parse_args()
+    if args.device.type != "cuda":
+        sys.exit("host_time.py: needs a GPU, since the kernels are launched")
     results = Results.of(args, args.device)
     print("microseconds of Python for each call, on this CPU; nothing here is a device's speed")
     everything = floor(args.device)

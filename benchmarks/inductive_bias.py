@@ -188,11 +188,9 @@ def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[400, 3200, 25600])
     parser.add_argument(
-        "--steps", type=positive, nargs="+", default=[750, 3000], help="up to three numbers"
+        "--steps", type=positive, nargs="+", default=[750, 3000], help="up to three"
     )
-    parser.add_argument(
-        "--samples", type=positive, default=20, help="samples of each class that are judged"
-    )
+    parser.add_argument("--samples", type=positive, default=20, help="judged, of each class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, metavar="PATH", help="needs matplotlib")
     args = parser.parse_args()

@@ -37,25 +37,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pytest's importlib mode does not
 
 import _harness as harness  # noqa: E402
+import _ops as ops  # noqa: E402
 from _harness import Results, Row, positive, seconds, table  # noqa: E402
-from _ops import (  # noqa: E402
-    ATTENTION,
-    CPU,
-    DTYPES,
-    FULL,
-    OPS,
-    QUICK,
-    SDPA,
-    UPDATE,
-    Case,
-    copies,
-    inputs,
-    make,
-    oracle,
-    outputs,
-    ways,
-    work,
-)
+from _ops import Case  # noqa: E402
 
 from fastdit import testing  # noqa: E402
 
@@ -83,15 +67,15 @@ def calls(case: Case, function: Callable[..., Any], backward: bool, device: torc
     """Return one call for each copy of the inputs; for a backward, the forward has run."""
 
     def call(seed: int) -> Callable[[], Any]:
-        tensors, options = inputs(case, device, seed)
+        tensors, options = ops.inputs(case, device, seed)
         if not backward:
             return torch.no_grad()(lambda: function(*tensors, **options))
         leaves = [t.detach().requires_grad_() for t in tensors]
-        outs = outputs(function(*leaves, **options))
+        outs = ops.outputs(function(*leaves, **options))
         upstream = [torch.randn_like(out) for out in outs]
         return lambda: torch.autograd.grad(outs, leaves, upstream, retain_graph=True)
 
-    return [call(seed) for seed in range(copies(work(case, backward)[0], device))]
+    return [call(seed) for seed in range(ops.copies(ops.work(case, backward)[0], device))]
 
 
 def clock() -> float:
@@ -163,25 +147,22 @@ def side_stream(args: argparse.Namespace) -> Any:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = _args(metafunc.config)
     on_cpu = options.device.type == "cpu"
-    known = QUICK if options.quick else CPU if on_cpu else FULL
+    known = ops.QUICK if options.quick else ops.CPU if on_cpu else ops.FULL
     chosen = [case for case in known if case.op in options.op]
     if metafunc.function is test_op:
         cases = [
             pytest.param(case, way, name, id=f"{case}-{name}-{way}".replace(" ", "-"))
-            for name in (
-                "forward",
-                "backward",
-            )  # all forwards first, since sampling needs only them
+            for name in ("forward", "backward")  # in this order, since sampling needs no backward
             for case in chosen
-            for way in ways(case, options.quick)
+            for way in ops.ways(case, options.quick)
             if name == "forward" or _has_backward(case, way, options.quick)
         ]
         metafunc.parametrize(("case", "way", "direction"), cases)
     elif metafunc.function is test_copy:
-        moved = {_power_of_two(work(case, b)[0]) for case in chosen for b in (False, True)}
+        moved = {_power_of_two(ops.work(case, b)[0]) for case in chosen for b in (False, True)}
         metafunc.parametrize("moved", sorted(moved), ids="{}B".format)
     elif metafunc.function is test_matmul:
-        dtypes = dict.fromkeys(case.dtype for case in chosen if case.op == ATTENTION)
+        dtypes = dict.fromkeys(case.dtype for case in chosen if case.op == ops.ATTENTION)
         sizes = {"bfloat16": (8192, 4096), "float32": (4096,)}
         if options.quick or on_cpu:
             sizes = dict.fromkeys(sizes, (256,) if options.quick else (1024,))
@@ -191,7 +172,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _has_backward(case: Case, way: str, quick: bool) -> bool:
     # Compiling a backward takes a minute on a CPU.
-    return case.op != UPDATE and not (quick and way == "compiled")
+    return case.op != ops.UPDATE and not (quick and way == "compiled")
 
 
 def _power_of_two(n: int) -> int:
@@ -209,7 +190,7 @@ def test_copy(moved, args, benchmark, record_property):
     row |= {"bytes": 4 * elements, "flop": 0}
     buffers = [
         torch.randn(2, elements, device=args.device).bfloat16()
-        for _ in range(copies(moved, args.device))
+        for _ in range(ops.copies(moved, args.device))
     ]
     turns = [lambda b=b: b[1].copy_(b[0]) for b in buffers]
     record_property("row", row | measure(benchmark, turns, args))
@@ -217,12 +198,12 @@ def test_copy(moved, args, benchmark, record_property):
 
 @timed
 def test_matmul(dtype, n, args, benchmark, record_property):
-    moved = 3 * n * n * DTYPES[dtype].itemsize
+    moved = 3 * n * n * ops.DTYPES[dtype].itemsize
     row = {"op": "matmul", "pass": "ceiling", "way": "@", "shape": f"{n}^3", "dtype": dtype}
     row |= {"bytes": moved, "flop": 2 * n**3}
     pairs = [
-        torch.randn(2, n, n, device=args.device).to(DTYPES[dtype])
-        for _ in range(copies(moved, args.device))
+        torch.randn(2, n, n, device=args.device).to(ops.DTYPES[dtype])
+        for _ in range(ops.copies(moved, args.device))
     ]
     turns = [lambda p=p: p[0] @ p[1] for p in pairs]
     record_property("row", row | measure(benchmark, turns, args))
@@ -232,18 +213,18 @@ def test_matmul(dtype, n, args, benchmark, record_property):
 def test_op(case, way, direction, args, benchmark, record_property):
     device, backward = args.device, direction == "backward"
     benchmark.group = f"{case} {direction}"
-    moved, flop = work(case, backward)
+    moved, flop = ops.work(case, backward)
     row = {"op": case.op, "pass": direction, "way": way, "shape": case.size, "dtype": case.dtype}
     row |= {"bytes": moved, "flop": flop}
-    function = make(way, case.op, device)
+    function = ops.make(way, case.op, device)
     try:
-        tensors, options = inputs(case, device, seed=0)
+        tensors, options = ops.inputs(case, device, seed=0)
         with warnings.catch_warnings():
-            if way in SDPA:
+            if way in ops.SDPA:
                 warnings.simplefilter("ignore")  # the row says why a kernel cannot run
             if not backward:
                 with torch.no_grad():
-                    result = outputs(function(*tensors, **options))
+                    result = ops.outputs(function(*tensors, **options))
             # With donated buffers a compiled backward could run only once.
             with torch._functorch.config.patch(donated_buffer=False):
                 turns = calls(case, function, backward, device)
@@ -251,14 +232,14 @@ def test_op(case, way, direction, args, benchmark, record_property):
     except torch.cuda.OutOfMemoryError:
         row["us"] = "out of memory"
     except RuntimeError as error:
-        if way not in SDPA:
+        if way not in ops.SDPA:
             raise
         row |= {"us": "not available", "reason": str(error).splitlines()[0]}
     if "us" in row:
         record_property("row", row)
         pytest.skip(f"{way}: {row['us']}")
     if not backward:
-        row["error"] = max(map(testing.relative_error, result, oracle(case, device)))
+        row["error"] = max(map(testing.relative_error, result, ops.oracle(case, device)))
         del result
     record_property("row", row | measure(benchmark, turns, args))
 
@@ -318,7 +299,7 @@ class Script:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = harness.parser(__doc__, device=True)
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP")
+    parser.add_argument("--op", nargs="+", choices=ops.OPS, default=list(ops.OPS), metavar="OP")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--rounds", type=positive, help="timed rounds; default 30, quick 5")
     args = parser.parse_args(argv)

@@ -29,20 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import _harness as harness
+import _ways as ways
 import roofline
 import torch
 from _harness import DTYPES, FIGURE, Results, Row, attempt, median_ratio, positive, seconds, table
-from _ways import (
-    BASELINE,
-    COMPILED,
-    MAX_AUTOTUNE,
-    TRAJECTORY,
-    WAYS,
-    Case,
-    Way,
-    obstacle,
-    trajectory_obstacle,
-)
+from _ways import TRAJECTORY, Case, Way
 from tqdm import tqdm
 
 import fastdit
@@ -64,7 +55,7 @@ MEMORY_COLUMNS = {"peak MiB": ".0f", "parts MiB": ".0f"}  # beyond the model's o
 class Sampling(harness.SideBySide):
     """All ways to sample one batch."""
 
-    BASES = {"ratio": BASELINE, "to compiled": "reference compiled"}
+    BASES = {"ratio": ways.BASELINE, "to compiled": "reference compiled"}
 
     def __init__(self, case: Case, batch: int, names: list[str], results: Results) -> None:
         facts = {"preset": case.preset, "dtype": str(case.dtype).removeprefix("torch.")}
@@ -81,7 +72,7 @@ class Sampling(harness.SideBySide):
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         # A new way for each batch, so that its memory is seen; PyTorch keeps compiled code.
-        way = WAYS[name](case)
+        way = ways.WAYS[name](case)
         row["first run s"] = seconds(lambda: images.append(way(self.labels, None)), case.device)
         if on_gpu:
             row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
@@ -114,7 +105,7 @@ class Sampling(harness.SideBySide):
             flop = flops.flop(self.case.cfg, self.images) * steps
             achieved = [flop / taken for taken in times]
             row |= {"FMA share": median_ratio(achieved, self.peaks), "FMA peaks": self.peaks}
-        if name in COMPILED:
+        if name in ways.COMPILED:
             row["compile s"] = max(0.0, row["first run s"] - median)  # 0 if compiled before
 
     def add_floor(self) -> None:
@@ -134,10 +125,10 @@ def run(case: Case, args: argparse.Namespace, results: Results) -> None:
     dtype = str(case.dtype).removeprefix("torch.")
     print(
         f"\n{case.preset}: {case.scheduler.T} steps, {dtype}; error is to the float64 reference "
-        f"with the same noise, ratio to {BASELINE}, share to the floor of a step"
+        f"with the same noise, ratio to {ways.BASELINE}, share to the floor of a step"
     )
     chosen, first = list(args.way), len(results["rows"])
-    reason = trajectory_obstacle(case) if TRAJECTORY in chosen else None
+    reason = ways.trajectory_obstacle(case) if TRAJECTORY in chosen else None
     if reason:
         print(f"without {TRAJECTORY}, which {reason}")
         chosen.remove(TRAJECTORY)
@@ -202,19 +193,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--way",
         nargs="+",
-        choices=WAYS,
+        choices=ways.WAYS,
         metavar="NAME",
-        help=f"one or more of {', '.join(WAYS)}; "
-        f"default: all that can run here except {MAX_AUTOTUNE}",
+        help=f"one or more of {', '.join(ways.WAYS)}; "
+        f"default: all that can run here except {ways.MAX_AUTOTUNE}",
     )
     parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each way")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="needs fastdit[plots]")
     args = parser.parse_args(argv)
-    obstacles: dict[str, Any] = {way: obstacle(way, args.device) for way in WAYS}
+    obstacles: dict[str, Any] = {way: ways.obstacle(way, args.device) for way in ways.WAYS}
     for way in args.way or ():
         if obstacles[way]:
             parser.error(f"--way: {way!r} {obstacles[way]}")
-    default = [way for way in WAYS if not obstacles[way] and way != MAX_AUTOTUNE]
+    default = [way for way in ways.WAYS if not obstacles[way] and way != ways.MAX_AUTOTUNE]
     args.way = list(dict.fromkeys(args.way or default))
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot: needs matplotlib; pip install 'fastdit[plots]'")
@@ -225,7 +216,7 @@ def main() -> None:
     args = parse()
     results = Results.of(args, args.device, floors=[])
     with harness.fresh_compile_cache():
-        if set(args.way) & set(COMPILED):  # starting the compiler belongs to no way's compile time
+        if set(args.way) & set(ways.COMPILED):  # compile times exclude the compiler's start
             torch.compile(lambda x: x + 1)(torch.ones(8, device=args.device))
         for preset in args.preset:
             for dtype in args.dtype:

@@ -91,12 +91,8 @@ def measure(
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of every recipe's steps")
-    parser.add_argument(
-        "--per-class", type=int, default=40, help="samples of each class that are judged"
-    )
-    parser.add_argument(
-        "--images", type=positive, default=200, help="training images of each class"
-    )
+    parser.add_argument("--per-class", type=int, default=40, help="judged samples of each class")
+    parser.add_argument("--images", type=positive, default=200, help="for training, of each class")
     parser.add_argument("--compile", default="whole", choices=["none", "block", "whole"])
     args = parser.parse_args()
     if args.scale <= 0 or args.per_class < 4:

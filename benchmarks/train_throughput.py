@@ -28,21 +28,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import _harness as harness
+import _loops as loops
 import torch
 from _harness import FIGURE, Results, Row, positive, seconds, table
-from _loops import (
-    BASELINE,
-    COMPILED,
-    EAGER,
-    PLAIN_COMPILED,
-    WAYS,
-    Loop,
-    RandomLatents,
-    Task,
-    Weights,
-    initial_weights,
-    make_loop,
-)
+from _loops import BASELINE, Loop, Task, Weights
 from torch import Tensor
 from tqdm import tqdm
 
@@ -106,19 +95,18 @@ def _state_bytes(loop: Loop) -> int:
 class Training(harness.SideBySide):
     """All loops, with one batch size."""
 
-    BASES = {"ratio": BASELINE, "to compiled": PLAIN_COMPILED}
+    BASES = {"ratio": BASELINE, "to compiled": loops.PLAIN_COMPILED}
 
     def __init__(
         self, ways: list[str], task: Task, initial: Weights, steps: int, results: Results
     ) -> None:
         batch = task.recipe.batch_size
-        super().__init__(
-            {way: {"way": way, "batch": batch} for way in ways}, steps * batch, results
-        )
+        rows = {way: {"way": way, "batch": batch} for way in ways}
+        super().__init__(rows, steps * batch, results)
         self.task, self.initial, self.steps = task, initial, steps
 
     def begin(self, name: str) -> Loop:
-        loop = make_loop(name, self.task, self.initial)
+        loop = loops.make_loop(name, self.task, self.initial)
         self.rows[name]["first step s"] = seconds(loop.train_step, self.task.device)
         self.rows[name]["memory MiB"] = memory(loop, self.task.device)
         return loop
@@ -142,7 +130,7 @@ def measure_rates(
     dtype = PRECISIONS[task.precision] or torch.float32
     peak = results["product FLOP/s"] = flops.product_rate(task.device, dtype)
     print(f"a large {task.precision} product: {peak / 1e9:.0f} GFLOP/s")
-    initial = initial_weights(task)
+    initial = loops.initial_weights(task)
     for batch in batches:
         first = len(results["rows"])
         own = replace(task, recipe=replace(task.recipe, batch_size=batch))
@@ -158,7 +146,7 @@ def measure_rates(
 def learn(way: str, task: Task) -> Row:
     """Train fully, then sample and judge."""
     start, recipe = time.perf_counter(), task.recipe
-    loop = make_loop(way, task, initial_weights(task))
+    loop = loops.make_loop(way, task, loops.initial_weights(task))
     for _ in tqdm(range(recipe.steps), desc=f"{way}, seed {recipe.seed}", leave=False):
         loop.train_step()
     a_pass = len(task.source) // recipe.batch_size
@@ -182,7 +170,8 @@ def print_summary(rows: list[Row]) -> None:
     for row in rows:
         by_way.setdefault(row["way"], []).append(row)
     final = {way: [row["final loss"] for row in own] for way, own in by_way.items()}
-    mean, spread = statistics.mean(final[BASELINE]), max(final[BASELINE]) - min(final[BASELINE])
+    mean = statistics.mean(final[BASELINE])
+    spread = max(final[BASELINE]) - min(final[BASELINE])
     print(f"\n{BASELINE}: mean final loss {mean:.4f}, spread over the seeds {spread:.4f}")
     for way in by_way.keys() - {BASELINE}:
         print(f"{way}: mean final loss {statistics.mean(final[way]) - mean:+.4f} from that")
@@ -205,14 +194,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="in fastdit's loops")
     parser.add_argument("--rounds", type=positive, default=7, help="timed turns of each loop")
     parser.add_argument("--steps", type=positive, default=25, help="steps in a turn")
-    parser.add_argument("--way", nargs="+", choices=WAYS, help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="train the toy fully")
-    parser.add_argument(
-        "--full-steps", type=positive, default=Recipe.steps, help="steps of a full training"
-    )
-    parser.add_argument(
-        "--per-class", type=positive, default=200, help="training images of each class of the toy"
-    )
+    parser.add_argument("--way", nargs="+", choices=loops.WAYS, help="default: all")
+    own = parser.add_argument_group("the toy")
+    own.add_argument("--seeds", type=int, nargs="*", default=[], help="also train fully")
+    own.add_argument("--full-steps", type=positive, default=Recipe.steps, help="of a full training")
+    own.add_argument("--per-class", type=positive, default=200, help="training images of a class")
     args = parser.parse_args(argv)
     if args.seeds and args.preset != "toy":
         parser.error("--seeds: only the toy is trained fully")
@@ -226,16 +212,16 @@ def main() -> None:
     config = fastdit.PRESETS[args.preset]
     recipe = replace(RECIPES["seed" if toy else "dit"], steps=100_000, label_dropout=0.0, ema=None)
     batches = args.batch or [recipe.batch_size]
-    source: Source = Shapes(args.per_class) if toy else RandomLatents(config)
+    source: Source = Shapes(args.per_class) if toy else loops.RandomLatents(config)
     if max(batches) > len(source):
         raise SystemExit(f"--batch: expected at most {len(source)}, got {max(batches)}")
     task = Task(config, recipe, source, args.device, args.precision, args.checkpointing)
-    ways = list(dict.fromkeys(args.way or WAYS))
+    ways = list(dict.fromkeys(args.way or loops.WAYS))
     results = Results.of(args, args.device, learned=[])
     with harness.fresh_compile_cache():
         measure_rates(ways, task, batches, Turns(args.rounds, args.steps), results)
     for seed in args.seeds:
-        for way in (BASELINE, COMPILED if COMPILED in ways else EAGER):
+        for way in (BASELINE, loops.COMPILED if loops.COMPILED in ways else loops.EAGER):
             full = replace(RECIPES["seed"], steps=args.full_steps, seed=seed)
             own = replace(task, recipe=full, source=Shapes(args.per_class, seed))
             results["learned"].append(learn(way, own))
