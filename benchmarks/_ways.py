@@ -134,7 +134,9 @@ def diffusers_way(case: Case) -> Way:
         patch_size=cfg.patch_size,
         num_embeds_ada_norm=cfg.num_classes,
     )
-    model = model.to(case.device, case.dtype).eval()
+    model = model.to(case.device).eval()
+    if case.dtype != torch.float32:  # diffusers warns of any dtype
+        model = model.to(case.dtype)
     betas = case.scheduler.tables["betas"].numpy()
     scheduler = DDPMScheduler(case.scheduler.T, trained_betas=betas, clip_sample=False)
     scheduler.set_timesteps(case.scheduler.T)
