@@ -68,11 +68,11 @@ class Sampling(harness.SideBySide):
         """Make the way and sample once, to find its compile time, memory and error."""
         row, case, images = self.rows[name], self.case, []
         on_gpu = case.device.type == "cuda"
+        # A new way for each batch, so that its memory is seen; PyTorch keeps compiled code.
+        way = ways.WAYS[name](case)
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        # A new way for each batch, so that its memory is seen; PyTorch keeps compiled code.
-        way = ways.WAYS[name](case)
         row["first run s"] = seconds(lambda: images.append(way(self.labels, None)), case.device)
         if on_gpu:
             row["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
