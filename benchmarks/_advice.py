@@ -1,60 +1,59 @@
-"""What rows of `_tune.py` mean for the code: the best configuration, its gain, its line."""
+"""What the rows of `_tune.py` mean for the code: best configurations, gains, lines to change."""
 
 from __future__ import annotations
 
-import math
 import re
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from _harness import ROOT, table
+from _harness import ROOT, Row, table
 
 KERNELS = ROOT / "kernels"
 COLUMNS = {
-    "kernel": "",
-    "shape": "",
-    "dtype": "",
-    "default": "",
+    **dict.fromkeys(("kernel", "shape", "dtype", "default"), ""),
     "us": ".1f",
     "best": "",
     "best us": ".1f",
     "faster": ".2f",
 }
-Row = dict[str, Any]
-Values = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Where a kernel's configurations are listed: a file, the name above the list, the entries."""
+    """Where a kernel's configurations are listed.
+
+    Attributes:
+        file: in the folder of the kernels.
+        name: the table or the function that holds the list.
+        entry: the values of an entry in order; "maxnreg" may be missing.
+        kind: the class of an entry, if it is not a plain tuple.
+    """
 
     file: str
     name: str
-    entry: tuple[str, ...]  # which values make an entry, in order; "maxnreg" only where it is given
-    kind: str = ""  # the class of an entry, if it is not a plain tuple
+    entry: tuple[str, ...]
+    kind: str = ""
 
 
-_TILE = ("num_warps", "num_stages")
-_OWN_STEP = (("BM", "BN", *_TILE, "maxnreg"), "Tile")
-_STEP_OWN = (("BN", "BM", *_TILE, "maxnreg"), "Tile")
-_ROWS = ("ROWS", "num_warps")
+_LAUNCH = ("num_warps", "num_stages")
+_BY_QUERY, _BY_KEY = ("BM", "BN", *_LAUNCH, "maxnreg"), ("BN", "BM", *_LAUNCH, "maxnreg")
 TABLES = {
-    "attention_fwd": Table("attention_configs.py", "_FWD", *_OWN_STEP),
-    "attention_dq_bwd": Table("attention_configs.py", "_DQ", *_OWN_STEP),
-    "attention_dkv_bwd": Table("attention_configs.py", "_DKV", *_STEP_OWN),
-    "trajectory": Table("trajectory_configs.py", "_SIZES", ("CHUNK", *_TILE, "STAGES")),
+    "attention_fwd": Table("attention_configs.py", "_FWD", _BY_QUERY, "Tile"),
+    "attention_dq_bwd": Table("attention_configs.py", "_DQ", _BY_QUERY, "Tile"),
+    "attention_dkv_bwd": Table("attention_configs.py", "_DKV", _BY_KEY, "Tile"),
+    "trajectory": Table("trajectory_configs.py", "_SIZES", ("CHUNK", *_LAUNCH, "STAGES")),
     "sampler_update": Table("sampling.py", "sampler_update_configs", ("BLOCK", "num_warps")),
 }
-for _kernel in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
-    for _pass in ("fwd", "bwd"):
-        _name = f"layer_norm_modulate_{_pass}_configs"
-        TABLES[f"{_kernel}_{_pass}"] = Table("adaln.py", _name, _ROWS)
+for _pass in ("fwd", "bwd"):
+    _own = Table("adaln.py", f"layer_norm_modulate_{_pass}_configs", ("ROWS", "num_warps"))
+    TABLES[f"layer_norm_modulate_{_pass}"] = _own
+    TABLES[f"gated_residual_layer_norm_modulate_{_pass}"] = _own
 
 
 def best_of(rows: Iterable[Row]) -> list[Row]:
-    """A line a kernel and shape: its default, its best, and how many times as fast that is."""
+    """Return a line for each kernel and shape: its default, its best configuration, the gain."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["shape"], row["dtype"], row["arch"]), []).append(row)
@@ -74,17 +73,17 @@ def best_of(rows: Iterable[Row]) -> list[Row]:
 
 
 def entry_of(row: Row) -> str:
-    """A configuration as its table has it: "Tile(128, 64, 8, 3)"."""
+    """Return a configuration as its table spells it: "Tile(128, 64, 8, 3)"."""
     place, values = TABLES[row["kernel"]], row["values"]
     listed = [name for name in place.entry if name != "maxnreg" or values.get(name)]
     return f"{place.kind}({', '.join(str(values.get(name, '-')) for name in listed)})"
 
 
 def changes(rows: list[Row], folder: Path = KERNELS) -> list[str]:
-    """For each line of code that lists configurations, what to put first in it.
+    """Say for each line of code that lists configurations which entry should come first.
 
-    A line serves several shapes: the best is the entry with the least geometric mean of its times
-    over the default's, among those that ran on every shape.
+    A line may serve several shapes. The best entry has the least geometric mean of its times over
+    the default's times, among the entries that ran on every shape.
     """
     lines: dict[tuple[str, int], list[Row]] = {}
     advice = []
@@ -112,7 +111,7 @@ def changes(rows: list[Row], folder: Path = KERNELS) -> list[str]:
 
 
 def _means(rows: list[Row]) -> dict[str, float]:
-    """By entry the geometric mean over the shapes of its time over the default's."""
+    """Return by entry the geometric mean over the shapes of its time over the default's time."""
     times: dict[tuple[str, str, str], dict[str, float]] = {}
     defaults: dict[tuple[str, str, str], str] = {}
     for row in rows:
@@ -121,48 +120,36 @@ def _means(rows: list[Row]) -> dict[str, float]:
             defaults[key] = entry_of(row)
         if isinstance(row.get("us"), float):
             times.setdefault(key, {})[entry_of(row)] = row["us"]
-    shapes = [key for key in times if defaults.get(key) in times[key]]
+    shapes = [(own, own[defaults[key]]) for key, own in times.items() if defaults.get(key) in own]
     if not shapes:
         return {}
-    everywhere = set.intersection(*(set(times[key]) for key in shapes))
+    everywhere = set.intersection(*(set(own) for own, _ in shapes))
     return {
-        entry: math.exp(
-            sum(math.log(times[key][entry] / times[key][defaults[key]]) for key in shapes)
-            / len(shapes)
-        )
+        entry: statistics.geometric_mean(own[entry] / default for own, default in shapes)
         for entry in everywhere
     }
 
 
 def line_of(row: Row, folder: Path = KERNELS) -> tuple[str, int] | None:
-    """(file, number) of the line that lists a row's configurations, or None."""
+    """Return (file, number) of the line that lists a row's configurations, or None."""
     place = TABLES[row["kernel"]]
-    source = (folder / place.file).read_text().splitlines()
-    pattern = rf"(def )?{place.name}\b"
-    start = next((i for i, line in enumerate(source) if re.match(pattern, line)), None)
-    if start is None:
-        return None
-    below = list(enumerate(source))[start + 1 :]
+    headings = [rf"(def )?{place.name}\b"]
     if place.name.startswith("_"):  # a table by architecture
-        family = rf'\s+"{row["arch"]}": '
-        below = [(i, line) for i, line in below]
-        at = next((n for n, (_, line) in enumerate(below) if re.match(family, line)), None)
-        if at is None:
-            return None
-        if row["kernel"] == "trajectory":  # and in it by tokens and hidden
-            _, tokens, hidden = row["shape"].split("x")
-            of_shape = rf"\s+\({tokens}, {hidden}\): \["
-            found = (i for i, line in below[at:] if re.match(of_shape, line))
-        else:
-            found = (i for i, line in below[at:] if re.match(family, line))
+        headings.append(rf'\s+"{row["arch"]}": ')
     else:
-        found = (i for i, line in below if re.match(r"\s+return ", line))
-    number = next(found, None)
-    return None if number is None else (place.file, number + 1)
+        headings.append(r"\s+return ")
+    if row["kernel"] == "trajectory":  # whose table is also by tokens and hidden
+        _, tokens, hidden = row["shape"].split("x")
+        headings.append(rf"\s+\({tokens}, {hidden}\): \[")
+    numbered = enumerate((folder / place.file).read_text().splitlines(), start=1)
+    number = None
+    for heading in headings:  # each is searched below the previous one
+        number = next((n for n, line in numbered if re.match(heading, line)), None)
+    return None if number is None else (place.file, number)
 
 
 def _with_first(line: str, entry: str) -> str | None:
-    """A line's list with an entry moved to its front; None where it does not list it literally."""
+    """Return a line with an entry of its list moved to the front, or None if it is not there."""
     head, bracket, tail = line.partition("[")
     entries = re.findall(r"\w*\([^()]*\)", tail)
     if entry not in entries:

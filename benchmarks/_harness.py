@@ -1,10 +1,12 @@
-"""What the benchmarks share: the machine's description, interleaved timing, tables, JSON."""
+"""Shared by the benchmarks: options, the machine's description, timing in turns, tables, JSON."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,18 +23,49 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from fastdit import DiTConfig, reference, testing
 from fastdit.data.files import atomic_path
 
 Model = TypeVar("Model", bound=reference.DiT)
+Row = dict[str, Any]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 ROOT = Path(__file__).resolve().parent.parent
+FIGURE = "images/s"
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure means nothing without: device, versions, threads, commit."""
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parser(doc: str, device: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; with `device` also --device."""
+    made = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    made.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
+    if device:
+        made.add_argument(
+            "--device", type=torch.device, default=best_device(), help="default: a GPU if present"
+        )
+    return made
+
+
+def positive(text: str) -> int:
+    """The type of an option that takes a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
+def print_machine(device: torch.device) -> Row:
+    """Print and return what every figure depends on: device, versions, threads, commit."""
+    facts = machine(device)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    return facts
+
+
+def machine(device: torch.device) -> Row:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -68,8 +101,10 @@ def _version(package: str) -> str:
 
 
 def code_digest() -> str:
-    """Of all source that a figure depends on: the same in a copy without git and after a commit of
-    results.
+    """Return a digest of all source files that a figure depends on.
+
+    Unlike the commit, it exists in a copy without git and does not change when results are
+    committed.
     """
     digest = hashlib.sha256()
     for folder in ("fastdit", "kernels", "benchmarks"):
@@ -80,9 +115,9 @@ def code_digest() -> str:
 
 
 def _commit() -> str:
-    """The checkout's commit, marked where files other than results differ from it.
+    """Return the commit, marked as dirty where files other than results differ from it.
 
-    A copy without git is told it by the variable FASTDIT_COMMIT.
+    In a copy without git, the variable FASTDIT_COMMIT names the commit.
     """
     if named := os.environ.get("FASTDIT_COMMIT"):
         return named[:10]
@@ -101,7 +136,7 @@ def _git(*arguments: str) -> str:
 
 @contextmanager
 def fresh_compile_cache() -> Iterator[None]:
-    """An empty Inductor cache, so that a compile time is that of a first compilation."""
+    """Use an empty Inductor cache, so that a compile time is the time of a first compilation."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
@@ -110,35 +145,47 @@ def fresh_compile_cache() -> Iterator[None]:
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
-def print_machine(facts: dict[str, Any]) -> None:
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
-
-
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    _synchronize(device)
+    """Return the wall time of one call, including its work on the device."""
+    synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+def capture(
+    calls: Sequence[Callable[[], Any]], stream: torch.cuda.Stream
+) -> tuple[Callable[[], None], int]:
+    """Capture the calls in a CUDA graph, repeated until it holds at least 16.
+
+    Returns:
+        What replays the graph, and the number of calls in it.
+    """
+    repeats = math.ceil(16 / len(calls))
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            kept[:] = [call() for call in calls]  # live results do not share memory
+    return graph.replay, repeats * len(calls)
+
+
 def build(kind: type[Model], cfg: DiTConfig, device: torch.device) -> Model:
-    """A model made on its device, where drawing its weights takes no time worth naming."""
+    """Make a model on its device, since a GPU draws the weights in negligible time."""
     with torch.device(device):
         return kind.from_config(cfg)
 
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """`testing.randomize`, on a GPU with the same spreads and the device's own generator.
+    """Do what `testing.randomize` does, on a GPU with the device's own generator.
 
-    The CPU draws 675 million weights in many seconds.
+    A CPU needs many seconds to draw 675 million weights.
     """
     device = next(model.parameters()).device
     if device.type == "cpu":
@@ -151,7 +198,7 @@ def randomize(model: nn.Module) -> None:
 
 
 class WithoutInit(TorchFunctionMode):
-    """Leaves new weights undrawn, where others are loaded over them at once."""
+    """Skips drawing new weights, for models that are loaded with other weights at once."""
 
     _DRAWS = ("kaiming_uniform_", "uniform_", "normal_")
 
@@ -163,10 +210,10 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def attempt(row: dict[str, Any], figure: str, call: Callable[[], Any]) -> Any:
-    """What `call()` returns; where it fails, None, and the row says why instead of its figure.
+def attempt(row: Row, figure: str, call: Callable[[], Any]) -> Any:
+    """Return what `call()` returns; if it fails, return None and put the reason into the row.
 
-    Other rows go on: what runs out of memory or breaks may do so alone.
+    The benchmark goes on, since one way may run out of memory or break where others do not.
     """
     try:
         return call()
@@ -183,17 +230,17 @@ def _first_line(error: Exception) -> str:
 
 
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median of the ratios round by round, which holds where a machine's speed drifts."""
+    """Return the median of the ratios by round, which is robust against a drifting clock speed."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def table(columns: dict[str, str], rows: list[dict[str, Any]], markdown: bool = False) -> str:
-    """Rows as aligned text or as Markdown.
+def table(columns: dict[str, str], rows: list[Row], markdown: bool = False) -> str:
+    """Format rows as aligned text or as Markdown.
 
     Args:
-        columns: heading -> format spec of its values; the key of a value in a row is its heading.
-        rows: an absent or None value shows as "-", a string as it is.
-        markdown: with pipes and a rule.
+        columns: heading -> format spec; a heading is also the key of its values in the rows.
+        rows: a missing value or None is shown as "-", a string unchanged.
+        markdown: whether to add pipes and a rule.
     """
 
     def cell(value: Any, spec: str) -> str:
@@ -204,10 +251,8 @@ def table(columns: dict[str, str], rows: list[dict[str, Any]], markdown: bool = 
     cells = [list(columns)] + [[cell(r.get(c), s) for c, s in columns.items()] for r in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = [
-        [
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        ]
+        [line[0].ljust(widths[0])]
+        + [text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True)]
         for line in cells
     ]
     if not markdown:
@@ -216,24 +261,104 @@ def table(columns: dict[str, str], rows: list[dict[str, Any]], markdown: bool = 
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def write_json(
-    path: Path, facts: dict[str, Any], arguments: dict[str, Any], **results: Any
-) -> None:
-    """Written whole or not at all, so that a benchmark may write after each unit of its work."""
+def write_json(path: Path, facts: Row, arguments: Row, **results: Any) -> None:
+    """Write the file as a whole or not at all, so that it can be rewritten after every row."""
     document = {"machine": facts, "arguments": arguments, **results}
     with atomic_path(path) as aside:
         aside.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
 
 class Results(dict[str, Any]):
-    """What a benchmark has found so far; its file is written anew whenever there is more."""
+    """What a benchmark has found so far; `write` rewrites its file, if it has one."""
 
-    def __init__(
-        self, path: Path | None, facts: dict[str, Any], arguments: dict[str, Any], **empty: Any
-    ) -> None:
-        super().__init__(empty)
-        self._path, self._facts, self._arguments = path, facts, arguments
+    def __init__(self, path: Path | None, facts: Row, arguments: Row, **empty: Any) -> None:
+        super().__init__({"rows": [], **empty})
+        self.facts, self._path, self._arguments = facts, path, arguments
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, device: torch.device, **empty: Any) -> Results:
+        """Print the machine's description and begin the results that go to `args.json`."""
+        return cls(args.json, print_machine(device), vars(args), **empty)
+
+    def add(self, *rows: Row) -> None:
+        self["rows"] += rows
+        self.write()
 
     def write(self) -> None:
         if self._path:
-            write_json(self._path, self._facts, self._arguments, **self)
+            write_json(self._path, self.facts, self._arguments, **self)
+
+    def has_failures(self, figure: str) -> bool:
+        return any(row.get(figure) == "failed" for row in self["rows"])
+
+
+class SideBySide:
+    """Ways to do the same work, which take turns in one process.
+
+    A way that fails leaves a row with the reason and takes no more turns. A subclass defines how a
+    way begins, what a turn is, and which figures a row has beyond the rates and their ratios.
+    """
+
+    BASES: dict[str, str] = {}  # column of a ratio -> the way that the others are compared to
+
+    def __init__(self, rows: dict[str, Row], images: int, results: Results) -> None:
+        """Prepare to time.
+
+        Args:
+            rows: a row for each way, by name; they are filled in place.
+            images: how many images one turn processes.
+            results: where the rows are added, and written after every change.
+        """
+        self.rows, self.images, self.results = rows, images, results
+        self.times: dict[
+            str, list[float]
+        ] = {}  # seconds of each turn, of the ways that did not fail
+
+    def begin(self, name: str) -> Any:
+        """Make a way and run it once."""
+        raise NotImplementedError
+
+    def turn(self, name: str, way: Any) -> float:
+        """Return the seconds of one timed turn."""
+        raise NotImplementedError
+
+    def detail(self, name: str, times: list[float]) -> None:
+        """Add the benchmark's own figures to a row."""
+
+    def run(self, rounds: int, bar: tqdm) -> list[str]:
+        """Time all ways; return the names of those that did not fail."""
+        ways: dict[str, Any] = {}
+        for name, row in self.rows.items():
+            bar.set_description(f"{name}, first run")
+            self.results["rows"].append(row)
+            way = attempt(row, FIGURE, lambda name=name: self.begin(name))
+            if way is not None:
+                ways[name], self.times[name] = way, []
+            self.results.write()
+            bar.update()
+        for i in range(rounds):
+            for name in list(ways):
+                bar.set_description(f"{name}, round {i + 1} of {rounds}")
+                call = lambda name=name: self.turn(name, ways[name])  # noqa: E731
+                taken = attempt(self.rows[name], FIGURE, call)
+                if taken is None:
+                    del ways[name], self.times[name]
+                else:
+                    self.times[name].append(taken)
+                    self._fill()
+                self.results.write()
+                bar.update()
+        return list(ways)
+
+    def _fill(self) -> None:
+        """Compute the figures so far; ratios use the rounds that both ways have finished."""
+        for name, times in self.times.items():
+            if not times:
+                continue
+            row, images = self.rows[name], self.images
+            row |= {FIGURE: images / statistics.median(times), "min": images / max(times)}
+            row["max"] = images / min(times)
+            for ratio, base in self.BASES.items():
+                if whole := min(len(times), len(self.times.get(base, ()))):
+                    row[ratio] = median_ratio(self.times[base][:whole], times[:whole])
+            self.detail(name, times)

@@ -19,7 +19,7 @@ from fastdit.train.runtime import PRECISIONS, Runtime
 from fastdit.train.sources import ImageBatch, Source
 from fastdit.train.trainer import Trainer
 
-LATENTS = 512  # drawn for a published model; none is looked at
+LATENTS = 512  # number of random latents that a published model is trained on
 BASELINE, PLAIN_COMPILED = "plain eager", "plain compiled"
 EAGER, BLOCK, COMPILED = "fastdit eager", "fastdit by block", "fastdit compiled"
 COMPILE = {EAGER: "none", BLOCK: "block", COMPILED: "whole"}
@@ -28,7 +28,7 @@ Weights = dict[str, Tensor]
 
 
 class RandomLatents:
-    """Stands for ImageNet's latents: the shape of a preset's, and noise."""
+    """Random latents of a preset's shape, in place of ImageNet's."""
 
     identity = {"kind": "random"}
 
@@ -49,7 +49,7 @@ class RandomLatents:
 
 @dataclass(frozen=True)
 class Task:
-    """What all loops train."""
+    """What all loops train, and how."""
 
     config: DiTConfig
     recipe: Recipe
@@ -60,7 +60,7 @@ class Task:
 
 
 class PlainLoop:
-    """Textbook PyTorch: a DataLoader, AdamW, clipping, a cosine rate by step."""
+    """Textbook PyTorch: a DataLoader, AdamW, gradient clipping, a cosine schedule of the rate."""
 
     def __init__(self, task: Task, initial: Weights, compiled: bool) -> None:
         recipe, device = task.recipe, task.device
@@ -108,7 +108,7 @@ class PlainLoop:
 
 
 class FusedLoop(Trainer):
-    """fastdit's own trainer, asked for its losses."""
+    """fastdit's own trainer, with its losses as a list."""
 
     def __init__(self, task: Task, initial: Weights, compile: str) -> None:
         runtime = Runtime(task.device, task.precision, compile, task.checkpointing)  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ Loop = PlainLoop | FusedLoop
 
 
 def initial_weights(task: Task) -> Weights:
-    """What a `Trainer` on the CPU begins with, and on a GPU the same kind of draws."""
+    """Return the weights that a `Trainer` begins with; on a GPU, other draws of the same kind."""
     with torch.random.fork_rng():
         torch.manual_seed(task.recipe.seed)
         return build(fastdit.DiT, task.config, task.device).state_dict()

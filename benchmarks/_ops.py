@@ -1,4 +1,4 @@
-"""The ops on their shapes, as the benchmarks time them: inputs, ways to run, work to be done."""
+"""The ops and shapes that the benchmarks time: inputs, ways to run them, work to be done."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _harness import DTYPES as MODEL_DTYPES
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,8 +25,8 @@ SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
-# "mixed" is a sampler's: its state in float32, the model's output in bfloat16.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.bfloat16}
+# "mixed" is for the sampler update: the state is float32, the model's output bfloat16.
+DTYPES = MODEL_DTYPES | {"mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ FULL = (
     Case(UPDATE, (64, 4, 32, 32), "mixed"),
     Case(UPDATE, (256, 3, 16, 16), "float32"),
 )
-# The toy's, when it samples and when it trains; DiT-S/4, DiT-XL/2.
+# The toy when it samples and when it trains, DiT-S/4, DiT-XL/2.
 _CPU_ROWS = ((64, 16, 64), (256, 16, 64), (8, 64, 384), (2, 256, 1152))
 CPU = (
     *(Case(op, shape, "float32") for op in (PLAIN_LN, GATED_LN) for shape in _CPU_ROWS),
@@ -73,15 +74,15 @@ QUICK = (
 
 
 def work(case: Case, backward: bool) -> tuple[int, int]:
-    """(bytes, FLOP) the op must move and multiply: each input read, each output written, once.
+    """Return the bytes that the op must move and the FLOP of its matrix products.
 
-    Statistics are left out, since a way may keep or recompute them, and so are the FLOP of ops
-    that multiply no matrices: bytes bound them.
+    Each input is read once and each output written once. Statistics are not counted, since a way
+    may keep or recompute them. Ops without matrix products have 0 FLOP, since bytes bound them.
     """
     item = 4 if case.dtype == "float32" else 2
     if case.op == UPDATE:
         B, E = case.shape[0], math.prod(case.shape[1:])
-        # Read x and eps, write x_next and x0; mixed: guided and learned, so eps twice, and v.
+        # x, eps; x_next, x0. "mixed" has guidance and learned variance: eps twice, and v.
         return B * E * (3 * 4 + 3 * 2 if case.dtype == "mixed" else 4 * 4), 0
     if case.op == ATTENTION:
         B, N, h, d = case.shape
@@ -100,7 +101,7 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """Tensors, positional, and the other arguments by name; none of them zero."""
+    """Return the positional tensors, none of which is zero, and the keyword arguments."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
@@ -120,30 +121,23 @@ def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], d
         options = {"seeds": seeds, "guidance": Guidance(4.0, channels=3) if guided else None}
         return [x, out, coefficients, torch.tensor(5, device=device)], options
     B, N, D = case.shape
-    modulation = randn(B, 6 * D).chunk(6, dim=1)  # views, as a DiT has them
+    modulation = randn(B, 6 * D).chunk(6, dim=1)  # views, as in a DiT
     if case.op == PLAIN_LN:
         return [randn(B, N, D), *modulation[:2]], {"eps": 1e-6}
     return [randn(B, N, D), randn(B, N, D), *modulation[:3]], {"eps": 1e-6}
 
 
 def ways(case: Case, quick: bool) -> list[str]:
-    return [
-        "eager",
-        "fastdit",
-        *(["compiled"] if not quick or case == _first(case.op) else []),
-        *(SDPA if case.op == ATTENTION else ()),
-    ]
-
-
-def _first(op: str) -> Case:
-    return next(case for case in QUICK if case.op == op)
+    compiled = not quick or case == next(own for own in QUICK if own.op == case.op)
+    sdpa = SDPA if case.op == ATTENTION else ()
+    return ["eager", "fastdit", *(["compiled"] if compiled else []), *sdpa]
 
 
 def make(way: str, op: str, device: torch.device) -> Callable[..., Any]:
     if way in SDPA:
         return functools.partial(_sdpa, SDPA[way])
     if way == "fastdit":
-        # Named on a GPU, where the kernels must run or raise; on a CPU what is best there.
+        # On a GPU the kernels must run or raise; on a CPU the package chooses.
         backend = "triton" if device.type == "cuda" else None
         return functools.partial(getattr(functional, op), backend=backend)
     plain = getattr(reference, op)
@@ -170,7 +164,7 @@ def oracle(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def copies(moved: int, device: torch.device) -> int:
-    """How many sets of inputs of so many bytes exceed twice the L2 cache; one on a CPU."""
+    """Return how many inputs of `moved` bytes exceed twice the L2 cache; on a CPU return 1."""
     if device.type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

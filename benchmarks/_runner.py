@@ -1,8 +1,8 @@
 """Runs the units of a report, each in a process of its own, and keeps what they find.
 
-A unit is a benchmark that writes the rows it has to a file of its own after each of them. The
-runner reads that file while the unit runs, and writes it on with all else of its kind, whole or not
-at all: whatever kills the runner, at most the last second's rows are lost.
+A unit is a benchmark that rewrites a file of its own after each row. The runner reads this file
+while the unit runs, and writes its rows to the file of all units of the same script, as a whole or
+not at all. Whatever kills the runner, at most the rows of the last second are lost.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _harness import ROOT, write_json
+from _harness import ROOT, Row, write_json
 
 BENCHMARKS = ROOT / "benchmarks"
 POLL = 0.25  # seconds
-LEAST = 10.0  # seconds without which a unit is not begun
-SAID = 2000  # characters of a unit's last words
-SAME = ("device", "python", "torch", "triton", "code")  # what makes two runs comparable
+LEAST = 10.0  # seconds that must be left for a unit to begin
+TAIL = 2000  # characters of a unit's output that are kept
+SAME = ("device", "python", "torch", "triton", "code")  # must agree for a run to be resumed
 DONE = "done"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,10 @@ class Unit:
     """One benchmark with its options.
 
     Attributes:
-        name: short, as `--unit` takes it.
+        name: the short name that `--unit` takes.
         command: a script of this folder and its options; `--json PATH` is added.
-        estimate: seconds it should take.
-        cap: seconds it may take.
+        estimate: seconds that it should take.
+        cap: seconds that it may take.
         source: where the estimate comes from.
     """
 
@@ -51,12 +50,12 @@ class Unit:
 
     @property
     def file(self) -> str:
-        """The stem of the file that its rows go to, with those of all units of its script."""
+        """The stem of the file that holds the rows of all units of its script."""
         return Path(self.command[0]).stem.lstrip("_")
 
 
 class Document:
-    """A file of units and their rows, which survives the runner."""
+    """A file of units and their rows, which is complete at any moment."""
 
     def __init__(self, path: Path, facts: Row, arguments: Row) -> None:
         self.path, self._facts, self._arguments = path, facts, arguments
@@ -65,7 +64,7 @@ class Document:
         self.left_out: list[str] = []
 
     def load(self, path: Path) -> None:
-        """Begin with what an earlier run found, if it was on this machine and this code."""
+        """Begin with what an earlier run found, if it ran on this machine and this code."""
         if not path.exists():
             return
         document = json.loads(path.read_text())
@@ -76,7 +75,7 @@ class Document:
         return self.units.get(name, {}).get("status") == DONE
 
     def put(self, name: str, record: Row, rows: Iterable[Row]) -> None:
-        """A unit's state and rows; a try that ends with fewer rows leaves an earlier one's."""
+        """Set a unit's state and rows; a failed try with fewer rows keeps the earlier rows."""
         new = [{"unit": name} | row for row in rows]
         old = [row for row in self.rows if row["unit"] == name]
         if record["status"] == DONE or len(new) >= len(old):
@@ -85,14 +84,8 @@ class Document:
         self.write()
 
     def write(self) -> None:
-        write_json(
-            self.path,
-            self._facts,
-            self._arguments,
-            units=self.units,
-            left_out=self.left_out,
-            rows=self.rows,
-        )
+        results = {"units": self.units, "left_out": self.left_out, "rows": self.rows}
+        write_json(self.path, self._facts, self._arguments, **results)
 
 
 class Runner:
@@ -110,11 +103,11 @@ class Runner:
         """Prepare to run.
 
         Args:
-            folder: where files go.
-            facts: of `_harness.machine`.
-            arguments: kept with the results.
+            folder: where the files are written.
+            facts: what `_harness.machine` returned.
+            arguments: stored with the results.
             deadline: of all units, by `time.monotonic`.
-            earlier: a folder of an earlier run, whose finished units are not run again.
+            earlier: folder of an earlier run, whose finished units are skipped.
             least: seconds that must be left for a unit to begin.
         """
         self._folder, self._earlier = folder, earlier
@@ -123,7 +116,7 @@ class Runner:
         self._documents: dict[str, Document] = {}
 
     def run(self, units: Sequence[Unit]) -> bool:
-        """Whether every unit was done, now or earlier."""
+        """Run the units that are not done; return whether all are done now."""
         todo = [unit for unit in units if not self._document(unit).is_done(unit.name)]
         for unit in todo:
             self._document(unit).left_out.append(unit.name)
@@ -145,7 +138,7 @@ class Runner:
             if self._earlier is not None:
                 document.load(self._earlier / path.name)
                 if document.units:
-                    document.write()  # where this run's files lie, though it may add nothing
+                    document.write()  # in this run's folder, even if this run adds nothing
             self._documents[unit.file] = document
         return self._documents[unit.file]
 
@@ -153,10 +146,10 @@ class Runner:
         document, start = self._document(unit), time.monotonic()
         document.left_out.remove(unit.name)
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            found, said = Path(folder, "rows.json"), Path(folder, "output")
+            found, log = Path(folder, "rows.json"), Path(folder, "output")
             record: Row = {"status": "running", "command": list(map(str, unit.command))}
             document.put(unit.name, record, ())
-            process = _start(unit, found, said)
+            process = _start(unit, found, log)
             status, seen = "stopped", 0
             try:
                 while (code := process.poll()) is None and time.monotonic() - start < seconds:
@@ -166,30 +159,30 @@ class Runner:
                     time.sleep(POLL)
                 status = "over its time" if code is None else DONE if code == 0 else "failed"
                 record["exit status"] = code
-            finally:  # the runner itself may be told to end
+            finally:  # also where a signal ends the runner
                 _end(process)
-                output = said.read_text(errors="replace")
+                output = log.read_text(errors="replace")
                 record |= {"status": status, "seconds": time.monotonic() - start}
                 if status != DONE:
-                    record["tail"] = output[-SAID:]
+                    record["tail"] = output[-TAIL:]
                 record, rows = _read(found, record)
                 document.put(unit.name, record, rows)
                 print(f"\n{unit.name}: {status} after {record['seconds']:.0f} s, {len(rows)} rows")
-                print(output[-SAID:], flush=True)
+                print(output[-TAIL:], flush=True)
 
     def _print(self, units: Sequence[Unit]) -> None:
         print()
         for unit in units:
             record = self._document(unit).units.get(unit.name, {})
-            status = record.get("status", "left out, for want of time")
+            status = record.get("status", "left out for lack of time")
             if unit.name in self._document(unit).left_out:
-                status = f"left out, for want of time ({status} earlier)" if record else status
+                status = f"left out for lack of time ({status} earlier)" if record else status
             print(f"{unit.name}: {status}, estimated {unit.estimate:.0f} s")
 
 
-def _start(unit: Unit, found: Path, said: Path) -> subprocess.Popen:
+def _start(unit: Unit, found: Path, log: Path) -> subprocess.Popen:
     script, *options = map(str, unit.command)
-    with said.open("w") as output:
+    with log.open("w") as output:
         return subprocess.Popen(
             [sys.executable, str(BENCHMARKS / script), *options, "--json", str(found)],
             cwd=ROOT,
@@ -201,14 +194,14 @@ def _start(unit: Unit, found: Path, said: Path) -> subprocess.Popen:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a unit, and the processes it began even where it has died."""
+    """Kill a unit and the processes that it started, even if the unit itself has died."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _read(found: Path, record: Row) -> tuple[Row, list[Row]]:
-    """A unit's record with what its file says besides rows, and the rows."""
+    """Return a unit's record, completed by what its file holds beside the rows, and the rows."""
     if not found.exists():
         return record, []
     document = json.loads(found.read_text())

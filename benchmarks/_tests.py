@@ -1,16 +1,17 @@
-"""Tests in several processes, a row each, so that a crash costs one test and a kill none.
+"""Run tests in several processes, so that a crash loses one test and a kill loses none.
 
     python benchmarks/_tests.py --processes 8 --json rows.json tests/kernels
     python benchmarks/_tests.py --marked gpu --json rows.json tests
 
-A process takes some tests in a row and says when each began and ended. Where it dies, what was
-running has failed, and another process takes the rest.
+A process runs some tests one after the other and logs when each begins and ends. If it dies, the
+test that was running has failed, and another process runs the rest. Each test is a row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,20 +20,18 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import torch
-from _harness import ROOT, Results, machine, print_machine
+import _harness as harness
+from _harness import ROOT, Results, Row
 from _pytest_log import LOG
 
-SHARD = 40  # tests a process: starting one takes seconds, and their kernels minutes to compile
+SHARD = 40  # tests in a process; starting one takes seconds, compiling the kernels minutes
 WRITE_EVERY = 1.0  # seconds
 OPTIONS = ("-p", "_pytest_log", "-q", "--tb=short", "-p", "no:cacheprovider")
-Row = dict[str, Any]
 
 
 class Suite:
-    """Rows of tests as they end, from all processes."""
+    """Collects the rows of tests from all processes as the tests end."""
 
     def __init__(self, results: Results, threads: int) -> None:
         self._results, self._threads = results, threads
@@ -44,7 +43,7 @@ class Suite:
             self._changed = True
 
     def mark(self, name: str, running: bool) -> None:
-        """Keep which tests run, so that the file names one that never ends."""
+        """Record which tests are running, so that the file names a test that never ends."""
         with self._lock:
             now = self._results["running"]
             if running:
@@ -54,7 +53,7 @@ class Suite:
             self._changed = True
 
     def write(self, at_once: bool = False) -> None:
-        """To the file, where there is something new; once a second, since a file is many rows."""
+        """Write new rows, at most once a second, since the file is rewritten as a whole."""
         with self._lock:
             due = at_once or time.monotonic() > self._written + WRITE_EVERY
             if self._changed and due:
@@ -62,18 +61,18 @@ class Suite:
                 self._changed, self._written = False, time.monotonic()
 
     def run(self, names: list[str]) -> None:
-        """Run tests in one process, and what a crash leaves in another."""
+        """Run tests in one process, and after a crash the remaining ones in another."""
         while names:
             ended, status, said = self._process(names)
             left = [name for name in names if name not in ended]
-            if left and (status in (0, 1) or len(left) == len(names)):  # pytest itself gave up
+            if left and (status in (0, 1) or len(left) == len(names)):  # pytest itself failed
                 for name in left:
                     self.add({"test": name, "outcome": "failed", "tail": said[-2000:]})
                 return
             names = left
 
     def _process(self, names: list[str]) -> tuple[set[str], int, str]:
-        """The tests that ended, one that a process died of among them; its status and output."""
+        """Run one process; return the tests that ended or crashed it, its status and output."""
         with tempfile.TemporaryDirectory() as folder:
             log, arguments, output = (Path(folder, name) for name in ("log", "names", "output"))
             arguments.write_text("\n".join(names))
@@ -95,7 +94,7 @@ class Suite:
                     if row["outcome"] == "began":
                         running = name
                     elif name in rows:
-                        rows[name] |= row  # its end came later, and failed
+                        rows[name] |= row  # its teardown failed
                     else:
                         rows[name] = row
                         self.add(row)
@@ -126,7 +125,7 @@ def _lines(log: Path) -> list[Row]:
 
 
 def collect(selection: list[str], marked: str | None) -> tuple[list[str], list[Row]]:
-    """The tests' names, all of a function in a row; and a row a file that could not be read."""
+    """Return the tests' names, sorted by function, and a row for each file that failed to load."""
     mark = ["-m", marked] if marked else []
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
@@ -142,28 +141,22 @@ def collect(selection: list[str], marked: str | None) -> tuple[list[str], list[R
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("tests", nargs="+", help="files, folders or names, as pytest takes them")
-    parser.add_argument("--marked", metavar="MARK", help="only these, as pytest's -m")
-    cpus = len(os.sched_getaffinity(0))
-    parser.add_argument("--processes", type=int, default=max(1, min(8, cpus)))
-    parser.add_argument("--json", type=Path, metavar="PATH")
-    args = parser.parse_args(argv)
-    if args.processes < 1:
-        parser.error(f"--processes: expected at least 1, got {args.processes}")
-    return args
+    parser.add_argument("--marked", metavar="MARK", help="only tests that pytest's -m selects")
+    processes = min(8, len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=harness.positive, default=processes)
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
-    facts = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print_machine(facts)
-    results = Results(args.json, facts, vars(args), rows=[], running=[])
+    results = Results.of(args, harness.best_device(), running=[])
     suite = Suite(results, max(1, len(os.sched_getaffinity(0)) // args.processes))
     names, broken = collect(args.tests, args.marked)
     for row in broken:
         suite.add(row)
-    size = max(1, min(SHARD, -(-len(names) // args.processes)))
+    size = max(1, min(SHARD, math.ceil(len(names) / args.processes)))
     shards = [names[i : i + size] for i in range(0, len(names), size)]
     with ThreadPoolExecutor(args.processes) as pool:
         list(pool.map(suite.run, shards))

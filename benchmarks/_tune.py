@@ -1,11 +1,11 @@
-"""Every launch configuration on DiT's shapes, side by side. GPU only.
+"""Every launch configuration of the kernels on DiT's shapes, side by side. Needs a GPU.
 
     python benchmarks/_tune.py --group xl --json rows.json
 
-Triton's `do_bench` times, with the L2 cache cleared before each launch. The two attention
-backwards are passes of one launcher: either is timed with the other at its default. Configurations
-are compiled on all CPUs before the first is timed; the file is written anew after each. What the
-rows mean for the code, `_advice.py` says.
+Triton's `do_bench` does the timing and clears the L2 cache before each launch. The two attention
+backwards are passes of one launcher, so that each is timed with the other at its default. All
+configurations are compiled on all CPUs before the first is timed. The file is rewritten after each
+of them. `_advice.py` derives from the rows what should change in the code.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import _harness as harness
 import torch
 import triton
 from _advice import print_advice
-from _harness import Results, attempt, machine, print_machine
+from _harness import Results, attempt
 from _ops import ATTENTION, PLAIN_LN, UPDATE, Case, inputs
 from triton.runtime._async_compile import AsyncCompileMode
 
@@ -45,7 +45,7 @@ TRAJECTORY_STEPS = 20
 
 @dataclass(frozen=True)
 class Contest:
-    """One kernel on one shape; `prepare` makes its inputs, and what launches a configuration."""
+    """One kernel on one shape; `prepare` makes the inputs and returns the launch of a config."""
 
     kernel: str
     shape: str
@@ -55,7 +55,7 @@ class Contest:
 
 
 def contests(group: str, device: torch.device) -> Iterator[Contest]:
-    """Those of a group, what sampling needs first."""
+    """Yield the contests of a group, those for sampling first."""
     if group == "xl":
         rows = (128, 32, 2)
         for B in rows:
@@ -90,7 +90,7 @@ def _layer_norm(case: Case, device: torch.device, passes: tuple[str, ...]) -> It
         residual = (y, torch.randn_like(scale)) if gated else (None, None)
         if not backward:
             return lambda c: adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-6, *residual, c)
-        # What the forward would leave: its statistics' values change no time.
+        # These stand for the forward's statistics, whose values do not affect the time.
         mean, rstd = torch.zeros(2, *case.shape[:2], device=device)
         of_residual = (dr, *residual) if gated else None
         return lambda c: adaln.layer_norm_modulate_bwd(dh, x, scale, mean, rstd, of_residual, c)
@@ -138,7 +138,7 @@ def _update(case: Case, device: torch.device) -> Contest:
 
 
 def _trajectory(cfg: DiTConfig, B: int, device: torch.device) -> Contest:
-    """Of a model like the toy, in bfloat16: in float32 there is one configuration."""
+    """Make the contest of a model like the toy in bfloat16; float32 has one configuration."""
     (integers, floats), dtype = sizes_of(cfg), torch.bfloat16
     *numbers, tanh = integers
     shape = Shape(*numbers, bool(tanh), *floats)
@@ -153,7 +153,7 @@ def _trajectory(cfg: DiTConfig, B: int, device: torch.device) -> Contest:
         rows = torch.arange(B, device=device) % cfg.num_classes
         seeds = torch.arange(2 * B, device=device).view(B, 2)
         x = randn(B, cfg.img_size**2, cfg.in_channels)
-        # Embedding and positions, the layers' products with their biases, the last one.
+        # Weights of all products, positions, biases of the layers and of the last product.
         weights = sum(p.inner * p.columns * p.times for p in products(cfg, 1))
         weights += shape.tokens * cfg.hidden + 9 * cfg.hidden * cfg.n_layers + shape.out_features
         tensors = (x, torch.zeros_like(x), randn(weights).to(dtype), by_step, by_label, rows)
@@ -166,7 +166,7 @@ def _trajectory(cfg: DiTConfig, B: int, device: torch.device) -> Contest:
 
 
 def precompile(jobs: Iterable[Contest]) -> None:
-    """All configurations side by side; what cannot be compiled says so when its turn comes."""
+    """Compile all configurations in parallel; a failure is reported when its timing fails."""
     with (
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
         AsyncCompileMode(pool, ignore_errors=True),
@@ -183,7 +183,7 @@ def _warm_up(contest: Contest) -> None:
 
 
 def compare(contest: Contest, device: torch.device, results: Results) -> None:
-    """A row a configuration, the default first."""
+    """Add a row for each configuration, the default first."""
     launch: Launch | None = None
     for i, config in enumerate(contest.configs):
         values = {k: v for k, v in config.all_kwargs().items() if v is not None}
@@ -203,9 +203,8 @@ def compare(contest: Contest, device: torch.device, results: Results) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--group", choices=("xl", "trajectory", "others"), default="xl")
-    parser.add_argument("--json", type=Path, metavar="PATH")
     return parser.parse_args(argv)
 
 
@@ -214,14 +213,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("_tune.py: expected a GPU, found none")
     device = torch.device("cuda")
-    facts = machine(device)
-    print_machine(facts)
-    results = Results(args.json, facts, vars(args), rows=[])
+    results = Results.of(args, device)
     precompile(contests(args.group, device))
     for contest in contests(args.group, device):
         compare(contest, device, results)
     print_advice(results["rows"])
-    sys.exit(any(row[FIGURE] == "failed" for row in results["rows"]))
+    sys.exit(results.has_failures(FIGURE))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,28 @@
-"""What a report runs, in the order of its worth: on a GPU `PLAN`, elsewhere `DRY`."""
+"""The units of a report, the most valuable first: `plan` on a GPU, `DRY` elsewhere."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from _harness import table
+from _harness import Row, table
 from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE
 from _runner import Unit
 
-START = 30.0  # seconds of a first `import torch` on a machine that has never run it
+START = 30.0  # seconds of the first `import torch` on a machine
 GRAPH, EAGER = "fastdit graph", "fastdit eager"
 XL = ("--preset", "DiT-XL/2")
 XL_SAMPLING = (*XL, "--dtype", "bfloat16", "--steps", 10, "--batch", 2, 32, 128)
-GROWING = ("--batch", 64, 128, 192, 256, 384)  # until memory ends
+GROWING = ("--batch", 64, 128, 192, 256, 384)  # until memory is exhausted
 XL_TRAINING = (*XL, "--precision", "bfloat16", "--rounds", 3, "--steps", 3)
 
-# Where estimates come from. The host's work is CPU seconds on one core, compilation included, as
-# measured where a stand-in took the driver's place and kernels did nothing.
+# Sources of the estimates. The host's work is in CPU seconds on one core, with compilation, and was
+# measured with a simulated driver whose kernels do nothing.
 HOST = "host's work"
-TIMED = f"{HOST}; 0.2 s a configuration"
-CALLS = f"{HOST}; 0.3 s a way"
+TIMED = f"{HOST}; 0.2 s for each configuration"
+CALLS = f"{HOST}; 0.3 s for each way"
 BOTH = f"{HOST}; the device's by FLOP at 475 TFLOP/s"
 KERNELS = "923 kernels of 0.25 s on all CPUs, and starting the processes"
+ON_CPU = "a CPU"
 
 
 def _sample(*options: Any) -> tuple[Any, ...]:
@@ -42,7 +43,7 @@ def _kernels(op: str, estimate: float) -> Unit:
 
 
 def plan(processes: int) -> list[Unit]:
-    """Every unit of a GPU, what decides most first; tests run in so many processes."""
+    """Return all units for a GPU, the most decisive first; tests run in `processes` processes."""
     toy = ("--preset", "toy", "--dtype", "float32", "bfloat16", "--batch", 1, 132, 1056)
     beside = (GRAPH, "reference eager", "reference compiled")
     smaller = ("--preset", "DiT-B/2", "DiT-S/2", *XL_SAMPLING[2:])
@@ -73,26 +74,23 @@ def plan(processes: int) -> list[Unit]:
     ]
 
 
-# Tiny, to see on a CPU that the machinery works; seconds there say nothing.
-_SAMPLE = ("--preset", "toy", "--batch", 2, "--steps", 2, "--rounds", 1)
-_TRAIN = ("--batch", 16, "--per-class", 2, "--rounds", 1, "--steps", 1)
+# Tiny units, which show on a CPU that the machinery works; their speeds mean nothing.
+_SHORT = ("--rounds", 1, "--way")
+_SAMPLE = ("--preset", "toy", "--batch", 2, "--steps", 2, *_SHORT, "reference eager", EAGER)
+_TRAIN = ("--batch", 16, "--per-class", 2, "--steps", 1, *_SHORT, "plain eager", EAGER)
 DRY = [
-    Unit("kernels", ("kernels.py", "--quick"), 60, 600, "a CPU"),
-    Unit("sample", _sample(*_SAMPLE, "--way", "reference eager", EAGER), 10, 600, "a CPU"),
-    Unit(
-        "train",
-        ("train_throughput.py", *_TRAIN, "--way", "plain eager", "fastdit eager"),
-        *(10, 600, "a CPU"),
-    ),
+    Unit("kernels", ("kernels.py", "--quick"), 60, 600, ON_CPU),
+    Unit("sample", ("sample_throughput.py", *_SAMPLE), 10, 600, ON_CPU),
+    Unit("train", ("train_throughput.py", *_TRAIN), 10, 600, ON_CPU),
 ]
 
 COLUMNS = {"unit": "", "estimate s": ".0f", "cap s": ".0f", "so far s": ".0f"}
 
 
 def plan_table(units: list[Unit]) -> str:
-    """The units in order, and when each should have ended."""
+    """Return a table of the units in order, with the time at which each should have ended."""
     so_far, words = START, [("estimate from", "command"), ("a first import of torch", "")]
-    rows: list[dict[str, Any]] = [{"unit": "(start)", "estimate s": START, "so far s": START}]
+    rows: list[Row] = [{"unit": "(start)", "estimate s": START, "so far s": START}]
     for unit in units:
         so_far += unit.estimate
         row = {"unit": unit.name, "estimate s": unit.estimate, "cap s": unit.cap}
@@ -100,4 +98,4 @@ def plan_table(units: list[Unit]) -> str:
         words.append((unit.source, " ".join(map(str, unit.command))))
     width = max(len(source) for source, _ in words)
     lines = zip(table(COLUMNS, rows).splitlines(), words, strict=True)
-    return "\n".join(f"{line}  {source:{width}}  {of}".rstrip() for line, (source, of) in lines)
+    return "\n".join(f"{line}  {src:{width}}  {command}".rstrip() for line, (src, command) in lines)

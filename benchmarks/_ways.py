@@ -1,4 +1,4 @@
-"""The ways to sample that `sample_throughput.py` times: one model, run by each of them."""
+"""The ways to sample one model that `sample_throughput.py` times."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ BASELINE = "reference eager"
 MAX_AUTOTUNE = "reference max-autotune"
 TRAJECTORY = "fastdit trajectory"
 COMPILED = ("reference compiled", MAX_AUTOTUNE, "fastdit compile")
-JUDGED_ON_CUDA = 2  # images: in float64, a hundred would take longer than all else
+JUDGED_ON_CUDA = 2  # images; a hundred in float64 would take longer than the benchmark
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model on one device, and how long and in what dtype it is sampled."""
+    """One model on one device, with the scheduler and the dtype in which it is sampled."""
 
     preset: str
     cfg: DiTConfig
@@ -38,21 +38,20 @@ class Case:
 
     @functools.cached_property
     def model(self) -> fastdit.DiT:
-        """In float32, made and drawn on the device."""
+        """The model in float32, made on the device."""
         model = build(fastdit.DiT, self.cfg, self.device)
         randomize(model)
         return model
 
     @functools.cached_property
     def own(self) -> fastdit.DiT:
-        """The model in the dtype."""
-        return (
-            self.model if self.dtype == torch.float32 else copy.deepcopy(self.model).to(self.dtype)
-        )
+        """The model in the dtype of the case."""
+        same = self.dtype == torch.float32
+        return self.model if same else copy.deepcopy(self.model).to(self.dtype)
 
     @functools.cached_property
     def plain(self) -> reference.DiT:
-        """The reference with the same weights; autocast runs it in 16 bits."""
+        """The reference with the same weights, which runs in 16 bits under autocast."""
         return self._reference(self.state_dtype)
 
     def _reference(self, dtype: torch.dtype) -> reference.DiT:
@@ -65,21 +64,22 @@ class Case:
         return torch.promote_types(self.dtype, torch.float32)
 
     def labels(self, batch: int) -> Tensor:
-        """On the CPU, where a sampler looks at them."""
+        """Return labels on the CPU, where a sampler reads them."""
         return torch.arange(batch) % self.cfg.num_classes
 
     def judged(self, batch: int) -> int:
-        """How many of a batch's images are held against the oracle: its first ones."""
+        """Return how many of a batch's first images are compared to the oracle."""
         return batch if self.device.type == "cpu" else min(batch, JUDGED_ON_CUDA)
 
     def noise(self, batch: int) -> tuple[Tensor, Tensor]:
-        """(x_T, noise) of a batch: what `Sampler` makes of seed 0 for the images that are judged,
-        and any for the others.
+        """Return (x_T, noise) of a batch.
+
+        The images that are judged get what `Sampler` draws from seed 0, the others any noise.
         """
         judged, T = self.judged(batch), self.scheduler.T
         seeds = torch.tensor([[0, i] for i in range(judged)])
         layout = TokenLayout(self.cfg)
-        # Two images' are a moment's work: no reason to build C++ where all else is on a GPU.
+        # On a GPU, the noise of two images is not worth building the C++ code.
         backend = None if self.device.type == "cpu" else "reference"
         z = functional.normal(seeds, torch.arange(T + 1), layout.shape.numel(), backend)
         images = layout.to_images(z.view(-1, *layout.shape)).unflatten(0, (T + 1, judged))
@@ -87,25 +87,25 @@ class Case:
         z = torch.cat([images.to(self.device), torch.randn(rest, device=self.device)], dim=1)
         return z[0], z[1:]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  a case lives as long as its process
+    @functools.lru_cache(maxsize=4)  # noqa: B019  a case lives as long as the process
     def oracle(self, judged: int) -> Tensor:
-        """The judged images in float64."""
+        """Return the judged images, sampled in float64."""
         x_T, noise = self.noise(judged)
         exact = self._reference(torch.float64)
         labels = self.labels(judged).to(self.device)
         return reference.sample(exact, self.scheduler, x_T.double(), labels, noise.double())
 
 
-# A way: (labels, (x_T, noise) or None) -> images; with None the plain ways make their own noise.
-# fastdit's always take seed 0, which is the noise that the others are given to be judged.
+# A way: (labels, (x_T, noise) or None) -> images. With None the plain ways draw their own noise.
+# fastdit's ways always use seed 0, whose noise the other ways are given when they are judged.
 Way = Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]
 
 
 def reference_way(case: Case, **compile_options: Any) -> Way:
-    """The plain loop; in 16 bits under autocast, as its users run it."""
+    """The plain loop; 16 bits mean autocast, as its users run it."""
     model: nn.Module = case.plain
     if compile_options:
-        # One graph a batch size is the fastest it gets; fullgraph: it never falls back unseen.
+        # A graph for each batch size is fastest; fullgraph raises instead of falling back.
         model = torch.compile(model, dynamic=False, fullgraph=True, **compile_options)
 
     def sample(labels: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -120,7 +120,7 @@ def reference_way(case: Case, **compile_options: Any) -> Way:
 
 
 def diffusers_way(case: Case) -> Way:
-    """diffusers' transformer and scheduler in the loop of its DiTPipeline, without guidance."""
+    """The transformer and scheduler of diffusers in the loop of its DiTPipeline, unguided."""
     from diffusers import DDPMScheduler, DiTTransformer2DModel
 
     cfg = case.cfg
@@ -135,7 +135,7 @@ def diffusers_way(case: Case) -> Way:
         num_embeds_ada_norm=cfg.num_classes,
     )
     model = model.to(case.device).eval()
-    if case.dtype != torch.float32:
+    if case.dtype != torch.float32:  # diffusers warns of any dtype
         model = model.to(case.dtype)
     betas = case.scheduler.tables["betas"].numpy()
     scheduler = DDPMScheduler(case.scheduler.T, trained_betas=betas, clip_sample=False)
@@ -170,9 +170,9 @@ WAYS: dict[str, Callable[[Case], Way]] = {
 }
 
 
-def obstacle(way: str, device: str) -> str | None:
-    """Why a way cannot be timed here, or None."""
-    if way in (MAX_AUTOTUNE, "fastdit graph") and not device.startswith("cuda"):
+def obstacle(way: str, device: torch.device) -> str | None:
+    """Return why a way cannot be timed here, or None."""
+    if way in (MAX_AUTOTUNE, "fastdit graph") and device.type != "cuda":
         return "needs CUDA"
     if way.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
         return "needs diffusers; pip install 'fastdit[test]'"
@@ -180,7 +180,7 @@ def obstacle(way: str, device: str) -> str | None:
 
 
 def trajectory_obstacle(case: Case) -> str | None:
-    """Why a case's model has no trajectory, or None."""
+    """Return why a case's model has no trajectory, or None."""
     reason = executions.obstacle("trajectory", case.own, case.device, case.dtype)
     if reason is None and case.device.type == "cpu" and not dispatch.has_cpp():
         reason = "needs a C++ compiler"

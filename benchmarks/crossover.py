@@ -1,21 +1,19 @@
-"""Whether a compiled step overtakes the C++ trajectory on a CPU: what "auto" goes by.
+"""Whether a compiled step overtakes the C++ trajectory on a CPU, which decides what "auto" takes.
 
     python benchmarks/crossover.py
 
-For models of growing size and batches of growing number, both ways sample in turn in one process
-for as many steps as take about a second, but at least ten. A figure is how many times as fast the
-trajectory is, the median of the rounds' ratios.
+Both ways sample in turn in one process, for models and batches of growing size. A run has as many
+steps as take about a second, but at least ten. The figure says how many times as fast as the
+compiled step the trajectory is: the median of the ratios by round.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-from pathlib import Path
-from typing import Any
 
+import _harness as harness
 import torch
-from _harness import machine, median_ratio, print_machine, seconds, table, write_json
+from _harness import Results, Row, median_ratio, positive, seconds
 from tqdm import tqdm
 
 import fastdit
@@ -23,7 +21,7 @@ from fastdit import DiffusionScheduler, DiTConfig, Sampler, flops, testing
 
 WAYS = ("compile", "trajectory")
 COLUMNS = {"model": "", "hidden": "d", "layers": "d", "tokens": "d"}
-# The toy wider and longer; then depths at which weights no longer lie in the caches.
+# The toy, made wider and longer; then models so deep that their weights no longer fit the caches.
 MODELS = {
     "toy": DiTConfig(),
     "wider": DiTConfig(hidden=128),
@@ -35,7 +33,8 @@ MODELS = {
 ROUND_FLOP = 2e11
 
 
-def measure(name: str, cfg: DiTConfig, batch: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch: int, rounds: int) -> Row:
+    cfg = MODELS[name]
     model = fastdit.DiT.from_config(cfg)
     testing.randomize(model)
     steps = max(10, min(200, int(ROUND_FLOP / flops.flop(cfg, batch))))
@@ -48,17 +47,16 @@ def measure(name: str, cfg: DiTConfig, batch: int, rounds: int) -> dict[str, Any
     for _ in range(rounds):
         for way, sampler in samplers.items():
             taken = seconds(lambda s=sampler: s(labels), torch.device("cpu"))
-            times[way].append(taken * 200 / steps)  # of 200 steps, as the other tables
+            times[way].append(taken * 200 / steps)  # scaled to 200 steps, as in the other tables
     row = {"model": name, "hidden": cfg.hidden, "layers": cfg.n_layers, "tokens": cfg.n_tokens}
-    row |= {"batch": batch} | {
-        f"{way} img/s": batch / statistics.median(times[way]) for way in WAYS
-    }
+    row["batch"] = batch
+    row |= {f"{way} img/s": batch / statistics.median(times[way]) for way in WAYS}
     return row | {"ratio": median_ratio(times["compile"], times["trajectory"]), "seconds": times}
 
 
-def summary(rows: list[dict[str, Any]]) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Columns and lines of the table: a line a model, a column a batch."""
-    lines: dict[str, dict[str, Any]] = {}
+def summary(rows: list[Row]) -> tuple[dict[str, str], list[Row]]:
+    """Return the table's columns and lines: a line for each model, a column for each batch size."""
+    lines: dict[str, Row] = {}
     for row in rows:
         line = lines.setdefault(row["model"], {name: row[name] for name in COLUMNS})
         line[f"batch {row['batch']}"] = row["ratio"]
@@ -67,20 +65,15 @@ def summary(rows: list[dict[str, Any]]) -> tuple[dict[str, str], list[dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64], metavar="B")
+    parser = harness.parser(__doc__)
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 4, 16, 64], metavar="B")
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument("--rounds", type=positive, default=5)
     args = parser.parse_args()
-    facts, rows = machine(torch.device("cpu")), []
-    print_machine(facts)
-    cases = [(name, batch) for name in args.model for batch in args.batch]
-    for name, batch in tqdm(cases, leave=False):
-        rows.append(measure(name, MODELS[name], batch, args.rounds))
-        if args.json:
-            write_json(args.json, facts, vars(args), rows=rows)
-    print(table(*summary(rows)))
+    results = Results.of(args, torch.device("cpu"))
+    for name, batch in tqdm([(n, b) for n in args.model for b in args.batch], leave=False):
+        results.add(measure(name, batch, args.rounds))
+    print(harness.table(*summary(results["rows"])))
 
 
 if __name__ == "__main__":

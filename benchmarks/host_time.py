@@ -1,38 +1,36 @@
-"""What one call of an op costs in Python: from the call to the driver's launch, and back.
+"""The Python time of one call of an op: from the call to the driver's launch, and back.
 
-Small inputs, so that the device is never what is waited for; on a GPU the calls are not
-synchronised. The columns are the public op without gradients, the registered op below it, the
-kernels' launcher below that, the public op with gradients, and the backward. Rounds are
-interleaved; a figure is the median over rounds of the mean of a round's calls, in time of this
-process on its CPU, so that what else the machine does counts less. These are figures of the CPU
-that Python runs on, and of nothing else.
+The inputs are small and the calls are not synchronised, so that no call waits for the device.
+The columns are the public op without gradients, the registered op below it, the kernel's launcher
+below that, the public op with gradients, and the backward. Rounds are interleaved. A figure is the
+median over the rounds of the mean of a round's calls, in CPU time of this process, so that other
+load on the machine counts less. These are figures of the CPU that runs Python, not of the device.
 
     python benchmarks/host_time.py --json benchmarks/results/host.json
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _harness as harness
 import torch
-from _harness import machine, print_machine, table, write_json
+from _harness import Results, Row, positive, synchronize
 from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE, Case, inputs, outputs
 
 from fastdit import functional, ops
 
-# The toy's, then DiT-XL/2's, each for four images.
+# Shapes of the toy, then of DiT-XL/2, each for four images.
 CASES = (
     *(Case(op, shape) for op in (PLAIN_LN, GATED_LN) for shape in ((4, 16, 64), (4, 256, 1152))),
     *(Case(ATTENTION, shape) for shape in ((4, 16, 4, 16), (4, 256, 16, 72))),
     *(Case(UPDATE, shape, "mixed") for shape in ((4, 4, 16, 16), (4, 4, 32, 32))),
 )
 COLUMNS = {"call": "", **dict.fromkeys(("public", "op", "launcher", "grad", "backward"), ".1f")}
-
 WITH_GRADIENTS = ("grad", "backward")
 REPEATS = 100
 
@@ -41,7 +39,7 @@ Calls = dict[tuple[str, str], Call]  # by row and column
 
 
 def calls(case: Case, device: torch.device) -> dict[str, Call]:
-    """A case's ways down to the launch, by column."""
+    """Return the calls of a case by column, from the public op down to the launch."""
     tensors, options = inputs(case, device, seed=0)
     public = getattr(functional, case.op)
     found = {"public": lambda: public(*tensors, **options), **_lower(case, tensors, options)}
@@ -82,7 +80,7 @@ def _lower(case: Case, tensors: list[torch.Tensor], options: dict[str, Any]) -> 
 
 
 def floor(device: torch.device) -> Calls:
-    """What no op of ours can be below: one of PyTorch's, and an allocation."""
+    """Return the calls that bound every op from below: one of PyTorch's ops, and an allocation."""
     x = torch.zeros(4, 16, 64, device=device)
     return {
         ("floor add", "public"): lambda: torch.add(x, x),
@@ -91,52 +89,44 @@ def floor(device: torch.device) -> Calls:
 
 
 def _mean_us(call: Call, with_gradients: bool, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     with torch.set_grad_enabled(with_gradients):
         start = time.process_time()
         for _ in range(REPEATS):
             call()
         us = (time.process_time() - start) / REPEATS * 1e6
-    _synchronize(device)
+    synchronize(device)
     return us
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(everything: Calls, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """Rows of median microseconds a call, all calls taking turns in each round."""
+def measure(everything: Calls, rounds: int, device: torch.device) -> list[Row]:
+    """Return rows of median microseconds of a call; all calls take turns in each round."""
     taken: dict[tuple[str, str], list[float]] = {at: [] for at in everything}
     for number in range(rounds + 1):
         for at, call in everything.items():
             us = _mean_us(call, at[1] in WITH_GRADIENTS, device)
             if number:  # the first round compiles
                 taken[at].append(us)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     for (name, column), values in taken.items():
         rows.setdefault(name, {"call": name})[column] = statistics.median(values)
     return list(rows.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rounds", type=int, default=20)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    facts = machine(device)
-    print_machine(facts)
-    print("microseconds of Python a call, on this CPU; nothing here is a device's speed")
-    everything = floor(device)
+    parser = harness.parser(__doc__, device=True)
+    parser.add_argument("--rounds", type=positive, default=20)
+    args = parser.parse_args()
+    if args.device.type != "cuda":
+        sys.exit("host_time.py: needs a GPU, since the kernels are launched")
+    results = Results.of(args, args.device)
+    print("microseconds of Python for each call, on this CPU; nothing here is a device's speed")
+    everything = floor(args.device)
     for case in CASES:
-        everything |= {(str(case), column): call for column, call in calls(case, device).items()}
-    rows = measure(everything, arguments.rounds, device)
-    print(table(COLUMNS, rows))
-    if arguments.json:
-        write_json(arguments.json, facts, vars(arguments), rows=rows)
+        found = calls(case, args.device)
+        everything |= {(str(case), column): call for column, call in found.items()}
+    results.add(*measure(everything, args.rounds, args.device))
+    print(harness.table(COLUMNS, results["rows"]))
 
 
 if __name__ == "__main__":

@@ -2,23 +2,22 @@
 
     python benchmarks/inductive_bias.py --json results.json --plot plot.png
 
-Both are trained by the same recipe, scheduler and draws of noise, for the same number of optimizer
-steps, on sets of three sizes; both are sampled by the same sampler. The held-out loss is that of
-1,600 images no model has seen, under one drawing of noise for all.
+Both models are trained with the same recipe, scheduler and noise, for the same number of optimizer
+steps, on sets of three sizes; both are sampled by the same sampler. The held-out loss is computed
+on 1,600 images that no model has seen, with the same noise for all models.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import _harness as harness
 import torch
 import torch.nn.functional as F
-from _harness import machine, print_machine, table, write_json
+from _harness import Results, Row, positive, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,30 +32,26 @@ from fastdit.train.sources import ImageBatch, Shapes
 
 COLUMNS = {
     "model": "",
-    "parameters": ",d",
-    "images": ",d",
-    "steps": ",d",
-    "training loss": ".4f",
-    "held-out loss": ".4f",
-    "colour": ".3f",
-    "shape": ".3f",
+    **dict.fromkeys(("parameters", "images", "steps"), ",d"),
+    **dict.fromkeys(("training loss", "held-out loss"), ".4f"),
+    **dict.fromkeys(("colour", "shape"), ".3f"),
 }
 HELD_OUT_PER_CLASS = 100
-HELD_OUT_SEED = 10**6  # of images, and of the noise they are judged with
+HELD_OUT_SEED = 10**6  # for the images and for the noise of their loss
 
 
 class ResBlock(nn.Module):
-    """Two convolutions, the conditioning added between them."""
+    """Two convolutions with the conditioning added between them."""
 
     def __init__(self, channels_in: int, channels: int, width: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(8, channels_in), nn.GroupNorm(8, channels)
+        self.norm1 = nn.GroupNorm(8, channels_in)
+        self.norm2 = nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conditioning = nn.Linear(width, channels)
-        self.skip = (
-            nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
-        )
+        same = channels_in == channels
+        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x))) + self.conditioning(c)[:, :, None, None]
@@ -64,9 +59,10 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Ho et al. 2020's, small and plain: three resolutions, a block each way at every one.
+    """A small, plain U-Net after Ho et al. 2020, with the DiT's embeddings of timestep and label.
 
-    No attention, no dropout; the DiT's embeddings of timestep and label.
+    It has three resolutions, with one block on the way down and one on the way up at each, and
+    neither attention nor dropout.
     """
 
     def __init__(self, channels: tuple[int, ...] = (32, 40, 56), width: int = 64) -> None:
@@ -80,11 +76,9 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList(ResBlock(channels[-1], channels[-1], width) for _ in range(2))
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 3, padding=1) for a, b in reversed(pairs))
         self.up = nn.ModuleList(ResBlock(2 * a, a, width) for a in reversed(channels[:-1]))
-        self.norm, self.leave = (
-            nn.GroupNorm(8, channels[0]),
-            nn.Conv2d(channels[0], 3, 3, padding=1),
-        )
-        nn.init.zeros_(self.leave.weight)  # as adaLN-Zero begins
+        self.norm = nn.GroupNorm(8, channels[0])
+        self.leave = nn.Conv2d(channels[0], 3, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)  # as in adaLN-Zero
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +100,10 @@ MODELS = {"DiT": fastdit.DiT, "U-Net": UNet}
 
 
 def train(name: str, recipe: Recipe, source: Shapes) -> tuple[nn.Module, list[float]]:
-    """The recipe's loop, for any model: the losses of all steps."""
+    """Train by the recipe; return the model and the losses of all steps.
+
+    `Trainer` is not used, since it trains a DiT only.
+    """
     torch.manual_seed(recipe.seed)
     model = MODELS[name]()
     scheduler = DiffusionScheduler(recipe.T, schedule=recipe.schedule)
@@ -138,7 +135,7 @@ def held_out_loss(model: nn.Module, recipe: Recipe) -> float:
     return objective(everything, torch.arange(len(source))).item()
 
 
-def measure(name: str, recipe: Recipe, per_class: int, samples: int) -> dict[str, Any]:
+def measure(name: str, recipe: Recipe, per_class: int, samples: int) -> Row:
     start = time.perf_counter()
     model, losses = train(name, recipe, Shapes(per_class))
     seconds = time.perf_counter() - start
@@ -164,7 +161,7 @@ def measure(name: str, recipe: Recipe, per_class: int, samples: int) -> dict[str
     }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
@@ -189,32 +186,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[400, 3200, 25600])
-    parser.add_argument("--steps", type=int, nargs="+", default=[750, 3000], help="up to three")
-    parser.add_argument("--samples", type=int, default=20, help="judged, of each class")
+    parser.add_argument(
+        "--steps", type=positive, nargs="+", default=[750, 3000], help="up to three"
+    )
+    parser.add_argument("--samples", type=positive, default=20, help="judged, of each class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="PATH")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="needs matplotlib")
     args = parser.parse_args()
-    if any(n < 16 or n % 16 for n in args.images) or min(*args.steps, args.samples) < 1:
-        parser.error("expected --images in multiples of 16, --steps and --samples of at least 1")
-    warnings.simplefilter("ignore", TerminalSNRWarning)  # the recipe is the seed's, on purpose
-    facts = machine(torch.device("cpu"))
-    print_machine(facts)
-    rows: list[dict[str, Any]] = []
+    if any(n < 16 or n % 16 for n in args.images):
+        parser.error("--images: expected multiples of 16")
+    warnings.simplefilter("ignore", TerminalSNRWarning)  # the seed recipe has it on purpose
+    results = Results.of(args, torch.device("cpu"))
     for steps in args.steps:
         recipe = replace(RECIPES["seed"], steps=steps, seed=args.seed)
         for images in args.images:
             for name in MODELS:
-                rows.append(measure(name, recipe, images // 16, args.samples))
-                print(table(COLUMNS, rows[-1:]), flush=True)
-                if args.json:
-                    write_json(args.json, facts, vars(args), rows=rows)
+                results.add(measure(name, recipe, images // 16, args.samples))
+                print(table(COLUMNS, results["rows"][-1:]), flush=True)
     print(f"\nbatches of {RECIPES['seed'].batch_size}; accuracies over {16 * args.samples} samples")
-    print(table(COLUMNS, rows))
+    print(table(COLUMNS, results["rows"]))
     if args.plot:
-        plot(rows, args.plot)
+        plot(results["rows"], args.plot)
 
 
 if __name__ == "__main__":

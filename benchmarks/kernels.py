@@ -4,17 +4,18 @@
     python benchmarks/kernels.py --quick --op attention         # tiny shapes
     pytest benchmarks/kernels.py --benchmark-enable -k attention
 
-pytest-benchmark does the timing in both spellings, and its clock waits for the device. On a GPU a
-timed call is one of those recorded in a CUDA graph, so that device time is measured without the
-gaps between launches (a way that cannot be captured is timed by plain calls, and marked so);
-"alone us" is the same call made from Python, launches and wait included. The calls take turns over
-copies of the inputs that together exceed twice the L2 cache, so that data comes from memory;
-results land in as many places. A backward is timed alone, its graph retained. On a CPU the calls
+In both cases pytest-benchmark does the timing, with a clock that waits for the device. On a GPU a
+timed call is one of the calls in a CUDA graph, which measures device time without the gaps between
+launches. A way that cannot be captured is timed by plain calls, and "timed" says so. "alone us" is
+the same call made from Python, including launches and synchronization. The calls take turns over
+copies of the inputs that together exceed twice the L2 cache, so that data comes from memory; each
+copy has results of its own. A backward is timed alone, with its graph retained. On a CPU the calls
 are plain calls and the caches are warm.
 
-GB/s and TFLOP/s come from `work`, what the op must move and multiply, whatever a way really does.
-A ceiling is measured in the same run: a copy of like size, the best matrix product of the dtype.
-Share is the ceiling's time over the call's; ratio the eager reference's time over the call's.
+GB/s and TFLOP/s are computed from `work`, which is what the op must move and multiply, whatever a
+way really does. The ceilings are measured in the same run: a copy of similar size, and the best
+matrix product of the dtype. "share" is the time of the ceiling over the time of the call, "ratio"
+the time of the eager reference over the time of the call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import statistics
 import sys
 import time
 import warnings
@@ -34,45 +36,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pytest's importlib mode does not
 
-from _harness import (  # noqa: E402
-    ROOT,
-    fresh_compile_cache,
-    machine,
-    print_machine,
-    seconds,
-    table,
-    write_json,
-)
-from _ops import (  # noqa: E402
-    ATTENTION,
-    CPU,
-    DTYPES,
-    FULL,
-    OPS,
-    QUICK,
-    SDPA,
-    UPDATE,
-    Case,
-    copies,
-    inputs,
-    make,
-    oracle,
-    outputs,
-    ways,
-    work,
-)
+import _harness as harness  # noqa: E402
+import _ops as ops  # noqa: E402
+from _harness import Results, Row, positive, seconds, table  # noqa: E402
+from _ops import Case  # noqa: E402
 
 from fastdit import testing  # noqa: E402
 
 COLUMNS = {
-    "op": "",
-    "pass": "",
-    "way": "",
-    "shape": "",
-    "dtype": "",
-    "us": ".1f",
-    "min": ".1f",
-    "max": ".1f",
+    **dict.fromkeys(("op", "pass", "way", "shape", "dtype"), ""),
+    **dict.fromkeys(("us", "min", "max"), ".1f"),
     "timed": "",
     "alone us": ".1f",
     "GB/s": ".1f",
@@ -81,77 +54,72 @@ COLUMNS = {
     "ratio": ".2f",
     "error": ".1e",
 }
+SUMMARY = {
+    **dict.fromkeys(("op", "pass", "shape", "dtype"), ""),
+    "us": ".0f",
+    "ratio": ".2f",
+    "of compiled": ".2f",
+    "error": ".1e",
+}
 
 
 def calls(case: Case, function: Callable[..., Any], backward: bool, device: torch.device) -> list:
-    """One call a set of inputs; those of a backward have had their forward."""
+    """Return one call for each copy of the inputs; for a backward, the forward has run."""
 
     def call(seed: int) -> Callable[[], Any]:
-        tensors, options = inputs(case, device, seed)
+        tensors, options = ops.inputs(case, device, seed)
         if not backward:
             return torch.no_grad()(lambda: function(*tensors, **options))
         leaves = [t.detach().requires_grad_() for t in tensors]
-        outs = outputs(function(*leaves, **options))
+        outs = ops.outputs(function(*leaves, **options))
         upstream = [torch.randn_like(out) for out in outs]
         return lambda: torch.autograd.grad(outs, leaves, upstream, retain_graph=True)
 
-    return [call(seed) for seed in range(copies(work(case, backward)[0], device))]
+    return [call(seed) for seed in range(ops.copies(ops.work(case, backward)[0], device))]
 
 
 def clock() -> float:
-    """pytest-benchmark's clock: the device's work is done when it is read."""
+    """The clock of pytest-benchmark, which waits until the device has finished."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def measure(benchmark: Any, turns: list, args: argparse.Namespace) -> dict[str, Any]:
-    """Time the calls in turn; the one routine behind every figure.
+def measure(benchmark: Any, turns: list, args: argparse.Namespace) -> Row:
+    """Time the calls in turn; all figures come from this function.
 
-    On a GPU a graph holds 16 calls or more and is replayed when as many have been asked for, so
-    that pytest-benchmark divides by the right count; a round lasts 2 ms or more.
+    On a GPU a graph holds 16 calls or more and is replayed whenever as many have been requested, so
+    that pytest-benchmark divides by the right number; a round lasts at least 2 ms.
     """
-    device = torch.device(args.device)
     for turn in turns * 2:
         turn()
-    alone = sorted(seconds(turn, device) for turn in itertools.islice(itertools.cycle(turns), 11))
-    row: dict[str, Any] = {"copies": len(turns), "alone us": alone[5] * 1e6}
-    if device.type == "cuda":
+    cycle = itertools.cycle(turns)
+    alone = [seconds(turn, args.device) for turn in itertools.islice(cycle, 11)]
+    row: Row = {"copies": len(turns), "alone us": statistics.median(alone) * 1e6, "timed": "calls"}
+
+    def once() -> None:
+        next(cycle)()
+
+    target, iterations = once, 1
+    if args.device.type == "cuda":
+        replay, held = once, 1
         try:
-            replay, held = _graph(turns)
+            replay, held = harness.capture(turns, torch.cuda.current_stream())
             row["timed"] = "graph"
-        except RuntimeError as error:  # not every rival can be captured: plain calls, then
-            cycle = itertools.cycle(turns)
-            replay, held = lambda: next(cycle)(), 1
-            row |= {"timed": "calls", "reason": str(error).splitlines()[0]}
-        iterations = held * math.ceil(max(1.0, 2e-3 / seconds(replay, device)))
+        except RuntimeError as error:  # some of the other projects' ways cannot be captured
+            row["reason"] = str(error).splitlines()[0]
+        iterations = held * math.ceil(max(1.0, 2e-3 / seconds(replay, args.device)))
         counter = itertools.count(1)
 
         def target() -> None:
             if next(counter) % held == 0:
                 replay()
-    else:
-        cycle, iterations = itertools.cycle(turns), 1
-        row["timed"] = "calls"
-
-        def target() -> None:
-            next(cycle)()
 
     benchmark.pedantic(target, rounds=args.rounds, iterations=iterations, warmup_rounds=2)
     if not benchmark.enabled:
         return row
     stats = benchmark.stats.stats
     return row | {"us": stats.median * 1e6, "min": stats.min * 1e6, "max": stats.max * 1e6}
-
-
-def _graph(turns: list) -> tuple[Callable[[], None], int]:
-    """Replays each call so often that there are 16 or more, and how many those are."""
-    repeats = math.ceil(16 / len(turns))
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(repeats):
-            kept[:] = [turn() for turn in turns]  # results that live on have memory of their own
-    return graph.replay, repeats * len(turns)
 
 
 @pytest.fixture
@@ -166,9 +134,9 @@ def _args(config: pytest.Config) -> argparse.Namespace:
 
 @pytest.fixture(autouse=True)
 def side_stream(args: argparse.Namespace) -> Any:
-    """Capture needs a stream other than the default, and a backward runs on its forward's."""
+    """Use a stream other than the default one, as capture needs; a backward runs on it too."""
     torch._dynamo.reset()
-    if args.device == "cpu":
+    if args.device.type == "cpu":
         yield
         return
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -178,29 +146,33 @@ def side_stream(args: argparse.Namespace) -> Any:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = _args(metafunc.config)
-    known = QUICK if options.quick else CPU if options.device == "cpu" else FULL
-    chosen = [c for c in known if c.op in options.op]
-    passes = {"forward": False, "backward": True}
-    cases = [
-        pytest.param(case, way, name, id=f"{case}-{name}-{way}".replace(" ", "-"))
-        for name, backward in passes.items()  # all forwards first: sampling needs no others
-        for case in chosen
-        if not (backward and case.op == UPDATE)
-        for way in ways(case, options.quick)
-        if not (backward and options.quick and way == "compiled")  # a minute of compiling on a CPU
-    ]
+    on_cpu = options.device.type == "cpu"
+    known = ops.QUICK if options.quick else ops.CPU if on_cpu else ops.FULL
+    chosen = [case for case in known if case.op in options.op]
     if metafunc.function is test_op:
+        cases = [
+            pytest.param(case, way, name, id=f"{case}-{name}-{way}".replace(" ", "-"))
+            for name in ("forward", "backward")  # in this order, since sampling needs no backward
+            for case in chosen
+            for way in ops.ways(case, options.quick)
+            if name == "forward" or _has_backward(case, way, options.quick)
+        ]
         metafunc.parametrize(("case", "way", "direction"), cases)
     elif metafunc.function is test_copy:
-        moved = {_power_of_two(work(case, b)[0]) for case in chosen for b in passes.values()}
+        moved = {_power_of_two(ops.work(case, b)[0]) for case in chosen for b in (False, True)}
         metafunc.parametrize("moved", sorted(moved), ids="{}B".format)
     elif metafunc.function is test_matmul:
-        dtypes = dict.fromkeys(case.dtype for case in chosen if case.op == ATTENTION)
+        dtypes = dict.fromkeys(case.dtype for case in chosen if case.op == ops.ATTENTION)
         sizes = {"bfloat16": (8192, 4096), "float32": (4096,)}
-        if options.quick or options.device == "cpu":
+        if options.quick or on_cpu:
             sizes = dict.fromkeys(sizes, (256,) if options.quick else (1024,))
         products = [(dtype, n) for dtype in dtypes for n in sizes[dtype]]
         metafunc.parametrize(("dtype", "n"), products)
+
+
+def _has_backward(case: Case, way: str, quick: bool) -> bool:
+    # Compiling a backward takes a minute on a CPU.
+    return case.op != ops.UPDATE and not (quick and way == "compiled")
 
 
 def _power_of_two(n: int) -> int:
@@ -212,63 +184,71 @@ timed = pytest.mark.benchmark(timer=clock)
 
 @timed
 def test_copy(moved, args, benchmark, record_property):
-    device, elements = torch.device(args.device), max(1, moved // 4)  # half of it read, 2 B each
-    buffers = [
-        torch.randn(2, elements, device=device).bfloat16() for _ in range(copies(moved, device))
-    ]
-    row = measure(benchmark, [lambda b=b: b[1].copy_(b[0]) for b in buffers], args)
+    elements = max(1, moved // 4)  # half of the bytes are read; an element has 2 bytes
     size = f"{moved / 2**20:.4g} MiB"
-    facts = {"op": "copy", "pass": "ceiling", "way": "copy_", "shape": size, "dtype": "bfloat16"}
-    record_property("row", facts | row | {"bytes": 4 * elements, "flop": 0})
+    row = {"op": "copy", "pass": "ceiling", "way": "copy_", "shape": size, "dtype": "bfloat16"}
+    row |= {"bytes": 4 * elements, "flop": 0}
+    buffers = [
+        torch.randn(2, elements, device=args.device).bfloat16()
+        for _ in range(ops.copies(moved, args.device))
+    ]
+    turns = [lambda b=b: b[1].copy_(b[0]) for b in buffers]
+    record_property("row", row | measure(benchmark, turns, args))
 
 
 @timed
 def test_matmul(dtype, n, args, benchmark, record_property):
-    device, moved = torch.device(args.device), 3 * n * n * DTYPES[dtype].itemsize
+    moved = 3 * n * n * ops.DTYPES[dtype].itemsize
+    row = {"op": "matmul", "pass": "ceiling", "way": "@", "shape": f"{n}^3", "dtype": dtype}
+    row |= {"bytes": moved, "flop": 2 * n**3}
     pairs = [
-        torch.randn(2, n, n, device=device).to(DTYPES[dtype]) for _ in range(copies(moved, device))
+        torch.randn(2, n, n, device=args.device).to(ops.DTYPES[dtype])
+        for _ in range(ops.copies(moved, args.device))
     ]
-    row = measure(benchmark, [lambda p=p: p[0] @ p[1] for p in pairs], args)
-    facts = {"op": "matmul", "pass": "ceiling", "way": "@", "shape": f"{n}^3", "dtype": dtype}
-    record_property("row", facts | row | {"bytes": moved, "flop": 2 * n**3})
+    turns = [lambda p=p: p[0] @ p[1] for p in pairs]
+    record_property("row", row | measure(benchmark, turns, args))
 
 
 @timed
 def test_op(case, way, direction, args, benchmark, record_property):
-    device, backward = torch.device(args.device), direction == "backward"
+    device, backward = args.device, direction == "backward"
     benchmark.group = f"{case} {direction}"
-    moved, flop = work(case, backward)
+    moved, flop = ops.work(case, backward)
     row = {"op": case.op, "pass": direction, "way": way, "shape": case.size, "dtype": case.dtype}
     row |= {"bytes": moved, "flop": flop}
-    function = make(way, case.op, device)
+    function = ops.make(way, case.op, device)
     try:
-        tensors, options = inputs(case, device, seed=0)
+        tensors, options = ops.inputs(case, device, seed=0)
         with warnings.catch_warnings():
-            if way in SDPA:
-                warnings.simplefilter("ignore")  # why a kernel cannot run: the row says that
+            if way in ops.SDPA:
+                warnings.simplefilter("ignore")  # the row says why a kernel cannot run
             if not backward:
                 with torch.no_grad():
-                    result = outputs(function(*tensors, **options))
-            # A compiled backward gives its saved tensors away otherwise, and runs once.
+                    result = ops.outputs(function(*tensors, **options))
+            # With donated buffers a compiled backward could run only once.
             with torch._functorch.config.patch(donated_buffer=False):
                 turns = calls(case, function, backward, device)
                 turns[0]()
     except torch.cuda.OutOfMemoryError:
         row["us"] = "out of memory"
     except RuntimeError as error:
-        if way not in SDPA:
+        if way not in ops.SDPA:
             raise
         row |= {"us": "not available", "reason": str(error).splitlines()[0]}
     if "us" in row:
         record_property("row", row)
         pytest.skip(f"{way}: {row['us']}")
     if not backward:
-        row["error"] = max(map(testing.relative_error, result, oracle(case, device)))
+        row["error"] = max(map(testing.relative_error, result, ops.oracle(case, device)))
         del result
     record_property("row", row | measure(benchmark, turns, args))
 
 
-def derive(rows: list[dict[str, Any]]) -> None:
+def _key(row: Row) -> tuple[str, ...]:
+    return row["op"], row["pass"], row["shape"], row["dtype"]
+
+
+def derive(rows: list[Row]) -> None:
     """Add what follows from the times: rates, share of the ceiling, ratio to eager."""
     done = [row for row in rows if isinstance(row.get("us"), float)]
     for row in done:
@@ -279,84 +259,66 @@ def derive(rows: list[dict[str, Any]]) -> None:
     for row in done:
         if row["op"] == "matmul":
             peak[row["dtype"]] = max(row["TFLOP/s"], peak.get(row["dtype"], 0.0))
-    key = ("op", "pass", "shape", "dtype")
-    eager = {tuple(row[k] for k in key): row["us"] for row in done if row["way"] == "eager"}
+    eager = {_key(row): row["us"] for row in done if row["way"] == "eager"}
     for row in done:
         row["ratio"] = None
         if row["pass"] == "ceiling":
             continue
         floors = [row["flop"] / peak[row["dtype"]] / 1e6] if row["dtype"] in peak else []
         if copy:
-            like = min(copy, key=lambda size: abs(math.log(size / row["bytes"])))
-            floors.append(row["bytes"] / copy[like] / 1e3)
+            nearest = min(copy, key=lambda size: abs(math.log(size / row["bytes"])))
+            floors.append(row["bytes"] / copy[nearest] / 1e3)
         row["share"] = max(floors) / row["us"] if floors else None
-        if base := eager.get(tuple(row[k] for k in key)):
+        if base := eager.get(_key(row)):
             row["ratio"] = base / row["us"]
 
 
-SUMMARY = {
-    **{"op": "", "pass": "", "shape": "", "dtype": "", "us": ".0f"},
-    **{"ratio": ".2f", "of compiled": ".2f", "error": ".1e"},
-}
-
-
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """fastdit's rows alone, with the compiled reference's ratio beside their own."""
-    key = ("op", "pass", "shape", "dtype")
-    compiled = {tuple(r[k] for k in key): r.get("ratio") for r in rows if r["way"] == "compiled"}
+def summary(rows: list[Row]) -> list[Row]:
+    """Return fastdit's rows only, each with the ratio of the compiled reference added."""
+    compiled = {_key(row): row.get("ratio") for row in rows if row["way"] == "compiled"}
     own = [row for row in rows if row["way"] == "fastdit"]
-    return [row | {"of compiled": compiled.get(tuple(row[k] for k in key))} for row in own]
+    return [row | {"of compiled": compiled.get(_key(row))} for row in own]
 
 
 class Script:
-    """The plugin of `python benchmarks/kernels.py`: every row goes to the file as it comes."""
+    """The plugin of `python benchmarks/kernels.py`, which writes each row to the file at once."""
 
-    __name__ = "kernels-script"  # pytest registers a plugin by it
+    __name__ = "kernels-script"  # the name under which pytest registers it
 
-    def __init__(self, args: argparse.Namespace, facts: dict[str, Any]) -> None:
-        self.args, self.facts = args, facts
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.results = args, Results.of(args, args.device)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        new = [value for name, value in report.user_properties if name == "row"]
-        if report.when != "call" or not new:
-            return
-        self.rows += new
-        derive(self.rows)
-        if self.args.json:
-            write_json(self.args.json, self.facts, vars(self.args), rows=self.rows)
+        if report.when == "call":
+            for name, row in report.user_properties:
+                if name == "row":
+                    self.results["rows"].append(row)
+                    derive(self.results["rows"])
+                    self.results.write()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), metavar="OP")
+    parser = harness.parser(__doc__, device=True)
+    parser.add_argument("--op", nargs="+", choices=ops.OPS, default=list(ops.OPS), metavar="OP")
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
-    parser.add_argument("--rounds", type=int, help="timed rounds of each; default 30, quick 5")
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument("--rounds", type=positive, help="timed rounds; default 30, quick 5")
     args = parser.parse_args(argv)
-    if args.rounds is not None and args.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     args.rounds = args.rounds or (5 if args.quick else 30)
     return args
 
 
 def main() -> None:
     args = parse()
-    facts = machine(torch.device(args.device))
-    print_machine(facts)
-    script = Script(args, facts)
-    options = ["-c", ROOT / "pyproject.toml", "-o", "addopts=--import-mode=importlib", "-q"]
+    script = Script(args)
+    options = ["-c", harness.ROOT / "pyproject.toml", "-o", "addopts=--import-mode=importlib", "-q"]
     options += ["--no-header", "--benchmark-quiet", "-p", "no:cacheprovider", __file__]
-    with fresh_compile_cache():
+    with harness.fresh_compile_cache():
         code = pytest.main([str(option) for option in options], plugins=[script])
-    where = (
-        "Triton"
-        if args.device != "cpu"
-        else "what is best on this CPU: C++, and PyTorch for attention and few elements"
-    )
-    print(f"\nfastdit ran {where}; sizes {'tiny' if args.quick else 'full'}.")
-    print(table(COLUMNS, script.rows))
+    where = "Triton"
+    if args.device.type == "cpu":
+        where = "what is best on this CPU: C++, and PyTorch for attention and small inputs"
+    print(f"\nfastdit ran {where}; sizes are {'tiny' if args.quick else 'full'}.")
+    print(table(COLUMNS, script.results["rows"]))
     sys.exit(code)
 
 

@@ -1,22 +1,23 @@
-"""All that is measured of fastdit on a GPU, by one command, into benchmarks/results/<device>/.
+"""All measurements of fastdit on a GPU with one command, into benchmarks/results/<device>/.
 
     python benchmarks/report.py --plan                # what would run, and how long it should take
-    python benchmarks/report.py                       # what decides most first, until the limit
+    python benchmarks/report.py                       # the most decisive units first, to the limit
     python benchmarks/report.py --unit xl tune        # some units
-    python benchmarks/report.py --resume              # those that are not done
+    python benchmarks/report.py --resume              # the units that are not done
     python benchmarks/report.py --aot --every         # what each kernel compiles to; needs no GPU
 
-A unit is a process of its own, with a cap of its own; --limit is the whole command's. One that
-fails, crashes or runs out of memory ends alone, and is recorded with its last words and the rows
-that it had. Files are written anew within a second of each row, whole or not at all, so that a kill
-at any moment loses nothing else. Without a GPU the units are dry runs on tiny sizes, into build/.
+A unit is a process with a time limit of its own; --limit is for the whole command. A unit that
+fails, crashes or runs out of memory does not affect the others; its last output and the rows that
+it had are recorded. Files are rewritten within a second of each row, as a whole or not at all, so
+that a kill at any moment loses nothing else. Without a GPU the units are dry runs on tiny sizes,
+and go to build/.
 """
 
 from __future__ import annotations
 
 import time
 
-BEGAN = time.monotonic()  # before a first import of torch, which can take half a minute
+BEGAN = time.monotonic()  # before the first import of torch, which can take half a minute
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -25,12 +26,10 @@ import re  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
 
 import _aot  # noqa: E402
-import torch  # noqa: E402
+import _harness as harness  # noqa: E402
 from _advice import print_advice  # noqa: E402
-from _harness import ROOT, machine, print_machine  # noqa: E402
 from _runner import BENCHMARKS, Runner  # noqa: E402
 from _units import DRY, plan, plan_table  # noqa: E402
 
@@ -38,7 +37,7 @@ ON_GPU, ELSEWHERE = 420, 3600  # seconds
 
 
 def slug(device: str) -> str:
-    """A folder's name for a device: "NVIDIA H200" is nvidia-h200."""
+    """Return a folder name for a device: "NVIDIA H200" becomes nvidia-h200."""
     name, _, cpus = device.replace("(R)", "").partition(" (")
     cpus = re.sub(r"\D", "", cpus)
     words = re.findall(r"[a-z0-9]+", name.split(",")[0].lower())
@@ -47,16 +46,22 @@ def slug(device: str) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    on_gpu = torch.cuda.is_available()
+    on_gpu = harness.best_device().type == "cuda"
     limit = ON_GPU if on_gpu else ELSEWHERE
     names = list(dict.fromkeys(unit.name for unit in (*plan(1), *DRY)))
-    parser.add_argument("--plan", action="store_true", help="print a GPU's units, and do nothing")
-    parser.add_argument("--unit", nargs="+", choices=names, metavar="NAME", help="[all, in order]")
+    parser.add_argument("--plan", action="store_true", help="only print the units for a GPU")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default benchmarks/results; dry runs: build"
+        "--unit", nargs="+", choices=names, metavar="NAME", help="default: all, in order"
     )
     parser.add_argument(
-        "--limit", type=float, default=limit, metavar="SECONDS", help=f"of all  [{limit}]"
+        "--out", type=Path, metavar="FOLDER", help="default: benchmarks/results; dry runs: build"
+    )
+    parser.add_argument(
+        "--limit",
+        type=harness.positive,
+        default=limit,
+        metavar="SECONDS",
+        help=f"of the whole command; default: {limit}",
     )
     parser.add_argument(
         "--resume",
@@ -64,24 +69,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         const=True,
         metavar="FOLDER",
-        help="skip what was done, on this machine and code, by the run whose --out it was  [--out]",
+        help="skip what the run with this --out did on this machine and code; default: this --out",
     )
-    processes = min(14, len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--processes", type=int, default=processes, help="of tests, and of compilers"
+        "--processes",
+        type=harness.positive,
+        default=min(14, len(os.sched_getaffinity(0))),
+        help="for tests and for compiling",
     )
     _aot.add_arguments(parser)
     args = parser.parse_args(argv)
-    for name in ("limit", "processes"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name):g}")
-    args.out = args.out or (BENCHMARKS / "results" if on_gpu or args.aot else ROOT / "build")
+    args.out = args.out or (
+        BENCHMARKS / "results" if on_gpu or args.aot else harness.ROOT / "build"
+    )
     if args.resume is True:
         args.resume = args.out
     return args
 
 
-def run_units(args: argparse.Namespace, facts: dict[str, Any], on_gpu: bool) -> bool:
+def run_units(args: argparse.Namespace, facts: harness.Row, on_gpu: bool) -> bool:
     known = plan(args.processes) if on_gpu else DRY
     if not on_gpu:
         print("There is no GPU here: dry runs on tiny sizes.")
@@ -89,14 +95,12 @@ def run_units(args: argparse.Namespace, facts: dict[str, Any], on_gpu: bool) -> 
     for name in args.unit or ():
         if name not in by_name:
             print(f"{name}: " + ("a dry run" if on_gpu else "not measured, since it needs a GPU"))
-    units = [unit for unit in known if unit.name in (args.unit or by_name)]
     folder = slug(facts["device"]) if on_gpu else "dry-run"
     earlier = args.resume and args.resume / folder
-    deadline = BEGAN + args.limit
-    runner = Runner(args.out / folder, facts, vars(args), deadline, earlier)
-    done = runner.run(units)
+    runner = Runner(args.out / folder, facts, vars(args), BEGAN + args.limit, earlier)
+    done = runner.run([unit for unit in known if unit.name in (args.unit or by_name)])
     if on_gpu and (tuned := args.out / folder / "tune.json").exists():
-        print_advice(json.loads(tuned.read_text())["rows"])  # of a unit that was cut short too
+        print_advice(json.loads(tuned.read_text())["rows"])  # even if a unit was cut short
     print(f"{time.monotonic() - BEGAN:.0f} s of {args.limit:.0f}; files in {args.out / folder}")
     return done
 
@@ -107,13 +111,12 @@ def main() -> None:
         print(plan_table(plan(args.processes)))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    on_gpu = torch.cuda.is_available()
-    facts = machine(torch.device("cuda" if on_gpu else "cpu"))
-    print_machine(facts)
+    device = harness.best_device()
+    facts = harness.print_machine(device)
     if args.aot:
         _aot.run(args, facts, BEGAN + args.limit)
     if not args.aot or args.unit:
-        sys.exit(not run_units(args, facts, on_gpu))
+        sys.exit(not run_units(args, facts, device.type == "cuda"))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
     python benchmarks/roofline.py
     python benchmarks/roofline.py --preset DiT-XL/2 --rows 2 8 32 128 --dtype bfloat16
 
-A step is one forward of so many rows (two an image under guidance), its conditioning hoisted out
-of the loop. Its floor is the sum of
+A step is one forward of the given number of rows (two for each image under guidance), without the
+conditioning, which is computed before the loop. Its floor is the sum of
 
-- its matrix products, each timed alone by the library's own `mm` on its shape;
+- its matrix products, each timed alone with the library's `mm` on its shape;
 - attention, at the rate of the best of those products or of a copy, whichever takes longer;
-- the two passes a block that LayerNorm, modulation, gate and residual need, at the rate of a copy
-  of one of their tensors: residual and branch read, residual and modulated written.
+- the two passes in each block that LayerNorm, modulation, gate and residual need, at the rate of a
+  copy of one of their tensors: they read residual and branch, and write residual and modulated.
 
-GELU, biases and the solver's update are free: they can ride in what is counted. On a GPU the
-weights of a product take turns over copies that exceed the L2 cache, as a model's layers do, while
-activations stay where they fit; products and copies are timed inside a CUDA graph. On a CPU what
-calling PyTorch costs is in each figure, and for a small model is most of it: there this is a
-yardstick, and code that does not pay for calls can run below it.
+GELU, biases and the solver's update cost nothing here, since they can be fused into the rest. On a
+GPU, copies of a product's weights that exceed the L2 cache take turns, as the layers of a model do,
+while activations stay where they fit; products and copies are timed inside a CUDA graph. On a CPU
+each figure includes the cost of calling PyTorch, which dominates for a small model; there the floor
+is only a yardstick, and code that avoids these calls can be faster.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import _harness as harness
 import torch
-from _harness import DTYPES, machine, print_machine, seconds, table, write_json
+from _harness import DTYPES, Results, Row, positive, seconds
 from _ops import copies
 from tqdm import tqdm
 
@@ -37,23 +37,20 @@ from fastdit.flops import attention_work, flop, pass_bytes, products
 from fastdit.sampling.sampler import TABLE_BYTES
 
 ROUNDS = 5
-LEAST_SECONDS = 0.01  # a round's
+LEAST_SECONDS = 0.01  # of a round
 COLUMNS = {
     "preset": "",
     "rows": "d",
     "GFLOP": ".2f",
-    "products ms": ".3f",
-    "TFLOP/s": ".3f",
-    "attention ms": ".3f",
-    "passes ms": ".3f",
+    **dict.fromkeys(("products ms", "TFLOP/s", "attention ms", "passes ms"), ".3f"),
     "copy GB/s": ".0f",
     "floor ms": ".3f",
     "rows/s": ".1f",
 }
 
 
-def measure(cfg: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The floor of a step in seconds, and what it is made of."""
+def measure(cfg: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Row:
+    """Return the floor of a step in seconds, and its parts."""
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -89,35 +86,28 @@ def measure(cfg: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device)
 
 
 def _time(calls: list[Callable[[], Any]], device: torch.device) -> float:
-    """Seconds a call, the median of rounds of many calls that take turns."""
+    """Return the seconds of one call: the median over rounds in which the calls take turns."""
 
-    def turns(times: int = 1) -> None:
-        for _ in range(times):
-            for call in calls:
-                call()
+    def turns() -> None:
+        for call in calls:
+            call()
 
-    turns(2)
+    for _ in range(2):
+        turns()
     run, held = turns, len(calls)
     if device.type == "cuda":
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        repeats = -(-16 // len(calls))
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.graph(graph, stream=stream):
-            turns(repeats)
-        held = repeats * len(calls)
-
-        def run(times: int = 1) -> None:
-            for _ in range(times):
-                graph.replay()
+        run, held = harness.capture(calls, stream)
 
     once = min(seconds(run, device) for _ in range(3))
-    times = max(1, round(LEAST_SECONDS / once))
-    rounds = [seconds(lambda: run(times), device) for _ in range(ROUNDS)]
-    return statistics.median(rounds) / times / held
+    times = range(max(1, round(LEAST_SECONDS / once)))
+    rounds = [seconds(lambda: [run() for _ in times], device) for _ in range(ROUNDS)]
+    return statistics.median(rounds) / len(times) / held
 
 
 def memory_parts(cfg: DiTConfig, rows: int, dtype: torch.dtype, steps: int) -> dict[str, int]:
-    """Bytes that a sampler of the graph execution needs beside the model, by what they are for."""
+    """Return the bytes that sampling with the graph execution needs, by purpose."""
     width = (6 * cfg.n_layers + 2) * cfg.hidden
     residual = rows * cfg.n_tokens * cfg.hidden * dtype.itemsize
     state_item = torch.promote_types(dtype, torch.float32).itemsize
@@ -125,7 +115,7 @@ def memory_parts(cfg: DiTConfig, rows: int, dtype: torch.dtype, steps: int) -> d
     return {
         "weights": sum(p.numel() for p in _meta(cfg).parameters()) * dtype.itemsize,
         "tables": min(TABLE_BYTES, steps * labels * width * dtype.itemsize),
-        "rows of modulation": 2 * rows * width * dtype.itemsize,  # picked, and the graph's own
+        "rows of modulation": 2 * rows * width * dtype.itemsize,  # selected, and in the graph
         "residual stream": 2 * residual,  # before and after a pass
         "widest intermediate": 2 * MLP_RATIO * residual,  # before and after GELU
         "state": 4 * rows * torch.Size(cfg.sample_shape).numel() * state_item,
@@ -137,9 +127,9 @@ def _meta(cfg: DiTConfig) -> fastdit.DiT:
         return fastdit.DiT.from_config(cfg)
 
 
-def row_of(preset: str, floor: dict[str, Any]) -> dict[str, Any]:
+def row_of(floor: Row) -> Row:
     return {
-        "preset": preset,
+        "preset": floor["preset"],
         "rows": floor["rows"],
         "GFLOP": floor["flop"] / 1e9,
         "products ms": floor["products s"] * 1e3,
@@ -153,9 +143,8 @@ def row_of(preset: str, floor: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, device=True)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument(
         "--preset",
         nargs="+",
@@ -163,31 +152,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="NAME",
         default=["DiT-XL/2"] if on_gpu else ["toy"],
     )
-    parser.add_argument(
-        "--rows", nargs="+", type=int, metavar="R", default=[2, 8, 32, 128] if on_gpu else [1, 16]
-    )
+    rows = [2, 8, 32, 128] if on_gpu else [1, 16]
+    parser.add_argument("--rows", nargs="+", type=positive, metavar="R", default=rows)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--json", type=Path, metavar="PATH")
-    args = parser.parse_args(argv)
-    if min(args.rows) < 1:
-        parser.error(f"--rows: expected at least 1, got {min(args.rows)}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
-    device = torch.device(args.device)
-    facts = machine(device)
-    print_machine(facts)
-    floors = []
+    results = Results.of(args, args.device, floors=[])
     cases = [(preset, rows) for preset in args.preset for rows in args.rows]
     for preset, rows in tqdm(cases, leave=False):
-        cfg = fastdit.PRESETS[preset]
-        floors.append({"preset": preset} | measure(cfg, rows, DTYPES[args.dtype], device))
-    rows = [row_of(floor["preset"], floor) for floor in floors]
-    print(table(COLUMNS, rows))
-    if args.json:
-        write_json(args.json, facts, vars(args), rows=rows, floors=floors)
+        floor = measure(fastdit.PRESETS[preset], rows, DTYPES[args.dtype], args.device)
+        results["floors"].append({"preset": preset} | floor)
+        results.add(row_of(results["floors"][-1]))
+    print(harness.table(COLUMNS, results["rows"]))
 
 
 if __name__ == "__main__":

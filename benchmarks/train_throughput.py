@@ -5,15 +5,15 @@
     python benchmarks/train_throughput.py --preset DiT-XL/2 --batch 64 --precision bfloat16 \\
         --way "plain compiled" "fastdit compiled"
 
-The loops take some steps each in turn, round by round, and all stay in memory; figures are medians,
-ratios, to the plain loop, eager and compiled, where these are among the loops, medians of the
-rounds' ratios. All begin at the same weights; the order of the images and the noise are each loop's
-own. Batches are timed one after the other. A loop that fails or runs out of memory is a row that
-says so, and takes no part in later batches. The file of --json is written anew after every turn.
-MFU is of the rate of a large matrix product, measured in
-the same process. Memory is the allocator's peak on CUDA; on a CPU it is counted: weights,
-gradients, optimizer state, and what a forward keeps for its backward. With --seeds the judge looks
-at 160 samples of each trained toy, ten a class.
+The loops take turns of some steps each, round by round, and all stay in memory. Speeds are medians
+over the rounds. Ratios are to the plain loop, eager and compiled, where these are among the loops;
+they are medians of the ratios by round. All loops begin with the same weights; each has its own
+order of images and its own noise. Batch sizes are timed one after the other. A loop that fails or
+runs out of memory leaves a row that says so and is left out of later batch sizes. The file of
+--json is rewritten after every turn. MFU is relative to the rate of a large matrix product in the
+same process. Memory on CUDA is the allocator's peak; on a CPU it is counted: weights, gradients,
+optimizer state, and what a forward keeps for its backward. With --seeds the judge looks at 160
+samples of each trained toy, ten of each class.
 """
 
 from __future__ import annotations
@@ -25,33 +25,13 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import _harness as harness
+import _loops as loops
 import torch
-from _harness import (
-    Results,
-    attempt,
-    fresh_compile_cache,
-    machine,
-    median_ratio,
-    print_machine,
-    seconds,
-    table,
-)
-from _loops import (
-    BASELINE,
-    COMPILED,
-    EAGER,
-    PLAIN_COMPILED,
-    WAYS,
-    Loop,
-    RandomLatents,
-    Task,
-    Weights,
-    initial_weights,
-    make_loop,
-)
+from _harness import FIGURE, Results, Row, positive, seconds, table
+from _loops import BASELINE, Loop, Task, Weights
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,14 +45,10 @@ from fastdit.train.runtime import PRECISIONS
 from fastdit.train.sources import Shapes, Source
 
 SAMPLES_PER_CLASS = 10
-FIGURE = "images/s"
 RATE_COLUMNS = {
     "way": "",
-    FIGURE: ".0f",
-    "min": ".0f",
-    "max": ".0f",
-    "ratio": ".2f",
-    "to compiled": ".2f",
+    **dict.fromkeys((FIGURE, "min", "max"), ".0f"),
+    **dict.fromkeys(("ratio", "to compiled"), ".2f"),
     "MFU": ".3f",
     "memory MiB": ".1f",
     "loss": ".3f",
@@ -81,23 +57,20 @@ RATE_COLUMNS = {
 QUALITY_COLUMNS = {"way": "", "seed": "d", "final loss": ".4f", "colour": ".3f", "shape": ".3f"}
 
 
-Row = dict[str, Any]
-
-
 class Turns(NamedTuple):
     rounds: int
-    steps: int  # of each
+    steps: int  # in each turn
 
 
 def memory(loop: Loop, device: torch.device) -> float:
-    """MiB that a step takes."""
+    """Return the MiB that a step needs."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         own = _state_bytes(loop)
         loop.train_step()
         return (torch.cuda.max_memory_allocated(device) - before + own) / 2**20
-    kept: dict[int, int] = {}  # by address: several nodes may keep one tensor
+    kept: dict[int, int] = {}  # by address, since several nodes may keep the same tensor
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -112,88 +85,68 @@ def memory(loop: Loop, device: torch.device) -> float:
 
 
 def _state_bytes(loop: Loop) -> int:
-    """Weights, their gradients, the optimizer's state."""
+    """Return the bytes of weights, gradients and optimizer state."""
     state = [t for entry in loop.optimizer.state.values() for t in entry.values()]
     parameters = list(loop.model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     return sum(t.nbytes for t in (*parameters, *gradients, *state))
 
 
-def measure_batch(
-    ways: list[str], task: Task, initial: Weights, turns: Turns, peak: float, results: Results
-) -> list[str]:
-    """Add a row a way to the results; the ways that are left."""
-    batch = task.recipe.batch_size
-    rows: dict[str, Row] = {way: {"way": way, "batch": batch} for way in ways}
-    loops: dict[str, Loop] = {}
-    for way, row in rows.items():
+class Training(harness.SideBySide):
+    """All loops, with one batch size."""
 
-        def begin(way: str = way, row: Row = row) -> Loop:
-            loop = make_loop(way, task, initial)
-            row["first step s"] = seconds(loop.train_step, task.device)
-            row["memory MiB"] = memory(loop, task.device)
-            return loop
+    BASES = {"ratio": BASELINE, "to compiled": loops.PLAIN_COMPILED}
 
-        results["rows"].append(row)
-        if (loop := attempt(row, FIGURE, begin)) is not None:
-            loops[way] = loop
-        results.write()
-    rates: dict[str, list[float]] = {way: [] for way in loops}
-    with tqdm(total=turns.rounds * len(loops), leave=False) as bar:
-        for _ in range(turns.rounds):
-            for way, loop in list(loops.items()):
-                bar.set_description(way)
+    def __init__(
+        self, ways: list[str], task: Task, initial: Weights, steps: int, results: Results
+    ) -> None:
+        batch = task.recipe.batch_size
+        rows = {way: {"way": way, "batch": batch} for way in ways}
+        super().__init__(rows, steps * batch, results)
+        self.task, self.initial, self.steps = task, initial, steps
 
-                def some(loop: Loop = loop) -> float:
-                    steps = range(turns.steps)
-                    return seconds(lambda: [loop.train_step() for _ in steps], task.device)
+    def begin(self, name: str) -> Loop:
+        loop = loops.make_loop(name, self.task, self.initial)
+        self.rows[name]["first step s"] = seconds(loop.train_step, self.task.device)
+        self.rows[name]["memory MiB"] = memory(loop, self.task.device)
+        return loop
 
-                if (taken := attempt(rows[way], FIGURE, some)) is None:
-                    del loops[way], rates[way]
-                else:
-                    rates[way].append(turns.steps * batch / taken)
-                    rows[way]["loss"] = statistics.mean(loop.losses[-turns.steps :])
-                _fill(rows, rates, flops.training_flop(task.config, 1) / peak)
-                results.write()
-                bar.update()
-    return list(loops)
+    def turn(self, name: str, way: Loop) -> float:
+        steps = range(self.steps)
+        taken = seconds(lambda: [way.train_step() for _ in steps], self.task.device)
+        self.rows[name]["loss"] = statistics.mean(way.losses[-self.steps :])
+        return taken
 
-
-def _fill(rows: dict[str, Row], rates: dict[str, list[float]], of_peak: float) -> None:
-    """The figures of the turns so far; `of_peak` is the share of the peak of an image a second."""
-    for way, own in rates.items():
-        if not own:
-            continue
-        row, median = rows[way], statistics.median(own)
-        row |= {FIGURE: median, "min": min(own), "max": max(own), "rates": own}
-        row["MFU"] = median * of_peak
-        for ratio, base in (("ratio", BASELINE), ("to compiled", PLAIN_COMPILED)):
-            if whole := min(len(own), len(rates.get(base, ()))):
-                row[ratio] = median_ratio(own[:whole], rates[base][:whole])
+    def detail(self, name: str, times: list[float]) -> None:
+        peak, flop = self.results["product FLOP/s"], flops.training_flop(self.task.config, 1)
+        row = self.rows[name]
+        row |= {"rates": [self.images / t for t in times], "MFU": row[FIGURE] * flop / peak}
 
 
 def measure_rates(
     ways: list[str], task: Task, batches: list[int], turns: Turns, results: Results
 ) -> None:
-    """Rows of every batch, and the device's rate in a large product."""
+    """Add the rows of all batch sizes, and the device's rate in a large matrix product."""
     dtype = PRECISIONS[task.precision] or torch.float32
     peak = results["product FLOP/s"] = flops.product_rate(task.device, dtype)
     print(f"a large {task.precision} product: {peak / 1e9:.0f} GFLOP/s")
-    initial = initial_weights(task)
+    initial = loops.initial_weights(task)
     for batch in batches:
-        own, first = replace(task.recipe, batch_size=batch), len(results["rows"])
-        ways = measure_batch(ways, replace(task, recipe=own), initial, turns, peak, results)
+        first = len(results["rows"])
+        own = replace(task, recipe=replace(task.recipe, batch_size=batch))
+        with tqdm(total=len(ways) * (1 + turns.rounds), leave=False) as bar:
+            ways = Training(ways, own, initial, turns.steps, results).run(turns.rounds, bar)
         print(f"\nbatches of {batch}, {task.precision}; turns of {turns.steps} steps")
         print(table(RATE_COLUMNS, results["rows"][first:]), flush=True)
-        gc.collect()  # a loop is a cycle, and its memory is the next batch's
+        gc.collect()  # a loop is a reference cycle, and the next batch size needs its memory
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def learn(way: str, task: Task) -> dict[str, Any]:
+def learn(way: str, task: Task) -> Row:
     """Train fully, then sample and judge."""
     start, recipe = time.perf_counter(), task.recipe
-    loop = make_loop(way, task, initial_weights(task))
+    loop = loops.make_loop(way, task, loops.initial_weights(task))
     for _ in tqdm(range(recipe.steps), desc=f"{way}, seed {recipe.seed}", leave=False):
         loop.train_step()
     a_pass = len(task.source) // recipe.batch_size
@@ -211,77 +164,64 @@ def learn(way: str, task: Task) -> dict[str, Any]:
     }
 
 
-def print_summary(rows: list[dict[str, Any]]) -> None:
-    by_way: dict[str, list[dict[str, Any]]] = {}
+def print_summary(rows: list[Row]) -> None:
+    """Print each way's final loss and its loss by pass, as means over the seeds."""
+    by_way: dict[str, list[Row]] = {}
     for row in rows:
         by_way.setdefault(row["way"], []).append(row)
     final = {way: [row["final loss"] for row in own] for way, own in by_way.items()}
+    mean = statistics.mean(final[BASELINE])
     spread = max(final[BASELINE]) - min(final[BASELINE])
-    print(f"\n{BASELINE}: mean final loss {statistics.mean(final[BASELINE]):.4f}, ", end="")
-    print(f"spread over the seeds {spread:.4f}")
+    print(f"\n{BASELINE}: mean final loss {mean:.4f}, spread over the seeds {spread:.4f}")
     for way in by_way.keys() - {BASELINE}:
-        difference = statistics.mean(final[way]) - statistics.mean(final[BASELINE])
-        print(f"{way}: mean final loss {difference:+.4f} from that")
-    passes = len(rows[0]["losses by pass"])
-    lines = [
-        {"pass": number, "published": PUBLISHED_LOSS[number]}
-        | {
-            way: statistics.mean(row["losses by pass"][number - 1] for row in own)
-            for way, own in by_way.items()
-        }
-        for number in PUBLISHED_LOSS
-        if number <= passes
-    ]
+        print(f"{way}: mean final loss {statistics.mean(final[way]) - mean:+.4f} from that")
+    lines: list[Row] = []
+    for number, published in PUBLISHED_LOSS.items():
+        if number <= len(rows[0]["losses by pass"]):
+            line: Row = {"pass": number, "published": published}
+            for way, own in by_way.items():
+                line[way] = statistics.mean(row["losses by pass"][number - 1] for row in own)
+            lines.append(line)
     print("\nloss by pass over the set, mean over the seeds (the published run drew another set)")
     print(table({"pass": "d", "published": ".4f"} | dict.fromkeys(by_way, ".4f"), lines))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__, device=True)
     parser.add_argument("--preset", default="toy", choices=fastdit.PRESETS)
-    parser.add_argument("--batch", nargs="+", type=int, help="images a step  [the recipe's]")
+    parser.add_argument("--batch", nargs="+", type=positive, help="default: the recipe's")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--checkpointing", action="store_true", help="in fastdit's loops")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each loop")
-    parser.add_argument("--steps", type=int, default=25, help="of a turn")
-    parser.add_argument("--way", nargs="+", choices=WAYS, help="[all]")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="train the toy fully")
-    parser.add_argument("--full-steps", type=int, default=Recipe.steps, help="of a full training")
-    parser.add_argument("--per-class", type=int, default=200, help="coloured shapes of each class")
-    parser.add_argument("--device", type=torch.device, help="[the GPU, if there is one]")
-    parser.add_argument("--json", type=Path, metavar="PATH")
+    parser.add_argument("--rounds", type=positive, default=7, help="timed turns of each loop")
+    parser.add_argument("--steps", type=positive, default=25, help="steps in a turn")
+    parser.add_argument("--way", nargs="+", choices=loops.WAYS, help="default: all")
+    own = parser.add_argument_group("the toy")
+    own.add_argument("--seeds", type=int, nargs="*", default=[], help="also train fully")
+    own.add_argument("--full-steps", type=positive, default=Recipe.steps, help="of a full training")
+    own.add_argument("--per-class", type=positive, default=200, help="training images of a class")
     args = parser.parse_args(argv)
-    for name in ("rounds", "steps", "full_steps", "per_class"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    if min(args.batch or [1]) < 1:
-        parser.error(f"--batch: expected at least 1, got {args.batch}")
     if args.seeds and args.preset != "toy":
         parser.error("--seeds: only the toy is trained fully")
-    if args.device is None:
-        args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return args
 
 
 def main() -> None:
     args = parse()
-    warnings.simplefilter("ignore", TerminalSNRWarning)  # the recipe is the seed's, on purpose
-    facts = machine(args.device)
-    print_machine(facts)
+    warnings.simplefilter("ignore", TerminalSNRWarning)  # the seed recipe has it on purpose
     toy = args.preset == "toy"
     config = fastdit.PRESETS[args.preset]
     recipe = replace(RECIPES["seed" if toy else "dit"], steps=100_000, label_dropout=0.0, ema=None)
     batches = args.batch or [recipe.batch_size]
-    source: Source = Shapes(args.per_class) if toy else RandomLatents(config)
+    source: Source = Shapes(args.per_class) if toy else loops.RandomLatents(config)
     if max(batches) > len(source):
         raise SystemExit(f"--batch: expected at most {len(source)}, got {max(batches)}")
     task = Task(config, recipe, source, args.device, args.precision, args.checkpointing)
-    ways = list(dict.fromkeys(args.way or WAYS))
-    results = Results(args.json, facts, vars(args), rows=[], learned=[])
-    with fresh_compile_cache():
+    ways = list(dict.fromkeys(args.way or loops.WAYS))
+    results = Results.of(args, args.device, learned=[])
+    with harness.fresh_compile_cache():
         measure_rates(ways, task, batches, Turns(args.rounds, args.steps), results)
     for seed in args.seeds:
-        for way in (BASELINE, COMPILED if COMPILED in ways else EAGER):
+        for way in (BASELINE, loops.COMPILED if loops.COMPILED in ways else loops.EAGER):
             full = replace(RECIPES["seed"], steps=args.full_steps, seed=seed)
             own = replace(task, recipe=full, source=Shapes(args.per_class, seed))
             results["learned"].append(learn(way, own))
@@ -290,8 +230,7 @@ def main() -> None:
         print(f"\n{args.full_steps} steps, seeds {args.seeds}; accuracies over 160 samples")
         print(table(QUALITY_COLUMNS, learned))
         print_summary(learned)
-    results.write()
-    sys.exit(any(row.get(FIGURE) == "failed" for row in results["rows"]))
+    sys.exit(results.has_failures(FIGURE))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What timed configurations advise: the best, its gain, and the line of the source to change."""
+"""The advice from timed configurations: the best one, its gain, and the source line to change."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ def benchmarks(monkeypatch):
 
 
 def tuned(kernel, shape, dtype="bfloat16", **times):
-    """Rows of entries and their microseconds, the default first: `e1=(values, us)`."""
+    """Make rows from `name=(values, microseconds)`, the default first."""
     return [
         {"kernel": kernel, "shape": shape, "dtype": dtype, "arch": "sm_90"}
         | {"values": values, "us": us, "default": "default" if i == 0 else ""}
@@ -53,7 +53,7 @@ def test_advice_names_the_line_and_what_it_becomes(tmp_path):
         ("Tile(64, 64, 4, 3)", 2.0),
         ("Tile(64, 64, 4, 2)", 1.0),
     ]
-    # One line serves both shapes: what failed on one of them is not taken.
+    # One line serves both shapes, so that a configuration that failed on one of them is not taken.
     gain = 1 / math.sqrt(0.8 * 0.5)
     assert changes(rows, tmp_path) == [
         f"kernels/attention_configs.py:4: Tile(64, 64, 4, 3) is {gain:.2f} times as fast as the "
@@ -63,7 +63,7 @@ def test_advice_names_the_line_and_what_it_becomes(tmp_path):
     ]
 
 
-def test_advice_without_a_default_that_ran_says_nothing_of_gains(tmp_path):
+def test_advice_says_nothing_of_gains_if_the_default_failed(tmp_path):
     from _advice import best_of, changes
 
     (tmp_path / "attention_configs.py").write_text(SOURCE)
