@@ -35,7 +35,7 @@ from fastdit.kernels import attention_configs as sizes
 from fastdit.kernels.common import arch
 from fastdit.kernels.shape import Shape
 from fastdit.kernels.trajectory_configs import trajectory_configs
-from fastdit.ops.dispatch import sizes_of
+from fastdit.ops.trajectory import kernel_shape
 from fastdit.solvers import DDPM
 
 Launch = Callable[[triton.Config], Any]
@@ -139,7 +139,7 @@ def _update(case: Case, device: torch.device) -> Contest:
 
 def _trajectory(cfg: DiTConfig, B: int, device: torch.device) -> Contest:
     """Make the contest of a model like the toy in bfloat16; float32 has one configuration."""
-    (integers, floats), dtype = sizes_of(cfg), torch.bfloat16
+    (integers, floats), dtype = kernel_shape(cfg), torch.bfloat16
     *numbers, tanh = integers
     shape = Shape(*numbers, bool(tanh), *floats)
 

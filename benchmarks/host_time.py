@@ -22,7 +22,8 @@ import torch
 from _harness import Results, Row, positive, synchronize
 from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE, Case, inputs, outputs
 
-from fastdit import functional, ops
+from fastdit import functional
+from fastdit.ops import definitions
 
 # Shapes of the toy, then of DiT-XL/2, each for four images.
 CASES = (
@@ -56,7 +57,7 @@ def calls(case: Case, device: torch.device) -> dict[str, Call]:
 def _lower(case: Case, tensors: list[torch.Tensor], options: dict[str, Any]) -> dict[str, Call]:
     from fastdit.kernels import adaln, attention, sampling
 
-    op = getattr(ops, case.op)
+    op = getattr(definitions, case.op)
     if case.op == ATTENTION:
         heads = options["n_heads"]
         return {
