@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastdit
 from fastdit import DiTConfig, functional, reference
 from fastdit.ops import dispatch
-from fastdit.sampling.executions import Subject, obstacle
+from fastdit.sampling import executions
 from fastdit.sampling.predictors import TokenLayout
 
 BASELINE = "reference eager"
@@ -181,7 +181,9 @@ def obstacle(way: str, device: torch.device) -> str | None:
 
 def trajectory_obstacle(case: Case) -> str | None:
     """Return why a case's model has no trajectory, or None."""
-    reason = obstacle("trajectory", Subject(case.own, case.device, case.dtype))
+    reason = executions.obstacle(
+        "trajectory", executions.Subject(case.own, case.device, case.dtype)
+    )
     if reason is None and case.device.type == "cpu" and not dispatch.has_cpp():
         reason = "needs a C++ compiler"
     return reason

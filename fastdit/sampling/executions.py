@@ -21,7 +21,7 @@ from fastdit.sampling.predictors import (
     is_standard_dit,
     is_unmodified_dit,
 )
-from fastdit.sampling.steps import Compiled, Eager
+from fastdit.sampling.steps import Compiled, Eager, Step
 from fastdit.sampling.trajectory import TrajectoryLoop
 
 
@@ -118,10 +118,6 @@ def _arch(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _nothing(subject: Subject) -> None:
-    return None
-
-
 def _needs_dit(subject: Subject) -> str | None:
     if is_standard_dit(subject.model):
         return None
@@ -162,39 +158,33 @@ def _trajectory_suits(subject: Subject) -> bool:
     return any(win.arch == arch and _covers(win, model.cfg) for win in WINS)
 
 
-def _build_eager(subject: Subject, plan: Plan) -> Loop:
+def _stepwise(step: Callable[[], Step], copies: bool) -> Callable[[Subject, Plan], Loop]:
+    """Return a `build` of loops of single steps; of a DiT they use its weights or a copy."""
+
+    def build(subject: Subject, plan: Plan) -> Loop:
+        model, device, dtype = subject
+        if is_standard_dit(model):
+            dit = DiTPredictor(model, dtype, copies)
+            return StepLoop(dit, device, dtype, plan, step())
+        cfg = config_of(model)
+        layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
+        return StepLoop(ModelPredictor(model, device, dtype, layout), device, dtype, plan, step())
+
+    return build
+
+
+def _whole_loop(subject: Subject, plan: Plan) -> Loop:
     model, device, dtype = subject
-    if is_standard_dit(model):
-        dit = DiTPredictor(model, dtype, copies=False)
-        return StepLoop(dit, device, dtype, plan, Eager())
-    cfg = config_of(model)
-    layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
-    return StepLoop(ModelPredictor(model, device, dtype, layout), device, dtype, plan, Eager())
-
-
-def _build_compiled(subject: Subject, plan: Plan) -> Loop:
-    return StepLoop(_dit(subject, copies=True), subject.device, subject.dtype, plan, Compiled())
-
-
-def _build_graph(subject: Subject, plan: Plan) -> Loop:
-    return StepLoop(_dit(subject, copies=True), subject.device, subject.dtype, plan, Graphed())
-
-
-def _build_trajectory(subject: Subject, plan: Plan) -> Loop:
-    return TrajectoryLoop(_dit(subject, copies=False), subject.device, subject.dtype, plan)
-
-
-def _dit(subject: Subject, copies: bool) -> DiTPredictor:
-    assert is_standard_dit(subject.model)
-    return DiTPredictor(subject.model, subject.dtype, copies)
+    assert is_standard_dit(model)
+    return TrajectoryLoop(DiTPredictor(model, dtype, copies=False), device, dtype, plan)
 
 
 # In the order in which "auto" asks them. It never compiles, since that takes longer than many runs.
 EXECUTIONS: dict[str, Execution] = {
-    "trajectory": Execution(
-        _needs_small_dit, _trajectory_suits, _build_trajectory, shows_steps=False
+    "trajectory": Execution(_needs_small_dit, _trajectory_suits, _whole_loop, shows_steps=False),
+    "graph": Execution(
+        _needs_cuda, lambda subject: subject.device.type == "cuda", _stepwise(Graphed, copies=True)
     ),
-    "graph": Execution(_needs_cuda, lambda subject: subject.device.type == "cuda", _build_graph),
-    "compile": Execution(_needs_dit, lambda subject: False, _build_compiled),
-    "eager": Execution(_nothing, lambda subject: True, _build_eager),
+    "compile": Execution(_needs_dit, lambda subject: False, _stepwise(Compiled, copies=True)),
+    "eager": Execution(lambda subject: None, lambda subject: True, _stepwise(Eager, copies=False)),
 }

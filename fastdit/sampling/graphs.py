@@ -22,14 +22,13 @@ class Graphed(Step):
     """`advance` captured in CUDA graphs: one launch a step, and the host never waits.
 
     There is a graph for each batch size, with and without null rows, for each way of making noise
-    and each float32 precision of matrix products. When there are more than `max_graphs`, the one
+    and each float32 precision of matrix products. When there are more than MAX_GRAPHS, the one
     that was used longest ago is dropped. All graphs take their memory from one pool, since only one
     runs at a time and what a step hands on lies outside the pool. Calls from several threads must
     take turns.
     """
 
-    def __init__(self, max_graphs: int = MAX_GRAPHS) -> None:
-        self._max_graphs = max_graphs
+    def __init__(self) -> None:
         self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -56,9 +55,9 @@ class Graphed(Step):
         return own if len(own) == rows else None
 
     def _make_room(self) -> None:
-        if len(self._graphs) == self._max_graphs:
+        if len(self._graphs) == MAX_GRAPHS:
             warn(
-                f"execution='graph': more than {self._max_graphs} kinds of batches; the graph used "
+                f"execution='graph': more than {MAX_GRAPHS} kinds of batches; the graph used "
                 "longest ago is dropped, and captured again if its kind comes back. Sample in "
                 "fewer batch sizes"
             )

@@ -81,7 +81,7 @@ def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
 def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
     graphs_without_cuda, monkeypatch, recwarn
 ):
-    monkeypatch.setattr(executions, "Graphed", lambda: graphs.Graphed(max_graphs=4))
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 4)
     sampler = Sampler(make_model(), make_scheduler(), execution="graph")
     for batch in (1, 2, 3, 4, 1):
         sampler([0] * batch)
@@ -170,7 +170,7 @@ def test_graphs_of_all_batch_sizes_share_their_memory():
 @pytest.mark.gpu
 def test_a_graph_outlives_others_and_what_they_free(monkeypatch):
     """Workspaces and pools: graphs are dropped, caches emptied, freed memory is poisoned."""
-    monkeypatch.setattr(executions, "Graphed", lambda: graphs.Graphed(max_graphs=2))
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     model = make_model("cuda")
     sampler = Sampler(model, make_scheduler())
     eager = Sampler(model, make_scheduler(), execution="eager")
