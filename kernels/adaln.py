@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastdit.kernels.common import power_of_two_pieces
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
+from fastdit.kernels.tensors import contiguous, rows_of
 
 _TOKENS = 32  # a program of the backward: its three partial sums are 1/32 of a pass over the rows
 _SUMS = 256  # channels that a program of the second stage sums
@@ -264,9 +265,9 @@ def layer_norm_modulate_fwd(
         gate, h has scale's dtype, the statistics are float32.
     """
     B, N, D = x.shape
-    x, y = x.contiguous(), None if y is None else y.contiguous()
-    gate, s_gate = (None, 0) if gate is None else _rows(gate)
-    (scale, s_scale), (shift, s_shift) = _rows(scale), _rows(shift)
+    x, y = x.contiguous(), contiguous(y)
+    gate, s_gate = rows_of(gate)
+    (scale, s_scale), (shift, s_shift) = rows_of(scale), rows_of(shift)
     r = x if gate is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=scale.dtype)
     mean = x.new_empty((B, N), dtype=torch.float32)
@@ -318,10 +319,8 @@ def layer_norm_modulate_bwd(
     """
     B, N, D = r.shape
     dr, y, gate = residual if residual else (None, None, None)
-    dh, r = dh.contiguous(), r.contiguous()
-    dr, y = None if dr is None else dr.contiguous(), None if y is None else y.contiguous()
-    scale, s_scale = _rows(scale)
-    gate, s_gate = (None, 0) if gate is None else _rows(gate)
+    dh, r, dr, y = dh.contiguous(), r.contiguous(), contiguous(dr), contiguous(y)
+    (gate, s_gate), (scale, s_scale) = rows_of(gate), rows_of(scale)
     dx = torch.empty_like(r)
     dy = None if y is None else torch.empty_like(y)
     dscale = scale.new_empty(B, D)
@@ -357,15 +356,6 @@ def _prepare_bwd(
     grid = B, triton.cdiv(D, _SUMS)
     sums = PreparedLaunch(sum_partials_kernel, grid, D=D, GATED=gated, BLOCK=_SUMS, num_warps=1)
     return rows, sums
-
-
-def _rows(modulation: Tensor) -> tuple[Tensor, int]:
-    """[B, D] whose channels lie side by side, and from one of its rows to the next."""
-    row, channel = modulation.stride()
-    if channel == 1:
-        return modulation, row
-    modulation = modulation.contiguous()
-    return modulation, modulation.stride(0)
 
 
 def _power_of_two_below(n: int) -> int:

@@ -6,8 +6,10 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRET: bool = triton.knobs.runtime.interpret
+_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @functools.cache
@@ -29,3 +31,8 @@ def power_of_two_pieces(n: int, smallest: int = 1) -> tuple[int, int]:
     """
     first = max(smallest, 1 << max(0, (n - 1).bit_length() - 1))
     return first, max(smallest, triton.next_power_of_2(max(1, n - first)))
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return what a kernel's products are taken in: the interpreter has no bfloat16 arithmetic."""
+    return tl.float32 if INTERPRET else _DOT_DTYPES[dtype]
