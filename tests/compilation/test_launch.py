@@ -17,9 +17,17 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from fastdit.kernels import adaln, aot, attention, launch, sampling  # noqa: E402
+from fastdit.kernels import (  # noqa: E402
+    adaln,
+    aot,
+    attention,
+    attention_backward,
+    launch,
+    sampling,
+)
 from fastdit.ops import registration  # noqa: E402
 
+MODULES = adaln, attention, attention_backward, sampling
 FIRST, SECOND = 100, 101  # devices that no machine has
 
 
@@ -63,7 +71,7 @@ class Driver:
 
 def forget():
     """What was prepared: the next call of any launcher is its first."""
-    for module in (adaln, attention, sampling):
+    for module in MODULES:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -97,10 +105,7 @@ def runs(monkeypatch):
 
 
 KERNELS = [
-    value
-    for module in (adaln, attention, sampling)
-    for value in vars(module).values()
-    if isinstance(value, JITFunction)
+    value for module in MODULES for value in vars(module).values() if isinstance(value, JITFunction)
 ]
 
 

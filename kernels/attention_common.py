@@ -10,10 +10,30 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit.kernels.attention_configs import head_pieces
-from fastdit.kernels.common import INTERPRET, arch
+from fastdit.kernels.common import arch, dot_dtype
 from fastdit.kernels.launch import PreparedLaunch
 
-_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+@triton.jit
+def tile(p, s, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D, EVEN, DOT):
+    """Columns FIRST to FIRST + WIDTH of a head's next ROWS rows, of which `rows` exist."""
+    o_n = tl.arange(0, ROWS)[:, None]
+    o_d = FIRST + tl.arange(0, WIDTH)[None, :]
+    p += o_n * s + o_d
+    if FIRST + WIDTH <= D:
+        if EVEN:
+            return tl.load(p).to(DOT)
+        return tl.load(p, mask=o_n < rows, other=0.0).to(DOT)
+    if EVEN:
+        return tl.load(p, mask=o_d < D, other=0.0).to(DOT)
+    return tl.load(p, mask=(o_n < rows) & (o_d < D), other=0.0).to(DOT)
+
+
+@triton.jit
+def store(p, s, rows, b, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D):
+    o_n = tl.arange(0, ROWS)[:, None]
+    o_d = FIRST + tl.arange(0, WIDTH)[None, :]
+    tl.store(p + o_n * s + o_d, b.to(p.dtype.element_ty), mask=(o_n < rows) & (o_d < D))
 
 
 def kind_of(qkv: Tensor) -> tuple[torch.dtype, str, str]:
@@ -48,8 +68,7 @@ def prepare(
         D0=D0,
         D1=D1,
         EVEN=N % BM == 0 and N % BN == 0,
-        # The interpreter has no bfloat16 arithmetic.
-        DOT=tl.float32 if INTERPRET else _DOT_DTYPES[dtype],
+        DOT=dot_dtype(dtype),
         PRECISION=precision,
         **config.all_kwargs(),
     )
@@ -66,3 +85,7 @@ def unit_stride(qkv: Tensor) -> tuple[Tensor, int, int]:
         return qkv, s_b, s_n
     qkv = qkv.clone(memory_format=torch.contiguous_format)
     return qkv, qkv.stride(0), qkv.stride(1)
+
+
+def score_scale(shape: torch.Size, n_heads: int) -> float:
+    return (shape[2] // 3 // n_heads) ** -0.5
