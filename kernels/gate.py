@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdit.kernels import adaln, attention, attention_configs, sampling, trajectory
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
+from fastdit.kernels.columns import COLUMNS
 from fastdit.kernels.shape import Shape
 from fastdit.kernels.trajectory_configs import trajectory_configs
 
@@ -218,7 +219,7 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
     """XL's latents: tokens with guidance and a learned range, plain images."""
     B, P, C = 4, 1024, 4
     for dtype in (_F32, _BF16):
-        table, step = _meta(250, 10, dtype=_F32), _meta(dtype=torch.int64)
+        table, step = _meta(250, len(COLUMNS), dtype=_F32), _meta(dtype=torch.int64)
         seeds = _meta(B, 2, dtype=torch.int64)
         tokens, out = _meta(B, P, C, dtype=dtype), _meta(2 * B, P, 2 * C, dtype=_BF16)
         images = _meta(B, C, 32, 32, dtype=dtype)
@@ -286,8 +287,7 @@ def _trajectory_arguments(shape: Shape, kind: str, dtype: torch.dtype) -> tuple[
     """Of a launch with weights in a dtype: four images, eight steps, five labels."""
     B, K, R = 4, 8, 5
     guided, given = kind == "guided learned", kind == "given"
-    N, F, C, D = shape.tokens, shape.features, shape.channels, shape.hidden
-    n = D * F + N * D + shape.layers * (12 * D * D + 9 * D) + shape.out_features * (D + 1)
+    N, F, C = shape.tokens, shape.features, shape.channels
     x = _meta(B, N * F // C, C, dtype=_F32)
     modulation = (
         _meta(K, R if given else 1, shape.width, dtype=_F32),
@@ -295,11 +295,10 @@ def _trajectory_arguments(shape: Shape, kind: str, dtype: torch.dtype) -> tuple[
         _meta(2 * B if guided else B, dtype=torch.int64),
     )
     seeds, noise = _meta(B, 2, dtype=torch.int64), _meta(K, *x.shape, dtype=_F32)
-    return (
-        *(x, x, _meta(n, dtype=dtype), *modulation, _meta(K, 10, dtype=_F32), 0),
-        *(None if given else seeds, noise if given else None),
-        (4.0, 3) if guided else None,
-    )
+    weights, coefficients = _meta(shape.weights, dtype=dtype), _meta(K, len(COLUMNS), dtype=_F32)
+    drawn = (None, noise) if given else (seeds, None)
+    guidance = (4.0, 3) if guided else None
+    return x, x, weights, *modulation, coefficients, 0, *drawn, guidance
 
 
 def _trajectory_flop(shape: Shape, d: int, config: triton.Config) -> float:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastdit.kernels import shape
+
+layer_weights = triton.constexpr_function(shape.layer_weights)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _TANH_GELU = tl.constexpr(-1.5957691216057308)  # -2 sqrt(2 / pi)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -222,7 +225,7 @@ def blocks(
     """All layers."""
     D: tl.constexpr = b_h.shape[1]
     for i in tl.range(0, L, num_stages=STAGES):
-        p_l = p_w + i * (12 * D * D + 9 * D)
+        p_l = p_w + i * layer_weights(D)
         o = 6 * i * D
         b_scale = modulation(p_step, p_label, o, D, SPLIT)
         b_shift = modulation(p_step, p_label, o + D, D, SPLIT)

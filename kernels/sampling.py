@@ -1,7 +1,7 @@
 """Guidance, solver update and noise: one pass over the state of a sampler.
 
-For element e of image b, with row c of the coefficients (columns in the order of
-`sampler_update_kernel`) and guidance scale s:
+For element e of image b, with row c of the coefficients (`fastdit.kernels.columns`) and guidance
+scale s:
 
     eps    = eps_null + s (eps_cond - eps_null)                 # Ho & Salimans 2022, eq. 6
     x0     = clamp(c.x0_x x + c.x0_eps eps, -c.x0_limit, c.x0_limit)
@@ -25,7 +25,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdit.kernels.columns import COLUMNS
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
+from fastdit.kernels.tensors import contiguous
+
+
+def _column(name: str) -> tl.constexpr:
+    return tl.constexpr(COLUMNS.index(name))
+
+
+# Offsets in a row of coefficients, and the length of a row.
+X0_X, X0_EPS, X0_LIMIT = _column("x0_x"), _column("x0_eps"), _column("x0_limit")
+X, EPS, X0, X0_PREV = _column("x"), _column("eps"), _column("x0"), _column("x0_prev")
+SIGMA, LOG_SIGMA_LOW, LOG_SIGMA_HIGH = map(_column, ("sigma", "log_sigma_low", "log_sigma_high"))
+ROW = tl.constexpr(len(COLUMNS))
 
 _MAX_ROW = 2**30  # elements of an image: offsets inside a row, twice as long learned, are int32
 
@@ -76,16 +89,35 @@ def _load(p, o, m):
 
 
 @triton.jit
-def _coefficient(p, known):
-    """NaN for a step that is not in the table, rather than another tensor's memory."""
-    return tl.load(p, mask=known, other=float("nan"))
+def coefficient(p, known):
+    """NaN for a step that is not known to be in the table; known None: it surely is."""
+    if known is None:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=known, other=float("nan"))
+
+
+@triton.jit
+def solve(b_x, b_eps, p_c, known):
+    """x0, and what the next x has of x, eps and x0."""
+    limit = coefficient(p_c + X0_LIMIT, known)
+    b_x0 = coefficient(p_c + X0_X, known) * b_x + coefficient(p_c + X0_EPS, known) * b_eps
+    b_x0 = tl.where(b_x0 > limit, limit, tl.where(b_x0 < -limit, -limit, b_x0))  # NaN stays NaN
+    b_next = coefficient(p_c + X, known) * b_x + coefficient(p_c + EPS, known) * b_eps
+    return b_x0, b_next + coefficient(p_c + X0, known) * b_x0
+
+
+@triton.jit
+def learned_sigma(b_v, p_c, known):
+    low, high = coefficient(p_c + LOG_SIGMA_LOW, known), coefficient(p_c + LOG_SIGMA_HIGH, known)
+    return tl.exp(low + (b_v + 1) * 0.5 * (high - low))
 
 
 @triton.jit
 def sampler_update_kernel(
     p_x,  # [B, E]
     p_model_out,  # [B or 2B, E or 2E]: conditional rows, then null rows
-    p_coefficients,  # [S, 10] x0_x x0_eps x0_limit x eps x0 x0_prev sigma log_sigma_{low,high}
+    p_coefficients,  # [S, ROW]
     p_step,  # [] int64
     p_x0_prev,  # [B, E], where HAS_PREV
     p_seeds,  # [B, 2] int64 (key, stream), where NOISE is 1
@@ -125,29 +157,21 @@ def sampler_update_kernel(
 
     step = tl.load(p_step)
     known = (step >= 0) & (step < S)
-    p_c = p_coefficients + step * 10
-    limit = _coefficient(p_c + 2, known)
-    b_x0 = _coefficient(p_c, known) * b_x + _coefficient(p_c + 1, known) * b_eps
-    b_x0 = tl.where(b_x0 > limit, limit, tl.where(b_x0 < -limit, -limit, b_x0))  # NaN stays NaN
-    b_next = (
-        _coefficient(p_c + 3, known) * b_x
-        + _coefficient(p_c + 4, known) * b_eps
-        + _coefficient(p_c + 5, known) * b_x0
-    )
+    p_c = p_coefficients + step * ROW
+    b_x0, b_next = solve(b_x, b_eps, p_c, known)
     if HAS_PREV:
-        b_next += _coefficient(p_c + 6, known) * _load(p_x0_prev + i_b * E, o, m)
+        b_next += coefficient(p_c + X0_PREV, known) * _load(p_x0_prev + i_b * E, o, m)
     if NOISE == 2:
         b_z = _load(p_noise + i_b * E, o, m)
     if NOISE != 0:
-        sigma = _coefficient(p_c + 7, known)
+        sigma = coefficient(p_c + SIGMA, known)
         if sigma != 0:
             if NOISE == 1:
                 key, stream = tl.load(p_seeds + i_b * 2), tl.load(p_seeds + i_b * 2 + 1)
                 quads = i_block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
                 b_z = philox_normals(key, step + 1, stream, quads)
             if LEARNED:
-                low, high = _coefficient(p_c + 8, known), _coefficient(p_c + 9, known)
-                b_next += tl.exp(low + (b_v + 1) * 0.5 * (high - low)) * b_z
+                b_next += learned_sigma(b_v, p_c, known) * b_z
             else:
                 b_next += sigma * b_z
     tl.debug_barrier()  # all have read what may now be replaced
@@ -193,9 +217,7 @@ def sampler_update(
         raise ValueError(f"x: expected fewer than 2^30 elements an image, got {E}")
     x, model_out = x.contiguous(), model_out.contiguous()
     coefficients = coefficients.float().contiguous()
-    x0_prev = None if x0_prev is None else x0_prev.contiguous()
-    seeds = None if seeds is None else seeds.contiguous()
-    noise = None if noise is None else noise.contiguous()
+    x0_prev, seeds, noise = contiguous(x0_prev), contiguous(seeds), contiguous(noise)
     x_next, x0 = out or (torch.empty_like(x), torch.empty_like(x))
     if x.numel():
         scale, channels = guidance or (1.0, 0)

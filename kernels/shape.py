@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+def layer_weights(D: int) -> int:
+    """Return how many weights and biases a layer of hidden size D has."""
+    return 12 * D * D + 9 * D
+
+
 class Shape(NamedTuple):
     """Sizes and choices of a DiT. Its packed weights are one after another, row-major:
 
@@ -29,6 +34,13 @@ class Shape(NamedTuple):
     def width(self) -> int:
         """Of a row of modulation."""
         return (6 * self.layers + 2) * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """How many there are, packed."""
+        D = self.hidden
+        ends = (self.features + self.tokens) * D + self.out_features * (D + 1)
+        return ends + self.layers * layer_weights(D)
 
     @property
     def learned(self) -> bool:

@@ -22,22 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit.kernels import network
-from fastdit.kernels.common import INTERPRET, arch
-from fastdit.kernels.sampling import philox_normals
+from fastdit.kernels.common import arch, dot_dtype
+from fastdit.kernels.sampling import ROW, SIGMA, X0_PREV, learned_sigma, philox_normals, solve
 from fastdit.kernels.shape import Shape
 from fastdit.kernels.trajectory_configs import trajectory_configs
-
-_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _update(b_x, b_eps, b_prev, p_c):
-    """x0 and the next x without its noise, by a row of coefficients."""
-    limit = tl.load(p_c + 2)
-    b_x0 = tl.load(p_c) * b_x + tl.load(p_c + 1) * b_eps
-    b_x0 = tl.where(b_x0 > limit, limit, tl.where(b_x0 < -limit, -limit, b_x0))  # NaN stays NaN
-    b_next = tl.load(p_c + 3) * b_x + tl.load(p_c + 4) * b_eps + tl.load(p_c + 5) * b_x0
-    return b_x0, b_next + tl.load(p_c + 6) * b_prev
 
 
 @triton.jit
@@ -56,7 +44,7 @@ def trajectory_kernel(
     p_by_step,  # [K, S, (6 L + 2) D]
     p_by_label,  # [R, (6 L + 2) D], or None
     p_rows,  # [B or 2B] int64: the labels' rows, then the null label's
-    p_coefficients,  # [K, 10] as `sampler_update_kernel` has them
+    p_coefficients,  # [K, ROW]
     p_seeds,  # [B, 2] int64 (key, stream), where NOISE is 1
     p_noise,  # [K, B, N, F], where NOISE is 2
     p_park,  # [B, 2, N, D] float32 to work in, or None
@@ -96,7 +84,7 @@ def trajectory_kernel(
     m = m_f[None, :]
     o_eps = o_f + o_f // C * C if LEARNED else o_f
     p_blocks = p_weights + D * F + N * D
-    p_final = p_blocks + L * (12 * D * D + 9 * D)
+    p_final = p_blocks + L * network.layer_weights(D)
     p_bias = p_final + (2 * F if LEARNED else F) * D
     if p_park is not None:
         p_park += i_b * (2 * N * D)
@@ -137,14 +125,14 @@ def trajectory_kernel(
 
         b_x = tl.load(p_x + o, mask=m, other=0.0)
         b_prev = tl.load(p_x0 + o, mask=m, other=0.0)
-        p_c = p_coefficients + k * 10
-        b_x0, b_next = _update(b_x, b_eps, b_prev, p_c)
+        p_c = p_coefficients + k * ROW
+        b_x0, b_next = solve(b_x, b_eps, p_c, None)
+        b_next += tl.load(p_c + X0_PREV) * b_prev
         if NOISE != 0:
-            sigma = tl.load(p_c + 7)
+            sigma = tl.load(p_c + SIGMA)
             b_sigma = sigma
             if LEARNED:
-                low, high = tl.load(p_c + 8), tl.load(p_c + 9)
-                b_sigma = tl.exp(low + (b_v + 1) * 0.5 * (high - low))
+                b_sigma = learned_sigma(b_v, p_c, None)
             if sigma != 0:
                 if NOISE == 1:
                     b_z = _normals(p_seeds + i_b * 2, first + k + 1, N, F, FP)
@@ -229,7 +217,7 @@ def trajectory(
         C if channels is None else channels,
         shape.learned,
         1 if seeds is not None else 2 if noise is not None else 0,
-        tl.float32 if INTERPRET else _DOT_DTYPES[weights.dtype],
+        dot_dtype(weights.dtype),
         "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         **config.all_kwargs(),
     )
