@@ -8,13 +8,14 @@ instruction set each, `trajectory.cpp` gives images to threads, and `adaln.cpp` 
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from fastdit.kernels.columns import COLUMNS
 from fastdit.kernels.cpu.build import BuildError, call, library
+from fastdit.kernels.cpu.structs import Linear, Problem, Update
 from fastdit.kernels.shape import Shape
+from fastdit.kernels.tensors import contiguous
 
 __all__ = [
     "MAX_HIDDEN",
@@ -33,45 +34,6 @@ __all__ = [
 
 MAX_HIDDEN = 512
 MAX_TOKENS = 256
-
-_INTEGERS = (
-    "tokens features out_features channels hidden layers heads tanh_gelu images steps first "
-    "step_rows guided threads"
-).split()
-_FLOATS = "eps mlp_eps scale".split()
-_POINTERS = "weights by_step by_label rows coefficients seeds noise x x0".split()
-
-_UPDATE_INTEGERS = "images elements channels space learned guided step threads".split()
-_UPDATE_POINTERS = "x model_out coefficients x0_prev noise seeds x_next x0".split()
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_float) for name in _FLOATS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    ]
-
-
-class _Update(ctypes.Structure):
-    """`Update` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _UPDATE_INTEGERS),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _UPDATE_POINTERS),
-    ]
-
-
-class _Linear(ctypes.Structure):
-    """`Linear` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "in", "out", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")),
-    ]
 
 
 def obstacle(shape: Shape) -> str | None:
@@ -127,28 +89,23 @@ def trajectory(
     """
     scale, channels = guidance or (1.0, 0)
     x, x0 = (t.detach().clone(memory_format=torch.contiguous_format) for t in (x, x0))
-    given = dict(by_step=by_step, by_label=by_label, weights=weights)
-    floats = {
-        name: None if t is None else t.detach().to(torch.float32).contiguous()
-        for name, t in dict(given, coefficients=coefficients, noise=noise).items()
-    }
-    integers = {
-        name: None if t is None else t.contiguous()
-        for name, t in dict(rows=rows, seeds=seeds).items()
-    }
-    tensors = dict(floats, **integers, x=x, x0=x0)
-    problem = _Problem(
-        **{name: getattr(shape, name) for name in _INTEGERS[:8]},
+    problem = Problem(
+        **shape._asdict(),
         images=len(x),
         steps=len(coefficients),
         first=first,
         step_rows=by_step.shape[1],
         guided=shape.channels if channels is None else channels,
-        threads=torch.get_num_threads(),
-        eps=shape.eps,
-        mlp_eps=shape.mlp_eps,
         scale=scale,
-        **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
+        weights=_float32(weights),
+        by_step=_float32(by_step),
+        by_label=_float32(by_label),
+        rows=rows.contiguous(),
+        coefficients=_float32(coefficients),
+        seeds=contiguous(seeds),
+        noise=_float32(noise),
+        x=x,
+        x0=x0,
     )
     call(library().fastdit_trajectory, problem, instruction_set)
     return x, x0
@@ -181,17 +138,11 @@ def sampler_update(
     """
     channel, k = 1 if x.dim() == 4 else 2, int(step)
     C, (scale, channels) = x.shape[channel], guidance or (1.0, 0)
-    row = torch.full((10,), float("nan"), dtype=torch.float32, device="cpu")
+    row = torch.full((len(COLUMNS),), float("nan"), dtype=torch.float32, device="cpu")
     if 0 <= k < len(coefficients):
         row = coefficients[k].float().contiguous()
-    given = dict(x=x, model_out=model_out.float(), seeds=seeds)
-    given |= {
-        n: None if t is None else t.float() for n, t in dict(x0_prev=x0_prev, noise=noise).items()
-    }
-    tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
     x_next, x0 = out or (x.new_empty(x.shape), x.new_empty(x.shape))
-    tensors |= dict(coefficients=row, x_next=x_next, x0=x0)
-    update = _Update(
+    update = Update(
         images=len(x),
         elements=x.shape[1:].numel(),
         channels=C,
@@ -199,9 +150,15 @@ def sampler_update(
         learned=model_out.shape[channel] == 2 * C,
         guided=C if channels is None else channels,
         step=k,
-        threads=torch.get_num_threads(),
         scale=scale,
-        **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
+        x=x.contiguous(),
+        model_out=_float32(model_out),
+        coefficients=row,
+        x0_prev=_float32(x0_prev),
+        noise=_float32(noise),
+        seeds=contiguous(seeds),
+        x_next=x_next,
+        x0=x0,
     )
     call(library().fastdit_update, update, instruction_set)
     return x_next, x0
@@ -242,12 +199,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         BuildError, MemoryError: as for `trajectory`.
     """
-    x, weight = x.detach().contiguous(), weight.detach().contiguous()
-    bias = None if bias is None else bias.detach().contiguous()
     y = x.new_empty((len(x), len(weight)))
-    sizes = len(x), x.shape[1], len(weight), torch.get_num_threads()
-    pointers = (None if t is None else t.data_ptr() for t in (x, weight, bias, y))
-    call(library().fastdit_linear, _Linear(*sizes, *pointers), None)
+    problem = Linear(
+        rows=len(x),
+        in_features=x.shape[1],
+        out_features=len(weight),
+        x=_float32(x),
+        weight=_float32(weight),
+        bias=_float32(bias),
+        y=y,
+    )
+    call(library().fastdit_linear, problem, None)
     return y
 
 
@@ -265,3 +227,7 @@ def instruction_sets() -> list[str]:
 def peak_flop_per_second(repeats: int = 2_000_000) -> float:
     """What multiply-adds on registers alone reach, on PyTorch's number of threads."""
     return library().fastdit_peak(torch.get_num_threads(), repeats)
+
+
+def _float32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().to(torch.float32).contiguous()

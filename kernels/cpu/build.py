@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from fastdit.kernels.cpu import structs
+
 SOURCES = Path(__file__).parent
 # No -march: an instruction set is chosen at run time, so that what is cached runs on any machine
 # that shares the cache. No -ffast-math: NaN must stay, and its start-up code would flush denormals
@@ -57,6 +59,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))  # calls release the GIL
     except OSError as error:
         raise BuildError(f"{error}; XDG_CACHE_HOME names another folder to build in") from error
+    _check_sizes(loaded, path)
     loaded.fastdit_instruction_set.restype = ctypes.c_char_p
     loaded.fastdit_peak.restype = ctypes.c_double
     loaded.fastdit_peak.argtypes = [ctypes.c_int64, ctypes.c_int64]
@@ -67,7 +70,19 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(function: Any, argument: ctypes.Structure, instruction_set: str | None) -> None:
+def _check_sizes(loaded: ctypes.CDLL, path: Path) -> None:
+    """Raise a BuildError unless Python and the library agree on the size of every struct."""
+    loaded.fastdit_struct_size.restype = ctypes.c_int64
+    for struct in structs.STRUCTS:
+        size = loaded.fastdit_struct_size(struct.__name__.encode())
+        if size != ctypes.sizeof(struct):
+            raise BuildError(
+                f"{path} has a {struct.__name__} of {size} bytes, where Python's is "
+                f"{ctypes.sizeof(struct)}; delete that file, and it is built anew"
+            )
+
+
+def call(function: Any, argument: structs.Struct, instruction_set: str | None) -> None:
     """Call a function of the library, and raise for the code that it returns."""
     name = None if instruction_set is None else instruction_set.encode()
     code = function(ctypes.byref(argument), name)
@@ -79,7 +94,7 @@ def call(function: Any, argument: ctypes.Structure, instruction_set: str | None)
 
 def _digest() -> str:
     """Of what decides what is built, and whether it can be loaded."""
-    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS]
+    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS, structs.header()]
     parts += [
         f.name + f.read_text() for f in sorted(SOURCES.iterdir()) if f.suffix in (".cpp", ".h")
     ]
@@ -113,12 +128,14 @@ def _compile(folder: str) -> Path:
     if shutil.which((shlex.split(compiler) or [""])[0]) is None:
         raise BuildError(f"no C++ compiler {compiler!r} was found; install g++, or set CXX")
     sources = sorted(str(f) for f in SOURCES.glob("*.cpp"))
+    Path(folder, "structs.h").write_text(structs.header())
     try:
         with _ninja_on_path():
             cpp_extension.load(
                 "fastdit_cpu",
                 sources,
                 extra_cflags=FLAGS,
+                extra_include_paths=[folder],
                 extra_ldflags=["-fopenmp"],
                 build_directory=folder,
                 is_python_module=False,

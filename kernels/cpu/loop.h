@@ -59,7 +59,7 @@ struct Loop : Network {
   }
 
   void update_chunk(int64_t step, int64_t g, int64_t e) const {
-    const float* c = p.coefficients + step * 10;
+    const float* c = p.coefficients + step * column::count;
     const int64_t panel_floats = panels * p.out_features * WIDTH, image = first_image + g;
     const float *out = (float*)at.out + g * panel_floats, *null_out = out + images * panel_floats;
     const int32_t* place = w.place + e;
@@ -75,7 +75,7 @@ struct Loop : Network {
           const float null = null_out[place[i]];
           chunk.eps[i] = null + p.scale * (chunk.eps[i] - null);
         }
-    const bool noisy = (p.seeds || p.noise) && c[7] != 0.f;
+    const bool noisy = (p.seeds || p.noise) && c[column::sigma] != 0.f;
     if (noisy && p.seeds) {
       normals(p.seeds[2 * image], p.first + step + 1, p.seeds[2 * image + 1], e / 4, chunk.noise);
     } else if (noisy) {
@@ -181,16 +181,16 @@ static float multiply_adds(int64_t repeats) {
 static void linear(const Linear& l, const float* blocks, int64_t first_row, float* own) {
   const int64_t rows = least(PAIR * WIDTH, l.rows - first_row);
   for (int64_t i = 0; i < PAIR * WIDTH; i++)
-    for (int64_t k = 0; k < l.in; k++) {
-      const float x = i < rows ? l.x[(first_row + i) * l.in + k] : 0.f;
-      own[(i / WIDTH * l.in + k) * WIDTH + i % WIDTH] = x;
+    for (int64_t k = 0; k < l.in_features; k++) {
+      const float x = i < rows ? l.x[(first_row + i) * l.in_features + k] : 0.f;
+      own[(i / WIDTH * l.in_features + k) * WIDTH + i % WIDTH] = x;
     }
   const Share all{0, ceil_div(rows, WIDTH), 0, SLICES, 0, 1};
-  product(all, blocks, l.out, l.in, (vf*)own, l.in,
+  product(all, blocks, l.out_features, l.in_features, (vf*)own, l.in_features,
           [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
     const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
     for (int64_t j = 0; j < lanes; j++)
       for (int64_t i = 0; i < n; i++)
-        l.y[(start + j) * l.out + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);
+        l.y[(start + j) * l.out_features + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);
   });
 }

@@ -7,26 +7,18 @@
 #include <immintrin.h>
 #endif
 
+#include "structs.h"  // generated where the library is built
+
 namespace fastdit {
 
-// Some steps of a sampling loop; `Problem` in __init__.py has the same fields in the same order.
-// P images' states are [images][tokens * features], element n * features + f of token n.
-struct Problem {
-  int64_t tokens, features, out_features, channels, hidden, layers, heads, tanh_gelu;
-  int64_t images, steps, first;  // first: how many steps were taken before
-  int64_t step_rows;             // of by_step at one step
-  int64_t guided;                // channels that guidance holds for; 0: there is none
-  int64_t threads;
-  float eps, mlp_eps, scale;
-  const float* weights;         // as kernels/shape.py says
-  const float* by_step;         // [steps][step_rows][width]
-  const float* by_label;        // [labels][width], or null
-  const int64_t* rows;          // [images], or [2 * images] where guided
-  const float* coefficients;    // [steps][10], as fastdit.reference.COEFFICIENTS
-  const int64_t* seeds;         // [images][2] (key, stream), or null
-  const float* noise;           // [steps][images][tokens * features], or null
-  float *x, *x0;                // [images][tokens * features], in and out
+// structs.py declares the fields of these with their comments, for Python and for the generated
+// structs.h. `python -c "from fastdit.kernels.cpu import structs; print(structs.header())"` prints it.
+using generated::AdaLN;
+using generated::AdaLNBackward;
+using generated::Linear;
+using generated::Update;
 
+struct Problem : generated::Problem {
   int64_t elements() const { return tokens * features; }
   // A state's elements, up to a whole number of quads of vectors.
   int64_t padded(int64_t width) const {
@@ -34,43 +26,11 @@ struct Problem {
   }
   int64_t width() const { return (6 * layers + 2) * hidden; }
   bool learned() const { return out_features != features; }
+  // Of a layer: the floats of qkv, proj, fc1 and fc2, and those of their biases.
+  int64_t layer_matrices() const { return 12 * hidden * hidden; }
+  int64_t layer_biases() const { return 9 * hidden; }
 };
-
-// One step's update of states in any layout; `Update` in __init__.py has the same fields.
-struct Update {
-  int64_t images, elements, channels;
-  int64_t space;    // elements from one channel to the next: 1 for tokens, H * W for images
-  int64_t learned;  // whether every group of channels * space of eps is followed by one of range
-  int64_t guided, step, threads;
-  float scale;
-  const float *x, *model_out, *coefficients;  // coefficients: the step's row
-  const float *x0_prev, *noise;               // or null
-  const int64_t* seeds;                       // or null
-  float *x_next, *x0;
-};
-
-// y [rows][out] = x [rows][in] weight [out][in] + bias.
-struct Linear {
-  int64_t rows, in, out, threads;
-  const float *x, *weight, *bias;  // bias: or null
-  float* y;
-};
-
-// r = x + gate * y and h = LN(r) * (1 + scale) + shift; without a gate r is x, and is not written.
-// Rows of modulation lie their stride apart. `AdaLN` in adaln.py has the same fields.
-struct AdaLN {
-  int64_t images, tokens, hidden, gate_stride, scale_stride, shift_stride, threads;
-  float eps;
-  const float *x, *y, *gate, *scale, *shift;  // y, gate: or null
-  float *r, *h, *mean, *rstd;                 // mean, rstd: [images * tokens]
-};
-
-// Its gradients; those of the modulation of each chunk of an image's tokens.
-struct AdaLNBackward {
-  int64_t images, tokens, hidden, gate_stride, scale_stride, chunk_tokens, threads;
-  const float *dr, *dh, *r, *y, *gate, *scale, *mean, *rstd;  // dr, y, gate: or null
-  float *dx, *dy, *partial;  // partial: [images][chunks][dscale, dshift, dgate][hidden]
-};
+static_assert(sizeof(Problem) == sizeof(generated::Problem));
 
 // Weights in the order in which an instruction set multiplies by them: a matrix [M][K] is blocks of
 // rows, each [K][rows of the block]. Where the rows of a block start, `block_start` says.

@@ -79,13 +79,14 @@ struct Packed {
   Packed(const Problem& p, const InstructionSet& set)
       : layers(p.layers), place(p.padded(set.width)) {
     const int64_t D = p.hidden, F = p.features, F_out = p.out_features, W = set.width;
-    const int64_t panels = ceil_div(p.tokens, W), of_layer = 12 * D * D + 9 * D;
+    const int64_t panels = ceil_div(p.tokens, W), of_layer = p.layer_matrices() + p.layer_biases();
+    const int64_t of_packed_layer = p.layer_matrices() + 3 * D;  // with qkv's biases alone
     const float *embed = p.weights, *position = embed + D * F, *blocks = position + p.tokens * D;
     const float *last = blocks + p.layers * of_layer, *last_bias = last + F_out * D;
-    memory = allocate(D * F + panels * D * W + p.layers * (12 * D * D + 3 * D) + F_out * D);
+    memory = allocate(D * F + panels * D * W + p.layers * of_packed_layer + F_out * D);
     final_bias = allocate(F_out);
     float *to_position = memory.get(), *to_embed = to_position + panels * D * W;  // aligned vectors
-    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * (12 * D * D + 3 * D);
+    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * of_packed_layer;
 
     auto same = [](int64_t row) { return row; };
     // The model's rows are [pixel][eps, range][channel], the kernel's [eps, range][pixel][channel].
@@ -106,9 +107,9 @@ struct Packed {
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t l = 0; l < p.layers; l++) {
       const float* from = blocks + l * of_layer;
-      float* to = to_layers + l * (12 * D * D + 3 * D);
+      float* to = to_layers + l * of_packed_layer;
       const int64_t d = D / p.heads;
-      float* to_bias = to + 12 * D * D;
+      float* to_bias = to + p.layer_matrices();
       layers[l].qkv = to, layers[l].qkv_bias = to_bias;
       for (int64_t h = 0; h < p.heads; h++) {
         auto row = [&](int64_t i) { return i / d * D + h * d + i % d; };
@@ -148,7 +149,7 @@ int64_t images_together(const Problem& p, const InstructionSet& set) {
 // 1.6 times from 3.6 on). The lanes past the last token take their time too.
 int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t T) {
   const int64_t lanes = (p.guided ? 2 : 1) * ceil_div(p.tokens, set.width) * set.width;
-  const int64_t D = p.hidden, flop = 2 * lanes * (12 * D * D + 2 * p.tokens * D);
+  const int64_t D = p.hidden, flop = 2 * lanes * (p.layer_matrices() + 2 * p.tokens * D);
   const int64_t most = std::min(T, set.useful_threads(p, 1));
   return std::clamp<int64_t>(flop / 800'000, 1, most);
 }
@@ -234,6 +235,13 @@ void fastdit_normal(const int64_t* seeds, const int64_t* steps, int64_t n_seeds,
   }
 }
 
+// The size of a struct of structs.h; -1 where there is none of that name.
+int64_t fastdit_struct_size(const char* name) {
+  for (const generated::Size& size : generated::sizes)
+    if (!std::strcmp(size.name, name)) return size.bytes;
+  return -1;
+}
+
 const char* fastdit_instruction_set() { return choose(nullptr)->name; }
 
 // The same bits for a row whatever the other rows and the number of threads; 1 where memory does
@@ -241,11 +249,11 @@ const char* fastdit_instruction_set() { return choose(nullptr)->name; }
 int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
-  const int64_t at_once = 2 * set->width, own = at_once * linear->in;
-  const Floats blocks = allocate(linear->out * linear->in);
+  const int64_t at_once = 2 * set->width, own = at_once * linear->in_features;
+  const Floats blocks = allocate(linear->out_features * linear->in_features);
   const Floats panels = allocate(linear->threads * own);
-  pack(linear->weight, linear->out, linear->in, linear->in, set->rows, blocks.get(),
-       [](int64_t row) { return row; });
+  pack(linear->weight, linear->out_features, linear->in_features, linear->in_features, set->rows,
+       blocks.get(), [](int64_t row) { return row; });
 #pragma omp parallel for num_threads(linear->threads)
   for (int64_t i = 0; i < ceil_div(linear->rows, at_once); i++)
     set->linear(*linear, blocks.get(), i * at_once, panels.get() + omp_get_thread_num() * own);
