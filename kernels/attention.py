@@ -1,12 +1,12 @@
-"""Softmax attention without mask, straight from packed queries, keys and values: the forward.
+"""The forward of softmax attention without a mask, on packed queries, keys and values.
 
 For one head, with c = log2(e) / sqrt(d) folded into the exponent (Vaswani et al. 2017, equation 1;
 Dao 2023, "FlashAttention-2", algorithm 1):
 
     S = Q K^T,  P = 2^(c S - lse),  lse = log2(sum 2^(c S)) by row,  O = P V
 
-Head dims between powers of two are held as two pieces, 72 = 64 + 16 with 8 columns masked:
-matrix instructions take 16 columns at the least, and one piece of 128 would waste 44% of them.
+Head dims between powers of two are held as two pieces: 72 is 64 + 16, with 8 columns masked.
+Matrix instructions take at least 16 columns, and one piece of 128 would waste 44% of its columns.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def attention_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: BM queries of a head, over its keys BN at a time with a running softmax."""
+    """Each program takes BM queries of a head over all keys, BN at a time, by a running softmax."""
     tiles = tl.cdiv(N, BM)
     i_bh = tl.program_id(0) // tiles
     i_m = tl.program_id(0) % tiles * BM
@@ -72,7 +72,7 @@ def attention_fwd_kernel(
         if not EVEN:
             b_s = tl.where(i_n + tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        # Where all keys so far score -inf: -inf - -inf is no number, -inf - 0 weighs nothing.
+        # If all keys so far score -inf, -inf - -inf would be NaN, while exp2(-inf - 0) is 0.
         b_top = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
         b_p = tl.exp2((b_s - b_top[:, None]) * scale_log2)
         b_decay = tl.exp2((b_max - b_top) * scale_log2)
@@ -115,7 +115,7 @@ def attention_one_pass_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: BM queries of a head of N <= BN tokens against all its keys at once."""
+    """Each program takes BM queries of a head of N <= BN tokens over all its keys at once."""
     tiles = tl.cdiv(N, BM)
     i_bh = tl.program_id(0) // tiles
     i_m = tl.program_id(0) % tiles * BM
@@ -162,7 +162,7 @@ def attention_fwd(
         config: one of `attention_fwd_configs`; None for the default.
 
     Returns:
-        (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32 to the base 2).
+        (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32, to the base 2).
     """
     qkv, s_b, s_n = unit_stride(qkv)
     B, N, width = qkv.shape
@@ -181,7 +181,7 @@ def _forward(
     kind: tuple[torch.dtype, str, str],
     config: triton.Config | None,
 ) -> tuple[PreparedLaunch, float]:
-    """The forward's launch, and the scale of its scores."""
+    """Return the forward's launch and the scale of its scores."""
     N, (dtype, target, precision) = shape[1], kind
     config = config or attention_fwd_configs(N, dtype, target)[0]
     one_pass = N <= config.kwargs["BN"]

@@ -6,7 +6,8 @@ algorithm 2):
     P = 2^(c S - lse),  delta = sum(O * dO) by row,  dS = P * (dO V^T - delta)
     dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d),  dV = P^T dO
 
-Nothing is summed by atomics: dQ has its own pass, which also leaves delta for that of dK and dV.
+Nothing is summed by atomics: dQ has a pass of its own, which also writes the delta that the pass
+of dK and dV reads.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def attention_dq_bwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: dQ and delta of BM queries of a head, over its keys BN at a time."""
+    """Each program computes dQ and delta of BM queries of a head, over its keys BN at a time."""
     tiles = tl.cdiv(N, BM)
     i_bh = tl.program_id(0) // tiles
     i_m = tl.program_id(0) % tiles * BM
@@ -122,7 +123,10 @@ def attention_dkv_bwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: dK and dV of BN keys of a head, over its queries BM at a time, transposed."""
+    """Each program computes dK and dV of BN keys of a head, over its queries BM at a time.
+
+    Scores are transposed: keys are rows, and queries are columns.
+    """
     tiles = tl.cdiv(N, BN)
     i_bh = tl.program_id(0) // tiles
     i_n = tl.program_id(0) % tiles * BN
@@ -147,7 +151,7 @@ def attention_dkv_bwd_kernel(
         o_m = i_m + tl.arange(0, BM)
         b_q0 = tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
         b_do0 = tile(p_dout, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
-        # Queries that do not exist weigh nothing: 2^(0 - inf).
+        # Queries past the last have no weight: 2^(0 - inf) is 0.
         b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=float("inf"))[None, :]
         b_delta = tl.load(p_delta + o_m, mask=o_m < N, other=0.0)[None, :]
         b_s = tl.dot(b_k0, b_q0.T, input_precision=PRECISION)
@@ -217,7 +221,7 @@ def _backward(
     dq: triton.Config | None,
     dkv: triton.Config | None,
 ) -> tuple[PreparedLaunch, PreparedLaunch, float]:
-    """The passes of dQ, and of dK with dV, and the scale of the scores."""
+    """Return the launches of dQ and of dK with dV, and the scale of the scores."""
     N, (dtype, target, precision) = shape[1], kind
     dq = dq or attention_dq_bwd_configs(N, dtype, target)[0]
     d = shape[2] // 3 // n_heads

@@ -1,4 +1,4 @@
-"""What the attention launchers share: which views the kernels read, and launches made once."""
+"""What attention's forward and backward share: tiles, readable views, prepared launches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdit.kernels.launch import PreparedLaunch
 
 @triton.jit
 def tile(p, s, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D, EVEN, DOT):
-    """Columns FIRST to FIRST + WIDTH of a head's next ROWS rows, of which `rows` exist."""
+    """Load columns FIRST to FIRST + WIDTH of a head's next ROWS rows, of which `rows` exist."""
     o_n = tl.arange(0, ROWS)[:, None]
     o_d = FIRST + tl.arange(0, WIDTH)[None, :]
     p += o_n * s + o_d
@@ -37,13 +37,13 @@ def store(p, s, rows, b, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.cons
 
 
 def kind_of(qkv: Tensor) -> tuple[torch.dtype, str, str]:
-    """What a launch depends on besides sizes: dtype, architecture, and precision of products."""
+    """Return what a launch depends on besides sizes: dtype, architecture, precision of products."""
     dtype, target = qkv.dtype, arch(qkv.device)
     if dtype != torch.float32:
         return dtype, target, "ieee"
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if torch.version.hip and target != "gfx942":
-        tf32 = False  # the only one of AMD's that has it
+    if torch.version.hip and target != "gfx942":  # AMD's only architecture with TF32
+        tf32 = False
     return dtype, target, "tf32" if tf32 else "ieee"
 
 
@@ -56,7 +56,7 @@ def prepare(
     precision: str,
     config: triton.Config,
 ) -> PreparedLaunch:
-    """A kernel whose programs own a tile of a head's rows; own names the tile's size."""
+    """Prepare a kernel whose programs own a tile of a head's rows; own names the tile's size."""
     B, N, width = qkv_shape
     d = width // 3 // n_heads
     D0, D1 = head_pieces(d)
@@ -75,10 +75,11 @@ def prepare(
 
 
 def unit_stride(qkv: Tensor) -> tuple[Tensor, int, int]:
-    """[B, N, 3D] whose channels lie side by side, and its strides; batches and rows lie anywhere.
+    """Return qkv [B, N, 3D] as the kernels read it, copied if need be, and its two strides.
 
-    But not one element apart, which Triton takes for a constant, nor so far that the offsets of a
-    tile's rows, 256 at most, leave 32 bits.
+    Its channels must lie side by side. Rows may lie anywhere, but not one element apart, since
+    Triton makes a stride of 1 a constant, nor so far apart that offsets within a tile of at most
+    256 rows exceed 32 bits.
     """
     s_b, s_n, channel = qkv.stride()
     if channel == 1 and s_n != 1 and s_n < 2**23:

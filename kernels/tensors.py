@@ -1,4 +1,4 @@
-"""Tensors as the launchers of both languages pass them on; it imports no Triton."""
+"""Layouts of tensors that the launchers of Triton and of C++ ask for; it imports no Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def contiguous(t: Tensor | None) -> Tensor | None:
 
 
 def rows_of(modulation: Tensor | None) -> tuple[Tensor | None, int]:
-    """Return [B, D] with its channels side by side, and the distance from one row to the next."""
+    """Return modulation [B, D] with adjacent channels, copied if need be, and its row stride."""
     if modulation is None:
         return None, 0
     row, channel = modulation.stride()

@@ -1,9 +1,10 @@
-"""C++ for a CPU: the whole sampling loop of a small DiT in one call (`trajectory`), and ops of it.
+"""C++ kernels for CPUs: the whole sampling loop of a small DiT in one call, and its single ops.
 
-`problem.h` says what the parts share, `vector.h` holds the mathematics, `product.h` the matrix
-products, `update.h` a solver's step, `network.h` a forward, `loop.h` the steps, `adaln.h` a
-LayerNorm with all that surrounds it; `plain.cpp`, `avx2.cpp` and `avx512.cpp` are these for an
-instruction set each, `trajectory.cpp` gives images to threads, and `adaln.cpp` rows.
+`structs.py` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
+`product.h` the matrix products, `update.h` a solver's step, `network.h` the forward, `loop.h` the
+loop over steps, and `adaln.h` LayerNorm with modulation. `plain.cpp`, `avx2.cpp` and `avx512.cpp`
+compile these headers for one instruction set each. `trajectory.cpp` and `adaln.cpp` are the C
+interface, and distribute images and rows over threads.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MAX_TOKENS = 256
 
 
 def obstacle(shape: Shape) -> str | None:
-    """Why the kernel does not take a model, or None."""
+    """Return why the kernel cannot run a model of this shape, or None."""
     if shape.hidden > MAX_HIDDEN:
         return f"takes a hidden size up to {MAX_HIDDEN}, got {shape.hidden}"
     if shape.tokens > MAX_TOKENS:
@@ -60,32 +61,22 @@ def trajectory(
     shape: Shape,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K steps on the CPU, in float32; arguments as `fastdit.functional.trajectory`'s, who checks.
+    """Take K steps of a sampling loop in float32; `fastdit.functional.trajectory` checks arguments.
 
-    An image's bits depend on neither its batch, nor its place in it, nor the number of threads,
+    An image's bits depend neither on its batch and its place there, nor on the number of threads,
     which is PyTorch's.
 
     Args:
-        x, x0: [B, P, C].
-        weights: [n], as `Shape` lays them out.
-        by_step: [K, 1 or R, W].
-        by_label: [R, W], or None.
-        rows: [B] int64, or with guidance [2B].
-        coefficients: [K, 10].
-        first: how many steps were taken before.
-        seeds: [B, 2] int64, or None.
-        noise: [K, B, P, C], or None.
-        guidance: (scale, channels or None for all), or None.
-        shape: the model's.
+        x ... shape: as for the Triton launcher, `fastdit.kernels.trajectory.trajectory`.
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
-        (x, x0), new and contiguous.
+        (x, x0) after the last step, new and contiguous.
 
     Raises:
         BuildError: the kernels cannot be built.
-        ValueError: the CPU has not that instruction set.
-        MemoryError: there is too little.
+        ValueError: the CPU does not have that instruction set.
+        MemoryError: memory does not suffice.
     """
     scale, channels = guidance or (1.0, 0)
     x, x0 = (t.detach().clone(memory_format=torch.contiguous_format) for t in (x, x0))
@@ -123,11 +114,11 @@ def sampler_update(
     instruction_set: str | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step's update in float32; arguments as `fastdit.functional.sampler_update`'s.
+    """Take one step's update in float32; `fastdit.functional.sampler_update` checks arguments.
 
     Args:
-        step: [] int64; outside of the coefficients' rows the result is NaN.
-        guidance: (scale, how many channels or None for all) where model_out has 2B rows.
+        step: [] int64; the result is NaN if coefficients has no such row.
+        guidance: (scale, number of channels or None for all) if model_out has 2B rows.
         instruction_set: as for `trajectory`.
 
     Returns:
@@ -165,12 +156,12 @@ def sampler_update(
 
 
 def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
-    """Standard normal noise, as `fastdit.noise.normal` defines it.
+    """Return standard normal noise as `fastdit.noise.normal` defines it.
 
     Args:
         seeds: [B, 2] int64 rows of (key, stream).
         steps: [S] int64.
-        elements: of an image at a step.
+        elements: how many, for each image and step.
 
     Returns:
         [S, B, elements] float32.
@@ -186,7 +177,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias` in float32; a row's bits depend on no other row, nor on threads.
+    """Return x weight^T + bias in float32; a row's bits depend on no other row, nor on threads.
 
     Args:
         x: [R, K].
@@ -214,18 +205,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def instruction_set() -> str:
-    """The best that this CPU has: "plain", "avx2" or "avx512"."""
+    """Return the best instruction set of this CPU: "plain", "avx2" or "avx512"."""
     return library().fastdit_instruction_set().decode()
 
 
 def instruction_sets() -> list[str]:
-    """All that this CPU has, the best last."""
+    """Return all instruction sets of this CPU, the best last."""
     names = ["plain", "avx2", "avx512"]
     return names[: names.index(instruction_set()) + 1]
 
 
 def peak_flop_per_second(repeats: int = 2_000_000) -> float:
-    """What multiply-adds on registers alone reach, on PyTorch's number of threads."""
+    """Measure multiply-adds on registers alone, on PyTorch's number of threads."""
     return library().fastdit_peak(torch.get_num_threads(), repeats)
 
 

@@ -1,4 +1,4 @@
-"""The launchers of adaln.cpp, with the arguments of `fastdit.kernels.adaln`'s, in float32."""
+"""Launchers of adaln.cpp, with the arguments of those in `fastdit.kernels.adaln`, in float32."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fastdit.kernels.cpu.build import call, library
 from fastdit.kernels.cpu.structs import AdaLN, AdaLNBackward
 from fastdit.kernels.tensors import contiguous, rows_of
 
-# Tokens whose part in the modulation's gradients is summed by one thread. Fixed, so that sums do
-# not depend on how many threads there are.
+# The number of tokens over which one thread sums the modulation's gradients. It is fixed, so that
+# sums do not depend on the number of threads.
 _CHUNK = 64
 
 
@@ -23,7 +23,7 @@ def layer_norm_modulate_fwd(
     gate: Tensor | None = None,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward; y and gate make it the gated residual's.
+    """Run the forward, with the gated residual if y and gate are given.
 
     Args:
         x: [B, N, D], like y.
@@ -31,11 +31,11 @@ def layer_norm_modulate_fwd(
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
-        (r [B, N, D], h [B, N, D], mean [B, N], rstd [B, N]): r is x itself where there is no gate.
+        (r [B, N, D], h [B, N, D], mean [B, N], rstd [B, N]): r is x itself without a gate.
 
     Raises:
         BuildError: the kernels cannot be built.
-        ValueError: the CPU has not that instruction set.
+        ValueError: the CPU does not have that instruction set.
     """
     B, N, D = x.shape
     x, y = x.contiguous(), contiguous(y)
@@ -60,23 +60,17 @@ def layer_norm_modulate_bwd(
     residual: tuple[Tensor | None, Tensor, Tensor] | None = None,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The backward.
+    """Run the backward.
 
     Args:
-        dh: [B, N, D], gradient of h.
-        r: [B, N, D], the forward's r (x where there was no gate).
-        scale: [B, D].
-        mean: [B, N], of the forward.
-        rstd: [B, N], of the forward.
-        residual: (dr or None, y, gate) of the gated op.
+        dh ... residual: as for `fastdit.kernels.adaln.layer_norm_modulate_bwd`.
         instruction_set: as for the forward.
 
     Returns:
-        (dx, dy, dgate, dscale, dshift); dy and dgate None where there is no gate.
+        (dx, dy, dgate, dscale, dshift); dy and dgate are None without a gate.
 
     Raises:
-        BuildError: the kernels cannot be built.
-        ValueError: the CPU has not that instruction set.
+        BuildError, ValueError: as for the forward.
     """
     B, N, D = r.shape
     dr, y, gate = residual if residual else (None, None, None)

@@ -1,8 +1,9 @@
-// The steps of a sampling loop for a group of images, which a team takes through it in lockstep.
+// The sampling loop of a group of images, which a team of threads takes through it in lockstep.
 
 struct Loop : Network {
-  int64_t first_image, images, padded;  // padded: elements of a state, up to whole quads of vectors
+  int64_t first_image, images, padded;  // padded: p.padded(WIDTH)
 
+  // Calls f(i) for every i below total, spread over the team's threads.
   template <class F> void share_out(int64_t total, F f) const {
     const int64_t last = block_start(total, team.size, team.id + 1);
     for (int64_t i = block_start(total, team.size, team.id); i < last; i++) f(i);
@@ -28,7 +29,7 @@ struct Loop : Network {
     });
   }
 
-  // at.modulation of this thread's rows, with 1 + scale in the place of scale.
+  // Writes at.modulation of this thread's rows, with 1 + scale instead of scale.
   void modulate(int64_t step) const {
     const int64_t D = p.hidden, parts = 6 * p.layers + 2;
     for (int64_t r = mine.first_panel / panels; r < ceil_div(mine.last_panel, panels); r++) {
@@ -45,7 +46,7 @@ struct Loop : Network {
     }
   }
 
-  // at.in of this thread's panels: the same tokens for every label.
+  // Writes at.in of this thread's panels, with the same tokens for every label.
   void read_tokens() const {
     const int64_t F = p.features;
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
@@ -146,9 +147,9 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
   at.modulation = take(own, ceil_div(rows * p.width(), WIDTH));
 
-  // Panels in pairs are shared first, as far as they go, then slices, then the rows of these.
+  // Threads share pairs of panels first; if there are more threads, slices; then rows of a slice.
   const int64_t pairs = ceil_div(all, PAIR), columns = least(team.size, pairs);
-  const int64_t of_slice = team.size / columns / SLICES;  // threads; 0: one has all slices
+  const int64_t of_slice = team.size / columns / SLICES;  // threads; 0: one thread has all slices
   const int64_t of_column = larger_of(1, SLICES * of_slice);
   team.size = columns * of_column;
   if (team.id >= team.size) return;
@@ -163,11 +164,11 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   Loop{{p, w, team, at, panels, all, mine, columns}, first_image, images, padded}.run();
 }
 
-// As many chains as there are registers for on any of them.
+// 12 chains of multiply-adds, for which every instruction set has registers.
 static float multiply_adds(int64_t repeats) {
   vf sum[12];
   for (int i = 0; i < 12; i++) sum[i] = splat(i);
-  volatile float unknown[2] = {0.999f, 0.001f};  // or the compiler would do the sums itself
+  volatile float unknown[2] = {0.999f, 0.001f};  // so that the compiler cannot compute the sums
   const vf factor = splat(unknown[0]), addend = splat(unknown[1]);
   for (int64_t n = 0; n < repeats; n++)
 #pragma GCC unroll 12
@@ -177,7 +178,7 @@ static float multiply_adds(int64_t repeats) {
   return total[0];
 }
 
-// Two panels of rows of x [R][K] times a matrix in blocks [M][K], plus a bias: rows of out [R][M].
+// Multiplies two panels of rows of x by a weight in blocks, adds a bias, and writes rows of y.
 static void linear(const Linear& l, const float* blocks, int64_t first_row, float* own) {
   const int64_t rows = least(PAIR * WIDTH, l.rows - first_row);
   for (int64_t i = 0; i < PAIR * WIDTH; i++)

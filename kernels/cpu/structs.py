@@ -1,7 +1,7 @@
-"""The structs that the C++ library takes: declared here once, for ctypes and for the compiler.
+"""The structs that the C++ library takes, declared once for ctypes and for the C++ compiler.
 
-`header` is the C++ of these declarations. `build.py` writes it as `structs.h` into the folder in
-which it builds, and `problem.h` includes it and adds methods.
+`header` returns the declarations in C++. `build.py` writes them as `structs.h` into the folder in
+which it builds, and `problem.h` includes that file and adds methods.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _CTYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
 
 
 class Struct(ctypes.Structure):
-    """A struct of the library. A tensor stands for its address, and threads are PyTorch's number.
+    """A struct of the library; tensors become pointers, and `threads` is PyTorch's number of them.
 
     Attributes:
-        declarations: (C++ type, names of fields, comment) of each line of the C++ struct.
+        declarations: (C++ type, names of fields, comment) for each line of the C++ struct.
     """
 
     declarations: ClassVar[list[tuple[str, list[str], str]]]
@@ -30,7 +30,7 @@ class Struct(ctypes.Structure):
         fields |= dict(threads=torch.get_num_threads())
         if differing := fields.keys() ^ {name for name, _ in self._fields_}:
             raise TypeError(f"{type(self).__name__}: {sorted(differing)} missing or not its fields")
-        self._tensors = fields  # keeps them alive for as long as their addresses may be used
+        self._kept = fields  # so that tensors live as long as pointers to them
         super().__init__(
             **{k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
         )
@@ -138,7 +138,7 @@ STRUCTS = (Problem, Update, Linear, AdaLN, AdaLNBackward)
 
 
 def header() -> str:
-    """Return the C++ of the structs, their sizes by name, and the columns of coefficients."""
+    """Return the C++ declarations of the columns of coefficients, the structs, and their sizes."""
     parts = [
         "// Generated from kernels/cpu/structs.py and kernels/columns.py: change those.",
         "#pragma once\n#include <cstdint>\n\nnamespace fastdit {\n",

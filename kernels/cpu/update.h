@@ -1,14 +1,14 @@
-// Guidance, a solver's step and its noise, as fastdit.reference.sampler_update states them.
+// Guidance, a solver's step and its noise, as fastdit.reference.sampler_update defines them.
 
-// A chunk: as many elements of an image as one call of `normals` makes.
+// The elements of an image are updated in chunks, as many as one call of `normals` makes.
 static constexpr int64_t CHUNK = 4 * WIDTH;
 
 struct Chunk {
-  alignas(64) float x[CHUNK], x0[CHUNK];  // x0: of the step before
+  alignas(64) float x[CHUNK], x0[CHUNK];  // x0: the prediction of the step before
   alignas(64) float eps[CHUNK], range[CHUNK], noise[CHUNK];
 };
 
-// x and x0 of the next step in the place of this one's; c is a row of coefficients.
+// Replaces x and x0 by those of the next step; c is a row of coefficients.
 INLINE void solve(const float* c, bool noisy, bool learned, Chunk& at) {
   for (int64_t i = 0; i < CHUNK; i += WIDTH) {
     vf *x = (vf*)(at.x + i), *x0 = (vf*)(at.x0 + i);
@@ -31,7 +31,7 @@ INLINE void solve(const float* c, bool noisy, bool learned, Chunk& at) {
   }
 }
 
-// The same on states of any layout, one step: elements e to e + CHUNK of an image.
+// Updates elements e to e + CHUNK of an image, for states in any layout.
 static void update(const Update& u, int64_t image, int64_t e) {
   Chunk at = {};
   const int64_t E = u.elements, count = least(CHUNK, E - e), group = u.channels * u.space;
