@@ -51,7 +51,7 @@ def test_a_struct_takes_all_its_fields_and_no_other(fields, named):
 
 
 class Linear(structs.Struct):
-    """One field more than the library's."""
+    """The library's Linear with one more field."""
 
     _fields_ = [*structs.Linear._fields_, ("stride", ctypes.c_int64)]
     declarations = [*structs.Linear.declarations, ("int64_t", ["stride"], "")]
