@@ -1,4 +1,4 @@
-"""LayerNorm + adaLN modulation, alone and fused with the gated residual before it.
+"""LayerNorm with adaLN modulation, alone and fused with the gated residual before it.
 
 Forward, for each token of sample b (Peebles & Xie 2023, figure 3; Ba et al. 2016):
 
@@ -6,15 +6,15 @@ Forward, for each token of sample b (Peebles & Xie 2023, figure 3; Ba et al. 201
     n = (r - mean(r)) * rstd(r),  rstd = 1 / sqrt(mean((r - mean(r))^2) + eps)
     h = n * (1 + scale_b) + shift_b
 
-Backward, from dh and (gated) dr, sums running over the tokens of a sample:
+Backward, from dh and, in the gated op, dr; the sums run over the tokens of a sample:
 
     dn = dh * (1 + scale_b)
     dx = rstd * (dn - mean(dn) - n * mean(dn * n)) + dr
     dy = gate_b * dx,  dgate_b = sum dx * y,  dscale_b = sum dh * n,  dshift_b = sum dh
 
-A row of D channels is held as two power-of-two pieces, the second one masked. At D = 1152 that
-is 1024 + 128, and 64, 72, 96, 384, 768, 1024 are as exact: no lane is idle. The worst case is D
-just past three quarters of a power of two, where under a quarter of the lanes are.
+A row of D channels is held as two power-of-two pieces, of which the second is masked. D = 1152 is
+1024 + 128 and leaves no lane idle, and neither do 64, 72, 96, 384, 768 and 1024. The worst case is
+D just past three quarters of a power of two, where almost a quarter of the lanes are idle.
 """
 
 from __future__ import annotations
@@ -28,14 +28,21 @@ from torch import Tensor
 
 from fastdit.kernels.common import power_of_two_pieces
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
+from fastdit.kernels.tensors import contiguous, rows_of
 
-_TOKENS = 32  # a program of the backward: its three partial sums are 1/32 of a pass over the rows
-_SUMS = 256  # channels that a program of the second stage sums
+_TOKENS = 32  # per program of the backward: its three partial sums are 1/32 of a pass over the rows
+_SUMS = 256  # channels per program of the second stage
 
 
 @triton.jit
 def _load(p, o, m):
     return tl.load(p + o, mask=m, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(p, o_0, o_1, b_0, b_1, m_0, m_1):
+    tl.store(p + o_0, b_0.to(p.dtype.element_ty), mask=m_0)
+    tl.store(p + o_1, b_1.to(p.dtype.element_ty), mask=m_1)
 
 
 @triton.jit
@@ -65,7 +72,7 @@ def layer_norm_modulate_fwd_kernel(
     GATED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: ROWS tokens of one sample, held in registers from the load to the store."""
+    """Each program holds ROWS tokens of one sample in registers from the load to the store."""
     blocks = tl.cdiv(N, ROWS)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_n = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -82,11 +89,10 @@ def layer_norm_modulate_fwd_kernel(
         p_gate += i_b * s_gate
         b_r0 += _load(p_gate, o_d0, m_d0) * _load(p_y, o_0, m_0)
         b_r1 += _load(p_gate, o_d1, m_d1) * _load(p_y, o_1, m_1)
-        # Rounded to its own dtype before its statistics are taken, as unfused ops round it.
-        b_out0, b_out1 = b_r0.to(p_r.dtype.element_ty), b_r1.to(p_r.dtype.element_ty)
-        tl.store(p_r + o_0, b_out0, mask=m_0)
-        tl.store(p_r + o_1, b_out1, mask=m_1)
-        b_r0, b_r1 = b_out0.to(tl.float32), b_out1.to(tl.float32)
+        # The residual is rounded before its statistics are taken, as the unfused ops round it.
+        b_r0, b_r1 = b_r0.to(p_r.dtype.element_ty), b_r1.to(p_r.dtype.element_ty)
+        _store(p_r, o_0, o_1, b_r0, b_r1, m_0, m_1)
+        b_r0, b_r1 = b_r0.to(tl.float32), b_r1.to(tl.float32)
 
     b_mean = _mean(b_r0, b_r1, D)
     b_r0 = tl.where(m_0, b_r0 - b_mean[:, None], 0.0)
@@ -99,8 +105,7 @@ def layer_norm_modulate_fwd_kernel(
     p_shift += i_b * s_shift
     b_h0 = b_r0 * b_rstd[:, None] * (1 + _load(p_scale, o_d0, m_d0)) + _load(p_shift, o_d0, m_d0)
     b_h1 = b_r1 * b_rstd[:, None] * (1 + _load(p_scale, o_d1, m_d1)) + _load(p_shift, o_d1, m_d1)
-    tl.store(p_h + o_0, b_h0.to(p_h.dtype.element_ty), mask=m_0)
-    tl.store(p_h + o_1, b_h1.to(p_h.dtype.element_ty), mask=m_1)
+    _store(p_h, o_0, o_1, b_h0, b_h1, m_0, m_1)
 
 
 @triton.jit
@@ -127,7 +132,7 @@ def layer_norm_modulate_bwd_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program: TOKENS tokens of one sample, ROWS at a time, and their share of the sums."""
+    """Each program takes TOKENS tokens of one sample, ROWS at a time, and their partial sums."""
     i_chunk = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(N, TOKENS)
     i_b = i_chunk // chunks
@@ -141,7 +146,7 @@ def layer_norm_modulate_bwd_kernel(
         b_gate0 = _load(p_gate + i_b * s_gate, o_d0, m_d0)
         b_gate1 = _load(p_gate + i_b * s_gate, o_d1, m_d1)
 
-    # Sums stay element-wise until the end: one reduction across threads a program, not a tile.
+    # The sums stay element-wise until the end: threads reduce once per program, not per tile.
     b_dscale0, b_dscale1 = tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
     b_dshift0, b_dshift1 = tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
     b_dgate0, b_dgate1 = tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
@@ -169,8 +174,7 @@ def layer_norm_modulate_bwd_kernel(
         if HAS_DR:
             b_dx0 += _load(p_dr, o_0, m_0)
             b_dx1 += _load(p_dr, o_1, m_1)
-        tl.store(p_dx + o_0, b_dx0.to(p_dx.dtype.element_ty), mask=m_0)
-        tl.store(p_dx + o_1, b_dx1.to(p_dx.dtype.element_ty), mask=m_1)
+        _store(p_dx, o_0, o_1, b_dx0, b_dx1, m_0, m_1)
         if GATED:
             tl.store(p_dy + o_0, (b_gate0 * b_dx0).to(p_dy.dtype.element_ty), mask=m_0)
             tl.store(p_dy + o_1, (b_gate1 * b_dx1).to(p_dy.dtype.element_ty), mask=m_1)
@@ -198,7 +202,7 @@ def sum_partials_kernel(
     GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The second stage of the sums, in a fixed order: the same bits every run."""
+    """Add the partial sums in a fixed order, so that every run gives the same bits."""
     i_b = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -220,26 +224,26 @@ def sum_partials_kernel(
 
 
 def layer_norm_modulate_fwd_configs(D: int) -> list[triton.Config]:
-    """Launch configurations for D channels, the default first."""
+    """Return the launch configurations for D channels, the default first."""
     width = sum(power_of_two_pieces(D))
     warps = min(16, _power_of_two_below(width // 2048))
-    # A warp owns its rows, so that no sum crosses warps; 2048 channels are 64 registers a thread.
+    # A warp owns whole rows, so that no sum crosses warps; 2048 channels are 64 registers a thread.
     rows = _power_of_two_below(min(16, 2048 // width))
     sizes = [(rows, warps), (max(1, rows // 2), warps), (4 * rows, 4 * warps)]
-    # Not two warps to a row: ptxas rounds their registers down to 48, and spills (Triton 3.6).
-    if rows * power_of_two_pieces(D)[0] >= 8 * 32 * 4 * warps:  # loads of 8 channels a thread
+    # With two warps to a row ptxas rounds the registers down to 48 and spills (Triton 3.6).
+    if rows * power_of_two_pieces(D)[0] >= 8 * 32 * 4 * warps:  # a thread loads 8 channels at once
         sizes.append((rows, 4 * warps))
     return _configs([(own, count) for own, count in sizes if count <= 16])
 
 
 def layer_norm_modulate_bwd_configs(D: int) -> list[triton.Config]:
-    """Launch configurations for D channels, the default first."""
+    """Return the launch configurations for D channels, the default first."""
     width = sum(power_of_two_pieces(D))
     warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
-    # Three sums and four inputs of a tile at once: 18 channels of it a thread is what fits.
+    # A thread holds three sums and four inputs of its part of a tile; up to 18 channels fit.
     rows = _power_of_two_below(min(_TOKENS, 18 * 32 * warps // width))
     half = rows // 2
-    wide = half * power_of_two_pieces(D)[0] >= 8 * 32 * warps  # loads of 8 channels a thread
+    wide = half * power_of_two_pieces(D)[0] >= 8 * 32 * warps  # a thread loads 8 at once
     return _configs([(rows, warps), (half, warps)] if wide else [(rows, warps)])
 
 
@@ -252,7 +256,7 @@ def layer_norm_modulate_fwd(
     gate: Tensor | None = None,
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the forward; y and gate make it the gated residual's.
+    """Launch the forward, with the gated residual if y and gate are given.
 
     Args:
         x: [B, N, D], like y.
@@ -260,13 +264,13 @@ def layer_norm_modulate_fwd(
         config: one of `layer_norm_modulate_fwd_configs`; None for the default.
 
     Returns:
-        (r [B, N, D], h [B, N, D], mean [B, N], rstd [B, N]): r is x itself where there is no
-        gate, h has scale's dtype, the statistics are float32.
+        (r [B, N, D], h [B, N, D], mean [B, N], rstd [B, N]): r is x itself without a gate, h has
+        scale's dtype, and the statistics are float32.
     """
     B, N, D = x.shape
-    x, y = x.contiguous(), None if y is None else y.contiguous()
-    gate, s_gate = (None, 0) if gate is None else _rows(gate)
-    (scale, s_scale), (shift, s_shift) = _rows(scale), _rows(shift)
+    x, y = x.contiguous(), contiguous(y)
+    gate, s_gate = rows_of(gate)
+    (scale, s_scale), (shift, s_shift) = rows_of(scale), rows_of(shift)
     r = x if gate is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=scale.dtype)
     mean = x.new_empty((B, N), dtype=torch.float32)
@@ -305,7 +309,7 @@ def layer_norm_modulate_bwd(
 
     Args:
         dh: [B, N, D], gradient of h.
-        r: [B, N, D], the forward's r (x where there was no gate).
+        r: [B, N, D], of the forward (x without a gate).
         scale: [B, D].
         mean: [B, N] float32, of the forward.
         rstd: [B, N] float32, of the forward.
@@ -313,15 +317,13 @@ def layer_norm_modulate_bwd(
         config: one of `layer_norm_modulate_bwd_configs`; None for the default.
 
     Returns:
-        (dx, dy, dgate, dscale, dshift) in the dtypes of r, y, gate, scale, scale; dy and dgate
-        None where there is no gate.
+        (dx, dy, dgate, dscale, dshift) in the dtypes of r, y, gate, scale and scale; dy and dgate
+        are None without a gate.
     """
     B, N, D = r.shape
     dr, y, gate = residual if residual else (None, None, None)
-    dh, r = dh.contiguous(), r.contiguous()
-    dr, y = None if dr is None else dr.contiguous(), None if y is None else y.contiguous()
-    scale, s_scale = _rows(scale)
-    gate, s_gate = (None, 0) if gate is None else _rows(gate)
+    dh, r, dr, y = dh.contiguous(), r.contiguous(), contiguous(dr), contiguous(y)
+    (gate, s_gate), (scale, s_scale) = rows_of(gate), rows_of(scale)
     dx = torch.empty_like(r)
     dy = None if y is None else torch.empty_like(y)
     dscale = scale.new_empty(B, D)
@@ -345,7 +347,7 @@ def layer_norm_modulate_bwd(
 def _prepare_bwd(
     B: int, N: int, D: int, gated: bool, has_dr: bool, config: triton.Config | None
 ) -> tuple[PreparedLaunch, PreparedLaunch]:
-    """The pass over the rows, and that over its partial sums."""
+    """Return the launches of the pass over the rows and of the sum of its partial sums."""
     config = config or layer_norm_modulate_bwd_configs(D)[0]
     D0, D1 = power_of_two_pieces(D)
     rows = PreparedLaunch(
@@ -357,15 +359,6 @@ def _prepare_bwd(
     grid = B, triton.cdiv(D, _SUMS)
     sums = PreparedLaunch(sum_partials_kernel, grid, D=D, GATED=gated, BLOCK=_SUMS, num_warps=1)
     return rows, sums
-
-
-def _rows(modulation: Tensor) -> tuple[Tensor, int]:
-    """[B, D] whose channels lie side by side, and from one of its rows to the next."""
-    row, channel = modulation.stride()
-    if channel == 1:
-        return modulation, row
-    modulation = modulation.contiguous()
-    return modulation, modulation.stride(0)
 
 
 def _power_of_two_below(n: int) -> int:

@@ -1,16 +1,16 @@
-"""Compile Triton launches ahead of time, without a GPU, and read what the machine code is made of.
+"""Compile Triton launches ahead of time, without a GPU, and read their machine code.
 
-`record` runs a launcher on "meta" tensors and keeps its launches instead of making them;
-`compile_launch` sends one through Triton's own specialisation and compiler. So no signature is
-kept by hand, and what is judged is what would run.
+`record` runs a launcher on "meta" tensors and keeps its launches instead of making them.
+`compile_launch` sends one through Triton's own specialisation and compiler, so that no signature
+is kept by hand and the code that is judged is the code that would run.
 
-Two counts of matrix work, because each is blind to what the other sees. `dot_flop` sums 2 M N K
-over the `tt.dot`s of the TTIR, each loop body once: it is the same for every architecture and shows
-how far the source pads its tiles. `matrix_flop` sums the shapes of the matrix instructions: it
-shows work repeated by a tile too small for its warps, but also iterations peeled by the software
-pipeliner (measured: 3x on gfx942 and 2x on sm_100 for a plain matmul loop) and loops unrolled, so
-it equals `dot_flop` only where code is straight. Judge padding by the first, and use the second as
-a check.
+Matrix work is counted in two ways, which see different things. `dot_flop` sums 2 M N K over the
+`tt.dot`s of the TTIR and counts each loop body once; it is the same for every architecture and
+shows how much the source pads its tiles. `matrix_flop` sums the shapes of the matrix instructions.
+It shows the work that warps repeat because a tile is too small for them, but it also counts
+unrolled loops and the iterations that the software pipeliner peels (measured for a plain matmul
+loop: 3x on gfx942, 2x on sm_100), so that the two agree only for straight code. Judge padding by
+the first, and use the second as a check.
 """
 
 from __future__ import annotations
@@ -41,17 +41,18 @@ TARGETS: dict[str, GPUTarget] = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
-# Bytes of shared memory one block may use: CUDA C++ Programming Guide, "Technical Specifications
-# per Compute Capability" (163, 227, 227 KB); AMD CDNA3 ISA guide, "Local Data Share" (64 KB).
+# Bytes of shared memory that one block may use: CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability" (163, 227, 227 KB); AMD CDNA3 ISA guide, "Local Data
+# Share" (64 KB).
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
-# Columns of tensor memory on a multiprocessor (PTX ISA, "tcgen05"); only sm_100 has it.
+# Columns of tensor memory of a multiprocessor (PTX ISA, "tcgen05"); only sm_100 has it.
 TENSOR_MEMORY_LIMIT = 512
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch: the kernel, its arguments by name, its compile options, its grid."""
+    """A kernel with its arguments by name, its compile options and its grid."""
 
     kernel: JITFunction
     args: dict[str, Any]
@@ -61,20 +62,20 @@ class Launch:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a compiled kernel's machine code is made of; counts are static, as the code is written.
+    """The contents of a kernel's machine code; an instruction counts once, however often it runs.
 
     Attributes:
-        registers: 32-bit registers a thread; on gfx942 VGPRs with AGPRs.
-        spills: STL and LDL instructions; on gfx942 the VGPRs spilled.
-        sgpr_spills: scalar registers spilled on gfx942, which may go to VGPR lanes.
-        stack: bytes of stack and local memory a thread.
-        shared: bytes of shared memory a block.
-        tensor_memory: columns of tensor memory; 0 but on sm_100.
-        loads, stores: instructions on global memory by width in bits; cp.async counts as a load,
-            and a bulk (TMA) copy as 128 bits.
-        matrix: matrix instructions by family: HMMA, HGMMA, UTCHMMA, v_mfma.
-        dot_flop: FLOP a block asks for with `tt.dot`, each loop body once.
-        matrix_flop: FLOP of the block's matrix instructions, each once; UTC*MMA by the TTGIR.
+        registers: 32-bit registers per thread; on gfx942 VGPRs and AGPRs.
+        spills: STL and LDL instructions; on gfx942 spilled VGPRs.
+        sgpr_spills: spilled scalar registers of gfx942, which may go to VGPR lanes.
+        stack: bytes of stack and local memory per thread.
+        shared: bytes of shared memory per block.
+        tensor_memory: columns of tensor memory; 0 on all but sm_100.
+        loads, stores: numbers of instructions on global memory by width in bits; cp.async counts
+            as a load, and a bulk (TMA) copy as 128 bits.
+        matrix: numbers of matrix instructions by family: HMMA, HGMMA, UTCHMMA, v_mfma.
+        dot_flop: FLOP of a block's `tt.dot`s, each loop body once.
+        matrix_flop: FLOP of a block's matrix instructions; those of UTC*MMA are read in the TTGIR.
     """
 
     kernel: str
@@ -94,26 +95,26 @@ class Machine:
 
     @property
     def load_bits(self) -> int:
-        """The widest load from global memory; 0 where there is none."""
+        """The width of the widest load from global memory; 0 without loads."""
         return max(self.loads, default=0)
 
     @property
     def resident(self) -> int:
-        """How many programs a multiprocessor holds at once; 0: it cannot be launched."""
+        """The number of programs that a multiprocessor holds; 0: it cannot be launched."""
         needs = self.registers, self.shared, self.num_warps, self.tensor_memory
         return occupancy.resident(self.arch, *needs)
 
     @property
     def resident_warps(self) -> int:
-        """The warps of these programs."""
+        """The number of warps that a multiprocessor holds."""
         return self.resident * self.num_warps
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
-    """The launches `call()` makes, recorded and not made; not thread-safe while it runs.
+    """Return the launches that `call()` would make, without making them. It is not thread-safe.
 
-    Tensors on "meta" suffice: their addresses are their storage offsets, so a misaligned view is
-    specialised as it would be on a GPU. Kernels under `triton.autotune` need one configuration.
+    Tensors on "meta" suffice: their addresses are their storage offsets, so that a misaligned view
+    is specialised as on a GPU. Kernels under `triton.autotune` need exactly one configuration.
 
     Args:
         call: runs a launcher on tensors.
@@ -122,7 +123,7 @@ def record(call: Callable[[], object]) -> list[Launch]:
         The launches in order.
 
     Raises:
-        RuntimeError: if kernels are interpreted, or if nothing was launched.
+        RuntimeError: kernels are interpreted, or nothing was launched.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("interpreted kernels have no machine code: unset TRITON_INTERPRET")
@@ -147,20 +148,20 @@ def record(call: Callable[[], object]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, arch: str) -> Machine:
-    """Compile a recorded launch as Triton's JIT would on `arch`, and read the result.
+    """Compile a recorded launch as Triton's JIT would on `arch`, and read its machine code.
 
     Args:
-        launch: an entry of `record`'s list.
+        launch: one of the launches that `record` returns.
         arch: a key of `TARGETS`.
 
     Raises:
-        ValueError: if arch is unknown. What the compiler raises is passed on.
+        ValueError: arch is unknown. Errors of the compiler are passed on.
     """
     if arch not in TARGETS:
         raise ValueError(f"arch: expected one of {', '.join(TARGETS)}, got {arch!r}")
     kernel, knobs = launch.kernel, triton.knobs
     backend = make_backend(TARGETS[arch])
-    # The same steps as `JITFunction.run`, with the target given where it asks the driver.
+    # These are the steps of `JITFunction.run`, which asks the driver for the target.
     given = {
         **launch.options,
         "debug": launch.options.get("debug", kernel.debug) or knobs.runtime.debug,
@@ -198,14 +199,14 @@ _JOBS: list[tuple[str, Launch, str]] = []
 def compile_all(
     jobs: Iterable[tuple[str, Callable[[], object], str]], processes: int
 ) -> list[tuple[str, Machine | RuntimeError]]:
-    """Compile many launches in forked processes, which inherit the kernels they cannot be sent.
+    """Compile many launches in forked processes, which inherit the kernels, as these do not pickle.
 
     Args:
-        jobs: (label, call, arch) each; a call may launch several kernels.
-        processes: how many compile at a time.
+        jobs: (label, call, arch) of each; a call may launch several kernels.
+        processes: the number of processes.
 
     Returns:
-        (label, machine) for every launch in the jobs' order, (label, error) where one failed.
+        (label, machine) of every launch in the jobs' order, or (label, error) if one failed.
     """
     _JOBS[:] = [(label, launch, arch) for label, call, arch in jobs for launch in record(call)]
     context = multiprocessing.get_context("fork")
@@ -221,12 +222,12 @@ def _compile_job(index: int) -> Machine | RuntimeError:
     label, launch, arch = _JOBS[index]
     try:
         return compile_launch(launch, arch)
-    except Exception as error:  # Triton's own exceptions do not survive pickling.
+    except Exception as error:  # Triton's own exceptions do not survive pickling
         return RuntimeError(f"{label} on {arch}: {type(error).__name__}: {error}")
 
 
 def _dot_flop(ir: str, op: str) -> int:
-    """2 M N K over an operation's occurrences, from the types of its two operands."""
+    """Return the sum of 2 M N K over an operation's occurrences, from its operands' types."""
     total = 0
     for types in re.findall(rf"{op}.*? : (.*)", ir):
         a, b = re.findall(r"(?:tensor|memdesc)<((?:\d+x)+)", types)[:2]
@@ -235,7 +236,7 @@ def _dot_flop(ir: str, op: str) -> int:
     return total
 
 
-# Opcodes that touch global memory, with the bits of one that names no width.
+# Opcodes that access global memory, with the width in bits of one that names none.
 _NVIDIA_LOADS = {"LDG": 32, "LDGSTS": 32, "UTMALDG": 128}
 _NVIDIA_STORES = {"STG": 32, "UTMASTG": 128}
 _NVIDIA_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
@@ -251,7 +252,7 @@ def _read_nvidia(cubin: bytes, ttgir: str, warps: int) -> dict[str, Any]:
     def usage(name: str) -> int:
         return max(map(int, re.findall(rf"\b{name}:(\d+)", text)))
 
-    # "/*0a30*/   @!P0 LDG.E.128 R4, ..." with or without the predicate
+    # "/*0a30*/   @!P0 LDG.E.128 R4, ...", with or without the predicate
     opcodes = [
         opcode.split(".")
         for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)", text)
@@ -280,11 +281,11 @@ def _read_nvidia(cubin: bytes, ttgir: str, warps: int) -> dict[str, Any]:
 
 def _nvidia_flop(name: str, suffixes: list[str], warps: int) -> int:
     if name.startswith("UTC"):
-        return 0  # its shape is in a descriptor, counted from the TTGIR
+        return 0  # its shape is in a descriptor; the caller counts it in the TTGIR
     shape = re.fullmatch(r"(64)x(\d+)x(\d+)|(16)(8)(\d+)", suffixes[0])
     if shape is None:
         raise ValueError(f"{name}.{suffixes[0]}: a matrix instruction of unknown shape")
-    # HGMMA.64x72x16 is the work of four warps, HMMA.16816 of one
+    # HGMMA.64x72x16 is the work of four warps, HMMA.16816 that of one
     return 2 * math.prod(int(n) for n in shape.groups() if n) * warps // (4 if shape[1] else 1)
 
 
@@ -298,7 +299,7 @@ def _read_amd(text: str, warps: int) -> dict[str, Any]:
         opcode = rf"^\s+(?:global|buffer|flat)_{way}_(?:lds_)?[us]?(dword(?:x\d)?|short|byte)"
         return Counter(bits[width] for width in re.findall(opcode, text, re.MULTILINE))
 
-    # v_mfma_f32_32x32x8_bf16, or v_mfma_f32_32x32x4_2b_bf16 for two blocks at a time
+    # v_mfma_f32_32x32x8_bf16, or v_mfma_f32_32x32x4_2b_bf16 for two blocks at once
     mfma = re.findall(r"^\s+v_mfma_\w+?_(\d+)x(\d+)x(\d+)_(?:(\d+)b_)?", text, re.MULTILINE)
     return {
         "registers": field("vgpr_count"),

@@ -1,16 +1,12 @@
-"""Softmax attention without mask, straight from packed queries, keys and values.
+"""The forward of softmax attention without a mask, on packed queries, keys and values.
 
 For one head, with c = log2(e) / sqrt(d) folded into the exponent (Vaswani et al. 2017, equation 1;
-Dao 2023, "FlashAttention-2", algorithms 1 and 2):
+Dao 2023, "FlashAttention-2", algorithm 1):
 
     S = Q K^T,  P = 2^(c S - lse),  lse = log2(sum 2^(c S)) by row,  O = P V
 
-    delta = sum(O * dO) by row,  dS = P * (dO V^T - delta)
-    dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d),  dV = P^T dO
-
-Head dims between powers of two are held as two pieces, 72 = 64 + 16 with 8 columns masked:
-matrix instructions take 16 columns at the least, and one piece of 128 would waste 44% of them.
-Nothing is summed by atomics: dQ has its own pass, which also leaves delta for that of dK and dV.
+Head dims between powers of two are held as two pieces: 72 is 64 + 16, with 8 columns masked.
+Matrix instructions take at least 16 columns, and one piece of 128 would waste 44% of its columns.
 """
 
 from __future__ import annotations
@@ -23,35 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels.attention_configs import (
-    attention_dkv_bwd_configs,
-    attention_dq_bwd_configs,
-    attention_fwd_configs,
-)
-from fastdit.kernels.attention_launch import kind_of, prepare, unit_stride
+from fastdit.kernels.attention_backward import attention_bwd
+from fastdit.kernels.attention_common import kind_of, prepare, score_scale, store, tile, unit_stride
+from fastdit.kernels.attention_configs import attention_fwd_configs
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 
-
-@triton.jit
-def _tile(p, s, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D, EVEN, DOT):
-    """Columns FIRST to FIRST + WIDTH of a head's next ROWS rows, of which `rows` exist."""
-    o_n = tl.arange(0, ROWS)[:, None]
-    o_d = FIRST + tl.arange(0, WIDTH)[None, :]
-    p += o_n * s + o_d
-    if FIRST + WIDTH <= D:
-        if EVEN:
-            return tl.load(p).to(DOT)
-        return tl.load(p, mask=o_n < rows, other=0.0).to(DOT)
-    if EVEN:
-        return tl.load(p, mask=o_d < D, other=0.0).to(DOT)
-    return tl.load(p, mask=(o_n < rows) & (o_d < D), other=0.0).to(DOT)
-
-
-@triton.jit
-def _store(p, s, rows, b, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D):
-    o_n = tl.arange(0, ROWS)[:, None]
-    o_d = FIRST + tl.arange(0, WIDTH)[None, :]
-    tl.store(p + o_n * s + o_d, b.to(p.dtype.element_ty), mask=(o_n < rows) & (o_d < D))
+__all__ = ["attention_bwd", "attention_fwd"]
 
 
 @triton.jit
@@ -73,7 +46,7 @@ def attention_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: BM queries of a head, over its keys BN at a time with a running softmax."""
+    """Each program takes BM queries of a head over all keys, BN at a time, by a running softmax."""
     tiles = tl.cdiv(N, BM)
     i_bh = tl.program_id(0) // tiles
     i_m = tl.program_id(0) % tiles * BM
@@ -82,33 +55,33 @@ def attention_fwd_kernel(
     p_k = p_q + n_heads * D
     p_v = p_k + n_heads * D
     p_q += i_m.to(tl.int64) * s_n
-    b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    b_q0 = tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
     if D1:
-        b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
+        b_q1 = tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
 
     b_max = tl.full([BM], float("-inf"), tl.float32)
     b_sum = tl.zeros([BM], tl.float32)
     b_o0 = tl.zeros([BM, D0], tl.float32)
     b_o1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)
     for i_n in range(0, N, BN):
-        b_k0 = _tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+        b_k0 = tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
         b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
         if D1:
-            b_k1 = _tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+            b_k1 = tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
             b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
         if not EVEN:
             b_s = tl.where(i_n + tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        # Where all keys so far score -inf: -inf - -inf is no number, -inf - 0 weighs nothing.
+        # If all keys so far score -inf, -inf - -inf would be NaN, while exp2(-inf - 0) is 0.
         b_top = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
         b_p = tl.exp2((b_s - b_top[:, None]) * scale_log2)
         b_decay = tl.exp2((b_max - b_top) * scale_log2)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
-        b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
+        b_v0 = tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
         b_o0 = tl.dot(b_p.to(DOT), b_v0, b_o0 * b_decay[:, None], input_precision=PRECISION)
         if D1:
-            b_v1 = _tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
+            b_v1 = tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
             b_o1 = tl.dot(b_p.to(DOT), b_v1, b_o1 * b_decay[:, None], input_precision=PRECISION)
         p_k += BN * s_n.to(tl.int64)
         p_v += BN * s_n.to(tl.int64)
@@ -118,9 +91,9 @@ def attention_fwd_kernel(
     tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_lse, mask=o_m < N)
     p_out += ((i_b * N + i_m) * n_heads + i_h) * D
     b_weight = (1.0 / b_sum)[:, None]
-    _store(p_out, n_heads * D, N - i_m, b_o0 * b_weight, 0, D0, BM, D)
+    store(p_out, n_heads * D, N - i_m, b_o0 * b_weight, 0, D0, BM, D)
     if D1:
-        _store(p_out, n_heads * D, N - i_m, b_o1 * b_weight, D0, D1, BM, D)
+        store(p_out, n_heads * D, N - i_m, b_o1 * b_weight, D0, D1, BM, D)
 
 
 @triton.jit
@@ -142,7 +115,7 @@ def attention_one_pass_fwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One program: BM queries of a head of N <= BN tokens against all its keys at once."""
+    """Each program takes BM queries of a head of N <= BN tokens over all its keys at once."""
     tiles = tl.cdiv(N, BM)
     i_bh = tl.program_id(0) // tiles
     i_m = tl.program_id(0) % tiles * BM
@@ -151,12 +124,12 @@ def attention_one_pass_fwd_kernel(
     p_k = p_q + n_heads * D
     p_v = p_k + n_heads * D
     p_q += i_m.to(tl.int64) * s_n
-    b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
-    b_k0 = _tile(p_k, s_n, N, 0, D0, BN, D, EVEN, DOT)
+    b_q0 = tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
+    b_k0 = tile(p_k, s_n, N, 0, D0, BN, D, EVEN, DOT)
     b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
     if D1:
-        b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
-        b_k1 = _tile(p_k, s_n, N, D0, D1, BN, D, EVEN, DOT)
+        b_q1 = tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
+        b_k1 = tile(p_k, s_n, N, D0, D1, BN, D, EVEN, DOT)
         b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
     if not EVEN:
         b_s = tl.where(tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
@@ -169,164 +142,13 @@ def attention_one_pass_fwd_kernel(
     tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_lse, mask=o_m < N)
     p_out += ((i_b * N + i_m) * n_heads + i_h) * D
     b_weight = (1.0 / b_sum)[:, None]
-    b_v0 = _tile(p_v, s_n, N, 0, D0, BN, D, EVEN, DOT)
+    b_v0 = tile(p_v, s_n, N, 0, D0, BN, D, EVEN, DOT)
     b_o0 = tl.dot(b_p.to(DOT), b_v0, input_precision=PRECISION) * b_weight
-    _store(p_out, n_heads * D, N - i_m, b_o0, 0, D0, BM, D)
+    store(p_out, n_heads * D, N - i_m, b_o0, 0, D0, BM, D)
     if D1:
-        b_v1 = _tile(p_v, s_n, N, D0, D1, BN, D, EVEN, DOT)
+        b_v1 = tile(p_v, s_n, N, D0, D1, BN, D, EVEN, DOT)
         b_o1 = tl.dot(b_p.to(DOT), b_v1, input_precision=PRECISION) * b_weight
-        _store(p_out, n_heads * D, N - i_m, b_o1, D0, D1, BM, D)
-
-
-@triton.jit
-def attention_dq_bwd_kernel(
-    p_qkv,  # [B, N, 3, h, D] by s_b, s_n
-    p_out,  # [B, N, h, D]
-    p_dout,  # [B, N, h, D]
-    p_lse,  # [B, h, N]
-    p_delta,  # [B, h, N] out
-    p_dqkv,  # [B, N, 3, h, D] out
-    s_b,
-    s_n,
-    N,
-    n_heads,
-    scale,
-    scale_log2,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    EVEN: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """One program: dQ and delta of BM queries of a head, over its keys BN at a time."""
-    tiles = tl.cdiv(N, BM)
-    i_bh = tl.program_id(0) // tiles
-    i_m = tl.program_id(0) % tiles * BM
-    i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
-    width = n_heads * D
-    o_out = ((i_b * N + i_m) * n_heads + i_h) * D
-    p_q = p_qkv + i_b * s_b + i_h * D
-    p_k = p_q + width
-    p_v = p_k + width
-    p_q += i_m.to(tl.int64) * s_n
-    b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
-    b_do0 = _tile(p_dout + o_out, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
-    b_o0 = _tile(p_out + o_out, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
-    b_delta = tl.sum(b_o0.to(tl.float32) * b_do0.to(tl.float32), 1)
-    if D1:
-        b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
-        b_do1 = _tile(p_dout + o_out, width, N - i_m, D0, D1, BM, D, EVEN, DOT)
-        b_o1 = _tile(p_out + o_out, width, N - i_m, D0, D1, BM, D, EVEN, DOT)
-        b_delta += tl.sum(b_o1.to(tl.float32) * b_do1.to(tl.float32), 1)
-    o_m = i_m + tl.arange(0, BM)
-    o_lse = i_bh.to(tl.int64) * N + o_m
-    b_lse = tl.load(p_lse + o_lse, mask=o_m < N, other=float("inf"))
-    tl.store(p_delta + o_lse, b_delta, mask=o_m < N)
-
-    b_dq0 = tl.zeros([BM, D0], tl.float32)
-    b_dq1 = tl.zeros([BM, D1 if D1 else 16], tl.float32)
-    for i_n in range(0, N, BN):
-        b_k0 = _tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
-        b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
-        b_s = tl.dot(b_q0, b_k0.T, input_precision=PRECISION)
-        b_dp = tl.dot(b_do0, b_v0.T, input_precision=PRECISION)
-        if D1:
-            b_k1 = _tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
-            b_v1 = _tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
-            b_s = tl.dot(b_q1, b_k1.T, b_s, input_precision=PRECISION)
-            b_dp = tl.dot(b_do1, b_v1.T, b_dp, input_precision=PRECISION)
-        if not EVEN:
-            b_s = tl.where(i_n + tl.arange(0, BN)[None, :] < N, b_s, float("-inf"))
-        b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(DOT)
-        b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=PRECISION)
-        if D1:
-            b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
-        p_k += BN * s_n.to(tl.int64)
-        p_v += BN * s_n.to(tl.int64)
-
-    p_dqkv += (i_b * N + i_m) * 3 * width + i_h * D
-    _store(p_dqkv, 3 * width, N - i_m, b_dq0 * scale, 0, D0, BM, D)
-    if D1:
-        _store(p_dqkv, 3 * width, N - i_m, b_dq1 * scale, D0, D1, BM, D)
-
-
-@triton.jit
-def attention_dkv_bwd_kernel(
-    p_qkv,  # [B, N, 3, h, D] by s_b, s_n
-    p_dout,  # [B, N, h, D]
-    p_lse,  # [B, h, N]
-    p_delta,  # [B, h, N]
-    p_dqkv,  # [B, N, 3, h, D] out
-    s_b,
-    s_n,
-    N,
-    n_heads,
-    scale,
-    scale_log2,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    EVEN: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """One program: dK and dV of BN keys of a head, over its queries BM at a time, transposed."""
-    tiles = tl.cdiv(N, BN)
-    i_bh = tl.program_id(0) // tiles
-    i_n = tl.program_id(0) % tiles * BN
-    i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
-    width = n_heads * D
-    p_q = p_qkv + i_b * s_b + i_h * D
-    p_k = p_q + width + i_n.to(tl.int64) * s_n
-    p_v = p_k + width
-    p_dout += (i_b * N * n_heads + i_h) * D
-    p_lse += i_bh.to(tl.int64) * N
-    p_delta += i_bh.to(tl.int64) * N
-    b_k0 = _tile(p_k, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
-    b_v0 = _tile(p_v, s_n, N - i_n, 0, D0, BN, D, EVEN, DOT)
-    if D1:
-        b_k1 = _tile(p_k, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
-        b_v1 = _tile(p_v, s_n, N - i_n, D0, D1, BN, D, EVEN, DOT)
-
-    b_dk0, b_dv0 = tl.zeros([BN, D0], tl.float32), tl.zeros([BN, D0], tl.float32)
-    b_dk1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
-    b_dv1 = tl.zeros([BN, D1 if D1 else 16], tl.float32)
-    for i_m in range(0, N, BM):
-        o_m = i_m + tl.arange(0, BM)
-        b_q0 = _tile(p_q, s_n, N - i_m, 0, D0, BM, D, EVEN, DOT)
-        b_do0 = _tile(p_dout, width, N - i_m, 0, D0, BM, D, EVEN, DOT)
-        # Queries that do not exist weigh nothing: 2^(0 - inf).
-        b_lse = tl.load(p_lse + o_m, mask=o_m < N, other=float("inf"))[None, :]
-        b_delta = tl.load(p_delta + o_m, mask=o_m < N, other=0.0)[None, :]
-        b_s = tl.dot(b_k0, b_q0.T, input_precision=PRECISION)
-        b_dp = tl.dot(b_v0, b_do0.T, input_precision=PRECISION)
-        if D1:
-            b_q1 = _tile(p_q, s_n, N - i_m, D0, D1, BM, D, EVEN, DOT)
-            b_do1 = _tile(p_dout, width, N - i_m, D0, D1, BM, D, EVEN, DOT)
-            b_s = tl.dot(b_k1, b_q1.T, b_s, input_precision=PRECISION)
-            b_dp = tl.dot(b_v1, b_do1.T, b_dp, input_precision=PRECISION)
-        b_p = tl.exp2(b_s * scale_log2 - b_lse)
-        b_ds = (b_p * (b_dp - b_delta)).to(DOT)
-        b_dv0 = tl.dot(b_p.to(DOT), b_do0, b_dv0, input_precision=PRECISION)
-        b_dk0 = tl.dot(b_ds, b_q0, b_dk0, input_precision=PRECISION)
-        if D1:
-            b_dv1 = tl.dot(b_p.to(DOT), b_do1, b_dv1, input_precision=PRECISION)
-            b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=PRECISION)
-        p_q += BM * s_n.to(tl.int64)
-        p_dout += BM * width
-
-    p_dqkv += (i_b * N + i_n) * 3 * width + width + i_h * D
-    _store(p_dqkv, 3 * width, N - i_n, b_dk0 * scale, 0, D0, BN, D)
-    _store(p_dqkv + width, 3 * width, N - i_n, b_dv0, 0, D0, BN, D)
-    if D1:
-        _store(p_dqkv, 3 * width, N - i_n, b_dk1 * scale, D0, D1, BN, D)
-        _store(p_dqkv + width, 3 * width, N - i_n, b_dv1, D0, D1, BN, D)
+        store(p_out, n_heads * D, N - i_m, b_o1, D0, D1, BM, D)
 
 
 def attention_fwd(
@@ -340,7 +162,7 @@ def attention_fwd(
         config: one of `attention_fwd_configs`; None for the default.
 
     Returns:
-        (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32 to the base 2).
+        (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32, to the base 2).
     """
     qkv, s_b, s_n = unit_stride(qkv)
     B, N, width = qkv.shape
@@ -359,68 +181,10 @@ def _forward(
     kind: tuple[torch.dtype, str, str],
     config: triton.Config | None,
 ) -> tuple[PreparedLaunch, float]:
-    """The forward's launch, and the scale of its scores."""
+    """Return the forward's launch and the scale of its scores."""
     N, (dtype, target, precision) = shape[1], kind
     config = config or attention_fwd_configs(N, dtype, target)[0]
     one_pass = N <= config.kwargs["BN"]
     kernel = attention_one_pass_fwd_kernel if one_pass else attention_fwd_kernel
     launch = prepare(kernel, "BM", shape, n_heads, dtype, precision, config)
-    return launch, _scale(shape, n_heads)
-
-
-def attention_bwd(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    n_heads: int,
-    dq: triton.Config | None = None,
-    dkv: triton.Config | None = None,
-) -> Tensor:
-    """Launch the backward.
-
-    Args:
-        dout: [B, N, h * d], gradient of out.
-        qkv: [B, N, 3 * h * d], d up to 128.
-        out: [B, N, h * d], of the forward.
-        lse: [B, h, N] float32, of the forward.
-        n_heads: h.
-        dq: one of `attention_dq_bwd_configs`; None for the default.
-        dkv: one of `attention_dkv_bwd_configs`; None for the default.
-
-    Returns:
-        dqkv [B, N, 3 * h * d] in qkv's dtype.
-    """
-    (qkv, s_b, s_n), dout = unit_stride(qkv), dout.contiguous()
-    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    if dqkv.numel():
-        delta = torch.empty_like(lse)
-        dq_pass, dkv_pass, scale = _backward(qkv.shape, n_heads, kind_of(qkv), dq, dkv)
-        numbers = s_b, s_n, qkv.shape[1], n_heads, scale, scale * math.log2(math.e)
-        dq_pass((qkv, out, dout, lse, delta, dqkv), *numbers)
-        dkv_pass((qkv, dout, lse, delta, dqkv), *numbers)
-    return dqkv
-
-
-@functools.lru_cache(PREPARED)
-def _backward(
-    shape: torch.Size,
-    n_heads: int,
-    kind: tuple[torch.dtype, str, str],
-    dq: triton.Config | None,
-    dkv: triton.Config | None,
-) -> tuple[PreparedLaunch, PreparedLaunch, float]:
-    """The passes of dQ, and of dK with dV, and the scale of the scores."""
-    N, (dtype, target, precision) = shape[1], kind
-    dq = dq or attention_dq_bwd_configs(N, dtype, target)[0]
-    d = shape[2] // 3 // n_heads
-    dkv = dkv or attention_dkv_bwd_configs(N, d, dtype, target)[0]
-    return (
-        prepare(attention_dq_bwd_kernel, "BM", shape, n_heads, dtype, precision, dq),
-        prepare(attention_dkv_bwd_kernel, "BN", shape, n_heads, dtype, precision, dkv),
-        _scale(shape, n_heads),
-    )
-
-
-def _scale(shape: torch.Size, n_heads: int) -> float:
-    return (shape[2] // 3 // n_heads) ** -0.5
+    return launch, score_scale(shape, n_heads)

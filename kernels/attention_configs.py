@@ -1,7 +1,7 @@
-"""How the attention kernels are launched: head dims as pieces, tiles by architecture.
+"""Launch configurations of the attention kernels: the pieces of a head dim, tiles by architecture.
 
 A launch is a pure function of shape, dtype and architecture, so that results have the same bits
-in every process and nothing is timed inside a CUDA graph's capture; `benchmarks/report.py` times
+in every process and nothing is timed while a CUDA graph is captured. `benchmarks/report.py` times
 every configuration listed here.
 """
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 import triton
 
-ONE_PASS = 256  # tokens up to which a head's keys and values are held whole
+ONE_PASS = 256  # the most tokens of which one program holds all keys and values
 
 
 def head_pieces(d: int) -> tuple[int, int]:
-    """Powers of two, at least 16, that cover a head dim; the second is 0 where one is as good."""
+    """Return powers of two >= 16 that cover a head dim; the second is 0 if one piece is as good."""
     first = max(16, 1 << d.bit_length() - 1)
     if first >= d:
         return first, 0
@@ -25,44 +25,47 @@ def head_pieces(d: int) -> tuple[int, int]:
 
 
 class Tile(NamedTuple):
-    """What a program works on, and with."""
+    """The size of a program's work, and the options it is compiled with."""
 
-    own: int  # rows
+    own: int  # rows that the program computes
     step: int  # rows of the other side at a time
     warps: int
     stages: int
-    registers: int | None = None  # of a thread at most, where the compiler would take more
+    registers: int | None = None  # the most per thread, where the compiler would take more
 
 
-# The default comes first. NVIDIA warps own 16 rows and AMD's 32: fewer rows a warp repeat matrix
-# work. All compile without spills at head dims to 128, lengths that divide nothing included, which
-# the ahead-of-time gate holds.
+# The default comes first. An NVIDIA warp owns 16 rows and an AMD wave 32, since with fewer rows
+# warps repeat matrix work. Every tile compiles without spills at head dims up to 128 and at lengths
+# that no tile divides; the ahead-of-time gate checks that.
 #
-# Which is the default follows from machine code at head dim 72, until measured figures decide,
-# since none has been measured on a GPU yet. It is the one that keeps the most warps on a
-# multiprocessor (`aot.Machine.resident_warps`), for a program's softmax has only other programs'
-# products to hide behind, of those whose matrix instructions are not starved: on sm_90 one of
-# 64 x 32 x 16 reads 3 KB of shared memory in the 16 cycles that it computes, at 128 bytes a cycle,
-# so that a step has 64 rows where registers allow; on sm_100 one of 64 rows takes as long as one
-# of 128. Of equals it is the one with smaller programs: at two rows of XL/2, which are 32 heads,
-# tiles of 64 are 128 programs for the 132 multiprocessors of an H100, and tiles of 128 leave half
-# of them idle; at 32 rows and more, both fill them whole four and sixteen times. Warps of the
-# default, and in brackets of the alternative it was chosen from:
+# No tile has been timed on a GPU yet. Until then the default follows from machine code at head dim
+# 72: it is the tile that keeps the most warps on a multiprocessor (`aot.Machine.resident_warps`),
+# because a program's softmax can only be hidden behind other programs' products. Tiles that starve
+# the matrix instructions are left out. On sm_90 an instruction of 64 x 32 x 16 reads 3 KB of shared
+# memory at 128 bytes a cycle but computes for 16 cycles only, so that a step has 64 rows where
+# registers allow; on sm_100 an instruction of 64 rows takes as long as one of 128. Among equals the
+# default has the smaller programs: two rows of XL/2 are 32 heads, for which tiles of 64 make 128
+# programs for the 132 multiprocessors of an H100, and tiles of 128 leave half of them idle; from 32
+# rows on both fill the multiprocessors, four and sixteen times. These are the resident warps of the
+# default and, in brackets, of the alternative:
 #
 #           sm_80              sm_90              sm_100                gfx942
 #   fwd     12 (128 x 64: 8)   16 (128 x 64: 8)   16 (128 x 128: 8)     8 (128 x 64: 4)
 #   dq      12 (64 x 64: 8)    12 (128 x 64: 8)   8                     8
 #   dk, dv  8                  12 (uncapped: 8)   8                     4
 #
-# (with Triton 3.7 sm_90's forward has 12, gfx942's dk and dv 8). A launch does not ask how many
-# images there are: other tiles might order sums otherwise, and an image's bits must not depend on
-# its batch.
+# (With Triton 3.7, sm_90's forward has 12, and gfx942's dk and dv have 8.) The tile does not depend
+# on the batch: another tile may add in another order, and an image's bits must not depend on the
+# images beside it.
 _Sizes = list[Tile]
 _FWD: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 32, 4, 3)],
     "sm_90": [
-        *(Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-        *(Tile(128, 64, 8, 2), Tile(128, 128, 8, 2)),
+        Tile(64, 64, 4, 2),
+        Tile(64, 64, 4, 3),
+        Tile(128, 64, 8, 3),
+        Tile(128, 64, 8, 2),
+        Tile(128, 128, 8, 2),
     ],
     "sm_100": [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3)],
     "gfx942": [Tile(64, 64, 2, 1), Tile(128, 64, 4, 1), Tile(128, 64, 4, 2), Tile(128, 32, 4, 1)],
@@ -73,7 +76,7 @@ _DQ: dict[str, _Sizes] = {
     "sm_100": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1), Tile(64, 64, 2, 1)],
 }
-# By padded head dim where it matters: two accumulators take so many registers.
+# By padded head dim where it matters, since two accumulators take many registers.
 _DKV: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_80 d96": [Tile(64, 16, 4, 2), Tile(128, 16, 8, 2)],
@@ -83,7 +86,7 @@ _DKV: dict[str, _Sizes] = {
     "sm_100": [Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
 }
-# float32 runs on the plain cores, or where the caller allows it in TF32.
+# float32 runs on the plain cores, or in TF32 where the caller allows it.
 _FLOAT32: dict[str, _Sizes] = {
     "fwd": [Tile(16, 32, 4, 1), Tile(16, 16, 8, 1)],
     "fwd sm_100": [Tile(16, 16, 8, 1)],
@@ -93,7 +96,7 @@ _FLOAT32: dict[str, _Sizes] = {
 
 
 def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
-    """Launch configurations, the default first; one that holds all N keys takes one pass."""
+    """Return the configurations, the default first; one that holds all N keys takes one pass."""
     rows = _padded(N)
     family = family_of(arch)
     if dtype == torch.float32:
@@ -101,23 +104,23 @@ def attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.
         return _configs(sizes, rows, ("BM", "BN"))
     sizes = _FWD[family]
     if family == "sm_100" and N % 128:
-        sizes = sizes[1:]  # with masks 128 x 64 keeps no more warps, and spills at head dim 64
+        sizes = sizes[1:]  # masked, 128 x 64 keeps no more warps, and it spills at head dim 64
     own = 32 if family == "gfx942" else 16
     if rows <= 128:
         sizes = [Tile(min(64, rows), rows, max(1, min(64, rows) // own), 1), *sizes]
-    elif rows <= ONE_PASS and family != "sm_80":  # there its scores spill
+    elif rows <= ONE_PASS and family != "sm_80":  # where the scores would spill
         sizes = [*sizes, Tile(128, rows, 128 // own, 1)]
     return _configs(sizes, rows, ("BM", "BN"))
 
 
 def attention_dq_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
-    """Launch configurations, the default first."""
+    """Return the launch configurations, the default first."""
     sizes = _FLOAT32["dq"] if dtype == torch.float32 else _DQ[family_of(arch)]
     return _configs(sizes, _padded(N), ("BM", "BN"))
 
 
 def attention_dkv_bwd_configs(N: int, d: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
-    """Launch configurations, the default first."""
+    """Return the launch configurations, the default first."""
     family = family_of(arch)
     sizes = _DKV.get(f"{family} d{sum(head_pieces(d))}", _DKV[family])
     if family == "sm_100" and _padded(N) <= 64:
@@ -133,7 +136,7 @@ def _padded(N: int) -> int:
 
 
 def family_of(arch: str) -> str:
-    """The tested architecture whose matrix instructions another one has."""
+    """Return the tested architecture that has the same matrix instructions."""
     if arch.startswith("gfx"):
         return "gfx942"
     if arch in ("sm_90", "interpreter"):
@@ -142,7 +145,7 @@ def family_of(arch: str) -> str:
 
 
 def _configs(sizes: _Sizes, rows: int, names: tuple[str, str]) -> list[triton.Config]:
-    """Sizes cut to a head of `rows` padded rows, the warps with them."""
+    """Return the tiles cut to a head of `rows` padded rows, with proportionally fewer warps."""
     cut = dict.fromkeys(
         tile._replace(
             own=min(tile.own, rows),

@@ -1,4 +1,4 @@
-"""What the kernel files share: the target a launch is tuned for, and a few scalar helpers."""
+"""What the Triton kernels share: the architecture, the dtype of products, pieces of a row."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 
 INTERPRET: bool = triton.knobs.runtime.interpret
+_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @functools.cache
 def arch(device: torch.device) -> str:
-    """The name of a device's machine code: "sm_90", "gfx942", or "interpreter" for the CPU."""
+    """Return the name of a device's architecture: "sm_90", "gfx942", "interpreter" for the CPU."""
     if device.type != "cuda":
         return "interpreter"
     properties = torch.cuda.get_device_properties(device)
@@ -21,11 +23,16 @@ def arch(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def power_of_two_pieces(n: int, smallest: int = 1) -> tuple[int, int]:
-    """Two powers of two that cover n columns: the largest below n, and enough for the rest.
+def power_of_two_pieces(n: int) -> tuple[int, int]:
+    """Return two powers of two that cover n columns: the largest below n, and one for the rest.
 
-    `tl.arange` takes powers of two only; a row of 1152 as 1024 + 128 has no idle lanes, where one
-    piece of 2048 would leave 44% of them idle.
+    `tl.arange` takes powers of two only. A row of 1152 held as 1024 + 128 has no idle lanes, while
+    one piece of 2048 would leave 44% of them idle.
     """
-    first = max(smallest, 1 << max(0, (n - 1).bit_length() - 1))
-    return first, max(smallest, triton.next_power_of_2(max(1, n - first)))
+    first = 1 << max(0, (n - 1).bit_length() - 1)
+    return first, triton.next_power_of_2(max(1, n - first))
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return the dtype of products' operands: the interpreter has no bfloat16 arithmetic."""
+    return tl.float32 if INTERPRET else _DOT_DTYPES[dtype]

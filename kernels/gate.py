@@ -1,8 +1,8 @@
-"""What every shipped launch must compile to, on every architecture, before any GPU has seen it.
+"""The ahead-of-time gate: what the machine code of every shipped launch must be like.
 
-`cases` lists the launches the package may make, `faults` says what is wrong with the machine code
-of one: spills, shared memory past the chip's, no matrix instructions where there is work for
-them, matrix work beyond what the shape needs, narrow loads.
+`cases` lists the launches that the package may make. `faults` says what is wrong with the machine
+code of one of them: spills, more shared memory than the chip has, no matrix instructions where they
+apply, more matrix work than the shape needs, or narrow loads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdit.kernels import adaln, attention, attention_configs, sampling, trajectory
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
+from fastdit.kernels.columns import COLUMNS
 from fastdit.kernels.shape import Shape
 from fastdit.kernels.trajectory_configs import trajectory_configs
 
@@ -25,10 +26,11 @@ HEAD_DIMS = (32, 64, 72, 80, 96, 128)
 LENGTHS = (16, 64, 128, 256, 300)
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
-# Matrix work at head dim 72 may be 15% above 80/72 of what 72 columns need.
+# Matrix work may be 15% above that of the padded columns, 80 for a head dim of 72.
 PADDING = 1.15
 
-# What suits sm_80 also runs on sm_86, sm_89 and sm_120, which have less (same guide).
+# Launches of sm_80 also run on sm_86, sm_89 and sm_120, which have less shared memory (see
+# `aot.SHARED_LIMIT` for the source).
 _SM_86_SHARED = 99 << 10
 
 _F32, _BF16 = torch.float32, torch.bfloat16
@@ -36,15 +38,15 @@ _F32, _BF16 = torch.float32, torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher on "meta" tensors.
+    """A call of a launcher on "meta" tensors, and what its machine code must be like.
 
     Attributes:
-        dot_flop: by kernel, the FLOP its `tt.dot`s need, each loop body once, columns padded to
-            pieces; kernels on plain cores have none.
-        rows: rows of a program's own tile; matrix instructions of a warp group take 64.
-        repeats: how often matrix instructions may do the same work, where warps are for registers.
-        wide_loads: whether the widest load must be 128 bits, 64 on gfx942; float32 attention is
-            not bound by them, and a pixel's 4 latent channels in 16 bits are 64.
+        dot_flop: by kernel, the FLOP that its `tt.dot`s need, with each loop body counted once and
+            columns padded to pieces; kernels on plain cores have no entry.
+        rows: by kernel, the rows of a program's own tile; a warp group's instructions take 64.
+        repeats: how often matrix work may be repeated by warps that are there for their registers.
+        wide_loads: whether the widest load must have 128 bits, or 64 on gfx942. Float32 attention
+            is not bound by its loads, and a pixel's 4 latent channels in 16 bits are 64.
     """
 
     label: str
@@ -57,7 +59,7 @@ class Case:
 
 
 def cases(arch: str, every: bool = False) -> Iterator[Case]:
-    """The default launch of each kernel and size, or every one the tuner may choose."""
+    """Yield the default launch of each kernel and size, or every one that the tuner may choose."""
     yield from _adaln(arch, every)
     yield from _attention(arch, every)
     yield from _sampling(arch, every)
@@ -65,11 +67,11 @@ def cases(arch: str, every: bool = False) -> Iterator[Case]:
 
 
 def faults(case: Case, machine: Machine | RuntimeError) -> list[str]:
-    """What is wrong with the machine code; nothing, for a launch that may ship.
+    """Return what is wrong with the machine code; the list is empty for a launch that may ship.
 
     Args:
-        case: of `cases`.
-        machine: what `aot.compile_all` made of it, which may be the compiler's error.
+        case: one of `cases`.
+        machine: its result of `aot.compile_all`, which may be the compiler's error.
     """
     if isinstance(machine, RuntimeError):
         return [str(machine)]
@@ -85,7 +87,7 @@ def faults(case: Case, machine: Machine | RuntimeError) -> list[str]:
         found.append(
             f"no multiprocessor holds {machine.num_warps} warps of {machine.registers} registers"
         )
-    # 128 bits for each of AMD's 64 lanes would take tiles of twice the size.
+    # 128 bits for each of AMD's 64 lanes would need tiles of twice the size.
     if case.wide_loads and machine.load_bits < (64 if case.arch == "gfx942" else 128):
         found.append(f"loads of {machine.load_bits} bits")
     needed = case.dot_flop.get(machine.kernel)
@@ -93,11 +95,11 @@ def faults(case: Case, machine: Machine | RuntimeError) -> list[str]:
         return found
     if machine.dot_flop > PADDING * needed:
         found.append(f"{machine.dot_flop / needed:.2f}x the matrix work the shape needs")
-    # On the others software pipelining copies loop bodies, so that static counts say nothing.
+    # On other architectures software pipelining copies loop bodies, so static counts say nothing.
     straight = case.arch in ("sm_80", "sm_90")
     if straight and machine.matrix_flop > PADDING * case.repeats * needed:
         found.append(f"warps repeat matrix work {machine.matrix_flop / needed:.2f} times")
-    # Warp groups take 64 rows, and tensor memory 64 lanes; smaller tiles use the older ones.
+    # Warp groups take 64 rows, and tensor memory takes 64 lanes; smaller tiles use HMMA.
     family = MATRIX[case.arch] if case.rows[machine.kernel] >= 64 else "HMMA"
     family = "v_mfma" if case.arch == "gfx942" else family
     if not machine.matrix.get(family):
@@ -119,7 +121,7 @@ def _name(config: triton.Config) -> str:
 
 
 def _adaln(arch: str, every: bool) -> Iterator[Case]:
-    """A residual in float32 with branches in bfloat16, and bfloat16 throughout."""
+    """Yield cases with a float32 residual and bfloat16 branches, and with bfloat16 throughout."""
     B, N = 4, 256
     for D in WIDTHS:
         for dtype in (_F32, _BF16) if every else (_F32,):
@@ -128,24 +130,15 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
             gate, scale, shift = _meta(B, 3 * D, dtype=_BF16).chunk(3, dim=1)
             statistics = _meta(B, N, dtype=_F32)
             for config in _chosen(adaln.layer_norm_modulate_fwd_configs(D), every):
-                for gated in ((y, gate), (None, None)):
-                    yield Case(
-                        f"{name} {'gated' if gated[0] is not None else 'plain'} {_name(config)}",
-                        arch,
-                        partial(
-                            adaln.layer_norm_modulate_fwd, r, scale, shift, 1e-5, *gated, config
-                        ),
-                    )
+                for kind, residual in (("gated", (y, gate)), ("plain", (None, None))):
+                    arguments = (r, scale, shift, 1e-5, *residual, config)
+                    call = partial(adaln.layer_norm_modulate_fwd, *arguments)
+                    yield Case(f"{name} {kind} {_name(config)}", arch, call)
             for config in _chosen(adaln.layer_norm_modulate_bwd_configs(D), every):
-                for residual in ((r, y, gate), None):
-                    yield Case(
-                        f"{name} {'gated' if residual else 'plain'} {_name(config)}",
-                        arch,
-                        partial(
-                            adaln.layer_norm_modulate_bwd,
-                            *(y, r, scale, statistics, statistics, residual, config),
-                        ),
-                    )
+                for kind, residual in (("gated", (r, y, gate)), ("plain", None)):
+                    arguments = (y, r, scale, statistics, statistics, residual, config)
+                    call = partial(adaln.layer_norm_modulate_bwd, *arguments)
+                    yield Case(f"{name} {kind} {_name(config)}", arch, call)
 
 
 def _attention(arch: str, every: bool) -> Iterator[Case]:
@@ -161,37 +154,27 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
             name = f"d{d} N{N} {kind}"
             precision = "tf32" if kind == "tf32" else "ieee"
             for config in _chosen(attention_configs.attention_fwd_configs(N, dtype, arch), every):
-                kernels = dict.fromkeys(
-                    ("attention_fwd_kernel", "attention_one_pass_fwd_kernel"), (config, "BM", 2)
-                )
-                yield Case(
-                    f"{name} {_name(config)}",
-                    arch,
-                    partial(_at, precision, attention.attention_fwd, qkv, h, config),
-                    *_needs(d, dtype, kernels),
-                    wide_loads=dtype == _BF16,
-                )
+                either = ("attention_fwd_kernel", "attention_one_pass_fwd_kernel")
+                needs = _needs(d, dtype, dict.fromkeys(either, (config, "BM", 2)))
+                call = partial(_at, precision, attention.attention_fwd, qkv, h, config)
+                label = f"{name} {_name(config)}"
+                yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
             dqs = attention_configs.attention_dq_bwd_configs(N, dtype, arch)
             dkvs = attention_configs.attention_dkv_bwd_configs(N, d, dtype, arch)
             for i in range(max(len(dqs), len(dkvs)) if every else 1):
                 dq, dkv = dqs[min(i, len(dqs) - 1)], dkvs[min(i, len(dkvs) - 1)]
-                kernels = {
+                both = {
                     "attention_dq_bwd_kernel": (dq, "BM", 3),
                     "attention_dkv_bwd_kernel": (dkv, "BN", 4),
                 }
-                yield Case(
-                    f"{name} {_name(dq)}, {_name(dkv)}",
-                    arch,
-                    partial(
-                        _at, precision, attention.attention_bwd, out, qkv, out, lse, h, dq, dkv
-                    ),
-                    *_needs(d, dtype, kernels),
-                    wide_loads=dtype == _BF16,
-                )
+                needs, arguments = _needs(d, dtype, both), (out, qkv, out, lse, h, dq, dkv)
+                call = partial(_at, precision, attention.attention_bwd, *arguments)
+                label = f"{name} {_name(dq)}, {_name(dkv)}"
+                yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
 
 
 def _at(precision: str, launch: Callable[..., object], *arguments: object) -> object:
-    """Launch where the caller has chosen how float32 products are computed."""
+    """Launch with a precision of float32 products."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, precision
     try:
@@ -203,7 +186,7 @@ def _at(precision: str, launch: Callable[..., object], *arguments: object) -> ob
 def _needs(
     d: int, dtype: torch.dtype, kernels: dict[str, tuple[triton.Config, str, int]]
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """(dot_flop, rows) of attention kernels with so many products of a tile with a tile."""
+    """Return (dot_flop, rows) of kernels, given by (config, own tile, products of two tiles)."""
     if dtype == _F32:
         return {}, {}
     width = sum(attention_configs.head_pieces(d))
@@ -215,10 +198,10 @@ def _needs(
 
 
 def _sampling(arch: str, every: bool) -> Iterator[Case]:
-    """XL's latents: tokens with guidance and a learned range, plain images."""
+    """Yield cases on XL's latents: tokens with guidance and a learned range, and plain images."""
     B, P, C = 4, 1024, 4
     for dtype in (_F32, _BF16):
-        table, step = _meta(250, 10, dtype=_F32), _meta(dtype=torch.int64)
+        table, step = _meta(250, len(COLUMNS), dtype=_F32), _meta(dtype=torch.int64)
         seeds = _meta(B, 2, dtype=torch.int64)
         tokens, out = _meta(B, P, C, dtype=dtype), _meta(2 * B, P, 2 * C, dtype=_BF16)
         images = _meta(B, C, 32, 32, dtype=dtype)
@@ -231,10 +214,10 @@ def _sampling(arch: str, every: bool) -> Iterator[Case]:
                 yield Case(f"{kind} {name}", arch, call, wide_loads=False)
 
 
-# Tokens, features, hidden, head dim of models on pixels and latents, how they are sampled, and the
-# precision of their products: "guided learned" with a null label and a learned range, "given" with
-# noise from outside, tables by step and label, and tanh GELU. `fastdit.ops.dispatch` refuses what
-# is past these.
+# Tokens, features, hidden size and head dim of models on pixels and latents; how they are sampled;
+# the precision of their products. "guided learned" means a null label and a learned range; "given"
+# means given noise, a modulation row for each step and label, and tanh GELU. `fastdit.ops.dispatch`
+# refuses shapes beyond these.
 TRAJECTORIES = (
     (16, 48, 64, 16, "", "bf16"),
     (16, 64, 64, 16, "guided learned", "bf16"),
@@ -261,7 +244,7 @@ _FURTHER_TRAJECTORIES = {
 
 
 def _trajectory(arch: str, every: bool) -> Iterator[Case]:
-    """Four layers, eight steps."""
+    """Yield cases of four layers and eight steps."""
     for N, F, D, d, kind, precision in (*TRAJECTORIES, *_FURTHER_TRAJECTORIES[arch]):
         dtype = _BF16 if precision == "bf16" else _F32
         features = 2 * F if kind == "guided learned" else F
@@ -277,17 +260,16 @@ def _trajectory(arch: str, every: bool) -> Iterator[Case]:
                 partial(_at, "tf32" if precision == "tf32" else "ieee", launch),
                 flop if dtype == _BF16 else {},
                 {"trajectory_kernel": N},
-                # 64 rows are four warps' work, and it takes eight to hold this residual stream.
+                # 64 rows are work for four warps, but this residual stream needs eight to hold it.
                 repeats=1.6 if N * D > 64 * 64 else 1.0,
             )
 
 
 def _trajectory_arguments(shape: Shape, kind: str, dtype: torch.dtype) -> tuple[object, ...]:
-    """Of a launch with weights in a dtype: four images, eight steps, five labels."""
+    """Return the arguments for four images, eight steps and five labels."""
     B, K, R = 4, 8, 5
     guided, given = kind == "guided learned", kind == "given"
-    N, F, C, D = shape.tokens, shape.features, shape.channels, shape.hidden
-    n = D * F + N * D + shape.layers * (12 * D * D + 9 * D) + shape.out_features * (D + 1)
+    N, F, C = shape.tokens, shape.features, shape.channels
     x = _meta(B, N * F // C, C, dtype=_F32)
     modulation = (
         _meta(K, R if given else 1, shape.width, dtype=_F32),
@@ -295,15 +277,14 @@ def _trajectory_arguments(shape: Shape, kind: str, dtype: torch.dtype) -> tuple[
         _meta(2 * B if guided else B, dtype=torch.int64),
     )
     seeds, noise = _meta(B, 2, dtype=torch.int64), _meta(K, *x.shape, dtype=_F32)
-    return (
-        *(x, x, _meta(n, dtype=dtype), *modulation, _meta(K, 10, dtype=_F32), 0),
-        *(None if given else seeds, noise if given else None),
-        (4.0, 3) if guided else None,
-    )
+    weights, coefficients = _meta(shape.weights, dtype=dtype), _meta(K, len(COLUMNS), dtype=_F32)
+    drawn = (None, noise) if given else (seeds, None)
+    guidance = (4.0, 3) if guided else None
+    return x, x, weights, *modulation, coefficients, 0, *drawn, guidance
 
 
 def _trajectory_flop(shape: Shape, d: int, config: triton.Config) -> float:
-    """Its products, each loop body once: one group of heads and one chunk of an MLP."""
+    """Return the FLOP of the products, counting each loop body once: a group of heads, a chunk."""
     N, D = shape.tokens, shape.hidden
     heads, chunk, layers = (config.kwargs[name] for name in ("HEADS", "CHUNK", "STAGES"))
     ends = 2 * N * D * triton.next_power_of_2(shape.features)

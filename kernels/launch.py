@@ -1,9 +1,9 @@
-"""A launch with all that can be known of it before its arguments: made once, called often.
+"""Kernel launches that are prepared once per shape and called often.
 
 `kernel[grid](...)` binds and specialises some twenty arguments at every call, which takes longer
-than all else between an op and the driver. A `PreparedLaunch` goes that way once for each kind of
-arguments, and from then on hands the compiled kernel its arguments itself, as the launchers that
-PyTorch's Inductor generates do.
+than everything else between an op and the driver. A `PreparedLaunch` does this once for each kind
+of arguments. From then on it calls the compiled kernel itself, as the launchers that PyTorch's
+Inductor generates do.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
-# Launches that a launcher keeps: so many shapes in turn are prepared once each.
+# How many prepared launches, one per shape, a launcher keeps.
 PREPARED = 1024
 
-# Kinds of arguments that one launch keeps: a caller may give it new strides at every call.
+# How many kinds of arguments one launch keeps. The number is bounded because a caller may pass new
+# strides at every call.
 _KINDS = 64
 
 
@@ -34,15 +35,15 @@ class _Compiled(NamedTuple):
 class PreparedLaunch:
     """A kernel on a grid, with its constants and the compiler's options.
 
-    Its arguments are the kernel's tensors, then its numbers, then the constants. Two calls are of
-    one kind where Triton is bound to specialise them alike: the same integers, and for each tensor
-    the same dtype, the same device and an address that is a multiple of 16 or is none. (On AMD it
-    also asks whether a tensor's storage is below 2 GB: of what a launch reads, integers and grid
-    say that already.)
+    The kernel's arguments are tensors, then numbers, then the constants. Two calls are of one kind
+    if Triton must specialise them alike: they have the same integers, and each tensor has the same
+    dtype, the same device, and an address that is a multiple of 16 in both calls or in neither.
+    (On AMD Triton also asks whether a tensor's storage is below 2 GB, but the integers and the grid
+    already determine that for what a launch reads.)
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **constants: Any) -> None:
-        """constants holds the kernel's constexprs by name, and options such as num_warps."""
+        """Constants are the kernel's constexprs by name, and options such as num_warps."""
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._dimensions = (*grid, 1, 1)[:3]
         names = [name for name in kernel.arg_names if name in constants]
@@ -51,7 +52,7 @@ class PreparedLaunch:
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
     def __call__(self, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
-        """Launch on the current device and its current stream; a number's type never changes."""
+        """Launch on the current device and stream; a number must have the same type every time."""
         pointers: list[int | None] = []
         kind: list[Any] = [n for n in numbers if type(n) is int]
         for t in tensors:
@@ -72,10 +73,14 @@ class PreparedLaunch:
             self._through_triton(key, tensors, numbers)
             return
         stream = driver.active.get_current_stream(device)
-        # The three that are None are for the tools that `_is_watched` asks after.
         run(
             *self._dimensions,
-            *(stream, function, metadata, None, None, None),
+            stream,
+            function,
+            metadata,
+            None,  # this and the next two are for the tools that `_is_watched` looks for
+            None,
+            None,
             *pointers,
             *numbers,
             *self._in_order,
@@ -94,10 +99,10 @@ class PreparedLaunch:
         self._compiled[key] = _Compiled(kernel.run, kernel.function, kernel.packed_metadata, device)
 
     def _is_watched(self) -> bool:
-        """Whether a tool must see the launch itself, or has the kernel compiled in another way."""
+        """Return whether a tool must see the launch, or has the kernel compiled in another way."""
         runtime = triton.knobs.runtime
         return bool(
-            # Where a tool has put its own function in Triton's place, launches go to the tool.
+            # A tool may have replaced Triton's function by its own, which must get the launch.
             getattr(JITFunction.run, "__globals__", None) is not vars(jit)
             or self._kernel.pre_run_hooks
             or runtime.debug
@@ -109,5 +114,5 @@ class PreparedLaunch:
 
 
 def _calls(hook: Any) -> Any:
-    """What a hook of Triton's calls: a chain's list, or where it is a function itself."""
+    """Return what a hook of Triton calls: the list of a chain, or the hook if it is a function."""
     return getattr(hook, "calls", hook)

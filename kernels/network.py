@@ -1,8 +1,8 @@
-"""A small DiT's forward on the tokens of one image, as one program has it in registers.
+"""The forward of a small DiT on the tokens of one image, within one program.
 
-Weights and modulation are read where they are needed, from the cache; `fastdit.kernels.shape` says
-how the weights lie. LayerNorm, softmax, GELU and all sums of products are in float32; operands of
-products are in DOT.
+Activations stay in registers. Weights, laid out as `fastdit.kernels.shape` says, and modulation are
+read from the cache where they are needed. LayerNorm, softmax, GELU and all sums of products are in
+float32, and operands of products are in DOT.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastdit.kernels import shape
+
+layer_weights = triton.constexpr_function(shape.layer_weights)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _TANH_GELU = tl.constexpr(-1.5957691216057308)  # -2 sqrt(2 / pi)
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -22,7 +25,7 @@ def _vector(p, WIDTH: tl.constexpr):
 
 @triton.jit
 def _product(b_a, p_w, b_sum, STRIDE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sum [N, out] plus b_a [N, in] times the weights of a Linear, rows of STRIDE at p_w."""
+    """b_sum [N, out] + b_a [N, in] times a Linear's weights at p_w, whose rows are STRIDE apart."""
     o_out, o_in = tl.arange(0, b_sum.shape[1])[:, None], tl.arange(0, b_a.shape[1])[None, :]
     b_w = tl.load(p_w + o_out * STRIDE + o_in).to(DOT)
     return tl.dot(b_a.to(DOT), b_w.T, b_sum, input_precision=PRECISION)
@@ -30,14 +33,14 @@ def _product(b_a, p_w, b_sum, STRIDE: tl.constexpr, DOT: tl.constexpr, PRECISION
 
 @triton.jit
 def _linear(b_a, p_w, p_bias, OUT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_a [N, in], OUT rows of a Linear and of its bias -> [N, OUT]."""
+    """Apply OUT rows of a Linear and of its bias to b_a [N, in]: [N, OUT]."""
     b_zero = tl.zeros([b_a.shape[0], OUT], tl.float32)
     return _product(b_a, p_w, b_zero, b_a.shape[1], DOT, PRECISION) + _vector(p_bias, OUT)[None, :]
 
 
 @triton.jit
 def modulation(p_step, p_label, o, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
-    """Columns from o on of a row of modulation: [1, WIDTH]."""
+    """WIDTH columns of a row of modulation, from o on: [1, WIDTH]."""
     b = _vector(p_step + o, WIDTH)
     if SPLIT:
         b += _vector(p_label + o, WIDTH)
@@ -63,7 +66,7 @@ def _by_head(b, HEAD: tl.constexpr):
 def _heads(
     b_a,  # [N, D]
     p_w,  # qkv, its bias
-    i,  # first column of the heads in D
+    i,  # the heads' first column in D
     HEAD: tl.constexpr,
     HEADS: tl.constexpr,
     DOT: tl.constexpr,
@@ -81,7 +84,7 @@ def _heads(
     b_v = _linear(b_a, p_w + 2 * D * D, p_bias + 2 * D, WIDTH, DOT, PRECISION).to(DOT)
     if HEADS == 1:
         b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
-        b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * C)  # exactly 0 at the largest
+        b_p = tl.exp2((b_s - tl.max(b_s, 1)[:, None]) * C)  # the exponent is exactly 0 at the max
         b_o = tl.dot(b_p.to(DOT), b_v, input_precision=PRECISION)
         return b_o * (1.0 / tl.sum(b_p, 1))[:, None]
     else:
@@ -117,7 +120,7 @@ def _parked_attention(
     b_h,  # [N, D]
     b_y,  # [N, D]
     p_w,  # qkv, its bias, proj, its bias
-    p_park,  # [2, N, D] float32, this program's own
+    p_park,  # [2, N, D] float32, of this program
     p_step,
     p_label,
     o_gate,  # in a row of modulation
@@ -126,9 +129,10 @@ def _parked_attention(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """b_h + gate * attention, where registers cannot hold b_h and the sum beside a head's scores.
+    """b_h + gate * attention for sizes at which registers hold a head's scores and little more.
 
-    Both wait in memory, which the cache holds; barriers order what threads write and others read.
+    b_h and the heads' results are parked in memory, which the cache holds. The barriers separate
+    what threads write from what other threads read.
     """
     N: tl.constexpr = b_y.shape[0]
     D: tl.constexpr = b_y.shape[1]
@@ -157,7 +161,7 @@ def _parked_attention(
 def _mlp(
     b_h,  # [N, D]
     p_w,  # fc1, its bias, fc2, its bias
-    CHUNK: tl.constexpr,  # hidden columns at a time
+    CHUNK: tl.constexpr,  # hidden features at a time
     UNROLL: tl.constexpr,
     TANH: tl.constexpr,
     DOT: tl.constexpr,
@@ -182,7 +186,7 @@ def _mlp(
 
 @triton.jit
 def embed(b_x, p_w, D: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """b_x [N, F padded] -> [N, D]; p_w is at embed, then position."""
+    """Embed b_x [N, F padded] and add positions: [N, D]; p_w points to embed, then position."""
     N: tl.constexpr = b_x.shape[0]
     o_d, o_f = tl.arange(0, D), tl.arange(0, b_x.shape[1])
     b_w = tl.load(p_w + o_d[:, None] * F + o_f[None, :], mask=o_f[None, :] < F, other=0.0).to(DOT)
@@ -192,7 +196,7 @@ def embed(b_x, p_w, D: tl.constexpr, F: tl.constexpr, DOT: tl.constexpr, PRECISI
 
 @triton.jit
 def final(b_h, p_w, p_bias, o_f, m_f, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Rows o_f of the final Linear, zero where not m_f: b_h [N, D] -> [N, F padded]."""
+    """Apply rows o_f of the final Linear to b_h [N, D]: [N, F padded], zero where m_f is false."""
     D: tl.constexpr = b_h.shape[1]
     p_w += o_f[:, None] * D + tl.arange(0, D)[None, :]
     b_w = tl.load(p_w, mask=m_f[:, None], other=0.0).to(DOT)
@@ -204,7 +208,7 @@ def final(b_h, p_w, p_bias, o_f, m_f, DOT: tl.constexpr, PRECISION: tl.constexpr
 def blocks(
     b_h,  # [N, D]
     p_w,  # of the first layer
-    p_step,  # its modulation
+    p_step,  # modulation of the first layer
     p_label,
     p_park,
     L,
@@ -219,18 +223,18 @@ def blocks(
     CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All layers."""
+    """Run all layers."""
     D: tl.constexpr = b_h.shape[1]
     for i in tl.range(0, L, num_stages=STAGES):
-        p_l = p_w + i * (12 * D * D + 9 * D)
+        p_l = p_w + i * layer_weights(D)
         o = 6 * i * D
         b_scale = modulation(p_step, p_label, o, D, SPLIT)
         b_shift = modulation(p_step, p_label, o + D, D, SPLIT)
         b_y = layer_norm_modulate(b_h, b_scale, b_shift, eps)
         if p_park is not None:
+            o_gate = o + 2 * D
             b_h = _parked_attention(
-                *(b_h, b_y, p_l, p_park, p_step, p_label, o + 2 * D),
-                *(SPLIT, HEAD, DOT, PRECISION),
+                b_h, b_y, p_l, p_park, p_step, p_label, o_gate, SPLIT, HEAD, DOT, PRECISION
             )
         else:
             b_y = _attention(b_y, p_l, HEAD, HEADS, DOT, PRECISION)

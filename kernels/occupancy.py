@@ -1,9 +1,9 @@
-"""How many programs a multiprocessor holds at once, by what their machine code takes of it.
+"""Occupancy: how many programs a multiprocessor holds at once, by what their machine code needs.
 
 Sources: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", and
-the occupancy calculator of Nsight Compute for what registers and shared memory are handed out in;
-PTX ISA, "Tensor Memory Allocation"; AMD, CDNA3 ISA Reference Guide, "VGPR Allocation" and "Local
-Data Share", with LLVM's AMDGPU backend (`AMDGPUBaseInfo`) for the waves of a SIMD.
+the occupancy calculator of Nsight Compute for the units in which registers and shared memory are
+allocated; PTX ISA, "Tensor Memory Allocation"; AMD, CDNA3 ISA Reference Guide, "VGPR Allocation"
+and "Local Data Share", and LLVM's AMDGPU backend (`AMDGPUBaseInfo`) for the waves of a SIMD.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """A multiprocessor (AMD: compute unit), and how many there are.
+    """The resources of a multiprocessor (AMD: compute unit).
 
     Attributes:
-        multiprocessors: of the product named in `CHIPS`.
+        multiprocessors: how many the product named in `CHIPS` has.
         lanes: threads of a warp (AMD: wave).
-        schedulers: each holds a share of the warps and of the registers.
-        warps: that one scheduler holds.
-        programs: that a multiprocessor holds.
-        registers: 32-bit ones of a scheduler, all lanes together.
-        register_unit: what a warp gets is a multiple of it, all lanes together.
+        schedulers: of a multiprocessor; each holds an equal share of its warps and registers.
+        warps: the most that one scheduler holds.
+        programs: the most that a multiprocessor holds.
+        registers: 32-bit registers of a scheduler, all lanes together.
+        register_unit: a warp's registers, all lanes together, are a multiple of it.
         shared: bytes of shared memory (AMD: LDS).
-        shared_unit: what a program gets is a multiple of it.
-        shared_reserved: bytes the system takes of each program's.
-        tensor_memory: columns; 0 where there is none.
+        shared_unit: a program's bytes of shared memory are a multiple of it.
+        shared_reserved: bytes of shared memory that the system takes for each program.
+        tensor_memory: columns of tensor memory.
     """
 
     multiprocessors: int
@@ -43,10 +43,9 @@ class Chip:
 
 
 def _nvidia(multiprocessors: int, warps: int, programs: int, kb: int, columns: int = 0) -> Chip:
-    registers = (16384, 256)  # 65,536 of four schedulers
-    return Chip(
-        *(multiprocessors, 32, 4, warps // 4, programs, *registers, kb << 10, 128, 1024, columns)
-    )
+    registers = (16384, 256)  # 65,536 for four schedulers
+    shared = (kb << 10, 128, 1024)
+    return Chip(multiprocessors, 32, 4, warps // 4, programs, *registers, *shared, columns)
 
 
 CHIPS: dict[str, Chip] = {
@@ -60,14 +59,14 @@ CHIPS: dict[str, Chip] = {
 
 
 def resident(arch: str, registers: int, shared: int, warps: int, tensor_memory: int = 0) -> int:
-    """How many programs of one kernel a multiprocessor holds at once; 0: it cannot be launched.
+    """Return how many programs of one kernel a multiprocessor holds; 0: it cannot be launched.
 
     Args:
         arch: a key of `CHIPS`.
-        registers: of a thread, as the compiler reports them.
-        shared: bytes of a program.
-        warps: of a program.
-        tensor_memory: columns of a program.
+        registers: registers per thread, as the compiler reports them.
+        shared: bytes of shared memory per program.
+        warps: warps per program.
+        tensor_memory: columns of tensor memory per program.
     """
     chip = CHIPS[arch]
     of_warp = _up(max(1, registers) * chip.lanes, chip.register_unit)
@@ -81,7 +80,7 @@ def resident(arch: str, registers: int, shared: int, warps: int, tensor_memory: 
 
 
 def rounds(programs: int, resident: int, multiprocessors: int) -> int:
-    """How often the multiprocessors are filled to run so many programs, `resident` at a time."""
+    """Return how many times all multiprocessors are filled, `resident` programs each."""
     return -(-programs // (resident * multiprocessors))
 
 

@@ -1,17 +1,17 @@
-"""The sampling loop of a small DiT in one launch: one program, one image, K steps.
+"""The sampling loop of a small DiT in one launch: each program takes one image through K steps.
 
-With m the modulation of step k and of the image's label, six vectors a layer and two at the end,
-and h = embed x + position (Peebles & Xie 2023, section 3.2, "adaLN-Zero"):
+Modulation depends on the step and the image's label: it is six vectors for each layer and two at
+the end. From h = embed x + position (Peebles & Xie 2023, section 3.2, "adaLN-Zero"):
 
     h = h + gate1 * proj(attention(qkv(LN(h) * (1 + scale1) + shift1)))       # every layer
     h = h + gate2 * fc2(gelu(fc1(LN(h) * (1 + scale2) + shift2)))
     eps, v = final(LN(h) * (1 + scale) + shift)
     x, x0 = the update of `fastdit.kernels.sampling`
 
-A step costs no launch, and its activations stay in registers. Weights and modulation are read anew
-at every step, from the cache: that is what bounds the models and batches this is good for.
-LayerNorm, softmax, GELU and the update are in float32, as are all sums of products; operands of
-products are in the weights' dtype.
+A step needs no launch of its own, and its activations stay in registers. Every step reads weights
+and modulation from the cache, which bounds the models and batches for which this pays. LayerNorm,
+softmax, GELU, the update and all sums of products are in float32; operands of products are in the
+weights' dtype.
 """
 
 from __future__ import annotations
@@ -22,27 +22,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit.kernels import network
-from fastdit.kernels.common import INTERPRET, arch
-from fastdit.kernels.sampling import philox_normals
+from fastdit.kernels.common import arch, dot_dtype
+from fastdit.kernels.sampling import ROW, SIGMA, X0_PREV, learned_sigma, philox_normals, solve
 from fastdit.kernels.shape import Shape
 from fastdit.kernels.trajectory_configs import trajectory_configs
-
-_DOT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _update(b_x, b_eps, b_prev, p_c):
-    """x0 and the next x without its noise, by a row of coefficients."""
-    limit = tl.load(p_c + 2)
-    b_x0 = tl.load(p_c) * b_x + tl.load(p_c + 1) * b_eps
-    b_x0 = tl.where(b_x0 > limit, limit, tl.where(b_x0 < -limit, -limit, b_x0))  # NaN stays NaN
-    b_next = tl.load(p_c + 3) * b_x + tl.load(p_c + 4) * b_eps + tl.load(p_c + 5) * b_x0
-    return b_x0, b_next + tl.load(p_c + 6) * b_prev
 
 
 @triton.jit
 def _normals(p_seeds, step, N: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
-    """Noise of an image's elements at step `step`: [N, F padded]."""
+    """Return the noise of an image's elements at a step: [N, F padded]."""
     key, stream = tl.load(p_seeds), tl.load(p_seeds + 1)
     o = tl.arange(0, N)[:, None] * (F // 4) + tl.arange(0, FP // 4)[None, :]
     return philox_normals(key, step, stream, o)
@@ -51,15 +39,15 @@ def _normals(p_seeds, step, N: tl.constexpr, F: tl.constexpr, FP: tl.constexpr):
 @triton.jit(do_not_specialize=["first", "K", "B", "L", "S"])
 def trajectory_kernel(
     p_x,  # [B, N, F] float32, in and out
-    p_x0,  # [B, N, F] float32, in and out: what the step before predicted
-    p_weights,  # as `fastdit.kernels.shape.Shape` lists them
+    p_x0,  # [B, N, F] float32, in and out: x0 as the step before predicted it
+    p_weights,  # packed as `fastdit.kernels.shape.Shape` says
     p_by_step,  # [K, S, (6 L + 2) D]
     p_by_label,  # [R, (6 L + 2) D], or None
-    p_rows,  # [B or 2B] int64: the labels' rows, then the null label's
-    p_coefficients,  # [K, 10] as `sampler_update_kernel` has them
+    p_rows,  # [B or 2B] int64 rows of modulation, the null label's last
+    p_coefficients,  # [K, ROW]
     p_seeds,  # [B, 2] int64 (key, stream), where NOISE is 1
     p_noise,  # [K, B, N, F], where NOISE is 2
-    p_park,  # [B, 2, N, D] float32 to work in, or None
+    p_park,  # [B, 2, N, D] float32 scratch memory, or None
     scale,
     eps,
     mlp_eps,
@@ -74,20 +62,20 @@ def trajectory_kernel(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TANH: tl.constexpr,
-    GUIDED: tl.constexpr,  # how many channels, from the first, are guided; 0: no null rows
+    GUIDED: tl.constexpr,  # the first GUIDED channels are guided; 0: there are no null rows
     LEARNED: tl.constexpr,
-    NOISE: tl.constexpr,  # 0: none, 1: of the seeds, 2: given
+    NOISE: tl.constexpr,  # 0: none, 1: from seeds, 2: given
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
-    HEADS: tl.constexpr,  # of attention at a time
-    CHUNK: tl.constexpr,  # hidden columns of an MLP at a time
-    STAGES: tl.constexpr,  # of the layers: above 1, the next one's weights are on their way
+    HEADS: tl.constexpr,  # heads of attention at a time
+    CHUNK: tl.constexpr,  # hidden features of an MLP at a time
+    STAGES: tl.constexpr,  # above 1, the next layer's weights are prefetched
 ):
-    """One program: all steps of one image."""
+    """Each program takes all steps of one image."""
     FP: tl.constexpr = max(16, triton.next_power_of_2(F))
     SPLIT: tl.constexpr = p_by_label is not None
     PASSES: tl.constexpr = 2 if GUIDED else 1
-    HALVES: tl.constexpr = 2 if LEARNED else 1  # the range of the variance, then the noise
+    HALVES: tl.constexpr = 2 if LEARNED else 1  # the variance's range, then the noise
     i_b = tl.program_id(0).to(tl.int64)
     width = (6 * L + 2) * D
     o_f = tl.arange(0, FP)
@@ -96,19 +84,19 @@ def trajectory_kernel(
     m = m_f[None, :]
     o_eps = o_f + o_f // C * C if LEARNED else o_f
     p_blocks = p_weights + D * F + N * D
-    p_final = p_blocks + L * (12 * D * D + 9 * D)
+    p_final = p_blocks + L * network.layer_weights(D)
     p_bias = p_final + (2 * F if LEARNED else F) * D
     if p_park is not None:
         p_park += i_b * (2 * N * D)
     p_x += i_b * (N * F)
     p_x0 += i_b * (N * F)
 
-    # Without disable_licm and the barrier, what every step reads alike would be read once and stay
-    # in registers. The barrier also orders a step's loads after the stores of the one before.
+    # Without disable_licm and the barrier the compiler would load once, and keep in registers, what
+    # every step reads alike. The barrier also orders a step's loads after the last step's stores.
     for k in tl.range(0, K, disable_licm=True):
         b_eps = tl.zeros([N, FP], tl.float32)
         b_null, b_v = b_eps, b_eps
-        for i_pass in tl.range(0, PASSES, disable_licm=True):  # the null label's first
+        for i_pass in tl.range(0, PASSES, disable_licm=True):  # the null label comes first
             tl.debug_barrier()
             b_x = tl.load(p_x + o, mask=m, other=0.0)
             b_h = network.embed(b_x, p_weights, D, F, DOT, PRECISION)
@@ -120,8 +108,22 @@ def trajectory_kernel(
                 p_step = p_by_step + (k * S + row) * width
                 p_label = p_step  # not read
             b_h = network.blocks(
-                *(b_h, p_blocks, p_step, p_label, p_park, L, eps, mlp_eps),
-                *(SPLIT, HEAD, TANH, DOT, PRECISION, HEADS, CHUNK, STAGES),
+                b_h,
+                p_blocks,
+                p_step,
+                p_label,
+                p_park,
+                L,
+                eps,
+                mlp_eps,
+                SPLIT,
+                HEAD,
+                TANH,
+                DOT,
+                PRECISION,
+                HEADS,
+                CHUNK,
+                STAGES,
             )
             b_scale = network.modulation(p_step, p_label, 6 * L * D, D, SPLIT)
             b_shift = network.modulation(p_step, p_label, (6 * L + 1) * D, D, SPLIT)
@@ -137,14 +139,14 @@ def trajectory_kernel(
 
         b_x = tl.load(p_x + o, mask=m, other=0.0)
         b_prev = tl.load(p_x0 + o, mask=m, other=0.0)
-        p_c = p_coefficients + k * 10
-        b_x0, b_next = _update(b_x, b_eps, b_prev, p_c)
+        p_c = p_coefficients + k * ROW
+        b_x0, b_next = solve(b_x, b_eps, p_c, None)
+        b_next += tl.load(p_c + X0_PREV) * b_prev
         if NOISE != 0:
-            sigma = tl.load(p_c + 7)
+            sigma = tl.load(p_c + SIGMA)
             b_sigma = sigma
             if LEARNED:
-                low, high = tl.load(p_c + 8), tl.load(p_c + 9)
-                b_sigma = tl.exp(low + (b_v + 1) * 0.5 * (high - low))
+                b_sigma = learned_sigma(b_v, p_c, None)
             if sigma != 0:
                 if NOISE == 1:
                     b_z = _normals(p_seeds + i_b * 2, first + k + 1, N, F, FP)
@@ -152,13 +154,13 @@ def trajectory_kernel(
                     p_z = p_noise + (k * B + i_b) * (N * F)
                     b_z = tl.load(p_z + o, mask=m, other=0.0).to(tl.float32)
                 b_next += b_sigma * b_z
-        tl.debug_barrier()  # all have read what is now replaced
+        tl.debug_barrier()  # all threads have read what is replaced next
         tl.store(p_x + o, b_next, mask=m)
         tl.store(p_x0 + o, b_x0, mask=m)
 
 
 def obstacle(shape: Shape) -> str | None:
-    """Why the kernel cannot run such a model, or None."""
+    """Return why the kernel cannot run a model of this shape, or None."""
     head = shape.hidden // shape.heads
     for name, value, expected in (
         ("hidden", shape.hidden, (64, 128)),
@@ -188,49 +190,57 @@ def trajectory(
     shape: Shape,
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launch K steps of a sampling loop; arguments as `fastdit.functional.trajectory` has them.
+    """Launch K steps of a sampling loop; `fastdit.functional.trajectory` checks the arguments.
 
     Args:
-        x: [B, P, C] float32, P * C the elements of all tokens in order.
-        x0: like x, what the step before predicted; zeros where there is none.
-        weights: [n] float, as `Shape` lists them.
+        x: [B, P, C] float32; P * C are the elements of all tokens in order.
+        x0: like x, the prediction of the step before, or zeros.
+        weights: [n] float, packed as `Shape` says.
         by_step: [K, 1 or R, shape.width] float.
         by_label: [R, shape.width] like by_step, which then has one row a step; or None.
-        rows: [B] int64, or with guidance [2B], the null label's last.
+        rows: [B] int64 rows of the tables; with guidance [2B], the null label's last.
         coefficients: [K, 10], used in float32.
-        first: how many steps were taken before.
+        first: the number of steps taken before these.
         seeds: [B, 2] int64 (key, stream), or None.
         noise: [K, B, P, C], or None.
-        guidance: (scale, how many channels or None for all), or None.
+        guidance: (scale, number of channels or None for all), or None.
         config: one of `trajectory_configs`; None for the default.
 
     Returns:
         (x, x0) after the last step, like x.
 
     Raises:
-        ValueError: the kernel cannot run such a model.
+        ValueError: the kernel cannot run a model of this shape.
     """
     if (problem := obstacle(shape)) is not None:
         raise ValueError(f"trajectory: {problem}")
     x, x0 = (t.clone(memory_format=torch.contiguous_format) for t in (x, x0))
     tensors = (weights, by_step, by_label, rows, coefficients.float(), seeds, noise)
     tensors = tuple(None if t is None else t.contiguous() for t in tensors)
-    B, C, N, D = x.shape[0], shape.channels, shape.tokens, shape.hidden
+    B, N, D = x.shape[0], shape.tokens, shape.hidden
     park = x.new_empty(B, 2, N, D) if N * D > 64 * 64 else None
     scale, channels = guidance or (1.0, 0)
     config = config or trajectory_configs(shape, weights.dtype, arch(x.device))[0]
     if not B:
         return x, x0
+    numbers = dict(scale=float(scale), eps=shape.eps, mlp_eps=shape.mlp_eps, first=first)
+    sizes = dict(K=len(coefficients), B=B, L=shape.layers, S=by_step.shape[1], N=N, D=D)
     trajectory_kernel[(B,)](
-        *(x, x0, *tensors, park),
-        *(float(scale), shape.eps, shape.mlp_eps),
-        *(first, len(coefficients), B, shape.layers, by_step.shape[1]),
-        *(N, shape.features, C, D, D // shape.heads, shape.tanh_gelu),
-        C if channels is None else channels,
-        shape.learned,
-        1 if seeds is not None else 2 if noise is not None else 0,
-        tl.float32 if INTERPRET else _DOT_DTYPES[weights.dtype],
-        "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
+        x,
+        x0,
+        *tensors,
+        park,
+        **numbers,
+        **sizes,
+        F=shape.features,
+        C=shape.channels,
+        HEAD=D // shape.heads,
+        TANH=shape.tanh_gelu,
+        GUIDED=shape.channels if channels is None else channels,
+        LEARNED=shape.learned,
+        NOISE=1 if seeds is not None else 2 if noise is not None else 0,
+        DOT=dot_dtype(weights.dtype),
+        PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
         **config.all_kwargs(),
     )
     return x, x0

@@ -1,4 +1,4 @@
-"""How the trajectory's kernel is launched: a pure function of shape, dtype and architecture."""
+"""Launch configurations of the trajectory: a pure function of shape, dtype and architecture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton
 from fastdit.kernels.attention_configs import family_of
 from fastdit.kernels.shape import Shape
 
-# (hidden columns of an MLP at a time, warps, stages of a loop, and of the layers' own) by tokens
-# and hidden, the default first. Where the layers are pipelined, the next one's weights are on their
-# way while one is computed, for more shared memory than two programs find on a multiprocessor.
+# By (tokens, hidden), the default first: (hidden features of an MLP at a time, warps, stages of the
+# inner loops, stages of the loop over layers). With two stages of layers the next layer's weights
+# are prefetched, which takes more shared memory than two programs find on a multiprocessor.
 _Sizes = dict[tuple[int, int], list[tuple[int, int, int, int]]]
 _SIZES: dict[str, _Sizes] = {
     "sm_80": {
@@ -41,20 +41,20 @@ _SIZES: dict[str, _Sizes] = {
 
 
 def trajectory_configs(shape: Shape, dtype: torch.dtype, arch: str) -> list[triton.Config]:
-    """Launch configurations, the default first.
+    """Return the launch configurations, the default first.
 
     Args:
-        shape: without an `obstacle`.
+        shape: one that `fastdit.kernels.trajectory.obstacle` does not refuse.
         dtype: of the weights.
         arch: as `fastdit.kernels.common.arch` names it.
     """
     family = family_of(arch)
     sizes = _SIZES[family][shape.tokens, shape.hidden]
-    # Of 16 tokens a head's scores are too small a product for four warps.
+    # One head's scores of 16 tokens are too small a product for four warps.
     heads = shape.heads if shape.tokens == 16 else 1
-    if dtype == torch.float32:  # on plain cores, which hold all operands of a product in registers
+    if dtype == torch.float32:  # plain cores hold all operands of a product in registers
         sizes, heads = [(32, 8, 1, 1)], 1
-    # Left alone, ptxas may spill to fit one more program on a multiprocessor.
+    # Without a limit ptxas may spill to fit one more program on a multiprocessor.
     registers = None if family == "gfx942" else 255
     return [
         triton.Config(

@@ -1,20 +1,22 @@
-"""C++ for a CPU: the whole sampling loop of a small DiT in one call (`trajectory`), and ops of it.
+"""C++ kernels for CPUs: the whole sampling loop of a small DiT in one call, and its single ops.
 
-`problem.h` says what the parts share, `vector.h` holds the mathematics, `product.h` the matrix
-products, `update.h` a solver's step, `network.h` a forward, `loop.h` the steps, `adaln.h` a
-LayerNorm with all that surrounds it; `plain.cpp`, `avx2.cpp` and `avx512.cpp` are these for an
-instruction set each, `trajectory.cpp` gives images to threads, and `adaln.cpp` rows.
+`structs.py` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
+`product.h` the matrix products, `update.h` a solver's step, `network.h` the forward, `loop.h` the
+loop over steps, and `adaln.h` LayerNorm with modulation. `plain.cpp`, `avx2.cpp` and `avx512.cpp`
+compile these headers for one instruction set each. `trajectory.cpp` and `adaln.cpp` are the C
+interface, and distribute images and rows over threads.
 """
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from fastdit.kernels.columns import COLUMNS
 from fastdit.kernels.cpu.build import BuildError, call, library
+from fastdit.kernels.cpu.structs import Linear, Problem, Update
 from fastdit.kernels.shape import Shape
+from fastdit.kernels.tensors import contiguous
 
 __all__ = [
     "MAX_HIDDEN",
@@ -34,48 +36,9 @@ __all__ = [
 MAX_HIDDEN = 512
 MAX_TOKENS = 256
 
-_INTEGERS = (
-    "tokens features out_features channels hidden layers heads tanh_gelu images steps first "
-    "step_rows guided threads"
-).split()
-_FLOATS = "eps mlp_eps scale".split()
-_POINTERS = "weights by_step by_label rows coefficients seeds noise x x0".split()
-
-_UPDATE_INTEGERS = "images elements channels space learned guided step threads".split()
-_UPDATE_POINTERS = "x model_out coefficients x0_prev noise seeds x_next x0".split()
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        *((name, ctypes.c_float) for name in _FLOATS),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    ]
-
-
-class _Update(ctypes.Structure):
-    """`Update` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _UPDATE_INTEGERS),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _UPDATE_POINTERS),
-    ]
-
-
-class _Linear(ctypes.Structure):
-    """`Linear` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "in", "out", "threads")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")),
-    ]
-
 
 def obstacle(shape: Shape) -> str | None:
-    """Why the kernel does not take a model, or None."""
+    """Return why the kernel cannot run a model of this shape, or None."""
     if shape.hidden > MAX_HIDDEN:
         return f"takes a hidden size up to {MAX_HIDDEN}, got {shape.hidden}"
     if shape.tokens > MAX_TOKENS:
@@ -98,57 +61,42 @@ def trajectory(
     shape: Shape,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K steps on the CPU, in float32; arguments as `fastdit.functional.trajectory`'s, who checks.
+    """Take K steps of a sampling loop in float32; `fastdit.functional.trajectory` checks arguments.
 
-    An image's bits depend on neither its batch, nor its place in it, nor the number of threads,
+    An image's bits depend neither on its batch and its place there, nor on the number of threads,
     which is PyTorch's.
 
     Args:
-        x, x0: [B, P, C].
-        weights: [n], as `Shape` lays them out.
-        by_step: [K, 1 or R, W].
-        by_label: [R, W], or None.
-        rows: [B] int64, or with guidance [2B].
-        coefficients: [K, 10].
-        first: how many steps were taken before.
-        seeds: [B, 2] int64, or None.
-        noise: [K, B, P, C], or None.
-        guidance: (scale, channels or None for all), or None.
-        shape: the model's.
+        x ... shape: as for the Triton launcher, `fastdit.kernels.trajectory.trajectory`.
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
-        (x, x0), new and contiguous.
+        (x, x0) after the last step, new and contiguous.
 
     Raises:
         BuildError: the kernels cannot be built.
-        ValueError: the CPU has not that instruction set.
-        MemoryError: there is too little.
+        ValueError: the CPU does not have that instruction set.
+        MemoryError: memory does not suffice.
     """
     scale, channels = guidance or (1.0, 0)
     x, x0 = (t.detach().clone(memory_format=torch.contiguous_format) for t in (x, x0))
-    given = dict(by_step=by_step, by_label=by_label, weights=weights)
-    floats = {
-        name: None if t is None else t.detach().to(torch.float32).contiguous()
-        for name, t in dict(given, coefficients=coefficients, noise=noise).items()
-    }
-    integers = {
-        name: None if t is None else t.contiguous()
-        for name, t in dict(rows=rows, seeds=seeds).items()
-    }
-    tensors = dict(floats, **integers, x=x, x0=x0)
-    problem = _Problem(
-        **{name: getattr(shape, name) for name in _INTEGERS[:8]},
+    problem = Problem(
+        **shape._asdict(),
         images=len(x),
         steps=len(coefficients),
         first=first,
         step_rows=by_step.shape[1],
         guided=shape.channels if channels is None else channels,
-        threads=torch.get_num_threads(),
-        eps=shape.eps,
-        mlp_eps=shape.mlp_eps,
         scale=scale,
-        **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
+        weights=_float32(weights),
+        by_step=_float32(by_step),
+        by_label=_float32(by_label),
+        rows=rows.contiguous(),
+        coefficients=_float32(coefficients),
+        seeds=contiguous(seeds),
+        noise=_float32(noise),
+        x=x,
+        x0=x0,
     )
     call(library().fastdit_trajectory, problem, instruction_set)
     return x, x0
@@ -166,11 +114,11 @@ def sampler_update(
     instruction_set: str | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step's update in float32; arguments as `fastdit.functional.sampler_update`'s.
+    """Take one step's update in float32; `fastdit.functional.sampler_update` checks arguments.
 
     Args:
-        step: [] int64; outside of the coefficients' rows the result is NaN.
-        guidance: (scale, how many channels or None for all) where model_out has 2B rows.
+        step: [] int64; the result is NaN if coefficients has no such row.
+        guidance: (scale, number of channels or None for all) if model_out has 2B rows.
         instruction_set: as for `trajectory`.
 
     Returns:
@@ -181,17 +129,11 @@ def sampler_update(
     """
     channel, k = 1 if x.dim() == 4 else 2, int(step)
     C, (scale, channels) = x.shape[channel], guidance or (1.0, 0)
-    row = torch.full((10,), float("nan"), dtype=torch.float32, device="cpu")
+    row = torch.full((len(COLUMNS),), float("nan"), dtype=torch.float32, device="cpu")
     if 0 <= k < len(coefficients):
         row = coefficients[k].float().contiguous()
-    given = dict(x=x, model_out=model_out.float(), seeds=seeds)
-    given |= {
-        n: None if t is None else t.float() for n, t in dict(x0_prev=x0_prev, noise=noise).items()
-    }
-    tensors = {name: None if t is None else t.contiguous() for name, t in given.items()}
     x_next, x0 = out or (x.new_empty(x.shape), x.new_empty(x.shape))
-    tensors |= dict(coefficients=row, x_next=x_next, x0=x0)
-    update = _Update(
+    update = Update(
         images=len(x),
         elements=x.shape[1:].numel(),
         channels=C,
@@ -199,21 +141,27 @@ def sampler_update(
         learned=model_out.shape[channel] == 2 * C,
         guided=C if channels is None else channels,
         step=k,
-        threads=torch.get_num_threads(),
         scale=scale,
-        **{name: None if t is None else t.data_ptr() for name, t in tensors.items()},
+        x=x.contiguous(),
+        model_out=_float32(model_out),
+        coefficients=row,
+        x0_prev=_float32(x0_prev),
+        noise=_float32(noise),
+        seeds=contiguous(seeds),
+        x_next=x_next,
+        x0=x0,
     )
     call(library().fastdit_update, update, instruction_set)
     return x_next, x0
 
 
 def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
-    """Standard normal noise, as `fastdit.noise.normal` defines it.
+    """Return standard normal noise as `fastdit.noise.normal` defines it.
 
     Args:
         seeds: [B, 2] int64 rows of (key, stream).
         steps: [S] int64.
-        elements: of an image at a step.
+        elements: how many, for each image and step.
 
     Returns:
         [S, B, elements] float32.
@@ -229,7 +177,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x weight^T + bias` in float32; a row's bits depend on no other row, nor on threads.
+    """Return x weight^T + bias in float32; a row's bits depend on no other row, nor on threads.
 
     Args:
         x: [R, K].
@@ -242,26 +190,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         BuildError, MemoryError: as for `trajectory`.
     """
-    x, weight = x.detach().contiguous(), weight.detach().contiguous()
-    bias = None if bias is None else bias.detach().contiguous()
     y = x.new_empty((len(x), len(weight)))
-    sizes = len(x), x.shape[1], len(weight), torch.get_num_threads()
-    pointers = (None if t is None else t.data_ptr() for t in (x, weight, bias, y))
-    call(library().fastdit_linear, _Linear(*sizes, *pointers), None)
+    problem = Linear(
+        rows=len(x),
+        in_features=x.shape[1],
+        out_features=len(weight),
+        x=_float32(x),
+        weight=_float32(weight),
+        bias=_float32(bias),
+        y=y,
+    )
+    call(library().fastdit_linear, problem, None)
     return y
 
 
 def instruction_set() -> str:
-    """The best that this CPU has: "plain", "avx2" or "avx512"."""
+    """Return the best instruction set of this CPU: "plain", "avx2" or "avx512"."""
     return library().fastdit_instruction_set().decode()
 
 
 def instruction_sets() -> list[str]:
-    """All that this CPU has, the best last."""
+    """Return all instruction sets of this CPU, the best last."""
     names = ["plain", "avx2", "avx512"]
     return names[: names.index(instruction_set()) + 1]
 
 
 def peak_flop_per_second(repeats: int = 2_000_000) -> float:
-    """What multiply-adds on registers alone reach, on PyTorch's number of threads."""
+    """Measure multiply-adds on registers alone, on PyTorch's number of threads."""
     return library().fastdit_peak(torch.get_num_threads(), repeats)
+
+
+def _float32(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().to(torch.float32).contiguous()

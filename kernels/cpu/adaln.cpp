@@ -1,9 +1,9 @@
-// The C interface of adaln.h: rows to threads.
+// The C interface of adaln.h, which distributes rows over threads.
 #include "problem.h"
 
 using namespace fastdit;
 
-// Fewer elements are done sooner than a second thread has begun.
+// Fewer elements are done before a second thread could start.
 static constexpr int64_t FEW = 1 << 14;
 static constexpr int64_t ROWS_AT_ONCE = 16;
 

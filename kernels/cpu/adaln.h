@@ -1,5 +1,5 @@
-// LayerNorm with adaLN modulation, behind a gated residual or not, and its backward, as
-// kernels/adaln.py states them. Features are in the lanes; in the last lanes past them are zeros.
+// LayerNorm with adaLN modulation, with or without a gated residual before it, and its backward, as
+// kernels/adaln.py defines them. Features are in the lanes; lanes past the last feature are zero.
 
 INLINE vf load(const float* p, int64_t n) {
   vf v = {};
@@ -67,7 +67,7 @@ static void adaln(const AdaLN& p, int64_t first_row, int64_t last_row) {
   }
 }
 
-// Of a chunk of an image's tokens, with what it adds to the gradients of the modulation.
+// Computes the gradients of a chunk of an image's tokens, and its part of those of the modulation.
 static void adaln_backward(const AdaLNBackward& p, int64_t chunk) {
   const int64_t D = p.hidden, chunks = ceil_div(p.tokens, p.chunk_tokens), image = chunk / chunks;
   const int64_t first = chunk % chunks * p.chunk_tokens;

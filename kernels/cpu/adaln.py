@@ -1,41 +1,17 @@
-"""The launchers of adaln.cpp, with the arguments of `fastdit.kernels.adaln`'s, in float32."""
+"""Launchers of adaln.cpp, with the arguments of those in `fastdit.kernels.adaln`, in float32."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
 from fastdit.kernels.cpu.build import call, library
+from fastdit.kernels.cpu.structs import AdaLN, AdaLNBackward
+from fastdit.kernels.tensors import contiguous, rows_of
 
-# Tokens whose part in the modulation's gradients is summed by one thread. Fixed, so that sums do
-# not depend on how many threads there are.
+# The number of tokens over which one thread sums the modulation's gradients. It is fixed, so that
+# sums do not depend on the number of threads.
 _CHUNK = 64
-
-_INTEGERS = "images tokens hidden gate_stride scale_stride shift_stride threads".split()
-_POINTERS = "x y gate scale shift r h mean rstd".split()
-_BACKWARD_INTEGERS = "images tokens hidden gate_stride scale_stride chunk_tokens threads".split()
-_BACKWARD_POINTERS = "dr dh r y gate scale mean rstd dx dy partial".split()
-
-
-class _AdaLN(ctypes.Structure):
-    """`AdaLN` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _INTEGERS),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    ]
-
-
-class _AdaLNBackward(ctypes.Structure):
-    """`AdaLNBackward` of problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _BACKWARD_INTEGERS),
-        *((name, ctypes.c_void_p) for name in _BACKWARD_POINTERS),
-    ]
 
 
 def layer_norm_modulate_fwd(
@@ -47,7 +23,7 @@ def layer_norm_modulate_fwd(
     gate: Tensor | None = None,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward; y and gate make it the gated residual's.
+    """Run the forward, with the gated residual if y and gate are given.
 
     Args:
         x: [B, N, D], like y.
@@ -55,20 +31,22 @@ def layer_norm_modulate_fwd(
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
-        (r [B, N, D], h [B, N, D], mean [B, N], rstd [B, N]): r is x itself where there is no gate.
+        (r [B, N, D], h [B, N, D], mean [B, N], rstd [B, N]): r is x itself without a gate.
 
     Raises:
         BuildError: the kernels cannot be built.
-        ValueError: the CPU has not that instruction set.
+        ValueError: the CPU does not have that instruction set.
     """
     B, N, D = x.shape
-    x, y = x.contiguous(), None if y is None else y.contiguous()
-    gate, scale, shift = (None if m is None else _unit_stride(m) for m in (gate, scale, shift))
+    x, y = x.contiguous(), contiguous(y)
+    gate, gate_stride = rows_of(gate)
+    (scale, scale_stride), (shift, shift_stride) = rows_of(scale), rows_of(shift)
     r, h = x if gate is None else x.new_empty(x.shape), x.new_empty(x.shape)
     mean, rstd = (x.new_empty((B, N)) for _ in range(2))
-    strides = (0 if gate is None else gate.stride(0), scale.stride(0), shift.stride(0))
-    tensors = (x, y, gate, scale, shift, r, h, mean, rstd)
-    problem = _AdaLN(B, N, D, *strides, torch.get_num_threads(), eps, *map(_pointer, tensors))
+    strides = dict(gate_stride=gate_stride, scale_stride=scale_stride, shift_stride=shift_stride)
+    given = dict(x=x, y=y, gate=gate, scale=scale, shift=shift)
+    results = dict(r=r, h=h, mean=mean, rstd=rstd)
+    problem = AdaLN(images=B, tokens=N, hidden=D, eps=eps, **strides, **given, **results)
     call(library().fastdit_adaln, problem, instruction_set)
     return r, h, mean, rstd
 
@@ -82,48 +60,31 @@ def layer_norm_modulate_bwd(
     residual: tuple[Tensor | None, Tensor, Tensor] | None = None,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """The backward.
+    """Run the backward.
 
     Args:
-        dh: [B, N, D], gradient of h.
-        r: [B, N, D], the forward's r (x where there was no gate).
-        scale: [B, D].
-        mean: [B, N], of the forward.
-        rstd: [B, N], of the forward.
-        residual: (dr or None, y, gate) of the gated op.
+        dh ... residual: as for `fastdit.kernels.adaln.layer_norm_modulate_bwd`.
         instruction_set: as for the forward.
 
     Returns:
-        (dx, dy, dgate, dscale, dshift); dy and dgate None where there is no gate.
+        (dx, dy, dgate, dscale, dshift); dy and dgate are None without a gate.
 
     Raises:
-        BuildError: the kernels cannot be built.
-        ValueError: the CPU has not that instruction set.
+        BuildError, ValueError: as for the forward.
     """
     B, N, D = r.shape
     dr, y, gate = residual if residual else (None, None, None)
-    dh, r, mean, rstd = (t.contiguous() for t in (dh, r, mean, rstd))
-    dr, y = (None if t is None else t.contiguous() for t in (dr, y))
-    scale, gate = _unit_stride(scale), None if gate is None else _unit_stride(gate)
+    dr, dh, r, y, mean, rstd = map(contiguous, (dr, dh, r, y, mean, rstd))
+    (gate, gate_stride), (scale, scale_stride) = rows_of(gate), rows_of(scale)
     dx, dy = r.new_empty(r.shape), None if y is None else r.new_empty(r.shape)
     partial = r.new_empty((B, -(-N // _CHUNK), 3, D))
-    strides = (0 if gate is None else gate.stride(0), scale.stride(0))
-    tensors = (dr, dh, r, y, gate, scale, mean, rstd, dx, dy, partial)
-    problem = _AdaLNBackward(
-        *(B, N, D, *strides, _CHUNK, torch.get_num_threads()), *map(_pointer, tensors)
-    )
+    sizes = dict(images=B, tokens=N, hidden=D, chunk_tokens=_CHUNK)
+    strides = dict(gate_stride=gate_stride, scale_stride=scale_stride)
+    given = dict(dr=dr, dh=dh, r=r, y=y, gate=gate, scale=scale, mean=mean, rstd=rstd)
+    problem = AdaLNBackward(**sizes, **strides, **given, dx=dx, dy=dy, partial=partial)
     call(library().fastdit_adaln_backward, problem, instruction_set)
     sums = partial.sum(1)
     dscale, dshift, dgate = (
         sums[:, i].clone(memory_format=torch.contiguous_format) for i in range(3)
     )
     return dx, dy, None if gate is None else dgate, dscale, dshift
-
-
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def _unit_stride(modulation: Tensor) -> Tensor:
-    """[B, D] whose channels lie side by side; rows may lie anywhere."""
-    return modulation if modulation.stride(-1) == 1 else modulation.contiguous()

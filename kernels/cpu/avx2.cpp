@@ -1,5 +1,6 @@
 // The kernels for AVX2 with FMA: 16 registers of 8 floats.
-#include "problem.h"  // and all standard headers, of which nothing may be compiled for these alone
+// problem.h includes all standard headers, since their code must not be compiled for AVX2.
+#include "problem.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)

@@ -1,5 +1,6 @@
 // The kernels for AVX-512: 32 registers of 16 floats.
-#include "problem.h"  // and all standard headers, of which nothing may be compiled for these alone
+// problem.h includes all standard headers, since their code must not be compiled for AVX-512.
+#include "problem.h"
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push( \

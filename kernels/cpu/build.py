@@ -1,4 +1,4 @@
-"""The library of the CPU kernels: built when it is first needed, then kept for every process."""
+"""Build the library of the CPU kernels when it is first needed, and cache it for every process."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from typing import Any
 
 import torch
 
+from fastdit.kernels.cpu import structs
+
 SOURCES = Path(__file__).parent
-# No -march: an instruction set is chosen at run time, so that what is cached runs on any machine
-# that shares the cache. No -ffast-math: NaN must stay, and its start-up code would flush denormals
-# in the whole process. OpenMP's threads are those of PyTorch. PyTorch 2.11 would compile as C++17,
-# which has no `std::atomic::wait`.
-FLAGS = [
-    *("-std=c++20", "-O3", "-fopenmp"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    *("-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-pragmas"),
-]
+# There is no -march, since the instruction set is chosen at run time and a cached library must run
+# on every machine that shares the cache. There is no -ffast-math, since NaN must stay NaN and its
+# start-up code would flush denormals in the whole process. OpenMP uses PyTorch's threads. PyTorch
+# 2.11 would compile as C++17, which lacks `std::atomic::wait`.
+FLAGS = (
+    "-std=c++20 -O3 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-Wno-psabi -Wno-ignored-attributes -Wno-unknown-pragmas"
+).split()
 
 logger = logging.getLogger("fastdit")
 
 
 class BuildError(RuntimeError):
-    """The CPU kernels cannot be built here; the message says why, and what would help."""
+    """The CPU kernels cannot be built here; the message says why and what helps."""
 
 
 def cache_folder() -> Path:
-    """Where the library is kept: below XDG_CACHE_HOME, or ~/.cache."""
+    """Return the folder of the library, below XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastdit")
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library; built first, in some seconds, where it is not in the cache.
+    """Load the library. If it is not in the cache it is built first, which takes some seconds.
 
     Raises:
-        BuildError: there is no compiler, it fails, or the cache cannot be written.
+        BuildError: there is no compiler, it fails, the cache cannot be written, or the cached
+            library is damaged.
     """
     path = cache_folder() / f"cpu-{_digest()}.so"
     if not path.exists():
@@ -57,6 +59,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))  # calls release the GIL
     except OSError as error:
         raise BuildError(f"{error}; XDG_CACHE_HOME names another folder to build in") from error
+    _check_sizes(loaded, path)
     loaded.fastdit_instruction_set.restype = ctypes.c_char_p
     loaded.fastdit_peak.restype = ctypes.c_double
     loaded.fastdit_peak.argtypes = [ctypes.c_int64, ctypes.c_int64]
@@ -67,8 +70,20 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def call(function: Any, argument: ctypes.Structure, instruction_set: str | None) -> None:
-    """Call a function of the library, and raise for the code that it returns."""
+def _check_sizes(loaded: ctypes.CDLL, path: Path) -> None:
+    """Raise a BuildError unless Python and the library agree on the size of every struct."""
+    loaded.fastdit_struct_size.restype = ctypes.c_int64
+    for struct in structs.STRUCTS:
+        size = loaded.fastdit_struct_size(struct.__name__.encode())
+        if size != ctypes.sizeof(struct):
+            raise BuildError(
+                f"{path} has a {struct.__name__} of {size} bytes, where Python's is "
+                f"{ctypes.sizeof(struct)}; delete that file, and it is built anew"
+            )
+
+
+def call(function: Any, argument: structs.Struct, instruction_set: str | None) -> None:
+    """Call a function of the library, and raise an error for the code that it returns."""
     name = None if instruction_set is None else instruction_set.encode()
     code = function(ctypes.byref(argument), name)
     if code == 1:
@@ -78,8 +93,8 @@ def call(function: Any, argument: ctypes.Structure, instruction_set: str | None)
 
 
 def _digest() -> str:
-    """Of what decides what is built, and whether it can be loaded."""
-    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS]
+    """Return a hash of everything that decides what is built and whether it can be loaded."""
+    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS, structs.header()]
     parts += [
         f.name + f.read_text() for f in sorted(SOURCES.iterdir()) if f.suffix in (".cpp", ".h")
     ]
@@ -87,9 +102,9 @@ def _digest() -> str:
 
 
 def _build(path: Path) -> None:
-    """Built aside and renamed: a build that was killed leaves nothing that is taken for one."""
+    """Build in a folder aside and rename the result, so that a killed build leaves no library."""
     if sys.platform == "win32":
-        raise BuildError("they are written for g++ and clang, and not for Windows")
+        raise BuildError("they are written for g++ and clang, not for Windows")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(path.with_suffix(".lock")):
@@ -107,18 +122,20 @@ def _build(path: Path) -> None:
 
 
 def _compile(folder: str) -> Path:
-    from torch.utils import cpp_extension  # not before: its import takes as long as a small model's
+    from torch.utils import cpp_extension  # late, since its import takes long
 
     compiler = os.environ.get("CXX", "c++")
     if shutil.which((shlex.split(compiler) or [""])[0]) is None:
         raise BuildError(f"no C++ compiler {compiler!r} was found; install g++, or set CXX")
     sources = sorted(str(f) for f in SOURCES.glob("*.cpp"))
+    Path(folder, "structs.h").write_text(structs.header())
     try:
         with _ninja_on_path():
             cpp_extension.load(
                 "fastdit_cpu",
                 sources,
                 extra_cflags=FLAGS,
+                extra_include_paths=[folder],
                 extra_ldflags=["-fopenmp"],
                 build_directory=folder,
                 is_python_module=False,
@@ -130,7 +147,7 @@ def _compile(folder: str) -> Path:
 
 @contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """The system frees the lock of a process that dies."""
+    """Hold a lock file, which the system unlocks if the process dies."""
     import fcntl
 
     with open(lock, "w") as file:
@@ -140,7 +157,7 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
 
 @contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """PyTorch runs `ninja` by name, which an environment that is not activated has not on PATH."""
+    """Put ninja, which PyTorch runs by name, on PATH in case the environment is not activated."""
     if shutil.which("ninja") is not None:
         yield
         return

@@ -1,4 +1,4 @@
-// All code of one instruction set: NAME, vectors of WIDTH floats, blocks of ROWS rows of weights.
+// The code of the instruction set NAME: vectors have WIDTH floats, blocks of weights ROWS rows.
 namespace fastdit {
 namespace {
 #define INLINED __attribute__((always_inline))

@@ -1,8 +1,9 @@
-// The steps of a sampling loop for a group of images, which a team takes through it in lockstep.
+// The sampling loop of a group of images, which a team of threads takes through it in lockstep.
 
 struct Loop : Network {
-  int64_t first_image, images, padded;  // padded: elements of a state, up to whole quads of vectors
+  int64_t first_image, images, padded;  // padded: p.padded(WIDTH)
 
+  // Calls f(i) for every i below total, spread over the team's threads.
   template <class F> void share_out(int64_t total, F f) const {
     const int64_t last = block_start(total, team.size, team.id + 1);
     for (int64_t i = block_start(total, team.size, team.id); i < last; i++) f(i);
@@ -28,7 +29,7 @@ struct Loop : Network {
     });
   }
 
-  // at.modulation of this thread's rows, with 1 + scale in the place of scale.
+  // Writes at.modulation of this thread's rows, with 1 + scale instead of scale.
   void modulate(int64_t step) const {
     const int64_t D = p.hidden, parts = 6 * p.layers + 2;
     for (int64_t r = mine.first_panel / panels; r < ceil_div(mine.last_panel, panels); r++) {
@@ -45,7 +46,7 @@ struct Loop : Network {
     }
   }
 
-  // at.in of this thread's panels: the same tokens for every label.
+  // Writes at.in of this thread's panels, with the same tokens for every label.
   void read_tokens() const {
     const int64_t F = p.features;
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
@@ -59,7 +60,7 @@ struct Loop : Network {
   }
 
   void update_chunk(int64_t step, int64_t g, int64_t e) const {
-    const float* c = p.coefficients + step * 10;
+    const float* c = p.coefficients + step * column::count;
     const int64_t panel_floats = panels * p.out_features * WIDTH, image = first_image + g;
     const float *out = (float*)at.out + g * panel_floats, *null_out = out + images * panel_floats;
     const int32_t* place = w.place + e;
@@ -75,7 +76,7 @@ struct Loop : Network {
           const float null = null_out[place[i]];
           chunk.eps[i] = null + p.scale * (chunk.eps[i] - null);
         }
-    const bool noisy = (p.seeds || p.noise) && c[7] != 0.f;
+    const bool noisy = (p.seeds || p.noise) && c[column::sigma] != 0.f;
     if (noisy && p.seeds) {
       normals(p.seeds[2 * image], p.first + step + 1, p.seeds[2 * image + 1], e / 4, chunk.noise);
     } else if (noisy) {
@@ -146,9 +147,9 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
   at.modulation = take(own, ceil_div(rows * p.width(), WIDTH));
 
-  // Panels in pairs are shared first, as far as they go, then slices, then the rows of these.
+  // Threads share pairs of panels first; if there are more threads, slices; then rows of a slice.
   const int64_t pairs = ceil_div(all, PAIR), columns = least(team.size, pairs);
-  const int64_t of_slice = team.size / columns / SLICES;  // threads; 0: one has all slices
+  const int64_t of_slice = team.size / columns / SLICES;  // threads; 0: one thread has all slices
   const int64_t of_column = larger_of(1, SLICES * of_slice);
   team.size = columns * of_column;
   if (team.id >= team.size) return;
@@ -163,11 +164,11 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   Loop{{p, w, team, at, panels, all, mine, columns}, first_image, images, padded}.run();
 }
 
-// As many chains as there are registers for on any of them.
+// 12 chains of multiply-adds, for which every instruction set has registers.
 static float multiply_adds(int64_t repeats) {
   vf sum[12];
   for (int i = 0; i < 12; i++) sum[i] = splat(i);
-  volatile float unknown[2] = {0.999f, 0.001f};  // or the compiler would do the sums itself
+  volatile float unknown[2] = {0.999f, 0.001f};  // so that the compiler cannot compute the sums
   const vf factor = splat(unknown[0]), addend = splat(unknown[1]);
   for (int64_t n = 0; n < repeats; n++)
 #pragma GCC unroll 12
@@ -177,20 +178,20 @@ static float multiply_adds(int64_t repeats) {
   return total[0];
 }
 
-// Two panels of rows of x [R][K] times a matrix in blocks [M][K], plus a bias: rows of out [R][M].
+// Multiplies two panels of rows of x by a weight in blocks, adds a bias, and writes rows of y.
 static void linear(const Linear& l, const float* blocks, int64_t first_row, float* own) {
   const int64_t rows = least(PAIR * WIDTH, l.rows - first_row);
   for (int64_t i = 0; i < PAIR * WIDTH; i++)
-    for (int64_t k = 0; k < l.in; k++) {
-      const float x = i < rows ? l.x[(first_row + i) * l.in + k] : 0.f;
-      own[(i / WIDTH * l.in + k) * WIDTH + i % WIDTH] = x;
+    for (int64_t k = 0; k < l.in_features; k++) {
+      const float x = i < rows ? l.x[(first_row + i) * l.in_features + k] : 0.f;
+      own[(i / WIDTH * l.in_features + k) * WIDTH + i % WIDTH] = x;
     }
   const Share all{0, ceil_div(rows, WIDTH), 0, SLICES, 0, 1};
-  product(all, blocks, l.out, l.in, (vf*)own, l.in,
+  product(all, blocks, l.out_features, l.in_features, (vf*)own, l.in_features,
           [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
     const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
     for (int64_t j = 0; j < lanes; j++)
       for (int64_t i = 0; i < n; i++)
-        l.y[(start + j) * l.out + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);
+        l.y[(start + j) * l.out_features + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);
   });
 }

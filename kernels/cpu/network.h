@@ -1,17 +1,17 @@
-// A DiT's forward on a group of rows (an image each, or an image under one of two labels), by the
-// threads of a team.
+// A DiT's forward on a group of rows by the threads of a team. A row is an image or, with guidance,
+// an image under one of its two labels.
 
-// What a team works in, and what each of its threads has for itself. Panel q belongs to row
-// q / panels of the group.
+// The memory that a team shares, and below it that of each thread. Panel q belongs to the group's
+// row q / panels.
 struct Memory {
-  vf *qkv, *heads, *hidden, *out;        // [panel][features of each]
-  vf* sums;                              // of slices, [product of two][slice][panel][hidden]
-  float *state, *x0;                     // [image][padded elements]
-  vf *in, *x, *normed, *scores;          // its own: [panel][features], [PAIR][tokens]
-  float* modulation;                     // its own: [row][width]
+  vf *qkv, *heads, *hidden, *out;  // [panel][features of each]
+  vf* sums;                        // [attention or MLP][slice][panel][hidden]
+  float *state, *x0;               // [image][padded elements]
+  vf *in, *x, *normed, *scores;    // of a thread: [panel][features]; scores: [PAIR][tokens]
+  float* modulation;               // of a thread: [row][width]
 };
 
-// Of f(i), i < n, in four chains, since an addition waits for the one before it.
+// Sums f(i) over i < n in four chains, since an addition has to wait for the one before it.
 template <class F> INLINE vf sum_of(int64_t n, F f) {
   vf a = {}, b = {}, c = {}, d = {};
   int64_t i = 0;
@@ -28,13 +28,13 @@ struct Network {
   int64_t panels;  // of a row
   int64_t all;     // panels of the group
   Share mine;
-  int64_t columns;  // how many shares of the panels there are
+  int64_t columns;  // the number of shares of the panels
 
   const float* modulation(int64_t panel, int64_t part) const {
     return at.modulation + panel / panels * p.width() + part * p.hidden;
   }
 
-  // at.normed of this thread's panels. Modulation holds 1 + scale.
+  // Writes at.normed of this thread's panels. Modulation has 1 + scale instead of scale.
   void layer_norm(int64_t part, float eps) const {
     const int64_t D = p.hidden;
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
@@ -51,8 +51,8 @@ struct Network {
     }
   }
 
-  // x += gate * (w in + bias), where w is [hidden][K_0] and [hidden][K_1] for the slices of in's K
-  // features, the second starting at `cut`. Where threads have a slice each, all add up the sums.
+  // x += gate * (w in + bias). w is [hidden][cut] and [hidden][K - cut] for the two slices of in's
+  // K features. Threads that have one slice each exchange their sums, and all of them add both.
   void add_gated(int64_t use, const float* weight, const float* bias, int64_t K, int64_t cut,
                  const vf* in, int64_t part) const {
     const int64_t D = p.hidden;
@@ -77,7 +77,7 @@ struct Network {
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) add(q, 0, D, second + q * D);
   }
 
-  // at.heads of one head, for one or two panels of queries from panel `query` on.
+  // Writes at.heads of one head, for one or two panels of queries from panel `query` on.
   void attend(int64_t head, int64_t query, int64_t vectors) const {
     const int64_t D = p.hidden, d = D / p.heads, N = p.tokens;
     const int64_t first = query / panels * panels, lanes = panels * WIDTH;
@@ -112,8 +112,8 @@ struct Network {
       for (int64_t i = 0; i < d; i++) out[v * D + i] *= inverse[v];
   }
 
-  // Queries, keys and values of this thread's panels and heads, then their attention: where threads
-  // share the heads of a row they need nothing of each other.
+  // Computes queries, keys and values of this thread's panels and heads, then their attention.
+  // Threads that share the heads of a row do not need each other's results here.
   void attention(const Layer& l) const {
     const int64_t D = p.hidden, d = D / p.heads, start = slice_start(p.heads, mine.first_slice);
     const int64_t heads = slice_start(p.heads, mine.last_slice) - start;
@@ -129,7 +129,7 @@ struct Network {
         for (int64_t i = 0; i < n; i++) out[i] = (sums[i] + b[i]) * (row + i < d ? scale : 1.f);
       });
     }
-    if (columns > 1) team.wait();  // keys and values of all of a row's panels
+    if (columns > 1) team.wait();  // for the keys and values of a row's other panels
     for (int64_t h = first; h < last; h++)
       for (int64_t q = mine.first_panel, n; q < mine.last_panel; q += n) {
         n = least(least(PAIR, mine.last_panel - q), panels - q % panels);
@@ -137,7 +137,7 @@ struct Network {
       }
   }
 
-  // at.hidden of a slice.
+  // Writes at.hidden of a slice.
   template <class Gelu> void into_hidden(const Layer& l, int64_t slice, Gelu gelu) const {
     const int64_t D = p.hidden, M = 4 * D, start = slice_start(M, slice);
     product(mine, l.fc1 + start * D, slice_start(M, slice + 1) - start, D, at.normed, D,
@@ -152,7 +152,8 @@ struct Network {
     const int64_t D = p.hidden, M = 4 * D;
     layer_norm(first_part, p.eps);
     attention(l);
-    // For others' heads; and where no sums are waited for, others still read this thread's keys.
+    // Wait for other threads' heads. If add_gated does not wait, other threads may also still read
+    // this thread's keys, which the next layer overwrites.
     if (mine.parts > 1 || (columns > 1 && mine.has_all_slices())) team.wait();
     const int64_t cut = slice_start(p.heads, 1) * (D / p.heads);
     add_gated(0, l.proj, l.proj_bias, D, cut, at.heads, first_part + 2);
@@ -166,7 +167,7 @@ struct Network {
     add_gated(1, l.fc2, l.fc2_bias, M, slice_start(M, 1), at.hidden, first_part + 5);
   }
 
-  // at.out of at.in. Each thread has x for itself.
+  // Computes at.out from at.in. Each thread has its own x.
   void forward() const {
     const int64_t D = p.hidden;
     product(mine.of_all_rows(), w.embed, D, p.features, at.in, p.features,

@@ -1,4 +1,4 @@
-// What the files of one instruction set and the code that calls them share.
+// Declarations that the code of each instruction set shares with the code that calls it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -7,98 +7,59 @@
 #include <immintrin.h>
 #endif
 
+#include "structs.h"  // generated where the library is built
+
 namespace fastdit {
 
-// Some steps of a sampling loop; `Problem` in __init__.py has the same fields in the same order.
-// P images' states are [images][tokens * features], element n * features + f of token n.
-struct Problem {
-  int64_t tokens, features, out_features, channels, hidden, layers, heads, tanh_gelu;
-  int64_t images, steps, first;  // first: how many steps were taken before
-  int64_t step_rows;             // of by_step at one step
-  int64_t guided;                // channels that guidance holds for; 0: there is none
-  int64_t threads;
-  float eps, mlp_eps, scale;
-  const float* weights;         // as kernels/shape.py says
-  const float* by_step;         // [steps][step_rows][width]
-  const float* by_label;        // [labels][width], or null
-  const int64_t* rows;          // [images], or [2 * images] where guided
-  const float* coefficients;    // [steps][10], as fastdit.reference.COEFFICIENTS
-  const int64_t* seeds;         // [images][2] (key, stream), or null
-  const float* noise;           // [steps][images][tokens * features], or null
-  float *x, *x0;                // [images][tokens * features], in and out
+// structs.py declares the fields of these with their comments, and structs.h is generated from it.
+// To read it: python -c "from fastdit.kernels.cpu import structs; print(structs.header())"
+using generated::AdaLN;
+using generated::AdaLNBackward;
+using generated::Linear;
+using generated::Update;
 
+struct Problem : generated::Problem {
   int64_t elements() const { return tokens * features; }
-  // A state's elements, up to a whole number of quads of vectors.
+  // The elements of a state, rounded up to a whole number of quads of vectors.
   int64_t padded(int64_t width) const {
     return (elements() + 4 * width - 1) / (4 * width) * 4 * width;
   }
   int64_t width() const { return (6 * layers + 2) * hidden; }
   bool learned() const { return out_features != features; }
+  // The floats of a layer's matrices qkv, proj, fc1 and fc2, and of their biases.
+  int64_t layer_matrices() const { return 12 * hidden * hidden; }
+  int64_t layer_biases() const { return 9 * hidden; }
 };
+static_assert(sizeof(Problem) == sizeof(generated::Problem));
 
-// One step's update of states in any layout; `Update` in __init__.py has the same fields.
-struct Update {
-  int64_t images, elements, channels;
-  int64_t space;    // elements from one channel to the next: 1 for tokens, H * W for images
-  int64_t learned;  // whether every group of channels * space of eps is followed by one of range
-  int64_t guided, step, threads;
-  float scale;
-  const float *x, *model_out, *coefficients;  // coefficients: the step's row
-  const float *x0_prev, *noise;               // or null
-  const int64_t* seeds;                       // or null
-  float *x_next, *x0;
-};
-
-// y [rows][out] = x [rows][in] weight [out][in] + bias.
-struct Linear {
-  int64_t rows, in, out, threads;
-  const float *x, *weight, *bias;  // bias: or null
-  float* y;
-};
-
-// r = x + gate * y and h = LN(r) * (1 + scale) + shift; without a gate r is x, and is not written.
-// Rows of modulation lie their stride apart. `AdaLN` in adaln.py has the same fields.
-struct AdaLN {
-  int64_t images, tokens, hidden, gate_stride, scale_stride, shift_stride, threads;
-  float eps;
-  const float *x, *y, *gate, *scale, *shift;  // y, gate: or null
-  float *r, *h, *mean, *rstd;                 // mean, rstd: [images * tokens]
-};
-
-// Its gradients; those of the modulation of each chunk of an image's tokens.
-struct AdaLNBackward {
-  int64_t images, tokens, hidden, gate_stride, scale_stride, chunk_tokens, threads;
-  const float *dr, *dh, *r, *y, *gate, *scale, *mean, *rstd;  // dr, y, gate: or null
-  float *dx, *dy, *partial;  // partial: [images][chunks][dscale, dshift, dgate][hidden]
-};
-
-// Weights in the order in which an instruction set multiplies by them: a matrix [M][K] is blocks of
-// rows, each [K][rows of the block]. Where the rows of a block start, `block_start` says.
+// Weights in the order in which an instruction set reads them. A matrix [M][K] is stored as blocks
+// of rows, each [K][rows of the block]; `block_start` says at which row a block starts.
 struct Layer {
   const float *qkv, *qkv_bias, *proj, *proj_bias, *fc1, *fc1_bias, *fc2, *fc2_bias;
 };
 struct Weights {
   const float *embed, *position;  // position: panels [tokens / width][hidden][width]
   const Layer* layers;
-  const float *final, *final_bias;  // the noise's rows first, then those of the learned range
-  const int32_t* place;             // of the state's padded elements in an image's panels of output
+  const float *final, *final_bias;  // the rows of the noise first, then those of the learned range
+  const int32_t* place;  // the index in an image's panels of output for each padded element
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Of `blocks` blocks of nearly equal size.
+// The start of block i when `total` is split into `blocks` blocks of nearly equal size.
 inline int64_t block_start(int64_t total, int64_t blocks, int64_t i) {
   return i * (total / blocks) + (i < total % blocks ? i : total % blocks);
 }
 
-// A layer's heads and the MLP's features are two slices, each with sums of its own over what it
-// gives to x: so two threads exchange nothing else, and one thread gets the same bits.
+// A layer's heads and its MLP's features are split into two slices, whose contributions to x are
+// summed separately. Two threads with a slice each exchange these sums alone, and one thread that
+// has both slices gets the same bits.
 static constexpr int64_t SLICES = 2;
 inline int64_t slice_start(int64_t n, int64_t i) { return block_start(n, SLICES, i); }
 
-// Spins first, since the others are seldom late; then lets other threads have the CPU, since they
-// may be the ones that are waited for. Sleeps only where somebody was held up for long: to be woken
-// takes longer than a layer, so that the next to arrive would sleep as well, and so on at every
+// A barrier that spins first, since the other threads are seldom late, and then yields the CPU,
+// since they may be waiting for it. It sleeps only if a thread is held up for long: to wake up
+// takes longer than a layer, so the thread that arrives next would sleep too, and so on at every
 // barrier.
 class Barrier {
  public:
@@ -125,7 +86,7 @@ class Barrier {
   alignas(64) std::atomic<int> sleepers_{0};
 };
 
-// The threads that share a group of images, and the caller's place among them.
+// The threads that share a group of images, and the calling thread's place among them.
 struct Team {
   int64_t id, size;
   Barrier* barrier;
@@ -138,17 +99,18 @@ struct Team {
 struct InstructionSet {
   const char* name;
   int width;  // floats of a vector
-  int rows;   // of a block of weights, at most
-  int64_t (*team_floats)(const Problem&, int64_t images);    // of memory that a team shares
-  int64_t (*thread_floats)(const Problem&, int64_t images);  // and that each of its threads needs
-  int64_t (*useful_threads)(const Problem&, int64_t images);  // of a team
+  int rows;   // the most rows of a block of weights
+  int64_t (*team_floats)(const Problem&, int64_t images);     // memory that a team shares
+  int64_t (*thread_floats)(const Problem&, int64_t images);   // memory of each of its threads
+  int64_t (*useful_threads)(const Problem&, int64_t images);  // the largest useful team
   void (*run)(const Problem&, const Weights&, Team, int64_t first_image, int64_t images,
               float* shared, float* own);
-  void (*update)(const Update&, int64_t image, int64_t element);  // 4 * width elements from there
-  // Of a key, step and stream: 4 * width normals from a quad on.
+  // Updates 4 * width elements from `element` on.
+  void (*update)(const Update&, int64_t image, int64_t element);
+  // Writes 4 * width normals from a quad of elements on.
   void (*normals)(uint64_t key, uint32_t step, uint32_t stream, uint32_t quad, float* out);
-  float (*multiply_adds)(int64_t repeats);  // 12 vectors of them each
-  // Of two vectors of rows; own: 2 * width * in floats.
+  float (*multiply_adds)(int64_t repeats);  // 12 vectors each time
+  // Computes 2 * width rows of y; own: 2 * width * in_features floats of scratch memory.
   void (*linear)(const Linear&, const float* blocks, int64_t first_row, float* own);
   void (*adaln)(const AdaLN&, int64_t first_row, int64_t last_row);
   void (*adaln_backward)(const AdaLNBackward&, int64_t chunk);
@@ -159,7 +121,7 @@ extern const InstructionSet plain;
 extern const InstructionSet avx2, avx512;
 #endif
 
-// The best that this CPU has, or the one of a name; null where it has it not.
+// Returns the best instruction set of this CPU, or the one of a name; null if the CPU lacks it.
 const InstructionSet* choose(const char* name);
 
 }  // namespace fastdit

@@ -1,13 +1,13 @@
-// Matrix products of a DiT: the weights' rows in blocks, the tokens in the lanes of vectors.
+// Matrix products of a DiT. Rows of weights are in blocks, and tokens in the lanes of vectors.
 //
 // Activations are panels [feature][WIDTH tokens], so that LayerNorm, softmax and the products of
-// attention run down the features: nothing is transposed, and any width, number of tokens or of
-// heads goes without masks. The lanes past the last token hold numbers nobody reads.
+// attention run along the features. Nothing is transposed, and no hidden size, number of tokens or
+// number of heads needs masks. Nothing reads the lanes past the last token.
 
 static constexpr int PAIR = 2;  // panels at a time
 
 // c[v][i] (+)= sum over k of a[k * a_k + i * A_I] * b[v][k], for MR rows i and NV vectors v, which
-// lie b_v and c_v vectors apart. Whatever MR and NV, an element is the same sum in the same order.
+// are b_v and c_v vectors apart. For any MR and NV an element is the same sum in the same order.
 template <int MR, int NV, int A_I>
 static __attribute__((noinline)) void block(const float* a, int64_t a_k, const vf* b, int64_t b_v,
                                             int64_t K, vf* c, int64_t c_v, bool add) {
@@ -17,7 +17,7 @@ static __attribute__((noinline)) void block(const float* a, int64_t a_k, const v
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) sum[i][v] = add ? c[v * c_v + i] : vf{};
   for (int64_t k = 0; k < K; k++, a += a_k) {
-    // Weights come once, front to back, from as far as main memory: half again as fast with this.
+    // Weights are read once, front to back, perhaps from main memory: 1.5 times as fast with this.
     if constexpr (A_I == 1) __builtin_prefetch(a + 1024);
     vf factor[NV];
 #pragma GCC unroll 2
@@ -48,18 +48,19 @@ INLINE void multiply(int rows, int vectors, const float* a, int64_t a_k, const v
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger_of(int64_t a, int64_t b) { return a < b ? b : a; }
-static constexpr int64_t CACHED_FLOATS = 8192;  // 32 KB of the first cache
-static constexpr int64_t FAR_FLOATS = 1 << 17;  // a matrix of 512 KB is not long in the second
+static constexpr int64_t CACHED_FLOATS = 8192;  // 32 KB of the first-level cache
+static constexpr int64_t FAR_FLOATS = 1 << 17;  // 512 KB do not stay in the second-level cache
 
-// What a thread has of its team's panels, of the two slices of every layer, and of a slice's rows.
-// Whatever has a slice by itself needs nothing of other threads but their sums over other slices.
+// A thread's share of its team's panels, of the two slices of every layer, and of a slice's rows. A
+// thread that has whole slices needs nothing of other threads but their sums over other slices.
 struct Share {
   int64_t first_panel, last_panel;
   int64_t first_slice, last_slice;
-  int64_t part, parts;  // of the blocks of rows
+  int64_t part, parts;  // which part of the blocks of rows, and of how many
 
   bool has_all_slices() const { return last_slice - first_slice == SLICES; }
-  // All rows of the same panels; and a part of them, where slices are none: one for each thread.
+  // Shares of products without slices: this thread takes all rows of its panels, or the threads of
+  // its panels split the rows.
   Share of_all_rows() const { return {first_panel, last_panel, 0, SLICES, 0, 1}; }
   Share without_slices() const {
     if (has_all_slices()) return *this;
@@ -67,16 +68,16 @@ struct Share {
   }
 };
 
-// out = w in for a thread's share; w [M][K] in blocks, in [panel][K] with panels in_v vectors
-// apart. Rows of a panel, as they are done, go to `finish(panel, row, rows, sums)`.
+// Multiplies w [M][K], in blocks, by in [panel][K], whose panels are in_v vectors apart, for a
+// thread's share. Calls finish(panel, row, rows, sums) for each block of rows of a panel.
 template <class Finish>
 INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, const vf* in,
                     int64_t in_v, Finish finish) {
   const int64_t blocks = ceil_div(M, ROWS);
   const int64_t first = block_start(blocks, mine.parts, mine.part);
   const int64_t last = block_start(blocks, mine.parts, mine.part + 1);
-  // As many panels at a time as stay in the first cache while all rows pass by; or all of them,
-  // where the rows come from so far that they had better pass once.
+  // Take as many panels at a time as stay in the first-level cache while all rows pass; or all
+  // panels, if the rows come from so far that they should be read once only.
   const int64_t cached = larger_of(PAIR, CACHED_FLOATS / larger_of(1, K * WIDTH) / PAIR * PAIR);
   const int64_t all = larger_of(PAIR, mine.last_panel - mine.first_panel);
   const int64_t group = M * K > FAR_FLOATS ? all : cached;

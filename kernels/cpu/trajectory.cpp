@@ -1,4 +1,5 @@
-// The C interface: weights in blocks, images to threads, the instruction set chosen at run time.
+// The C interface. It packs weights into blocks, distributes images over threads, and chooses the
+// instruction set at run time.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -31,7 +32,7 @@ const InstructionSet* choose(const char* name) {
 
 namespace {
 
-// Denormals are zero while this lives: they would slow a thread down a hundredfold.
+// Treats denormals as zero while it lives, since they would slow a thread down a hundredfold.
 class FlushDenormals {
 #if defined(__x86_64__)
  public:
@@ -55,8 +56,8 @@ Floats allocate(int64_t count) {
   return memory;
 }
 
-// A matrix [M][K], whose rows lie `stride` apart in w, in blocks of rows; `from` says which row of
-// w stands as row i.
+// Packs a matrix [M][K], whose rows are `stride` apart in w, into blocks of rows. Row i of the
+// packed matrix is row from(i) of w.
 template <class From>
 void pack(const float* w, int64_t M, int64_t K, int64_t stride, int64_t rows, float* out,
           From from) {
@@ -68,8 +69,9 @@ void pack(const float* w, int64_t M, int64_t K, int64_t stride, int64_t rows, fl
   }
 }
 
-// A model's weights as an instruction set takes them; biases stay the caller's but for qkv's, whose
-// rows are [head][query, key, value][d] here, and a matrix by itself for every head.
+// A model's weights as an instruction set takes them. Here the rows of qkv are
+// [head][query, key, value][d], with a packed matrix for every head and a copy of the biases in
+// this order. The other biases of the layers are read where the caller has them.
 struct Packed {
   Floats memory, final_bias;
   std::vector<Layer> layers;
@@ -79,16 +81,17 @@ struct Packed {
   Packed(const Problem& p, const InstructionSet& set)
       : layers(p.layers), place(p.padded(set.width)) {
     const int64_t D = p.hidden, F = p.features, F_out = p.out_features, W = set.width;
-    const int64_t panels = ceil_div(p.tokens, W), of_layer = 12 * D * D + 9 * D;
+    const int64_t panels = ceil_div(p.tokens, W), of_layer = p.layer_matrices() + p.layer_biases();
+    const int64_t of_packed_layer = p.layer_matrices() + 3 * D;  // with the biases of qkv
     const float *embed = p.weights, *position = embed + D * F, *blocks = position + p.tokens * D;
     const float *last = blocks + p.layers * of_layer, *last_bias = last + F_out * D;
-    memory = allocate(D * F + panels * D * W + p.layers * (12 * D * D + 3 * D) + F_out * D);
+    memory = allocate(D * F + panels * D * W + p.layers * of_packed_layer + F_out * D);
     final_bias = allocate(F_out);
-    float *to_position = memory.get(), *to_embed = to_position + panels * D * W;  // aligned vectors
-    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * (12 * D * D + 3 * D);
+    float *to_position = memory.get(), *to_embed = to_position + panels * D * W;  // aligned
+    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * of_packed_layer;
 
     auto same = [](int64_t row) { return row; };
-    // The model's rows are [pixel][eps, range][channel], the kernel's [eps, range][pixel][channel].
+    // The model's rows are [pixel][eps, range][channel]; here, [eps, range][pixel][channel].
     auto channels_apart = [&](int64_t row) {
       if (!p.learned()) return row;
       const int64_t e = row % F, C = p.channels;
@@ -101,14 +104,14 @@ struct Packed {
       for (int64_t i = 0; i < D; i++)
         for (int64_t n = q * W; n < (q + 1) * W; n++)
           to_position[(q * D + i) * W + n % W] = n < p.tokens ? position[n * D + i] : 0.f;
-    for (int64_t e = 0; e < p.elements(); e++)  // those beyond are at 0, and stored by nobody
+    for (int64_t e = 0; e < p.elements(); e++)  // padding has place 0 and is never stored
       place[e] = (e / F / W * F_out + e % F) * W + e / F % W;
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t l = 0; l < p.layers; l++) {
       const float* from = blocks + l * of_layer;
-      float* to = to_layers + l * (12 * D * D + 3 * D);
+      float* to = to_layers + l * of_packed_layer;
       const int64_t d = D / p.heads;
-      float* to_bias = to + 12 * D * D;
+      float* to_bias = to + p.layer_matrices();
       layers[l].qkv = to, layers[l].qkv_bias = to_bias;
       for (int64_t h = 0; h < p.heads; h++) {
         auto row = [&](int64_t i) { return i / d * D + h * d + i % d; };
@@ -116,8 +119,8 @@ struct Packed {
         for (int64_t i = 0; i < 3 * d; i++) to_bias[h * 3 * d + i] = from[3 * D * D + row(i)];
       }
       to += 3 * D * D, from += 3 * D * D + 3 * D;
-      // Slices as matrices of their own: [m][k] and the rows below it, or else the columns beside
-      // it.
+      // Packs the two slices of a matrix [M][K] as matrices of their own: [m][k], and the rows
+      // below it or, if m = M, the columns beside it.
       auto next = [&](int64_t M, int64_t K, int64_t m, int64_t k, const float*& weight,
                       const float*& bias) {
         const bool below = m < M;
@@ -135,20 +138,20 @@ struct Packed {
   }
 };
 
-// As many images in lockstep as keep a team's panels in the second cache, but enough for every
-// weight that is read to serve 16 panels; at most 8.
+// The number of images that a team takes in lockstep: as many as keep its panels in the
+// second-level cache, but enough that every weight serves 16 panels once it is read, and at most 8.
 int64_t images_together(const Problem& p, const InstructionSet& set) {
   const int64_t cached = (1 << 18) / set.team_floats(p, 1);
   const int64_t enough = ceil_div(16, ceil_div(p.tokens, set.width));
   return std::min<int64_t>(std::max(cached, enough), 8);
 }
 
-// How many of T threads one image is worth: they exchange a layer's sums twice, which takes 2 to 3
-// microseconds (measured on two threads: nothing is gained at 0.4 MFLOP a layer, 1.4 times at 1.6,
-// 1.6 times from 3.6 on). The lanes past the last token take their time too.
+// How many of T threads to give to one image. They exchange sums twice per layer, which takes 2 to
+// 3 microseconds. (Measured on two threads: no gain at 0.4 MFLOP a layer, 1.4 times the speed at
+// 1.6, 1.6 times from 3.6 on.) The lanes past the last token cost time too.
 int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t T) {
   const int64_t lanes = (p.guided ? 2 : 1) * ceil_div(p.tokens, set.width) * set.width;
-  const int64_t D = p.hidden, flop = 2 * lanes * (12 * D * D + 2 * p.tokens * D);
+  const int64_t D = p.hidden, flop = 2 * lanes * (p.layer_matrices() + 2 * p.tokens * D);
   const int64_t most = std::min(T, set.useful_threads(p, 1));
   return std::clamp<int64_t>(flop / 800'000, 1, most);
 }
@@ -156,7 +159,7 @@ int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t
 void trajectory(const Problem& p, const InstructionSet& set) {
   const Packed packed(p, set);
   const int64_t together = images_together(p, set), of_image = set.team_floats(p, 1);
-  const int64_t left_over = std::min(p.images, p.threads);  // at most, at any number of threads
+  const int64_t left_over = std::min(p.images, p.threads);  // at most, for any number of threads
   const int64_t shared = set.team_floats(p, together), own = set.thread_floats(p, together);
   const int64_t of_thread = shared + own + set.thread_floats(p, left_over);
   const Floats memory = allocate(left_over * of_image + p.threads * of_thread);
@@ -164,17 +167,17 @@ void trajectory(const Problem& p, const InstructionSet& set) {
 #pragma omp parallel num_threads(p.threads)
   {
     const FlushDenormals flush;
-    // There may be fewer threads than were asked for.
+    // OpenMP may give fewer threads than it was asked for.
     const int64_t T = omp_get_num_threads(), id = omp_get_thread_num();
     float* mine = memory.get() + left_over * of_image + id * of_thread;
 
-    // Whole images for each thread, some in lockstep.
+    // Each thread takes the same number of whole images, some of them in lockstep.
     const int64_t of_each = p.images / T, end = of_each * (id + 1);
     for (int64_t i = of_each * id; i < end; i += together)
       set.run(p, packed.weights, {0, 1, nullptr}, i, std::min(together, end - i), mine,
               mine + shared);
 
-    // The rest for teams of as many threads as they are worth.
+    // Teams of threads share the remaining images.
     const int64_t rest = p.images % T, worth = threads_of_an_image(p, set, T);
     if (rest) {
       const int64_t teams = std::clamp<int64_t>(T / worth, 1, rest), team = id % teams;
@@ -195,8 +198,8 @@ using namespace fastdit;
 
 extern "C" {
 
-// Takes a problem's steps: 0, or 1 where memory does not suffice, or 2 where this CPU has no
-// instruction set of that name (null: the best it has).
+// Takes a problem's steps. Returns 0, or 1 if memory does not suffice, or 2 if this CPU does not
+// have the instruction set of that name (null: its best).
 int fastdit_trajectory(const Problem* problem, const char* instruction_set) {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
@@ -219,7 +222,8 @@ int fastdit_update(const Update* update, const char* instruction_set) {
   return 0;
 }
 
-// out [n_steps][n_seeds][elements] of seeds [n_seeds][2], as fastdit/noise.py defines it.
+// Writes the noise of seeds [n_seeds][2] to out [n_steps][n_seeds][elements], as fastdit/noise.py
+// defines it.
 void fastdit_normal(const int64_t* seeds, const int64_t* steps, int64_t n_seeds, int64_t n_steps,
                     int64_t elements, int64_t threads, float* out) {
   const InstructionSet* set = choose(nullptr);
@@ -234,18 +238,25 @@ void fastdit_normal(const int64_t* seeds, const int64_t* steps, int64_t n_seeds,
   }
 }
 
+// Returns the size of a struct of structs.h, or -1 if it has none of that name.
+int64_t fastdit_struct_size(const char* name) {
+  for (const generated::Size& size : generated::sizes)
+    if (!std::strcmp(size.name, name)) return size.bytes;
+  return -1;
+}
+
 const char* fastdit_instruction_set() { return choose(nullptr)->name; }
 
-// The same bits for a row whatever the other rows and the number of threads; 1 where memory does
-// not suffice.
+// A row's bits depend neither on the other rows nor on the number of threads. Returns as
+// fastdit_trajectory does.
 int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
-  const int64_t at_once = 2 * set->width, own = at_once * linear->in;
-  const Floats blocks = allocate(linear->out * linear->in);
+  const int64_t at_once = 2 * set->width, own = at_once * linear->in_features;
+  const Floats blocks = allocate(linear->out_features * linear->in_features);
   const Floats panels = allocate(linear->threads * own);
-  pack(linear->weight, linear->out, linear->in, linear->in, set->rows, blocks.get(),
-       [](int64_t row) { return row; });
+  pack(linear->weight, linear->out_features, linear->in_features, linear->in_features, set->rows,
+       blocks.get(), [](int64_t row) { return row; });
 #pragma omp parallel for num_threads(linear->threads)
   for (int64_t i = 0; i < ceil_div(linear->rows, at_once); i++)
     set->linear(*linear, blocks.get(), i * at_once, panels.get() + omp_get_thread_num() * own);
@@ -254,7 +265,7 @@ int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   return 1;
 }
 
-// FLOP/s of multiply-adds on registers alone, on so many threads.
+// Measures the FLOP/s of multiply-adds on registers alone.
 double fastdit_peak(int64_t threads, int64_t repeats) {
   const InstructionSet* set = choose(nullptr);
   volatile float sink;

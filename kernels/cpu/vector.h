@@ -1,5 +1,5 @@
-// Vectors of WIDTH floats, and the functions of them that a DiT needs. Included once for each
-// instruction set, inside a namespace of its own. NaN stays NaN.
+// Vectors of WIDTH floats, and the functions of them that a DiT needs. The file is included once
+// for each instruction set, inside a namespace of its own. NaN stays NaN.
 
 typedef float vf __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vi __attribute__((vector_size(4 * WIDTH)));
@@ -17,14 +17,14 @@ INLINE vf square_root(vf x) {
   return x;
 }
 
-// The nearest integer n to x, |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
+// Rounds x, |x| < 2^22, to the nearest integer n: adding 1.5 * 2^23 leaves no bits for a fraction.
 INLINE vf nearest(vf x, vi* n) {
   const vf magic = splat(12582912.f), y = x + magic;
   *n = (vi)y - (vi)magic;
   return y - magic;
 }
 
-// Cephes expf: x = n ln 2 + r, ln 2 in two parts. Underflows to 1.6e-38 instead of to 0.
+// Cephes expf: x = n ln 2 + r, with ln 2 in two parts. It underflows to 1.6e-38 instead of to 0.
 INLINE vf exponential(vf of) {
   const vf x = at_most(at_least(of, -87.f), 88.72f);
   vi n;
@@ -38,10 +38,10 @@ INLINE vf exponential(vf of) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
   const vf y = (vf)((vi)p + (n << 23));
-  return of <= 88.72f ? y : of + __builtin_inff();  // overflow is infinite, NaN is NaN
+  return of <= 88.72f ? y : of + __builtin_inff();  // inf on overflow, NaN for NaN
 }
 
-// Cephes logf, for normal x > 0: x = 2^e (1 + f) with 1 + f from sqrt(1/2) to sqrt(2).
+// Cephes logf for normal x > 0: x = 2^e (1 + f), with 1 + f from sqrt(1/2) to sqrt(2).
 INLINE vf logarithm(vf x) {
   const vi bits = (vi)x, e = (bits - 0x3f3504f3) >> 23;
   const vf f = (vf)(bits - (e << 23)) - 1.f, z = f * f, n = __builtin_convertvector(e, vf);
@@ -57,7 +57,7 @@ INLINE vf logarithm(vf x) {
   return f + y + n * 0.693359375f;
 }
 
-// sin(pi v) and cos(pi v), |v| <= 1: v = turn / 2 + r with |r| <= 1/4 exactly, then Taylor.
+// sin(pi v) and cos(pi v) for |v| <= 1: v = turn / 2 + r exactly, |r| <= 1/4; then Taylor series.
 INLINE void sine_cosine_pi(vf v, vf* sine, vf* cosine) {
   vi turn;
   const vf r = v - 0.5f * nearest(v + v, &turn), s = r * r;
@@ -76,8 +76,8 @@ INLINE void sine_cosine_pi(vf v, vf* sine, vf* cosine) {
   *cosine = (vf)((vi)of_cosine ^ (((turn + 1) & 2) << 30));
 }
 
-// x Phi(x), the exact GELU: Phi(c) - 1/2 = c P(c^2) for c = x clamped to +-5.5, beyond which Phi is
-// 0 or 1 in float32. P in Chebyshev's variable, fitted to Phi for the least largest error, 4e-8.
+// The exact GELU, x Phi(x). Phi(c) - 1/2 = c P(c^2) with c = x clamped to +-5.5, beyond which Phi
+// is 0 or 1 in float32. P is in Chebyshev's variable and fitted for the least maximal error, 4e-8.
 INLINE vf gelu_erf(vf x) {
   const vf c = at_least(at_most(x, 5.5f), -5.5f), w = c * c * (2.f / (5.5f * 5.5f)) - 1.f;
   vf p = w * 5.380677176e-04f + -1.368825440e-03f;
@@ -97,7 +97,7 @@ INLINE vf gelu_erf(vf x) {
   return x * (c * p + 0.5f);
 }
 
-// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).
+// 0.5 x (1 + tanh(u)) = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 INLINE vf gelu_tanh(vf x) {
   const vf minus_2u = x * (x * x * 0.044715f + 1.f) * -1.5957691216f;
   return x / (exponential(at_most(minus_2u, 87.f)) + 1.f);
@@ -119,8 +119,7 @@ INLINE void philox(vu c[4], uint32_t key0, uint32_t key1) {
   }
 }
 
-// The normals of WIDTH quads from `quad` on, 4 * WIDTH elements in order, as fastdit/noise.py
-// defines them.
+// Writes the normals of the 4 * WIDTH elements from 4 * quad on, as fastdit/noise.py defines them.
 static __attribute__((noinline)) void normals(uint64_t key, uint32_t step, uint32_t stream,
                                               uint32_t quad, float* out) {
   vu c[4] = {vu{} + quad, vu{} + step, vu{} + stream, vu{}};

@@ -1,4 +1,4 @@
-"""What the default launch of every kernel compiles to, on four architectures, without a GPU.
+"""The machine code of every kernel's default launch on four architectures, without a GPU.
 
 `benchmarks/report.py --aot --every` judges every configuration the tuner may choose.
 """
@@ -19,7 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(scope="module", params=aot.TARGETS, ids=str)
 def compiled(request):
-    """[(case, machine)] of an architecture."""
+    """Return [(case, machine or error)] of an architecture."""
     cases = list(gate.cases(request.param))
     jobs = [(str(i), case.call, case.arch) for i, case in enumerate(cases)]
     results = aot.compile_all(jobs, processes=len(os.sched_getaffinity(0)))
@@ -28,7 +28,7 @@ def compiled(request):
 
 @pytest.fixture(scope="module")
 def machines(compiled):
-    """[(case, machine)] of what the compiler took; the first test names what it did not."""
+    """Return [(case, machine)] of what was compiled; the first test names what was not."""
     return [(case, machine) for case, machine in compiled if isinstance(machine, aot.Machine)]
 
 
@@ -42,7 +42,7 @@ def test_no_launch_has_a_fault(compiled):
 
 
 def test_every_kernel_is_judged(machines):
-    """Both attention forwards, and matrix work of every 16-bit kernel that has any."""
+    """Both attention forwards are judged, and all matrix work in 16 bits."""
     kernels = Counter(machine.kernel for _, machine in machines)
     assert set(kernels) == {
         "layer_norm_modulate_fwd_kernel",
@@ -60,7 +60,7 @@ def test_every_kernel_is_judged(machines):
 
 
 def test_head_dim_72_needs_80_columns(machines):
-    """Exactly 80/72 of the ideal, where one piece of 128 would be 128/72."""
+    """The work is exactly 80/72 of the ideal; one piece of 128 would make it 128/72."""
     seen = 0
     for case, machine in machines:
         if case.label.startswith("d72 ") and machine.kernel in case.dot_flop:
@@ -70,7 +70,7 @@ def test_head_dim_72_needs_80_columns(machines):
 
 
 def test_the_gate_sees_each_fault():
-    """A gate that finds nothing proves nothing: one sound launch, then each thing wrong with it."""
+    """The gate passes a sound launch, and finds each fault that is put into its result."""
     case = next(c for c in gate.cases("sm_90") if c.label.startswith("d72 N256 bf16"))
     machine = aot.compile_launch(aot.record(case.call)[0], "sm_90")
     assert gate.faults(case, machine) == []
@@ -97,7 +97,7 @@ def test_what_the_compiler_refuses_is_a_fault():
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_attentions_default_keeps_the_most_warps_resident(arch):
-    """At XL's head dim, of the tiles whose matrix instructions are not starved."""
+    """This holds at XL's head dim, among the tiles that do not starve the matrix instructions."""
     B, N, h, d = 2, 256, 16, 72
     qkv, out = (gate._meta(B, N, width, dtype=torch.bfloat16) for width in (3 * h * d, h * d))
     lse = gate._meta(B, h, N, dtype=torch.float32)

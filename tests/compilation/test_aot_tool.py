@@ -1,4 +1,4 @@
-"""The ahead-of-time compiler sees what it is there to see, and spills above all."""
+"""The ahead-of-time compiler sees spills, matrix work, narrow loads and shared memory."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How long a network of our ops takes to compile, by its depth."""
+"""The time in which a network of our ops compiles, by its depth."""
 
 import shutil
 import time
@@ -14,7 +14,7 @@ CPP = {"backend": "cpp"}
 
 @pytest.fixture
 def inductor_knows_no_op(monkeypatch):
-    """As in a new process; and to write out an op's arguments, which may be endless, is a fault."""
+    """Act as in a new process; fail if an op's arguments are written out, which may be endless."""
     from torch._inductor import config, exc, lowering
 
     for op in (
@@ -34,7 +34,7 @@ def inductor_knows_no_op(monkeypatch):
 
 
 def network(depth):
-    """Each layer uses both results of the one before, and the update stands at the end."""
+    """Return layers that each use both results of the one before, with an update at the end."""
 
     def step(x, weight, modulation, coefficients, k):
         residual, m = x, modulation

@@ -1,7 +1,7 @@
-"""Prepared launches make the very calls that Triton's own way to the driver makes, in fewer steps.
+"""Prepared launches make the same calls of the driver as Triton does, in fewer steps.
 
-A stand-in takes the place of the driver, on devices that do not exist: kernels are compiled, and
-what would be launched is written down.
+A stand-in replaces the driver and has devices that do not exist. Kernels are compiled for it, and
+launches are recorded.
 """
 
 import importlib.util
@@ -17,14 +17,22 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from fastdit.kernels import adaln, aot, attention, launch, sampling  # noqa: E402
+from fastdit.kernels import (  # noqa: E402
+    adaln,
+    aot,
+    attention,
+    attention_backward,
+    launch,
+    sampling,
+)
 from fastdit.ops import registration  # noqa: E402
 
-FIRST, SECOND = 100, 101  # devices that no machine has
+MODULES = adaln, attention, attention_backward, sampling
+FIRST, SECOND = 100, 101  # indices of devices that no machine has
 
 
 class Driver:
-    """Triton's view of two H100s whose launches are kept in `calls`."""
+    """Two H100s as Triton sees them; their launches are kept in `calls`."""
 
     def __init__(self):
         self.device, self.stream, self.calls, self.loaded = FIRST, 0, [], 0
@@ -62,8 +70,8 @@ class Driver:
 
 
 def forget():
-    """What was prepared: the next call of any launcher is its first."""
-    for module in (adaln, attention, sampling):
+    """Forget all prepared launches, so that the next call of any launcher is its first."""
+    for module in MODULES:
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -73,7 +81,7 @@ def forget():
 def driver(monkeypatch):
     forget()
     stand_in = Driver()
-    # Not by set_active: that there was no driver before cannot be set.
+    # set_active could not restore that there was no driver before.
     monkeypatch.setattr(triton.runtime.driver, "_active", stand_in)
     yield stand_in
     for kernel in KERNELS:
@@ -84,7 +92,7 @@ def driver(monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The kernels that went through Triton's own way, in order, which stays as it is."""
+    """Record the names of kernels that are launched through Triton, in order."""
     names = []
     through = launch.PreparedLaunch._through_triton
 
@@ -97,10 +105,7 @@ def runs(monkeypatch):
 
 
 KERNELS = [
-    value
-    for module in (adaln, attention, sampling)
-    for value in vars(module).values()
-    if isinstance(value, JITFunction)
+    value for module in MODULES for value in vars(module).values() if isinstance(value, JITFunction)
 ]
 
 
@@ -164,7 +169,7 @@ by_launcher = pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda f: f.__n
 
 @pytest.fixture
 def compared(driver, monkeypatch):
-    """Every launch made three times: by Triton, perhaps for the first time, and again."""
+    """Make every launch three times, first by Triton and then prepared, and compare the calls."""
     call = launch.PreparedLaunch.__call__
     same = []
 
@@ -223,7 +228,7 @@ def test_a_second_call_makes_no_configuration(launcher, driver, runs, monkeypatc
     ids=lambda value: str(getattr(value, "__name__", value)),
 )
 def test_another_kind_of_argument_has_a_launch_of_its_own(launcher, changes, code, compared):
-    """One after another and back, so that each could be taken for the other."""
+    """The two kinds alternate, so that each could be taken for the other."""
     for given in ({}, changes, {}, changes):
         launcher(**given)()
     functions = [function for _, _, _, function, _ in compared]
@@ -321,7 +326,7 @@ def sums_launch(module):
 
 
 def test_a_tool_that_was_there_first_does_not_make_every_launch_slow(monkeypatch):
-    """Kernels are imported late: what stands in Triton's place then may be a tool's."""
+    """Kernels are imported late, when a tool may already have replaced Triton's function."""
     spec = importlib.util.spec_from_file_location("launch_imported_late", launch.__file__)
     late = importlib.util.module_from_spec(spec)
     with monkeypatch.context() as patch:

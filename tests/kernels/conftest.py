@@ -1,7 +1,7 @@
-"""The kernels' own suite: compiled on a GPU, interpreted under TRITON_INTERPRET=1.
+"""Fixtures of the kernels' suite, which runs on a GPU or, with TRITON_INTERPRET=1, interpreted.
 
-Without either there is nothing to run: `tests/test_interpreter.py` runs this folder in a process
-of its own, since the variable must be set before Triton is imported.
+Without either no test is collected. `tests/test_interpreter.py` runs this folder in a process of
+its own, since the variable must be set before Triton is imported.
 """
 
 import os
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What Hopper has by default. Named, cuBLAS counts as deterministic, and the fixture below raises no
-# warning at every product; it is read once, when the first one runs.
+# This is Hopper's default. Once it is set, PyTorch takes cuBLAS for deterministic, and the fixture
+# below causes no warning at every product. It is read once, when the first product runs.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
@@ -24,7 +24,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Fill what `torch.empty` returns with NaN: what a kernel forgets to write is seen."""
+    """Have `torch.empty` return NaN, so that elements which a kernel forgets to write are seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
@@ -33,10 +33,10 @@ def poisoned_memory():
 
 @pytest.fixture
 def contracted(monkeypatch):
-    """A product that is added to at once is rounded with the sum, once: a fused multiply-add.
+    """Have the interpreter round a product and its sum once, as a fused multiply-add does.
 
-    A GPU's compilers make one wherever they can, and the interpreter never does. A product that is
-    reshaped in between is rounded by itself, as a product that serves a whole row is there.
+    Compilers for GPUs fuse wherever they can, and the interpreter never does. A product that is
+    reshaped before the sum is still rounded by itself, as is one for a whole row on a GPU.
     """
     if not INTERPRETED:
         return

@@ -66,7 +66,7 @@ def test_a_captured_forward_replays():
 
 
 def test_a_forward_allocates_its_outputs_and_no_more():
-    """Chunks of one modulation tensor are read in place, and nothing is copied aside."""
+    """Chunks of one modulation tensor are read in place, without a copy."""
     inputs = gated_inputs(**XL)
     functional.gated_residual_layer_norm_modulate(*inputs, backend="triton")
     torch.cuda.synchronize()
@@ -79,7 +79,7 @@ def test_a_forward_allocates_its_outputs_and_no_more():
 
 
 def test_tensors_past_2_to_the_31_elements():
-    """The last sample, past 2^31, equals itself computed alone."""
+    """The last sample, which lies beyond 2^31 elements, equals itself computed alone."""
     B, N, D = 15, 131_072, 1152
     x = torch.zeros(B, N, D, device="cuda", dtype=torch.bfloat16)
     assert x.numel() > 2**31

@@ -1,4 +1,4 @@
-"""What the Triton ops promise besides their numbers: tracing, autocast, gradients, launches."""
+"""Properties of the Triton ops besides their numbers: tracing, autocast, gradients, launches."""
 
 import copy
 
@@ -86,7 +86,7 @@ def test_an_empty_batch_is_an_empty_result(op, device):
 
 @pytest.fixture
 def models(device):
-    """fastdit's model and the plain one, with the same weights."""
+    """Return fastdit's model and the plain one with the same weights."""
     plain = reference.DiT(img_size=8, hidden=32, n_layers=2, n_heads=2)
     randomize(plain)
     model = fastdit.DiT.from_config(plain.cfg)
@@ -120,7 +120,7 @@ def test_the_model_compiles_whole_with_a_dynamic_batch(models, device):
     model, plain = models
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for B in (7, 2, 5):  # 3 would be one symbol with the channels
+        for B in (7, 2, 5):  # 3 would share a symbol with the channels
             inputs = batch(B, device)
             expected = gradients(plain, plain, inputs)
             assert relative_error(gradients(model, compiled, inputs), expected) < 1e-5
@@ -142,7 +142,7 @@ def test_inductor_compiles_the_model(models, device):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_the_model_trains_under_autocast(models, dtype, compiled, device):
-    """No further from float32 than twice what plain ops under autocast are."""
+    """The gradients' error is below twice that of plain ops under autocast."""
     model, plain = models
     inputs = batch(3, device)
     exact = gradients(plain, plain, inputs)
@@ -163,7 +163,7 @@ def test_attention_under_autocast_has_its_dtype(device):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 def test_the_models_gradients_obey_the_error_rule(models, dtype, checkpointing, compiled, device):
-    """Against float64; bfloat16 is autocast's."""
+    """The oracle is float64; bfloat16 means autocast."""
     model, plain = models
     torch._dynamo.reset()
     for block in model.blocks:
@@ -190,7 +190,7 @@ ATTENTION_N = [1, 17, 40, 70]
 
 @pytest.mark.parametrize("N", ATTENTION_N, ids="N{}".format)
 def test_every_attention_configuration_computes_the_same(N, device):
-    """All that the tuner may choose, one pass and running softmax alike."""
+    """The tuner may choose any of them, with one pass or with a running softmax."""
     arch = common.arch(device)
     qkv, dout = torch.randn(2, N, 3 * 2 * 40), torch.randn(2, N, 2 * 40)
     exact = qkv.double().requires_grad_()
@@ -226,7 +226,7 @@ def test_every_layer_norm_configuration_computes_the_same(D, device):
 
 
 def test_a_first_tile_of_keys_without_weight_is_finite(contracted, device):
-    """Every key so far scores -inf: a running softmax must not make -inf - -inf of it."""
+    """When all keys so far score -inf, a running softmax must not compute -inf - -inf."""
     qkv = torch.ones(1, 300, 3, device=device)
     qkv[0, :, 0] = 1e25
     qkv[0, :128, 1] = -1e25
@@ -238,10 +238,10 @@ def test_a_first_tile_of_keys_without_weight_is_finite(contracted, device):
 @pytest.mark.parametrize("N", [24, 300], ids=["one-pass", "running"])
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e12, 1e37], ids="{:.0e}".format)
 def test_attention_is_right_for_scores_of_any_size(size, N, contracted, device):
-    """Three keys in four have the greatest score, the others a smaller one.
+    """Three keys in four have the greatest score, and the others a smaller one.
 
-    A fused `score * c - maximum * c` is not 0 at the maximum but what the second product was
-    rounded by, which past 2^31 an exponential makes infinite, or nothing of all keys.
+    A fused `score * c - maximum * c` is not 0 at the maximum but the rounding error of the second
+    product. Beyond 2^31 its exponential is infinite, or 0 for all keys.
     """
     qkv = torch.randn(2, N, 3 * 16)
     qkv[..., :32] = 0
@@ -298,7 +298,7 @@ def test_one_token_under_autocast_has_its_dtype(device):
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 def test_opcheck_is_clean_for_the_sampler_update(requires_grad, device):
-    """Which has no gradient: what comes out of it under training refuses to be differentiated."""
+    """The update has no gradient, so its results under training refuse to be differentiated."""
     x = torch.randn(2, 16, 4, device=device, requires_grad=requires_grad)
     model_out = torch.randn(4, 16, 8, device=device)
     table, step = torch.rand(3, 10, device=device), torch.tensor(1, device=device)

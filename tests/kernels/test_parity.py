@@ -1,6 +1,6 @@
-"""Every op by Triton, forward and backward, against the float64 oracle by the error rule.
+"""The error rule for every Triton op, forward and backward, against the float64 oracle.
 
-On a GPU the full cross of dtypes, sizes and views runs; under the interpreter a cover of it in
+On a GPU the full cross of dtypes, sizes and views runs, and under the interpreter a cover of it in
 which every pair of choices occurs.
 """
 
@@ -34,10 +34,10 @@ class Case:
         return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}"
 
     def seeds(self, op):
-        """Pooled so that the smallest tensor of the op, a modulation's gradient, has 4096 elements.
+        """Return how many seeds to pool so that the op's smallest tensor has 4096 elements.
 
-        Interpreted, long sums of it are judged at N = 300, D = 1152 alone: elsewhere a long N
-        would take minutes.
+        That tensor is a modulation's gradient. Under the interpreter its long sums are judged at
+        N = 300 and D = 1152 only, since a long N elsewhere would take minutes.
         """
         if op == "attention":
             return -(-4096 // (self.B * self.N * self.D))
@@ -46,7 +46,7 @@ class Case:
         return -(-4096 // (self.B * self.D))
 
     def cost(self, op):
-        """Seconds under the interpreter, roughly."""
+        """Return roughly how many seconds the case takes under the interpreter."""
         if op == "attention":
             head = 0.1 + (8 if self.dtype == "float32" else 1) * (self.N / 300) ** 2
             return self.seeds(op) * self.B * HEADS[self.D] * head
@@ -66,7 +66,7 @@ def pairs(case):
 
 
 def pairwise_cover(op):
-    """Cases that hold every pair of choices, by how many new pairs a second of them brings."""
+    """Choose cases that cover every pair of choices, greedily by new pairs per second."""
     left = set().union(*map(pairs, CROSS))
     chosen = []
     while left:
@@ -85,7 +85,7 @@ def full_cross():
 
 
 def lay_out(t, view):
-    """The same values with rows further apart than they are long, or at an odd address."""
+    """Return the same values, with gaps between rows or at an odd address."""
     if view == "contiguous":
         return t
     if view == "strided":
@@ -98,7 +98,7 @@ def lay_out(t, view):
 
 
 def make_tensors(op, B, N, D):
-    """The inputs, then the upstream gradient of each output."""
+    """Return the inputs, then the upstream gradient of each output."""
     if op == "attention":
         return [torch.randn(B, N, 3 * D), torch.randn(B, N, D)]
     gate, scale, shift = torch.randn(3, B, D)
@@ -107,7 +107,7 @@ def make_tensors(op, B, N, D):
 
 
 def run(module, op, tensors, n_heads, **backend):
-    """Every output and every input's gradient, flat."""
+    """Return every output and every input's gradient, flattened."""
     count = {"attention": 1, OPS[0]: 3, OPS[1]: 5}[op]
     leaves = [t.detach().requires_grad_() for t in tensors[:count]]
     outs = getattr(module, op)(*leaves, n_heads if op == "attention" else 1e-5, **backend)
@@ -117,7 +117,7 @@ def run(module, op, tensors, n_heads, **backend):
 
 
 def check(op, batches, n_heads=1, plain=reference):
-    """Hold the Triton op, pooled over batches of tensors, to the error rule."""
+    """Apply the error rule to the Triton op, pooled over batches of tensors."""
     runs = [
         (
             run(functional, op, tensors, n_heads, backend="triton"),
@@ -157,7 +157,7 @@ def test_attention_takes_any_head_dim(head_dim, device):
 
 
 def recomputed(qkv, dout, n_heads):
-    """Attention's gradient by plain ops that keep a row's log-sum-exp, and not its weights."""
+    """Return attention's gradient by plain ops that keep a row's log-sum-exp, not its weights."""
     B, N, width = dout.shape
     q, k, v = qkv.view(B, N, 3, n_heads, -1).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
     do, scale = dout.view(B, N, n_heads, -1).transpose(1, 2), q.shape[-1] ** -0.5
@@ -171,11 +171,12 @@ def recomputed(qkv, dout, n_heads):
 
 
 def test_attention_survives_scores_that_overflow_an_exponential(device):
-    """A row's scores are some thousands, or some thousands below zero, and of order one apart.
+    """A row's scores are some thousands, or some thousands below zero, and differ by about one.
 
-    The log-sum-exp is rounded at that size, and with it all weights of a row that are made of it
-    anew: the gradient is held to plain ops that do the same, and those to the formula in float64.
-    The large product is a head's last, so that the sums of the others are not rounded at its size.
+    The log-sum-exp is rounded at that size, and so are all weights of a row that the backward
+    recomputes from it. So the gradient is judged beside plain ops that do the same, which agree
+    with the formula in float64. The large product comes last in a head, so that the sum of the
+    others is not rounded at its size.
     """
     qkv, dout = make_tensors("attention", 2, 40, 128)
     q, k, _ = qkv.view(2, 40, 3, 2, 64).unbind(2)
@@ -199,7 +200,7 @@ def test_layer_norm_takes_any_width(op, D, device):
 
 
 def two_passes(x, scale, shift, eps):
-    """LayerNorm and modulation as the formula has them: a sum, then the squares about its mean."""
+    """LayerNorm and modulation by the formula: the mean first, then the squares about it."""
     centred = x - x.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd * (1 + scale[:, None]) + shift[:, None]
@@ -208,8 +209,8 @@ def two_passes(x, scale, shift, eps):
 def test_a_large_mean_does_not_cancel(device):
     """E[x^2] - mean^2 in one pass would lose every digit here.
 
-    What is left is the rounding of the mean, at its size, which differs with how a sum is taken:
-    held to plain ops that take the kernel's two passes, since PyTorch's own LayerNorm takes other
+    The remaining error is the rounding of the mean at its size, which depends on the order of a
+    sum. The plain ops therefore take the kernel's two passes; PyTorch's own LayerNorm takes other
     ways on other devices.
     """
     batches = [[t.to(device) for t in make_tensors(OPS[0], 3, 5, 384)] for _ in range(4)]
@@ -220,7 +221,7 @@ def test_a_large_mean_does_not_cancel(device):
 
 
 def test_mixed_dtypes_keep_a_float32_residual(device):
-    """As under bfloat16 autocast: x in float32, the branch and the modulation in bfloat16."""
+    """As under bfloat16 autocast, x is float32, and the branch and the modulation are bfloat16."""
     batches = []
     for _ in range(8):
         x, *rest, dr, dh = make_tensors(OPS[1], 3, 7, 192)
@@ -229,7 +230,7 @@ def test_mixed_dtypes_keep_a_float32_residual(device):
 
 
 def test_channels_may_lie_apart(device):
-    """Transposed activations and modulation: no unit stride anywhere."""
+    """Activations and modulation are transposed, so that no stride is 1."""
     batches = [
         [
             t.to(device).transpose(0, -1).contiguous().transpose(0, -1)

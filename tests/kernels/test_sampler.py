@@ -1,4 +1,4 @@
-"""The sampler on the kernels: the noise made in the update's own pass is the seeds' noise."""
+"""The sampler on the kernels, whose update draws the noise of the seeds itself."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The sampler_update kernel against float64, and its noise against `fastdit.noise` to the word."""
+"""The sampler_update kernel against float64, and the words of its noise against `fastdit.noise`."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ from fastdit.solvers import Guidance  # noqa: E402
 from fastdit.testing import check_against_oracle  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-SEEDS = [[7, 0], [-(2**62) + 11, 2**32 - 1], [2**40 + 5, 3]]  # one an image
-# Columns as reference.COEFFICIENTS; row 1 clips, row 2 is a last step, row 3 is free.
+SEEDS = [[7, 0], [-(2**62) + 11, 2**32 - 1], [2**40 + 5, 3]]  # one for each image
+# Columns as in reference.COEFFICIENTS: row 1 clips, row 2 is a last step, row 3 uses all columns.
 ROWS = [
     (9.0,) * 10,
     (1.3, -0.7, 1.25, 0.4, 0.3, 0.5, -0.2, 0.6, -1.5, -0.5),
@@ -38,7 +38,7 @@ class Case:
     shape: tuple
     dtype: torch.dtype = F32
     model_dtype: torch.dtype = F32
-    guided: int | None = None  # channels; 0: all of them
+    guided: int | None = None  # number of channels; 0: all of them
     learned: bool = False
     prev: bool = False
     noise: str | None = "seeds"
@@ -52,7 +52,7 @@ class Case:
         return "-".join(filter(None, (shape, *names, guided, *flags)))
 
     def arguments(self):
-        """As the launcher takes them but for guidance, on the CPU."""
+        """Return the launcher's arguments without guidance, on the CPU."""
         torch.manual_seed(0)
         B, dim = self.shape[0], 1 if len(self.shape) == 4 else 2
         model_shape = list(self.shape)
@@ -89,7 +89,7 @@ def words_of(seeds, step, elements):
 
 
 def box_muller64(r0, r1):
-    """noise.py's formula, in float64 from the float32 u and v on."""
+    """Return normals by noise.py's formula, in float64 from the float32 u and v on."""
     u = (r0.float() * 2**-32 + 2**-33).double()
     signed = torch.where(r1 >= 2**31, r1 - 2**32, r1)
     angle = math.pi * signed.float().double() * 2**-31
@@ -195,7 +195,7 @@ def test_box_muller_holds_at_the_ends_and_the_octants_of_its_range():
 
 
 def strided(t):
-    """The same values in every other element of a transposed buffer."""
+    """Return a view with the same values, in every other element of a transposed buffer."""
     buffer = torch.full((*t.shape[::-1], 2), math.nan, dtype=t.dtype)
     view = buffer[..., 1].permute(*reversed(range(t.dim())))
     view.copy_(t)

@@ -1,6 +1,6 @@
-"""Every op, forward and backward, and every execution, once: the first thing to run on a GPU.
+"""Every op, forward and backward, and every execution once; run this first on a GPU.
 
-On a GPU the shapes are DiT-XL/2's and all of it takes seconds; interpreted they are tiny.
+On a GPU the shapes are those of DiT-XL/2 and the file takes seconds; interpreted they are tiny.
 """
 
 import os
@@ -16,11 +16,9 @@ from fastdit.sampling.predictors import TokenLayout
 from fastdit.testing import check_against_oracle, randomize
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# bfloat16 is on a GPU alone: the interpreter has no arithmetic in it.
-DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
-B, N, D, HEADS = (
-    (57, 5, 72, 1) if INTERPRETED else (8, 256, 1152, 16)
-)  # B * D > 4096: all is judged
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter lacks bfloat16
+# B * D > 4096, so that every tensor has enough elements to be judged.
+B, N, D, HEADS = (57, 5, 72, 1) if INTERPRETED else (8, 256, 1152, 16)
 STEPS = 2 if INTERPRETED else 8
 XL = replace(fastdit.PRESETS["DiT-XL/2"], n_layers=2)
 LATENTS = replace(XL, img_size=8, hidden=16, n_layers=1, n_heads=1) if INTERPRETED else XL
@@ -28,7 +26,7 @@ PIXELS = replace(fastdit.PRESETS["toy"], n_layers=1) if INTERPRETED else fastdit
 
 
 def modulated(names):
-    """[B, N, D] of each name in upper case, chunks of one [B, 6 D] for the others."""
+    """Return [B, N, D] for each upper-case name, and chunks of one [B, 6 D] for the others."""
     chunks = iter(torch.randn(B, 6 * D).chunk(6, dim=1))
     return [torch.randn(B, N, D) if name.isupper() else next(chunks) for name in names]
 
@@ -44,7 +42,7 @@ OPS = {
 
 
 def results(module, op, tensors, last, **backend):
-    """Outputs, and the gradients of all inputs under one upstream gradient."""
+    """Return the outputs and the gradients of all inputs, under one upstream gradient."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     outs = getattr(module, op)(*leaves, last, **backend)
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -91,7 +89,7 @@ def test_an_update_with_guidance_and_its_own_noise_meets_the_error_rule(device):
 
 
 def loops(cfg, labels, device, execution, dtype=torch.float32, guidance=None):
-    """A sampler's images twice, the plain loop's in the dtype, and the oracle's."""
+    """Return a sampler's images, twice, the plain loop's in the same dtype, and the oracle's."""
     model = fastdit.DiT.from_config(cfg)
     randomize(model)
     exact = reference.DiT.from_config(cfg)
@@ -102,7 +100,7 @@ def loops(cfg, labels, device, execution, dtype=torch.float32, guidance=None):
     z = layout.to_images(z).unflatten(0, (STEPS + 1, len(labels))).to(device)
     scheduler, y = DiffusionScheduler(STEPS, schedule="cosine"), torch.tensor(labels, device=device)
     model = model.to(device)
-    if execution == "triton":  # what the trajectory is on a GPU, and not on a CPU
+    if execution == "triton":  # the trajectory in Triton, which a Sampler uses on a GPU only
         images = [trajectory(model.to(dtype), scheduler, z, seeds, y)] * 2
     else:
         sampler = Sampler(model.to(dtype), scheduler, guidance=guidance, execution=execution)
@@ -116,7 +114,7 @@ def loops(cfg, labels, device, execution, dtype=torch.float32, guidance=None):
 
 
 class InDtype(torch.nn.Module):
-    """A model in a dtype of its own, within a loop whose state is float32."""
+    """A model with its own dtype in a loop whose state is float32."""
 
     def __init__(self, model, dtype):
         super().__init__()
@@ -128,7 +126,7 @@ class InDtype(torch.nn.Module):
 
 @torch.no_grad()
 def trajectory(model, scheduler, z, seeds, y):
-    """All steps by the Triton trajectory."""
+    """Take all steps by the Triton trajectory."""
     cfg, layout = model.cfg, TokenLayout(model.cfg)
     table = fastdit.solvers.DDPM().table(scheduler, None)
     by_step = [model.modulation(torch.full_like(y, t), y) for t in table.timesteps]
@@ -141,7 +139,7 @@ def trajectory(model, scheduler, z, seeds, y):
 
 
 def test_a_guided_loop_of_published_shape_meets_the_error_rule_and_repeats_its_bits(device):
-    """On a GPU the graph execution: captured in the first call, replayed in both."""
+    """On a GPU this is the graph execution, captured in the first call and replayed in both."""
     execution = "graph" if device.type == "cuda" else "eager"
     labels = [3, 7, 999] if device.type == "cuda" else list(range(16))
     guidance = Guidance(2.0, channels=3)
@@ -166,7 +164,7 @@ def test_the_trajectory_meets_the_error_rule(dtype, device):
 
 
 def test_a_training_step_of_published_shape_meets_the_error_rule(device):
-    """All gradients as one, and by themselves those that have enough elements to judge."""
+    """All gradients are judged as one tensor, and those with enough elements by themselves too."""
     x, y = torch.randn(4, *LATENTS.sample_shape), torch.arange(4)
     t = torch.tensor([1, 50, 400, 999])
     model = fastdit.DiT.from_config(LATENTS)

@@ -23,16 +23,24 @@ from fastdit.testing import check_against_oracle, randomize, relative_error  # n
 
 PIXELS = dict(n_layers=1)  # 16 tokens of 48 features, hidden 64, heads of 16
 LATENTS = dict(  # 16 tokens of 16 features, heads of 32
-    **dict(img_size=8, patch_size=2, in_channels=4, n_layers=1, n_heads=2),
-    **dict(null_class=True, learn_sigma=True, gelu="tanh", modulation_act="silu"),
-    **dict(ln_eps=1e-6, mlp_ln_eps=1e-5),
+    img_size=8,
+    patch_size=2,
+    in_channels=4,
+    n_layers=1,
+    n_heads=2,
+    null_class=True,
+    learn_sigma=True,
+    gelu="tanh",
+    modulation_act="silu",
+    ln_eps=1e-6,
+    mlp_ln_eps=1e-5,
 )
 LONG = dict(patch_size=2, n_layers=1)  # 64 tokens of 12 features
 
 
 @dataclass
 class Case:
-    """A model, the rows of a batch, and K = `steps` steps of a loop."""
+    """A model, a batch, and the K = `steps` steps of a loop."""
 
     model: dict
     solver: object = field(default_factory=DDPM)
@@ -41,7 +49,7 @@ class Case:
     noise: str | None = "seeds"
     dtype: torch.dtype = torch.float32
     first: int = 0
-    images: int | None = None  # None: as many as the error rule asks for
+    images: int | None = None  # None: as many as the error rule needs
 
     def __post_init__(self):
         model = DiT(**self.model)
@@ -49,9 +57,16 @@ class Case:
         cfg, packed = model.cfg, PackedDiT.of(model)
         self.packed = dataclasses.replace(packed, weights=packed.weights.to(self.dtype))
         self.shape = Shape(
-            *(cfg.n_tokens, packed.features, packed.out_features, cfg.in_channels, cfg.hidden),
-            *(cfg.n_layers, cfg.n_heads, cfg.gelu == "tanh", cfg.ln_eps),
-            cfg.mlp_ln_eps or cfg.ln_eps,
+            tokens=cfg.n_tokens,
+            features=packed.features,
+            out_features=packed.out_features,
+            channels=cfg.in_channels,
+            hidden=cfg.hidden,
+            layers=cfg.n_layers,
+            heads=cfg.n_heads,
+            tanh_gelu=cfg.gelu == "tanh",
+            eps=cfg.ln_eps,
+            mlp_eps=cfg.mlp_ln_eps or cfg.ln_eps,
         )
         elements = self.shape.tokens * self.shape.features
         B = self.images or -(-4096 // elements)
@@ -71,11 +86,9 @@ class Case:
 
     @torch.no_grad()
     def tables(self, model, timesteps, B):
-        """Three labels, the images' by turns, and the null label's row where there is one."""
-        t, labels = (
-            torch.tensor(timesteps),
-            torch.tensor([5, 0, 11, 16])[: 3 + model.cfg.null_class],
-        )
+        """Return modulation for three labels, which images have in turn, and for a null label."""
+        t = torch.tensor(timesteps)
+        labels = torch.tensor([5, 0, 11, 16])[: 3 + model.cfg.null_class]
         rows = torch.arange(B) % 3
         if self.guidance is not None:
             rows = torch.cat([rows, torch.full((B,), 3)])
@@ -93,13 +106,22 @@ class Case:
         tables = [None if t is None else t.to(device) for t in on["modulation"]]
         guidance = self.guidance and (self.guidance.scale, self.guidance.channels)
         results = kernels.trajectory(
-            *(on["x"], on["x0"], self.packed.weights.to(device), *tables, on["coefficients"]),
-            *(on["first"], on["seeds"], on["noise"], guidance, self.shape, config),
+            on["x"],
+            on["x0"],
+            self.packed.weights.to(device),
+            *tables,
+            on["coefficients"],
+            on["first"],
+            on["seeds"],
+            on["noise"],
+            guidance,
+            self.shape,
+            config,
         )
         return [t.cpu() for t in results]
 
     def plain(self, dtype):
-        """The reference loop, all of it in dtype."""
+        """Run the reference loop entirely in dtype."""
         arguments = {
             k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
             for k, v in self.arguments.items()
@@ -116,7 +138,7 @@ class Case:
         )
 
     def normal64(self):
-        """`fastdit.noise` in float64 from the float32 u and v on."""
+        """Return `fastdit.noise`, computed in float64 from the float32 u and v on."""
         x, seeds = self.arguments["x"], self.arguments["seeds"]
         quads = torch.arange(x[0].numel() // 4)
         steps = torch.arange(len(self.arguments["coefficients"])) + self.first + 1
@@ -164,9 +186,9 @@ def test_the_loop_meets_the_error_rule(name, device):
 
 
 def assert_same_arithmetic(a, b):
-    """Of two kernels compiled apart, which may fuse other products with their sums.
+    """Compare results of two kernels, which may be compiled to different fused multiply-adds.
 
-    To the bit where interpreted; compiled, some roundings of two steps differ, fewer than sixteen.
+    Interpreted, the bits must agree. Compiled, fewer than sixteen roundings of two steps differ.
     """
     assert torch.equal(a, b) if INTERPRETED else relative_error(a, b) < 16 * 2**-24
 
@@ -209,7 +231,10 @@ def test_two_calls_in_succession_are_one(solver, device):
     for k in (slice(0, 2), slice(2, 3)):
         x, x0 = case.launch(
             device,
-            **dict(x=x, x0=x0, first=k.start, coefficients=case.arguments["coefficients"][k]),
+            x=x,
+            x0=x0,
+            first=k.start,
+            coefficients=case.arguments["coefficients"][k],
             modulation=tables._replace(by_step=tables.by_step[k]),
         )
     for a, b in zip((x, x0), once, strict=True):
@@ -219,7 +244,7 @@ def test_two_calls_in_succession_are_one(solver, device):
 
 
 def strided(t):
-    """The same values in every other element of a transposed buffer."""
+    """Return a view with the same values, in every other element of a transposed buffer."""
     buffer = torch.full((*t.shape[::-1], 2), 77 if t.dtype == torch.int64 else math.nan).to(t)
     view = buffer[..., 1].permute(*reversed(range(t.dim())))
     view.copy_(t)
@@ -251,10 +276,10 @@ def test_nan_stays_in_its_image(device):
 
 @pytest.mark.parametrize("model", [PIXELS, LONG], ids=["heads-together", "head-by-head"])
 def test_great_scores_are_right_under_fused_multiply_adds(model, contracted, device):
-    """Scores of 1e12: the residue of a product that is fused with a sum would overflow exp2."""
+    """With scores of 1e12, the rounding error that a fused product leaves would overflow exp2."""
     case = Case(model, images=1, steps=1)
     layer = case.packed.parts().layers[0]
-    layer.qkv[:128].mul_(1e6)  # queries and keys: views of the packed weights
+    layer.qkv[:128].mul_(1e6)  # queries and keys, views of the packed weights
     for a, b in zip(case.launch(device), case.plain(torch.float64), strict=True):
         assert relative_error(a, b) < 1e-4
 
