@@ -1,6 +1,6 @@
 """The columns of a solver's table of coefficients, [steps, columns], for every language.
 
-`fastdit.reference.Coefficients` says what each of them multiplies. Triton kernels name them by the
+`fastdit.update.Coefficients` says what each of them multiplies. Triton kernels name them by the
 constants of `fastdit.kernels.sampling`, C++ by the enumerators of `column` that
 `fastdit.kernels.cpu.structs` generates.
 """

@@ -160,18 +160,16 @@ def trajectory_kernel(
 
 
 def obstacle(shape: Shape) -> str | None:
-    """Return why the kernel cannot run a model of this shape, or None."""
+    """Return why the kernel cannot run a model, worded to follow its name, or None."""
     head = shape.hidden // shape.heads
-    for name, value, expected in (
-        ("hidden", shape.hidden, (64, 128)),
-        ("tokens", shape.tokens, (16, 64)),
-    ):
-        if value not in expected:
-            return f"{name}: expected {expected[0]} or {expected[1]}, got {value}"
+    if shape.hidden not in (64, 128):
+        return f"takes a hidden size of 64 or 128, got {shape.hidden}"
+    if shape.tokens not in (16, 64):
+        return f"takes 16 or 64 tokens, got {shape.tokens}"
     if head not in (16, 32):
-        return f"heads: expected 16 or 32 columns a head, got {head}"
+        return f"takes head dims of 16 or 32, got {head}"
     if shape.features > 64 or shape.features % 4:
-        return f"features of a token: expected a multiple of 4 up to 64, got {shape.features}"
+        return f"takes up to 64 features of a token, a multiple of 4, got {shape.features}"
     return None
 
 
@@ -213,7 +211,7 @@ def trajectory(
         ValueError: the kernel cannot run a model of this shape.
     """
     if (problem := obstacle(shape)) is not None:
-        raise ValueError(f"trajectory: {problem}")
+        raise ValueError(f"shape: the trajectory {problem}")
     x, x0 = (t.clone(memory_format=torch.contiguous_format) for t in (x, x0))
     tensors = (weights, by_step, by_label, rows, coefficients.float(), seeds, noise)
     tensors = tuple(None if t is None else t.contiguous() for t in tensors)

@@ -11,8 +11,8 @@ import fastdit
 from fastdit.kernels import columns
 from fastdit.kernels.cpu import build, structs
 from fastdit.kernels.shape import Shape
-from fastdit.packed import PackedDiT
-from fastdit.reference import COEFFICIENTS
+from fastdit.ops.trajectory import PackedDiT, kernel_shape
+from fastdit.update import COEFFICIENTS
 
 LINEAR = dict(rows=1, in_features=2, out_features=3, x=None, weight=None, bias=None, y=None)
 
@@ -74,17 +74,5 @@ def test_a_changed_struct_is_another_library(monkeypatch):
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_a_shape_knows_how_many_weights_are_packed(learn_sigma):
     packed = PackedDiT.of(fastdit.DiT(learn_sigma=learn_sigma))
-    cfg = packed.cfg
-    shape = Shape(
-        tokens=cfg.n_tokens,
-        features=packed.features,
-        out_features=packed.out_features,
-        channels=cfg.in_channels,
-        hidden=cfg.hidden,
-        layers=cfg.n_layers,
-        heads=cfg.n_heads,
-        tanh_gelu=False,
-        eps=cfg.ln_eps,
-        mlp_eps=cfg.ln_eps,
-    )
-    assert shape.weights == packed.size
+    sizes, eps = kernel_shape(packed.cfg)
+    assert Shape(*sizes, *eps).weights == packed.size

@@ -7,8 +7,9 @@ import torch
 from torch.library import opcheck
 
 import fastdit
-from fastdit import functional, ops, reference
+from fastdit import functional, reference
 from fastdit.kernels import adaln, attention, attention_configs, common
+from fastdit.ops import definitions as ops
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
 

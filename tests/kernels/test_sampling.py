@@ -16,12 +16,12 @@ import triton.language as tl  # noqa: E402
 
 from fastdit import noise, reference  # noqa: E402
 from fastdit.kernels import sampling  # noqa: E402
-from fastdit.solvers import Guidance  # noqa: E402
 from fastdit.testing import check_against_oracle  # noqa: E402
+from fastdit.update import Guidance  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SEEDS = [[7, 0], [-(2**62) + 11, 2**32 - 1], [2**40 + 5, 3]]  # one for each image
-# Columns as in reference.COEFFICIENTS: row 1 clips, row 2 is a last step, row 3 uses all columns.
+# Columns as in update.COEFFICIENTS: row 1 clips, row 2 is a last step, row 3 uses all columns.
 ROWS = [
     (9.0,) * 10,
     (1.3, -0.7, 1.25, 0.4, 0.3, 0.5, -0.2, 0.6, -1.5, -0.5),

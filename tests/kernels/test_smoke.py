@@ -11,7 +11,7 @@ import torch
 
 import fastdit
 from fastdit import DiffusionScheduler, Guidance, Sampler, functional, noise, reference
-from fastdit.packed import PackedDiT
+from fastdit.ops.trajectory import Modulation, PackedDiT
 from fastdit.sampling.predictors import TokenLayout
 from fastdit.testing import check_against_oracle, randomize
 
@@ -130,7 +130,7 @@ def trajectory(model, scheduler, z, seeds, y):
     cfg, layout = model.cfg, TokenLayout(model.cfg)
     table = fastdit.solvers.DDPM().table(scheduler, None)
     by_step = [model.modulation(torch.full_like(y, t), y) for t in table.timesteps]
-    modulation = reference.Modulation(torch.stack(by_step), None, torch.arange(len(y)).to(y.device))
+    modulation = Modulation(torch.stack(by_step), None, torch.arange(len(y)).to(y.device))
     x = layout.to_state(z[0]).contiguous()
     coefficients = table.coefficients.to(x.device)
     on = (PackedDiT.of(model), modulation, coefficients, 0, seeds.to(x.device))

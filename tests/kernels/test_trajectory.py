@@ -12,14 +12,20 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastdit import DiT, noise, reference  # noqa: E402
+from fastdit import DiT, noise  # noqa: E402
 from fastdit.diffusion import DiffusionScheduler  # noqa: E402
 from fastdit.kernels import trajectory as kernels  # noqa: E402
 from fastdit.kernels.shape import Shape  # noqa: E402
 from fastdit.kernels.trajectory_configs import trajectory_configs  # noqa: E402
-from fastdit.packed import PackedDiT  # noqa: E402
-from fastdit.solvers import DDIM, DDPM, DPMSolverPP, Guidance  # noqa: E402
+from fastdit.ops.trajectory import (  # noqa: E402
+    Modulation,
+    PackedDiT,
+    kernel_shape,
+    plain_trajectory,
+)
+from fastdit.solvers import DDIM, DDPM, DPMSolverPP  # noqa: E402
 from fastdit.testing import check_against_oracle, randomize, relative_error  # noqa: E402
+from fastdit.update import Guidance  # noqa: E402
 
 PIXELS = dict(n_layers=1)  # 16 tokens of 48 features, hidden 64, heads of 16
 LATENTS = dict(  # 16 tokens of 16 features, heads of 32
@@ -56,18 +62,8 @@ class Case:
         randomize(model)
         cfg, packed = model.cfg, PackedDiT.of(model)
         self.packed = dataclasses.replace(packed, weights=packed.weights.to(self.dtype))
-        self.shape = Shape(
-            tokens=cfg.n_tokens,
-            features=packed.features,
-            out_features=packed.out_features,
-            channels=cfg.in_channels,
-            hidden=cfg.hidden,
-            layers=cfg.n_layers,
-            heads=cfg.n_heads,
-            tanh_gelu=cfg.gelu == "tanh",
-            eps=cfg.ln_eps,
-            mlp_eps=cfg.mlp_ln_eps or cfg.ln_eps,
-        )
+        sizes, eps = kernel_shape(cfg)
+        self.shape = Shape(*sizes, *eps)
         elements = self.shape.tokens * self.shape.features
         B = self.images or -(-4096 // elements)
         table = self.solver.table(DiffusionScheduler(T=50, schedule="cosine"), self.steps)
@@ -96,9 +92,9 @@ class Case:
             both, one = model.modulation(t, labels[:1].expand(len(t))), labels[:1]
             by_label = model.modulation(t[:1].expand(len(labels)), labels)
             by_label = by_label - model.modulation(t[:1], one)
-            return reference.Modulation(both[:, None], by_label, rows)
+            return Modulation(both[:, None], by_label, rows)
         by_step = [model.modulation(step.expand(len(labels)), labels) for step in t]
-        return reference.Modulation(torch.stack(by_step), None, rows)
+        return Modulation(torch.stack(by_step), None, rows)
 
     def launch(self, device, config=None, **changed):
         arguments = self.arguments | dict(modulation=self.modulation) | changed
@@ -130,9 +126,9 @@ class Case:
             arguments |= dict(seeds=None, noise=self.normal64())
         by_step, by_label, rows = self.modulation
         by_label = None if by_label is None else by_label.to(dtype)
-        return reference.trajectory(
+        return plain_trajectory(
             packed=dataclasses.replace(self.packed, weights=self.packed.weights.to(dtype)),
-            modulation=reference.Modulation(by_step.to(dtype), by_label, rows),
+            modulation=Modulation(by_step.to(dtype), by_label, rows),
             guidance=self.guidance,
             **arguments,
         )
@@ -197,8 +193,8 @@ def assert_same_arithmetic(a, b):
 def test_tables_in_the_weights_dtype_are_read_as_they_are(dtype, device):
     case = Case(PIXELS, images=2, steps=1)
     by_step, by_label, rows = case.modulation
-    rounded = reference.Modulation(by_step.to(dtype), by_label.to(dtype), rows)
-    widened = reference.Modulation(rounded.by_step.float(), rounded.by_label.float(), rows)
+    rounded = Modulation(by_step.to(dtype), by_label.to(dtype), rows)
+    widened = Modulation(rounded.by_step.float(), rounded.by_label.float(), rows)
     results = [case.launch(device, modulation=tables) for tables in (rounded, widened)]
     for a, b in zip(*results, strict=True):
         assert_same_arithmetic(a, b)
@@ -207,7 +203,7 @@ def test_tables_in_the_weights_dtype_are_read_as_they_are(dtype, device):
 def test_both_kinds_of_tables_give_the_same_images(device):
     case = Case(PIXELS, images=3)
     by_step, by_label, rows = case.modulation
-    tables = reference.Modulation(by_step + by_label, None, rows)
+    tables = Modulation(by_step + by_label, None, rows)
     for a, b in zip(case.launch(device, modulation=tables), case.launch(device), strict=True):
         assert_same_arithmetic(a, b)
 
@@ -261,7 +257,7 @@ def test_strides_do_not_matter(kind, device):
     views = {k: strided(v.to(device)) for k, v in tensors.items()}
     if kind == "noise":
         views["noise"] = case.arguments["noise"][:, :1].expand(-1, 2, -1, -1)
-    tables = reference.Modulation(*(strided(t.to(device)) for t in case.modulation))
+    tables = Modulation(*(strided(t.to(device)) for t in case.modulation))
     for a, b in zip(case.launch(device, modulation=tables, **views), packed, strict=True):
         assert torch.equal(a, b)
 
@@ -312,11 +308,11 @@ def test_nothing_is_launched_for_an_empty_batch(device):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (dict(hidden=96, heads=6), "hidden: expected 64 or 128, got 96"),
-        (dict(tokens=256), "tokens: expected 16 or 64, got 256"),
-        (dict(heads=1), "heads: expected 16 or 32 columns a head, got 64"),
-        (dict(features=68), "features of a token: expected a multiple of 4 up to 64, got 68"),
-        (dict(features=27), "features of a token: expected a multiple of 4 up to 64, got 27"),
+        (dict(hidden=96, heads=6), "takes a hidden size of 64 or 128, got 96"),
+        (dict(tokens=256), "takes 16 or 64 tokens, got 256"),
+        (dict(heads=1), "takes head dims of 16 or 32, got 64"),
+        (dict(features=68), "takes up to 64 features of a token, a multiple of 4, got 68"),
+        (dict(features=27), "takes up to 64 features of a token, a multiple of 4, got 27"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -325,5 +321,5 @@ def test_a_model_it_cannot_run_is_refused(changed, words, device):
     assert kernels.obstacle(case.shape) is None
     case.shape = case.shape._replace(**changed)
     assert kernels.obstacle(case.shape) == words
-    with pytest.raises(ValueError, match="^trajectory: " + words):
+    with pytest.raises(ValueError, match="^shape: the trajectory " + words):
         case.launch(device)
