@@ -77,13 +77,13 @@ def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -> Any:
-    r, _, _, scale, _, _ = ctx.saved_tensors
+    saved = r, _, _, scale, _, _ = ctx.saved_tensors  # which may be unpacked once only
     if dh is None:  # the modulated output was not used
         if dr is None:
             return (None,) * 7
         dh = torch.zeros_like(r, dtype=scale.dtype)
     backward = gated_residual_layer_norm_modulate_backward
-    return *call(backward, dr, dh, *ctx.saved_tensors, ctx.backend), None, None
+    return *call(backward, dr, dh, *saved, ctx.backend), None, None
 
 
 @op(
