@@ -14,6 +14,7 @@ from fastdit.sampling import Sampler
 from fastdit.update import Guidance
 
 __version__ = "0.1.0"
+# Modules that moved after release 0.1.0 can be imported by their old names for one release.
 __path__.append(f"{__path__[0]}/_moved")
 
 __all__ = [

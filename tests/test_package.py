@@ -184,6 +184,14 @@ def test_imports_run_one_way():
         below |= layer
 
 
+def test_no_module_imports_anothers_private_names():
+    for path in [*(ROOT / "fastdit").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastdit"):
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                assert not private, f"{path.relative_to(ROOT)} imports {private}"
+
+
 def test_kernels_import_nothing_of_fastdit():
     for path in (ROOT / "kernels").rglob("*.py"):
         assert fastdit_imports(path) <= {"kernels"}, path
