@@ -1,16 +1,16 @@
-"""The ops that a DiT is made of; each checks its arguments and picks the fastest way to run.
+"""The ops of a DiT and of its sampling.
 
 LayerNorm and softmax are computed in at least float32. With mixed dtypes a residual keeps x's
 dtype, and a modulated output takes scale's.
 
-Every op takes a `backend`, which runs the op or raises:
+Those that kernels exist for take a `backend`, which runs the op or raises:
 
 - "triton": fused kernels on CUDA or ROCm, or on the CPU if TRITON_INTERPRET=1 was set before the
   import. They take no float64, no heads wider than 128, and no NVIDIA GPU before Ampere.
-- "cpp": C++ for float32 on a CPU; attention has none.
+- "cpp": C++ for float32 on a CPU; `attention` has none, and `normal` has no "triton".
 - "reference": plain PyTorch, which torch.compile can fuse.
-- None, the default: the first of these that can run. On a CPU "cpp" is left to the caller while
-  torch.compile traces, and in LayerNorms of fewer than 100,000 elements.
+- None: the first of these that can run and suits. "cpp" does not suit while torch.compile traces,
+  for LayerNorms of fewer than 100,000 elements, and for updates that need a gradient.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def sampler_update(
         seeds: [B, 2] int64 (key, stream in [0, 2^32)): z is `fastdit.noise.normal` of them, with
             elements counted in the order of x's.
         noise: z itself, like x. With neither seeds nor noise z is 0.
-        guidance: the scale, and the number of guided channels.
+        guidance: the scale, and the number of guided channels; its interval is not looked at.
         out: two contiguous tensors like x, to which x_next and x0 are written. They may be x and
             x0_prev, and share no other memory with the arguments. Nothing may require a gradient.
         backend: "triton", "cpp" (a float32 state on a CPU; not a default under torch.compile or
@@ -301,8 +301,8 @@ def trajectory(
     """Take K steps of a sampling loop of a small DiT in one op.
 
     Step k is `DiT.denoise` under `modulation.at(k)`, then `sampler_update` with row k of the
-    coefficients. On a CPU an image has the same bits in any batch, at any place in it, and with any
-    number of threads.
+    coefficients. With "cpp" an image has the same bits in any batch, at any place in it, and with
+    any number of threads.
 
     Args:
         x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
@@ -314,10 +314,10 @@ def trajectory(
         first: number of steps taken before; the noise of step k is that of step first + k + 1.
         seeds: [B, 2] int64 (key, stream), or None where noise is given.
         noise: [K, B, P, C], z itself. With neither seeds nor noise z is 0.
-        guidance: the scale, and the number of guided channels; all K steps are guided.
-        backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens; the error names what a chip's
-            registers do not allow), "cpp" (a CPU, float32, hidden up to 512, up to 256 tokens),
-            "reference" or None.
+        guidance: the scale, and the number of guided channels; guides all K steps.
+        backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens, head dims of 16 or 32; the error
+            names what a chip's registers do not allow), "cpp" (a CPU, float32, hidden up to 512, up
+            to 256 tokens), "reference" or None.
 
     Returns:
         (x, x0) after the last step, of x's shape and dtype.

@@ -1,4 +1,4 @@
-"""`fastdit.DiT`: the model, with a forward made of fused passes."""
+"""`fastdit.DiT`: the model, with a forward made of the fused ops of `fastdit.functional`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """An adaLN-Zero block, cut so that every residual sum is one pass with the next LayerNorm.
+    """An adaLN-Zero block, cut so that each residual sum and the LayerNorm after it are one op.
 
     A block begins after its first LayerNorm and ends after the first LayerNorm of the next block.
 
@@ -188,8 +188,8 @@ class DiT(nn.Module):
 
         Args:
             name: a key of `fastdit.PRESETS`, such as "DiT-XL/2".
-            image_size: side of the images in pixels; None is 256. A published model works on
-                their latents, an eighth of that size, and "toy" on the pixels themselves.
+            image_size: side of the images in pixels; None is the preset's, 256 or the toy's 16. A
+                published model works on their latents, an eighth of that size.
 
         Raises:
             ValueError: the name is unknown, or the size is not a multiple of what it must be.
@@ -208,7 +208,7 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Draw the published model's weights where the config asks for it; zero adaLN's layers."""
+        """Draw weights as `cfg.init` says, set the positions, and zero adaLN's layers."""
         cfg = self.cfg
         if cfg.init == "xavier":
             for module in self.modules():
@@ -232,7 +232,7 @@ class DiT(nn.Module):
         return [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
 
     def time_embedding(self, t: Tensor) -> Tensor:
-        """Return what the timestep's MLP `t_embed` is applied to: t [B] -> [B, t_embed_width]."""
+        """Return what the timestep's MLP `t_embed` is applied to: t [B] -> [B, width]."""
         first = self.t_embed[0]
         assert isinstance(first, nn.Linear)
         embedding = timestep_embedding(t, first.in_features, freq_shift=self.cfg.t_freq_shift)
@@ -261,7 +261,7 @@ class DiT(nn.Module):
     def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
         """Yield the modulation of conditioning c [R, D]: [R, 6D] for each block, then [R, 2D].
 
-        A layer is called when its turn comes, so that a caller needs the memory of one only.
+        Each layer runs when its part is asked for, so that a caller can hold one part at a time.
         """
         for layer in self.modulation_layers():
             yield layer(c)

@@ -1,10 +1,10 @@
 """The oracle: DiT and its sampling loop in plain PyTorch, in any float dtype up to float64.
 
-Every fast path in fastdit is tested against this file. It is written to be read beside the paper
-(Peebles & Xie, "Scalable Diffusion Models with Transformers", 2023), in its order, and not to be
-fast. `fastdit.DiT` takes nothing from the model below: a mistake in one of them is seen in the
-other. The names of the parameters and the order in which they are drawn are the same, so that a
-state dict or a seed serves both.
+Fast paths are tested against this file. It is written to be read beside the paper (Peebles & Xie,
+"Scalable Diffusion Models with Transformers", 2023), in its order, and not to be fast.
+`fastdit.DiT` shares no module with the model below; in float64 its LayerNorm and attention are the
+functions of this file, and tests/test_reference.py holds both to formulas written out there. The
+parameters have the same names and are drawn in the same order.
 
 Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C channels.
 """

@@ -1,6 +1,6 @@
 """The solvers of sampling; each is a table of coefficients, written like its paper's algorithm.
 
-To add one, subclass `Solver`, write its `rows`, and give it a name in `SOLVERS`.
+To add one, subclass `Solver` as a frozen dataclass, write its `rows`, and name it in `SOLVERS`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def _number(name: str, value: Any) -> float:
 
 
 class StepTable(NamedTuple):
-    """A solver's plan of a loop: one row of coefficients for each evaluation of the model."""
+    """A loop's timesteps and coefficients, one row for each evaluation of the model."""
 
     timesteps: list[int]  # [S], in the order in which the model is called at them
-    coefficients: Tensor  # [S, 10] float64 on the host, as `functional.sampler_update` takes them
+    coefficients: Tensor  # [S, 10] float64 on the CPU, as `functional.sampler_update` takes them
 
 
 class Nodes(NamedTuple):
@@ -47,7 +47,7 @@ class Solver:
 
     Attributes:
         clip: bound of the predicted x0 at every step, such as 1.0 for pixels; None does not clip.
-            Where x0 is clipped, its own noise replaces the predicted one.
+            Where x0 is clipped, eps is recomputed from it.
     """
 
     clip: float | None = None
@@ -237,7 +237,7 @@ class Heun(Solver):
 
     Every step evaluates the model twice, the second time at the next timestep, except the last
     step, which goes to sigma = 0 and is Euler's: 2 * steps - 1 evaluations in all. The first
-    evaluation's eps is recovered in the second as (u~ - x0_prev) / sigma'. This difference loses
+    evaluation's eps is recomputed in the second as (u~ - x0_prev) / sigma'. This difference loses
     digits where a step is long: with two steps of the 1000-step cosine schedule float32 is off by
     a tenth, with 25 steps by less than a thousandth.
 

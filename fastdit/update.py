@@ -1,4 +1,4 @@
-"""What a sampling step is told besides the model's output: a solver's coefficients and guidance."""
+"""Classifier-free guidance, and the coefficients of a solver's step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 class Coefficients(NamedTuple):
     """One step of a solver, in the order of the columns that `functional.sampler_update` takes.
 
-    x0 = clamp(x0_x * x + x0_eps * eps, -x0_limit, x0_limit)
-    x_next = x * x + eps * eps + x0 * x0 + x0_prev * x0_prev + sigma * z
+    With c the coefficients:
+
+        x0 = clamp(c.x0_x * x + c.x0_eps * eps, -c.x0_limit, c.x0_limit)
+        x_next = c.x * x + c.eps * eps + c.x0 * x0 + c.x0_prev * x0_prev + c.sigma * z
     """
 
     x0_x: Tensor
@@ -25,7 +27,7 @@ class Coefficients(NamedTuple):
     x0: Tensor
     x0_prev: Tensor
     sigma: Tensor  # 0: no noise is added, and the next two are not used
-    log_sigma_low: Tensor  # log sigma of a learned variance where its share v is -1
+    log_sigma_low: Tensor  # log sigma of a learned variance where the model's v is -1
     log_sigma_high: Tensor  # and where v is 1
 
 

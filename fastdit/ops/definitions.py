@@ -266,7 +266,7 @@ def build_cpp() -> None:
 # Cached, since an import statement would take time at every launch.
 @functools.cache
 def _kernels(of: str, backend: str) -> Any:
-    """Import and return the module that launches an op: one of `kernels`, or `kernels.cpu`."""
+    """Import the module that has an op's launcher; `kernels.cpu` has all but LayerNorm in C++."""
     if backend == "cpp":
         of = "cpu.adaln" if of == "adaln" else "cpu"
     return importlib.import_module(f"fastdit.kernels.{of}")

@@ -1,4 +1,4 @@
-"""Which backend runs an op: one table of what stands in the way of each, and when it suits."""
+"""Which backend runs an op: a table of when each can run, and when it is the default."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Backend(NamedTuple):
-    """How an op may run besides plain PyTorch; both functions take what `choose` is given.
+    """A way to run an op besides plain PyTorch; both functions take the `given` of `choose`.
 
     Attributes:
-        obstacle: returns why the backend cannot run, worded to follow its name, or None.
-        suits: returns whether a caller who names no backend gets this one, if nothing stands in
-            its way.
+        obstacle: returns None, or why the backend cannot run, as a phrase that follows its name.
+        suits: returns whether it is a default, unless there is an obstacle.
     """
 
     obstacle: Callable[..., str | None]
@@ -48,7 +47,7 @@ def choose(op: str, backend: str | None, *given: Any) -> str:
         op: a name in `TABLE`.
         backend: the one that the caller named, or None for the first in the table that suits and
             can run, and "reference" where there is none.
-        given: what the op's entries in the table look at: its tensors, the output's first; for
+        given: what the op's entries look at: its tensors, the one like the output first; for
             "attention" (qkv, head dim), for "trajectory" (config, device, dtype of the weights).
 
     Raises:
@@ -104,7 +103,7 @@ def _always(*given: Any) -> bool:
 
 
 def _cpp_is_default() -> bool:
-    """A compiler fuses plain PyTorch better; an interpreted run is there to test Triton."""
+    """Not while torch.compile traces, which fuses plain PyTorch, nor to an interpreted Triton."""
     return not (torch.compiler.is_compiling() or _INTERPRET)
 
 
@@ -113,7 +112,7 @@ def _wants_gradients(*tensors: Tensor) -> bool:
 
 
 def _transforms() -> str | None:
-    """torch.func and forward-mode derivatives would pass our ops by without a word."""
+    """Why no custom op may run here, or None: these would silently ignore its derivative."""
     if torch.compiler.is_compiling():
         return None
     if forward_ad._current_level < 0 and torch._C._functorch.peek_interpreter_stack() is None:

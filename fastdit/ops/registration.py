@@ -16,7 +16,7 @@ _INDUCTOR_FORMATS_UNKNOWN_OPS = TorchVersion(torch.__version__) < "2.13"
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Run an op, without PyTorch's autograd, which is Python code here, where no gradient is."""
+    """Run an op; where no gradient is needed skip autograd, whose Python code costs time."""
     if torch.compiler.is_compiling() or has_torch_function(args):
         return op(*args)
     if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
@@ -32,7 +32,7 @@ def op(
     gradients: Callable[..., Any] | None = None,
     mutates: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Make an op `fastdit::<name>` for every device of the function that launches its kernel.
+    """Return a decorator that registers a launcher as the op `fastdit::<name>` for every device.
 
     Args:
         shapes: called like the op; returns empty tensors like the op's results, for compilers.
@@ -41,7 +41,7 @@ def op(
         mutates: the arguments that the op writes to.
 
     Returns:
-        A decorator, which returns the op. The op's schema is the function's signature.
+        The decorator, which returns the op. The op's schema is the launcher's signature.
     """
 
     def register(launch: Callable[..., Any]) -> Any:
@@ -63,7 +63,7 @@ def op(
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch on the device of the first argument that is not None, one of the first two."""
+    """Launch on the device of the first argument, or of the second if the first is None."""
 
     @functools.wraps(launch)
     def launched(*args: Any) -> Any:

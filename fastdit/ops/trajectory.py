@@ -65,7 +65,7 @@ class PackedDiT:
 
     @property
     def size(self) -> int:
-        """How many weights a model of this config has."""
+        """The number of packed weights."""
         return sum(torch.Size(shape).numel() for shape in self._shapes())
 
     def parts(self) -> Parts:
@@ -111,7 +111,7 @@ class Modulation(NamedTuple):
 
 
 def denoise(packed: PackedDiT, tokens: Tensor, modulation: Tensor) -> Tensor:
-    """`fastdit.DiT.denoise` of packed weights: tokens [B, N, F] -> [B, N, F or 2F]."""
+    """As `fastdit.DiT.denoise`, from packed weights: tokens [B, N, F] -> [B, N, F or 2F]."""
     cfg, parts = packed.cfg, packed.parts()
     m = modulation.split(cfg.hidden, dim=-1)  # each [B, D]
     h = F.linear(tokens, parts.embed) + parts.position

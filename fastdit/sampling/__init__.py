@@ -1,4 +1,9 @@
-"""From labels and seeds to images; `Sampler` is the only entrance."""
+"""From labels and seeds to images; users need only `Sampler`.
+
+`sampler` and `arguments` check a call, `executions` lists the ways to run its loop, `loop` and
+`trajectory` are the two kinds of loop, `steps` and `graphs` run one step, `predictors` says what a
+model does in a loop, and `modulation` what is computed ahead of the steps.
+"""
 
 from fastdit.sampling.sampler import Sampler
 

@@ -1,4 +1,4 @@
-"""What `Sampler` asks of its arguments: shapes, ranges, and what they leave open."""
+"""Checks of `Sampler`'s arguments; each returns its argument in the form that the loop takes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Labels: TypeAlias = Sequence[int] | Tensor | np.ndarray
 
 
 def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> tuple[int, int, int]:
-    """Return the (C, H, W) of an image: the model's, or of other models the given one."""
+    """Return an image's (C, H, W): the DiT's own, or the given one for any other model."""
     if given is not None:
         given = tuple(given)  # type: ignore[assignment]
     shape = cfg.sample_shape if cfg else given
@@ -31,14 +31,14 @@ def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> t
 
 
 def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
-    """Return the labels as [B] int64 on the CPU, in range for a model of a known config."""
+    """Return the labels as [B] int64 on the CPU, in range if the config is known."""
     if labels is None:
         return None
     if cfg is not None and not cfg.use_class_cond:
         raise ValueError("labels: expected None, since the model has use_class_cond=False")
     expected = "labels: expected a non-empty list of integers, one an image"
     if isinstance(labels, np.ndarray):
-        labels = labels.tolist()  # of any strides
+        labels = labels.tolist()  # torch refuses negative strides
     try:
         y = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -53,7 +53,7 @@ def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
 
 
 def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
-    """Return the number of images that the labels, or else the seeds or x_T, ask for."""
+    """Return the length of the labels, or else of the seeds, or else of x_T."""
     if seeds is not None and not isinstance(seeds, Sequence | Tensor | np.ndarray):
         raise ValueError(f"seeds: expected a sequence of integers, got {type(seeds).__name__}")
     given = y if y is not None else seeds if seeds is not None else x_T

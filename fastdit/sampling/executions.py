@@ -1,4 +1,4 @@
-"""The ways to run a sampling loop: one table of what each needs, when it suits, how it is made."""
+"""The ways to run a sampling loop: what each needs, when "auto" picks it, and how it is built."""
 
 from __future__ import annotations
 
@@ -26,26 +26,20 @@ from fastdit.sampling.trajectory import TrajectoryLoop
 
 
 class Subject(NamedTuple):
-    """What is sampled, and where.
-
-    Attributes:
-        model: as a `Sampler` holds it.
-        device: the model's.
-        dtype: the forward's.
-    """
+    """A model to sample."""
 
     model: nn.Module
-    device: torch.device
-    dtype: torch.dtype
+    device: torch.device  # the model's
+    dtype: torch.dtype  # of its forward
 
 
 class Execution(NamedTuple):
     """A way to run a sampling loop.
 
     Attributes:
-        obstacle: returns why a subject cannot be sampled so, worded to follow the execution's
-            name, or None.
-        suits: returns whether "auto" takes it for a subject, if nothing stands in its way.
+        obstacle: returns None, or why a subject cannot be sampled so, as a phrase that follows the
+            execution's name.
+        suits: returns whether "auto" picks it for a subject, unless there is an obstacle.
         build: makes the loop.
         shows_steps: whether a function can be called after each step.
     """
@@ -62,7 +56,7 @@ def obstacle(name: str, subject: Subject) -> str | None:
 
 
 def automatic(subject: Subject, watched: bool) -> str:
-    """Return what "auto" stands for: the first of the table that suits and can run.
+    """Return what "auto" stands for: the first entry of `EXECUTIONS` that suits and can run.
 
     Args:
         subject: what is sampled.
@@ -98,10 +92,10 @@ class Win(NamedTuple):
     layers: int  # at most
 
 
-# Holds for 16 bits. An entry comes with the JSON of `benchmarks/sample_throughput.py --dtype
-# bfloat16 --way "fastdit graph" "fastdit trajectory"`, and the trajectory must have won at every
-# batch from one image to several a multiprocessor: "auto" does not look at the batch, so that an
-# image's bits do not depend on it. Empty, since nothing has been measured on a GPU.
+# For bfloat16 and float16 only. An entry comes with the JSON of `benchmarks/sample_throughput.py
+# --dtype bfloat16 --way "fastdit graph" "fastdit trajectory"`, and the trajectory must have won at
+# every batch from one image to several a multiprocessor: "auto" does not look at the batch, so that
+# an image's bits do not depend on it. Empty, since nothing has been measured on a GPU.
 WINS: tuple[Win, ...] = ()
 
 
@@ -144,7 +138,7 @@ def _needs_small_dit(subject: Subject) -> str | None:
 
 
 def _trajectory_suits(subject: Subject) -> bool:
-    """On a CPU always; on CUDA where it was measured to win.
+    """On a CPU wherever it can run; on CUDA where it was measured to win.
 
     On a CPU it is faster than compiled steps for every model that it takes, at every batch
     (benchmarks/crossover.py on two cores with AVX-512).
@@ -159,7 +153,7 @@ def _trajectory_suits(subject: Subject) -> bool:
 
 
 def _stepwise(step: Callable[[], Step], copies: bool) -> Callable[[Subject, Plan], Loop]:
-    """Return a `build` of loops of single steps; of a DiT they use its weights or a copy."""
+    """Return a `build` for loops of single steps; with `copies` a DiT is copied first."""
 
     def build(subject: Subject, plan: Plan) -> Loop:
         model, device, dtype = subject
@@ -179,7 +173,7 @@ def _whole_loop(subject: Subject, plan: Plan) -> Loop:
     return TrajectoryLoop(DiTPredictor(model, dtype, copies=False), device, dtype, plan)
 
 
-# In the order in which "auto" asks them. It never compiles, since that takes longer than many runs.
+# "auto" asks them in this order, and never picks "compile", which takes longer than many runs.
 EXECUTIONS: dict[str, Execution] = {
     "trajectory": Execution(_needs_small_dit, _trajectory_suits, _whole_loop, shows_steps=False),
     "graph": Execution(

@@ -19,7 +19,7 @@ MAX_GRAPHS = 16
 
 
 class Graphed(Step):
-    """`advance` captured in CUDA graphs: one launch a step, and the host never waits.
+    """`advance_in_place` captured in CUDA graphs: one launch a step, and the host never waits.
 
     There is a graph for each batch size, with and without null rows, for each way of making noise
     and each float32 precision of matrix products. When there are more than MAX_GRAPHS, the one
@@ -48,7 +48,7 @@ class Graphed(Step):
             return self._graphs[key].replay(state, inputs)
 
     def conditioning_buffer(self, rows: int) -> Tensor | None:
-        """Return that of the graph which ran last, since it will probably run next."""
+        """Return the buffer of the graph that ran last, which will probably run next."""
         if not self._graphs:
             return None
         own = self._graphs[next(reversed(self._graphs))].conditioning

@@ -1,4 +1,4 @@
-"""The sampling loop: what every execution of it shares, and the loop of single steps."""
+"""The sampling loop: the base class of all executions, and the loop of single steps."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Loop(ABC):
     def sample(self, request: Request, progress: Progress) -> Tensor:
         """Return [B, C, H, W] images by the model's present weights.
 
-        They are float32, or float64 for that dtype. Nothing in the loop waits for the device, so
+        They are float32, or float64 if the forward is. Nothing in the loop waits for the device, so
         that progress counts steps that were launched.
         """
 
     def _without_autocast(self) -> contextlib.AbstractContextManager:
-        """A model that is called as it is keeps its caller's autocast."""
+        """Turn autocast off, except for a model that is called as it is."""
         if isinstance(self._predictor, ModelPredictor):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, enabled=False)
@@ -85,7 +85,7 @@ class Loop(ABC):
 
 
 class StepLoop(Loop):
-    """Runs one step after another: eagerly, compiled, or as a graph."""
+    """Runs one step after another: eagerly, compiled, or as a CUDA graph."""
 
     def __init__(
         self,
@@ -119,7 +119,10 @@ class StepLoop(Loop):
             return self._layout.to_images(state.x).clone()
 
     def _noise(self, request: Request, x: Tensor, S: int) -> Iterable[tuple[Tensor | None, ...]]:
-        """Return each step's noise and seeds, one of which is None; noise is counted from 1."""
+        """Return each step's noise and seeds, one of which is None.
+
+        The first step takes noise 1, since x_T is noise 0.
+        """
         if request.noise is not None:
             noise = request.noise.to(self.device)
             return ((self._layout.to_state(z).to(x.dtype, copy=True), None) for z in noise)

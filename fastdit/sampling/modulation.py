@@ -1,4 +1,4 @@
-"""The modulation of every step of a sampling loop, computed before the loop.
+"""The modulation of a sampling loop's steps, computed for many steps at once.
 
 In sampling all images share the timestep, so that modulation depends on (step, label) alone. It is
 computed for the distinct labels only, for many steps in one matrix product a layer.
@@ -25,11 +25,11 @@ Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Projection(ABC):
-    """Makes rows of modulation from conditioning; the model's weights must stay meanwhile.
+    """Makes rows of modulation from conditioning; the model's weights must not change meanwhile.
 
     Attributes:
         model: the model.
-        split: whether time and label have rows of their own, which are added.
+        split: whether a modulation is the sum of a timestep's row and a label's row.
         row_bytes: memory of a row of a table, with what is needed beside it to fill it.
     """
 
@@ -56,7 +56,7 @@ class Projection(ABC):
         return self._project(c.flatten(0, 1)).view(*c.shape[:2], -1)
 
     def by_label(self, labels: Tensor | None) -> Tensor | None:
-        """Return `W e_y` of labels [R] where it is added: [R, width], or None."""
+        """Return the labels' rows `W e_y`, [R, width], or None where nothing is added."""
         e_y = self.model.label_conditioning(labels) if self.split else None
         # The null class alone is [D].
         return None if e_y is None else self._project(e_y.view(-1, e_y.shape[-1]), bias=False)
@@ -79,7 +79,7 @@ class LayerProjection(Projection):
         columns = table.split(self._columns, dim=-1)
         for part, own in zip(self.model.modulation_parts(c), columns, strict=True):
             own.copy_(part)
-        if not bias:  # what a layer gives for zeros is its bias, and an adapter's
+        if not bias:  # for zeros a layer returns its bias, including an adapter's
             zeros = torch.zeros_like(c[:1])
             for part, own in zip(self.model.modulation_parts(zeros), columns, strict=True):
                 own.sub_(part)
@@ -160,7 +160,7 @@ class Tables:
 
 
 class ChunkedTables(Tables):
-    """The same, with as many steps at a time as a bound of memory allows."""
+    """The same, computed in chunks of as many steps as a bound of memory allows."""
 
     def __init__(
         self,
@@ -212,10 +212,10 @@ class ChunkedTables(Tables):
 
 
 class TableStore:
-    """Makes each batch's tables, and keeps the rows that serve the next batch too.
+    """Makes each batch's tables, and keeps the rows that may serve the next batch too.
 
-    Of a split model these are the rows of all steps, and those of all labels where they are no
-    more than the steps', as far as the bound of memory allows.
+    Of a split model it keeps the rows of all steps, and those of all labels if these are no more
+    than the steps, or else of the last batch's labels; nothing if they exceed the bound of memory.
     """
 
     def __init__(self, projection: Projection, timesteps: Sequence[int], max_bytes: int) -> None:

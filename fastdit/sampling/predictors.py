@@ -1,4 +1,4 @@
-"""Noise predictors as a sampling loop sees them: what it repeats, and what is done before it."""
+"""What a sampling loop asks of a model: its work for a batch, and its work for a step."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TokenLayout:
 
 
 def is_standard_dit(model: nn.Module) -> TypeGuard[DiT]:
-    """Return whether calling a model does what `fastdit.DiT.forward` does, without hooks."""
+    """Return whether a model runs `DiT.forward` unhooked; submodules are not checked."""
     own = ("forward", "modulation", "conditioning")
     return (
         isinstance(model, DiT)
@@ -127,7 +127,7 @@ def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
 
 
 class DiTPredictor:
-    """A `fastdit.DiT`, whose conditioning is rows of modulation, computed before the loop.
+    """A `fastdit.DiT`, whose conditioning is rows of modulation, computed ahead of the steps.
 
     It uses the model's own weights, or with `copies` a copy in the dtype of the forward. `refresh`
     fills the copy anew in the same buffers, as a captured graph needs it, and later changes of the
@@ -142,7 +142,7 @@ class DiTPredictor:
         self.source = model
 
     def refresh(self) -> None:
-        """Copy the weights.
+        """Check that the weights are finite, and fill the copy where there is one.
 
         Raises:
             ValueError: a weight is not finite, or the model's parameters have other names or

@@ -33,8 +33,8 @@ class Sampler:
     Noise is a function of the seed (`fastdit.noise`): image i of `seed=7` is the same image in any
     batch, on any device and in any execution, up to the arithmetic of the forward.
 
-    For a `fastdit.DiT` every step's modulation is computed before the loop, weights are cast once a
-    call, the state stays in tokens, and guidance, the solver's update and its noise are one op.
+    For a `fastdit.DiT` modulation is computed for many steps at once, weights are cast once a call
+    at most, the state stays in tokens, and guidance, the solver's update and its noise are one op.
     Every call uses the weights that the model has at that time.
     """
 
@@ -65,16 +65,16 @@ class Sampler:
             steps: number of the scheduler's T steps to take; None takes all. The solver's docstring
                 says which. Heun's method calls the model twice a step, except in the last.
             guidance: classifier-free guidance; needs a DiT with `null_class`.
-            dtype: of the forward, including its residual stream; None is the model's own, or inside
-                autocast autocast's. A dtype that is not the model's own needs a `fastdit.DiT`. The
-                sampler's state is at least float32.
+            dtype: of the forward, including its residual stream; None is the model's own, or under
+                autocast autocast's dtype. A dtype that is not the model's own needs a
+                `fastdit.DiT`. The sampler's state is at least float32.
             execution: how the loop runs; all ways but "eager" need a `fastdit.DiT`.
                 "eager": op by op.
                 "compile": each step is one graph of torch.compile, which pays off after some
                     hundred steps.
                 "graph": each step is a replayed CUDA graph.
-                "trajectory": all steps of a small model are one op, in C++ on a CPU in float32. It
-                    reads the model's weights only, and refuses hooks and exchanged modules.
+                "trajectory": many steps of a small model are one op, in C++ on a CPU (float32) or
+                    in Triton. It reads only weights, and refuses hooks and exchanged modules.
                 "auto": "graph" on CUDA; on a CPU "trajectory" if it can run and `progress` is not
                     a function; "eager" otherwise. `execution_for` says which.
                 "compile", "graph" and another dtype use a copy of the model, whose weights are
@@ -133,7 +133,8 @@ class Sampler:
             x_T: [B, C, H, W] to start from instead of the seed's noise.
             noise: [S, B, C, H, W] to add instead of the seed's: the k-th of S evaluations of the
                 model uses noise[k]. The last one adds none, and deterministic solvers never do.
-            progress: True shows a progress bar on stderr. A function is called after each step as
+            progress: True shows a progress bar on stderr. A function is called after each
+                evaluation of the model as
                 `progress(k, x0)`, with k from 0 and the image predicted so far, [B, C, H, W];
                 "trajectory" has none to show. On CUDA both run ahead of the device.
 
@@ -251,7 +252,7 @@ class Sampler:
         return Subject(self.model, device, dtype)
 
     def _current_loop(self, watched: bool) -> Loop:
-        """Return a loop for the model as it is now; there is one for each dtype and execution."""
+        """Return the loop of this dtype and execution, a new one if the model has moved."""
         device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
             if self.execution == "graph":

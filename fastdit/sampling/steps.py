@@ -1,6 +1,6 @@
 """One step of a sampling loop, and the ways to run it: eagerly, or compiled.
 
-`graphs` holds the third way. All of them run `advance`; a graph takes it in place.
+Both run `advance`; `graphs` holds the third way, which replays `advance_in_place`.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class State(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a step is given besides; seeds and coefficients are the same at every step of a loop."""
+    """A step's other inputs; seeds and coefficients are the same at every step of a loop."""
 
     conditioning: Tensor  # B rows, or 2B with the null label's last
-    noise: Tensor | None  # like x, where it is not made in the step
-    seeds: Tensor | None  # [B, 2] int64, where it is
-    coefficients: Tensor  # [S, 10]
+    noise: Tensor | None  # like x, if it was made before the step
+    seeds: Tensor | None  # [B, 2] int64, if the step makes the noise
+    coefficients: Tensor  # [S, 10], of which the step takes its row
 
 
 def advance(predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None) -> State:
@@ -129,7 +129,7 @@ class Compiled(Step):
 def _compiled_advance(device: str, *kind: Hashable) -> Callable[..., State]:
     """Return the compiled step that all samplers of one kind share.
 
-    PyTorch counts recompilations by code object and gives up at eight, so each kind gets its own.
+    PyTorch counts recompilations by code object and stops after eight, so each kind has its own.
     """
     own = types.FunctionType(advance.__code__.replace(), advance.__globals__)
     # By default Python calls a graph's kernels and checks strides that the guards have checked,

@@ -1,4 +1,4 @@
-"""The sampling loop in as few ops as there is reason for, for small models."""
+"""The sampling loop of a small DiT as one op, or a few where it must be cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CALL_FLOP, _CALL_FLOP_PER_WEIGHT = 1e11, 3e4
 
 
 class _Prepared(NamedTuple):
-    """What was made of a model's weights."""
+    """What is made of a model's weights, and kept between calls."""
 
     weights: Tensor  # a copy of all of them, which tells whether they are still the same
     made_for: tuple[DiTConfig, tuple[int, ...]]  # and the timesteps
@@ -32,12 +32,12 @@ class _Prepared(NamedTuple):
 
 
 class TrajectoryLoop(Loop):
-    """Runs many steps as one op, which reads the model's weights alone.
+    """Runs many steps as one op, which reads a model's weights and not its modules.
 
-    A new op begins where guidance begins or ends, where the next steps' modulation tables must be
-    made, and on a CPU where a call would last so long that it could be neither watched nor
-    interrupted; on CUDA a call returns at once. Nothing between two ops waits for the device:
-    `_prepare` waits before the first, to compare the weights.
+    A new op begins where guidance begins or ends, where the next modulation tables must be made,
+    where brought noise would exceed `table_bytes`, and on a CPU where a call would be too long to
+    be watched or interrupted. Nothing between two ops waits for the device; `_prepare` does before
+    the first, to compare the weights.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TrajectoryLoop(Loop):
             return self._layout.to_images(x)
 
     def _prepare(self) -> tuple[PackedDiT, TableStore]:
-        """Return what was made of the weights, made anew unless all are what they were.
+        """Return the packed weights and the tables, made anew if what they depend on has changed.
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
@@ -99,9 +99,9 @@ class TrajectoryLoop(Loop):
         return old.packed, old.tables
 
     def _run_length(self, k: int, rows: int, weights: int) -> int:
-        """Return how many steps from k on one op may take.
+        """Return the number of steps from k on for one op: all guided, or none.
 
-        They are guided alike, and on a CPU they are at most a call's work.
+        On a CPU they are no more than a call's work, but at least one.
         """
         timesteps, guidance = self._plan.table.timesteps[k:], self._plan.guidance
         most = len(timesteps)
