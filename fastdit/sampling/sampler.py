@@ -134,9 +134,9 @@ class Sampler:
             noise: [S, B, C, H, W] to add instead of the seed's: the k-th of S evaluations of the
                 model uses noise[k]. The last one adds none, and deterministic solvers never do.
             progress: True shows a progress bar on stderr. A function is called after each
-                evaluation of the model as
-                `progress(k, x0)`, with k from 0 and the image predicted so far, [B, C, H, W];
-                "trajectory" has none to show. On CUDA both run ahead of the device.
+                evaluation of the model as `progress(k, x0)`, with k from 0 and the image predicted
+                so far, [B, C, H, W]; "trajectory" has none to show. On CUDA both run ahead of the
+                device.
 
         Returns:
             [B, C, H, W] on the model's device: float32, or float64 for a float64 model.
