@@ -124,9 +124,7 @@ def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> Non
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
-    *,
-    n_heads: int | None = None,
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module, *, n_heads: int | None = None
 ) -> DiT:
     """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
 
