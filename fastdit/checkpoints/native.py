@@ -20,7 +20,7 @@ from fastdit.checkpoints import foreign, layouts
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import FLOAT_DTYPES, unknown_name
+from fastdit.errors import FLOAT_DTYPES, check_positive, unknown_name
 from fastdit.model import DiT, config_of, unwrap
 
 SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
@@ -145,8 +145,8 @@ def load(
         ValueError: the source is truncated, holds code, or is not a DiT of a known layout; the
             message says what it looks like.
     """
-    if n_heads is not None and (not isinstance(n_heads, int) or n_heads < 1):
-        raise ValueError(f"n_heads: expected a positive integer, got {n_heads!r}")
+    if n_heads is not None:
+        check_positive("n_heads", n_heads)
     if isinstance(source, nn.Module):
         inner = unwrap(source)
         config = config_of(inner)
