@@ -16,9 +16,9 @@ import typer
 DEFAULT_OUT = Path("runs/toy")
 
 
-def option(text: str, **settings: Any) -> Any:
-    """Return an option of a command with its help text, and other settings of `typer.Option`."""
-    return typer.Option(help=text, **settings)
+def option(text: str, *names: str, **settings: Any) -> Any:
+    """Return a command's `typer.Option` with a help text, its names and its other settings."""
+    return typer.Option(*names, help=text, **settings)
 
 
 Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]")]
