@@ -69,9 +69,7 @@ def latents_sampler(
 def _checked(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing) -> Showing:
     """Return the showing, without guidance if the model has no null class.
 
-    Raises:
-        ValueError: the solver cannot take this number of steps; raised here, and not after hours
-            of training.
+    It is a ValueError, before hours of training, if the solver cannot take its number of steps.
     """
     showing.solver.spacing(scheduler.T, scheduler.T if showing.steps is None else showing.steps)
     return showing if config.null_class else replace(showing, guidance=None)
