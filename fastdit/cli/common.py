@@ -28,11 +28,8 @@ Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]
 def plain_errors() -> Iterator[None]:
     """Print errors and warnings that a user can act on as one line each, without a traceback."""
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
         warnings.simplefilter("default", UserWarning)
         try:
             yield
