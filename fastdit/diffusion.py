@@ -91,11 +91,9 @@ def strided_timesteps(T: int, steps: int) -> list[int]:
     _check_steps(T, steps)
     counts = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
     if steps not in counts:
-        near = sorted(counts, key=lambda n: abs(n - steps))[:2]
-        raise ValueError(
-            f"steps: no stride takes {steps} of {T} timesteps; the nearest numbers are "
-            f"{' and '.join(map(str, sorted(near)))}"
-        )
+        low, high = sorted(sorted(counts, key=lambda n: abs(n - steps))[:2])
+        nearest = f"the nearest numbers are {low} and {high}"
+        raise ValueError(f"steps: no stride takes {steps} of {T} timesteps; {nearest}")
     return list(range(0, T, counts[steps]))
 
 

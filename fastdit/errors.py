@@ -31,11 +31,11 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
     """Raise a ValueError unless 0 <= values < limit; on an accelerator this waits for them."""
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {values.dtype}")
-    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
-        raise ValueError(
-            f"{name}: expected values in [0, {limit}), got {int(values.min())} to "
-            f"{int(values.max())}"
-        )
+    if not values.numel():
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: expected values in [0, {limit}), got {low} to {high}")
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:

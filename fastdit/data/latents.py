@@ -51,11 +51,10 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
         diffusers.utils.logging.set_verbosity(level)
     # diffusers would use random weights in place of missing ones.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told[what]:
-            raise ValueError(
-                f"vae: expected an AutoencoderKL in {source}, but it has {len(told[what])} "
-                f"{what.replace('_', ' ')}, such as {next(iter(told[what]))}"
-            )
+        if names := list(told[what]):
+            kind = what.replace("_", " ")
+            has = f"it has {len(names)} {kind}, such as {names[0]}"
+            raise ValueError(f"vae: expected an AutoencoderKL in {source}, but {has}")
     if getattr(vae.config, "shift_factor", None):
         raise ValueError(f"vae: {source} shifts its latents, which published DiTs do not expect")
     return vae.to(device).eval()

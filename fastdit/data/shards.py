@@ -103,10 +103,8 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
         return
     plan = json.loads(wanted)
     if other := sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n)):
-        raise ValueError(
-            f"{folder}: it holds shards of another call, which differ in {', '.join(other)}; "
-            "remove the folder, or write elsewhere"
-        )
+        advice = f"{', '.join(other)}; remove the folder, or write elsewhere"
+        raise ValueError(f"{folder}: it holds shards of another call, which differ in {advice}")
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:

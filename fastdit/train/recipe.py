@@ -70,9 +70,8 @@ class Recipe:
         for name, low in _INTEGERS.items():
             value, high = getattr(self, name), 2 ** (63 if name == "seed" else 31) - 1
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(
-                    f"{name}: expected an integer from {low} to {high:,}, got {value!r}"
-                )
+                expected = f"an integer from {low} to {high:,}"
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name, limit, other, expected in _NUMBERS:
             value = getattr(self, name)
             if value != other and (type(value) not in (int, float) or not 0 < value < limit):

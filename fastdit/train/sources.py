@@ -122,10 +122,9 @@ def check_fits(config: DiTConfig, source: Source) -> None:
     if H != W:
         raise ValueError(f"data: expected square images, got {H} x {W}")
     if config.sample_shape != source.sample_shape:
-        raise ValueError(
-            f"config: the data are {C} x {H} x {W}, expected in_channels={C}, img_size={H}, "
-            f"got in_channels={config.in_channels}, img_size={config.img_size}"
-        )
+        expected = f"in_channels={C}, img_size={H}"
+        got = f"in_channels={config.in_channels}, img_size={config.img_size}"
+        raise ValueError(f"config: the data are {C} x {H} x {W}, expected {expected}, got {got}")
     classes = len(source.label_names)
     if config.use_class_cond and config.num_classes != classes:
         got = f"num_classes={config.num_classes}"

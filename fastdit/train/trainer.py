@@ -340,16 +340,13 @@ class Trainer:
         if step:
             create_optimizer_state(trainer.optimizer)
         restore(trainer._tensors(), saved, step)
-        trainer._warn_of_changes(header["environment"])
-        return trainer
-
-    def _warn_of_changes(self, then: Any) -> None:
-        """Warn of changes in the environment since the checkpoint was written."""
-        for name, now in self.runtime.environment().items():
+        then = header["environment"]
+        for name, now in trainer.runtime.environment().items():
             before = then.get(name) if isinstance(then, dict) else None
             if before != now:
                 warnings.warn(
                     f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
                     "will differ from those of an uninterrupted run",
-                    stacklevel=3,
+                    stacklevel=2,
                 )
+        return trainer
