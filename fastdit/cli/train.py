@@ -83,18 +83,14 @@ def train(
 
     To share the work between processes: torchrun -m fastdit train.
     """
-    arguments = locals()
+    arguments = locals()  # the recipe's options are named like its fields
     given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Recipe)}
     with plain_errors():
         where = device_of(device)
         with processes(where) as world:
-            names: dict[str, Any] = dict(precision=precision, compile=compile, strategy=strategy)
-            runtime = Runtime(
-                where, checkpointing=checkpointing, accumulate=accumulate, world=world, **names
-            )
-            options: dict[str, Any] = dict(
-                out=out, runtime=runtime, save_every=save_every, keep=keep
-            )
+            how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
+            runtime = Runtime(where, world=world, **{key: arguments[key] for key in how})
+            options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
             saved = _find_saved(resume, out)
             resumed = saved is not None
             if saved is None:
@@ -167,7 +163,7 @@ def _find_saved(resume: str, out: Path) -> Saved | None:
 def _check_same_options(
     trainer: Trainer, per_class: int | None, model: str | None, given: dict
 ) -> None:
-    """Raise a ValueError if an option differs from that with which the run was started."""
+    """Raise a ValueError if the run was started with other options."""
     for name, value in given.items():
         started = getattr(trainer.recipe, name)
         if value is not None and value != started and (value, started) != (0, None):
@@ -243,9 +239,9 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
     """Print how a run ended, or how to continue one that was stopped."""
     recipe = trainer.recipe
     if not result.finished:
-        advice = f"continue with fastdit train --resume auto --out {out}"
         print(
-            f"stopped at step {trainer.step} of {recipe.steps}, and saved; {advice}",
+            f"stopped at step {trainer.step} of {recipe.steps}, and saved; continue with fastdit "
+            f"train --resume auto --out {out}",
             file=sys.stderr,
         )
         return
