@@ -209,13 +209,7 @@ def _translate(
 def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> CheckpointInfo:
     """Return what a checkpoint holds besides its weights, stored or inferred from shapes.
 
-    Args:
-        path: a file or a folder that `load` reads.
-        n_heads: as for `load`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as for `load`.
+    The path is of a file or a folder that `load` reads; n_heads and the errors are as for `load`.
     """
     info, foreign_config, tensors = _read(path)
     if info is not None:

@@ -221,12 +221,7 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
 
 
 class LatentShards:
-    """The latents that `encode_folder` wrote, memory-mapped.
-
-    shards = LatentShards("latents")
-    mean, std, label = shards[0]
-    latent = mean + std * torch.randn_like(std)
-    """
+    """The latents that `encode_folder` wrote, memory-mapped: `mean, std, label = shards[i]`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open a folder of shards; it is a ValueError if there are none, or some are missing."""

@@ -19,16 +19,12 @@ from fastdit.train.monitor import Shown
 from fastdit.train.recipe import Showing
 
 SHOWN_PER_CLASS = 4
-JUDGED_PER_CLASS = 10
 _LATENT_CLASSES = 4  # shown in a grid, spread over all classes
 _SEED = 0
 
 
 def shapes_sampler(
-    config: DiTConfig,
-    scheduler: DiffusionScheduler,
-    showing: Showing,
-    per_class: int = JUDGED_PER_CLASS,
+    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing, per_class: int = 10
 ) -> Callable[[DiT], Shown]:
     """Return a function that samples a model of the coloured shapes.
 
