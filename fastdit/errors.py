@@ -55,7 +55,7 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise a ValueError unless a value is an integer of at least 1; True is none."""
+    """Raise a ValueError unless a value is an integer of at least 1, and not True."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 

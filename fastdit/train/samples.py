@@ -65,7 +65,7 @@ def latents_sampler(
 def _checked(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing) -> Showing:
     """Return the showing, without guidance if the model has no null class.
 
-    It is a ValueError, before hours of training, if the solver cannot take its number of steps.
+    A number of steps that the solver cannot take is refused here, not after hours of training.
     """
     showing.solver.spacing(scheduler.T, scheduler.T if showing.steps is None else showing.steps)
     return showing if config.null_class else replace(showing, guidance=None)

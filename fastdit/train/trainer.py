@@ -213,7 +213,7 @@ class Trainer:
             monitor.show(self.step, model.to(self.runtime.device))
 
     def request_stop(self) -> None:
-        """Let `run` save and return after this step in all processes; a signal handler may call it."""
+        """Let `run` save and end in all processes after this step; a signal handler may call it."""
         self._stop_asked = True
 
     @torch.enable_grad()
