@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from fastdit.errors import from_options, unknown_name
+from fastdit.errors import check_fields, from_options
 
 MLP_RATIO = 4
 
-InitName = Literal["torch", "xavier"]
 
 # Fields that files from earlier releases lack, with the values that those releases computed with.
 # mlp_ln_eps and t_freq_shift came with the support for diffusers' checkpoints.
@@ -69,20 +67,14 @@ class DiTConfig:
     t_freq_shift: Literal[0, 1] = 0
     t_embed_act: Literal["gelu", "silu"] = "gelu"
     learn_sigma: bool = False
-    init: InitName = "torch"
+    init: Literal["torch", "xavier"] = "torch"
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            _check_value(field.name, getattr(self, field.name), hints[field.name])
-        if self.img_size % self.patch_size:
-            raise ValueError(
-                f"patch_size: expected a divisor of img_size={self.img_size}, got {self.patch_size}"
-            )
-        if self.hidden % self.n_heads:
-            raise ValueError(
-                f"n_heads: expected a divisor of hidden={self.hidden}, got {self.n_heads}"
-            )
+        check_fields(self)
+        for part, whole in (("patch_size", "img_size"), ("n_heads", "hidden")):
+            divisor, size = getattr(self, part), getattr(self, whole)
+            if size % divisor:
+                raise ValueError(f"{part}: expected a divisor of {whole}={size}, got {divisor}")
         if self.pos_embed == "sincos" and self.hidden % 4:
             raise ValueError(f"hidden: pos_embed='sincos' needs a multiple of 4, got {self.hidden}")
         if self.null_class and not self.use_class_cond:
@@ -97,11 +89,8 @@ class DiTConfig:
     def from_saved(cls, options: dict[str, Any]) -> DiTConfig:
         """Return the config that a file holds, which an earlier release may have written.
 
-        Args:
-            options: every field, except those that were added after the file was written.
-
         Raises:
-            ValueError: a field is unknown, missing or out of range.
+            ValueError: a field is unknown or out of range, or one that its release had is missing.
         """
         if isinstance(options, dict):
             options = _LATER_OPTIONS | options
@@ -136,23 +125,6 @@ class DiTConfig:
     def sample_shape(self) -> tuple[int, int, int]:
         """[C, H, W] of one image."""
         return self.in_channels, self.img_size, self.img_size
-
-
-def _check_value(name: str, value: Any, hint: Any) -> None:
-    """Check a field's value against its annotation, so that each rule is written only once."""
-    if value is None and hint in (float | None, int | None):
-        return
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}: expected True or False, got {value!r}")
-    elif hint in (float, float | None):
-        if not (isinstance(value, float) and math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: expected a positive float, got {value!r}")
-    elif hint in (int, int | None):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-    elif value not in get_args(hint) or type(value) not in map(type, get_args(hint)):
-        raise unknown_name(name, value, get_args(hint))
 
 
 # Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), table 1; each size comes with

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastdit.errors import check_range, unknown_name
+from fastdit.errors import check_positive, check_range, unknown_name
 
 # A signal with 10% of the noise's amplitude visibly shifts brightness and layout; the published
 # 1000-step linear schedule ends at 4e-5.
@@ -65,9 +65,7 @@ def _cosine_betas(T: int) -> Tensor:
 
 
 def spaced_timesteps(T: int, steps: int) -> list[int]:
-    """Return timesteps from 0 to T - 1 at equal distances, rounded, in ascending order.
-
-    A single step is timestep 0.
+    """Return ascending timesteps from 0 to T - 1 at equal distances, rounded; or [0] if steps is 1.
 
     Source: Nichol & Dhariwal 2021, `space_timesteps` of their code with one section, as in DiT's
     published samples ("250").
@@ -93,11 +91,9 @@ def strided_timesteps(T: int, steps: int) -> list[int]:
     _check_steps(T, steps)
     counts = {len(range(0, T, stride)): stride for stride in range(T, 0, -1)}
     if steps not in counts:
-        near = sorted(counts, key=lambda n: abs(n - steps))[:2]
-        raise ValueError(
-            f"steps: no stride takes {steps} of {T} timesteps; the nearest numbers are "
-            f"{' and '.join(map(str, sorted(near)))}"
-        )
+        low, high = sorted(sorted(counts, key=lambda n: abs(n - steps))[:2])
+        nearest = f"the nearest numbers are {low} and {high}"
+        raise ValueError(f"steps: no stride takes {steps} of {T} timesteps; {nearest}")
     return list(range(0, T, counts[steps]))
 
 
@@ -165,15 +161,12 @@ class DiffusionScheduler:
         Warns:
             TerminalSNRWarning: x_T keeps signal, which sampling does not start from.
         """
-        if not isinstance(T, int) or isinstance(T, bool) or T < 1:
-            raise ValueError(f"T: expected a positive integer, got {T!r}")
+        check_positive("T", T)
         if schedule not in SCHEDULES:
             raise unknown_name("schedule", schedule, SCHEDULES)
         if prediction not in PREDICTIONS:
             raise unknown_name("prediction", prediction, PREDICTIONS)
-        self.T = T
-        self.schedule = schedule
-        self.prediction = prediction
+        self.T, self.schedule, self.prediction = T, schedule, prediction
         self.device = torch.device(device)
         betas = SCHEDULES[schedule](T)
         alphas = 1 - betas
@@ -190,25 +183,22 @@ class DiffusionScheduler:
         }  # float64, on the host
         for name, table in self.tables.items():
             setattr(self, name, table.to(self.device, torch.float32))
-        self._warn_if_signal_remains()
+        left = alpha_bars[-1].item()
+        snr = left / (1 - left)
+        if snr > TERMINAL_SNR_LIMIT:
+            warnings.warn(
+                f"terminal SNR is {snr:.3g} (alpha_bar_T = {left:.3g}): at t = T - 1 training "
+                f"still shows the model {math.sqrt(left):.0%} of the image's amplitude, but "
+                "sampling starts from pure noise, so samples drift in brightness and layout; "
+                "schedule='linear-scaled' ends near zero",
+                TerminalSNRWarning,
+                stacklevel=2,
+            )
 
     @property
     def options(self) -> dict[str, int | str]:
         """The arguments that build this diffusion again, on any device."""
         return {"T": self.T, "schedule": self.schedule, "prediction": self.prediction}
-
-    def _warn_if_signal_remains(self) -> None:
-        alpha_bar = self.tables["alpha_bars"][-1].item()
-        snr = alpha_bar / (1 - alpha_bar)
-        if snr > TERMINAL_SNR_LIMIT:
-            warnings.warn(
-                f"terminal SNR is {snr:.3g} (alpha_bar_T = {alpha_bar:.3g}): at t = T - 1 training "
-                f"still shows the model {math.sqrt(alpha_bar):.0%} of the image's amplitude, but "
-                "sampling starts from pure noise, so samples drift in brightness and layout; "
-                "schedule='linear-scaled' ends near zero",
-                TerminalSNRWarning,
-                stacklevel=3,
-            )
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise images to timestep t: `sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps`.
@@ -246,7 +236,5 @@ class DiffusionScheduler:
 
     def gather(self, name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Return entries t [B] of the table `name`; all but float64 are rounded from float32."""
-        if dtype == torch.float64:
-            return self.tables[name].to(t.device)[t]
-        attribute: Tensor = getattr(self, name)
-        return attribute[t].to(dtype)
+        table: Tensor = getattr(self, name)
+        return self.tables[name].to(t.device)[t] if dtype == torch.float64 else table[t].to(dtype)

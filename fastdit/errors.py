@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -30,11 +31,11 @@ def check_range(name: str, values: Tensor, limit: int) -> None:
     """Raise a ValueError unless 0 <= values < limit; on an accelerator this waits for them."""
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise ValueError(f"{name}: expected integers, got {values.dtype}")
-    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < limit:
-        raise ValueError(
-            f"{name}: expected values in [0, {limit}), got {int(values.min())} to "
-            f"{int(values.max())}"
-        )
+    if not values.numel():
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name}: expected values in [0, {limit}), got {low} to {high}")
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
@@ -51,6 +52,35 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise ValueError(f"{what}: expected finite values, but {name} holds NaN or Inf")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ValueError unless a value is an integer of at least 1, and not True."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_fields(options: Any, *names: str) -> None:
+    """Check the named fields of a dataclass, or all of them, against their annotations.
+
+    Integers and floats must be positive. Only bool, int, float and Literal are known, and None
+    beside int and float.
+    """
+    hints = get_type_hints(type(options))
+    for name in names or hints:
+        value, hint = getattr(options, name), hints[name]
+        if value is None and hint in (float | None, int | None):
+            continue
+        if hint is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: expected True or False, got {value!r}")
+        elif hint in (float, float | None):
+            if not (isinstance(value, float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: expected a positive float, got {value!r}")
+        elif hint in (int, int | None):
+            check_positive(name, value)
+        elif value not in get_args(hint) or type(value) not in map(type, get_args(hint)):
+            raise unknown_name(name, value, get_args(hint))
 
 
 def from_options(cls: type[T], options: Any, complete: bool = False) -> T:
@@ -74,11 +104,7 @@ def from_options(cls: type[T], options: Any, complete: bool = False) -> T:
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn where the user's code called the package, however deep the call is by now."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and _is_internal(frame.f_globals):
+    internal = ("fastdit.", "torch.")  # PyTorch's decorators stand between the package's calls
+    while frame.f_back and str(frame.f_globals.get("__name__")).startswith(internal):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
-
-
-def _is_internal(namespace: Mapping[str, Any]) -> bool:
-    """Whether a frame is fastdit's, or PyTorch's, whose decorators stand between its calls."""
-    return str(namespace.get("__name__", "")).startswith(("fastdit.", "torch."))

@@ -74,8 +74,6 @@ class PipelineTransformer(nn.Module):
             ValueError: a shape does not fit, or cross_attention_kwargs are given.
         """
         if cross_attention_kwargs:
-            raise ValueError(
-                "cross_attention_kwargs: expected None, since a DiT has no cross attention"
-            )
+            raise ValueError("cross_attention_kwargs: expected None, a DiT has no cross attention")
         sample = self.model(hidden_states, timestep, class_labels)
         return TransformerOutput(sample) if return_dict else (sample,)

@@ -44,15 +44,11 @@ def check_against_oracle(actual: Tensor, plain: Tensor, oracle: Tensor) -> None:
             or is all zero.
     """
     if not actual.shape == plain.shape == oracle.shape:
-        raise ValueError(
-            f"actual, plain, oracle: expected one shape, got {list(actual.shape)}, "
-            f"{list(plain.shape)}, {list(oracle.shape)}"
-        )
+        shapes = [list(tensor.shape) for tensor in (actual, plain, oracle)]
+        raise ValueError(f"actual, plain, oracle: expected one shape, got {shapes}")
     if oracle.numel() < 4096 or oracle.dtype != torch.float64 or not oracle.norm() > 0:
-        raise ValueError(
-            "oracle: expected at least 4096 elements of float64, not all zero; got "
-            f"{oracle.numel()} of {oracle.dtype}"
-        )
+        expected = "at least 4096 elements of float64, not all zero"
+        raise ValueError(f"oracle: expected {expected}, got {oracle.numel()} of {oracle.dtype}")
     rounding = torch.finfo(actual.dtype).eps / 2
     error, plain_error = relative_error(actual, oracle), relative_error(plain, oracle)
     assert error <= 2 * plain_error + rounding, (

@@ -39,9 +39,8 @@ def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a bad offset
                 raise
             # PyTorch's own message is not passed on, since it advises to run the file.
-            code = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = "it is truncated or damaged, or holds more than tensors, which is not run"
-            if code:
+            if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 reason = f"it holds more than tensors ({code[1]}), which is refused and not run"
             raise ValueError(f"{path}: expected a PyTorch file of tensors; {reason}") from error
     if not isinstance(content, dict):
@@ -61,18 +60,17 @@ def read_folder(path: Path) -> tuple[Any, Path]:
     """
     if (path / "transformer").is_dir() and not (path / "config.json").is_file():
         path = path / "transformer"
+    source = path / "config.json"
     weights = next((path / n for n in FOLDER_WEIGHTS if (path / n).is_file()), None)
-    if weights is None or not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path}: expected config.json and {' or '.join(FOLDER_WEIGHTS)}, as diffusers' "
-            "save_pretrained writes them"
-        )
+    if weights is None or not source.is_file():
+        names = f"config.json and {' or '.join(FOLDER_WEIGHTS)}"
+        raise ValueError(f"{path}: expected {names}, which diffusers' save_pretrained writes")
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = json.loads(source.read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path / 'config.json'}: expected JSON ({error})") from error
+        raise ValueError(f"{source}: expected JSON ({error})") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.json'}: expected a JSON object, got {config!r:.40}")
+        raise ValueError(f"{source}: expected a JSON object, got {config!r:.40}")
     return config, weights
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,11 +62,8 @@ _MODULATION = re.compile(r"(blocks\.\d+\.adaLN_modulation|final_mod)\.(weight|bi
 
 def layout_of(keys: Iterable[str]) -> str | None:
     """Return the name of the layout that a checkpoint's keys belong to, or None."""
-    keys = list(keys)
-    for prefix, name in PREFIXES.items():
-        if any(key.startswith(prefix) for key in keys):
-            return name
-    return None
+    found = (name for key in keys for start, name in PREFIXES.items() if key.startswith(start))
+    return next(found, None)
 
 
 def from_facebook(
@@ -91,8 +88,7 @@ def from_facebook(
 
 def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict in facebookresearch/DiT's layout; the inverse of `from_facebook`."""
-    back = [(own, theirs) for theirs, own in reversed(_FACEBOOK)]
-    return {_renamed(name, back): _swapped(name, t) for name, t in state.items()}
+    return {_renamed_back(name, _FACEBOOK): _swapped(name, t) for name, t in state.items()}
 
 
 def from_diffusers(
@@ -113,11 +109,10 @@ def from_diffusers(
     patch = tensors.get("pos_embed.proj.weight")
     wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
     if patch is None or list(patch.shape) != wanted or _count_layers(tensors) != cfg.n_layers:
-        got = "none" if patch is None else f"{list(patch.shape)}"
-        raise ValueError(
-            f"config: says {cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}, but the "
-            f"tensors have {_count_layers(tensors)} blocks and {got}"
-        )
+        says = f"{cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}"
+        shape = "none" if patch is None else list(patch.shape)
+        got = f"{_count_layers(tensors)} blocks and {shape}"
+        raise ValueError(f"config: says {says}, but the tensors have {got}")
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
         name = _renamed(name, _DIFFUSERS)
@@ -164,8 +159,6 @@ def to_diffusers(
     stored = replace(_diffusers_config(config), init=cfg.init)
     if stored != cfg:
         raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
-    back = [(own, theirs) for theirs, own in reversed(_DIFFUSERS)]
-    embedder = [(own, theirs) for theirs, own in _DIFFUSERS_EMBEDDER]
     out: dict[str, Tensor] = {}
     for name, t in state.items():
         t = _swapped(name, t)
@@ -174,15 +167,15 @@ def to_diffusers(
                 raise ValueError("pos_embed: expected the one that diffusers computes")
             continue
         if name.startswith(("t_embed.", "y_embed.")):
+            theirs = _renamed_back(name, _DIFFUSERS_EMBEDDER)
             for i in range(cfg.n_layers):
-                theirs = _renamed(name, embedder)
                 out[f"transformer_blocks.{i}.norm1.emb.{theirs}"] = t.clone()
         elif ".attn.qkv." in name:
             block, _, kind = name.partition(".attn.qkv.")
             for n, part in zip("qkv", t.chunk(3), strict=True):
                 out[f"transformer_{block}.attn1.to_{n}.{kind}"] = part.clone()
         else:
-            out[_renamed(name, back)] = t
+            out[_renamed_back(name, _DIFFUSERS)] = t
     return config, out
 
 
@@ -196,11 +189,9 @@ def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
         "norm_elementwise_affine": (False,),
     }
     for key, known in expected.items():
-        if config.get(key, known[0]) not in known:
-            raise ValueError(
-                f"config: expected {key} to be one of {', '.join(map(str, known))}, got "
-                f"{config[key]!r}"
-            )
+        if (value := config.get(key, known[0])) not in known:
+            names = ", ".join(map(str, known))
+            raise ValueError(f"config: expected {key} to be one of {names}, got {value!r}")
 
     def size(key: str) -> int:
         value = config.get(key)
@@ -211,10 +202,8 @@ def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
     n_heads, channels = size("num_attention_heads"), size("in_channels")
     out_channels, norm_eps = config.get("out_channels"), config.get("norm_eps", 1e-5)
     if out_channels not in (None, channels, 2 * channels):
-        raise ValueError(
-            f"config: expected out_channels of {channels} or {2 * channels}, got "
-            f"{out_channels!r:.40}"
-        )
+        wanted = f"out_channels of {channels} or {2 * channels}"
+        raise ValueError(f"config: expected {wanted}, got {out_channels!r:.40}")
     if not isinstance(norm_eps, float):
         raise ValueError(f"config: expected norm_eps to be a float, got {norm_eps!r:.40}")
     return replace(
@@ -239,6 +228,10 @@ def _renamed(name: str, pairs: Iterable[tuple[str, str]]) -> str:
     return name
 
 
+def _renamed_back(name: str, pairs: Sequence[tuple[str, str]]) -> str:
+    return _renamed(name, [(own, theirs) for theirs, own in reversed(pairs)])
+
+
 def _add(state: dict[str, Tensor], name: str, t: Tensor) -> None:
     if name in state:
         raise ValueError(f"two tensors have the name {name}")
@@ -250,10 +243,8 @@ def _swapped(name: str, rows: Tensor) -> Tensor:
     parts = 2 if name.startswith("final_mod") else 6
     if not _MODULATION.fullmatch(name) or not rows.dim() or len(rows) % parts:
         return rows  # a wrong shape is reported where shapes are compared
-    pieces = list(rows.chunk(parts))
-    for i in range(0, parts, 3):
-        pieces[i], pieces[i + 1] = pieces[i + 1], pieces[i]
-    return torch.cat(pieces)
+    pieces = rows.chunk(parts)
+    return torch.cat([pieces[i] for i in (1, 0, 2, 4, 3, 5)[:parts]])
 
 
 def _count_layers(names: Iterable[str]) -> int:
@@ -276,10 +267,8 @@ def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTCo
     known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
     heads = known.get((layers, D)) if n_heads is None else n_heads
     if heads is None:
-        raise ValueError(
-            f"n_heads: shapes do not tell it, and no published DiT has {layers} layers of "
-            f"width {D}; pass n_heads= (fastdit convert --n-heads)"
-        )
+        size = f"{layers} layers of width {D}; pass n_heads= (fastdit convert --n-heads)"
+        raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
     return replace(
         PRESETS["DiT-XL/2"],
         img_size=math.isqrt(state["pos_embed"].shape[1]) * p,

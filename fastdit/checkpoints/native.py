@@ -20,7 +20,7 @@ from fastdit.checkpoints import foreign, layouts
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import FLOAT_DTYPES, unknown_name
+from fastdit.errors import FLOAT_DTYPES, check_positive, unknown_name
 from fastdit.model import DiT, config_of, unwrap
 
 SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
@@ -105,17 +105,14 @@ def save(
 
 
 def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
-    """Write the two files that diffusers' from_pretrained reads.
-
-    The old config is removed first and the new one written last, since a folder without a config
-    is not taken for a checkpoint: old and new files are never read together.
-    """
+    """Write the two files that diffusers' from_pretrained reads."""
     config, tensors = layouts.to_diffusers(cfg, state)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: not written, since it exists and is not a folder")
     path.mkdir(parents=True, exist_ok=True)
+    # Old and new files are never read together, since a folder without a config is no checkpoint.
     (path / "config.json").unlink(missing_ok=True)
     with atomic_path(path / foreign.FOLDER_WEIGHTS[0]) as aside:
         aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
@@ -124,9 +121,7 @@ def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> Non
 
 
 def load(
-    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module,
-    *,
-    n_heads: int | None = None,
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module, *, n_heads: int | None = None
 ) -> DiT:
     """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
 
@@ -147,8 +142,8 @@ def load(
         ValueError: the source is truncated, holds code, or is not a DiT of a known layout; the
             message says what it looks like.
     """
-    if n_heads is not None and (not isinstance(n_heads, int) or n_heads < 1):
-        raise ValueError(f"n_heads: expected a positive integer, got {n_heads!r}")
+    if n_heads is not None:
+        check_positive("n_heads", n_heads)
     if isinstance(source, nn.Module):
         inner = unwrap(source)
         config = config_of(inner)
@@ -171,9 +166,8 @@ def load(
         if t.dtype not in FLOAT_DTYPES or t.layout != torch.strided or t.is_meta:
             kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
             raise ValueError(f"{name}: expected float weights, but {key} is {kind}")
-    for key in tensors:
         # Copied, since the file may change, tensors may share a storage, and a live model goes on.
-        tensors[key] = tensors[key].detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(config.pos_embed == "learned")
     return model
@@ -215,13 +209,7 @@ def _translate(
 def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> CheckpointInfo:
     """Return what a checkpoint holds besides its weights, stored or inferred from shapes.
 
-    Args:
-        path: a file or a folder that `load` reads.
-        n_heads: as for `load`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as for `load`.
+    The path is of a file or a folder that `load` reads; n_heads and the errors are as for `load`.
     """
     info, foreign_config, tensors = _read(path)
     if info is not None:
@@ -269,11 +257,11 @@ def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str
             want, got = list(tensor.shape), list(tensors[name].shape)
             problems.append(f"{name}: expected shape {want}, got {got}")
     if problems:
-        raise ValueError(
-            f"{source}: the tensors do not fit the config (in fastdit's names): "
-            f"{'; '.join(problems[:_SHOWN_KEYS])}"
-            + ("" if layouts.layout_of(tensors) == "fastdit" else f"; {_describe_layout(tensors)}")
-        )
+        said = problems[:_SHOWN_KEYS]
+        if layouts.layout_of(tensors) != "fastdit":
+            said.append(_describe_layout(tensors))
+        what = "the tensors do not fit the config (in fastdit's names)"
+        raise ValueError(f"{source}: {what}: {'; '.join(said)}")
 
 
 @contextmanager
@@ -284,10 +272,8 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a whole safetensors file, got one that is truncated or of another "
-            f"kind ({error})"
-        ) from error
+        got = f"one that is truncated or of another kind ({error})"
+        raise ValueError(f"{path}: expected a whole safetensors file, got {got}") from error
 
 
 def _read_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
@@ -307,10 +293,8 @@ def _read_header(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
 def _read_info(path: str | os.PathLike[str], file: Any) -> CheckpointInfo:
     header = _read_header(path, file)
     if "recipe" in header:
-        raise ValueError(
-            f"{path}: expected a model, got a checkpoint of a run; model.safetensors in the run's "
-            "folder is its model"
-        )
+        advice = "model.safetensors in the run's folder is its model"
+        raise ValueError(f"{path}: expected a model, got a checkpoint of a run; {advice}")
     if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
     config = DiTConfig.from_saved(header["config"])
@@ -347,10 +331,8 @@ def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
     if layout is None:
         return f"the keys ({_first_few(list(keys))}) are not of a known layout"
     if layout == "fastdit":
-        return (
-            "the keys look like fastdit's: build fastdit.DiT with this checkpoint's options, call "
-            "load_state_dict on it, then fastdit.save"
-        )
+        advice = "build fastdit.DiT with its options, call load_state_dict, then fastdit.save"
+        return f"the keys look like fastdit's: {advice}"
     return f"the keys look like those of {layout}: pass the folder, which has a config.json"
 
 

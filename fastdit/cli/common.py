@@ -16,9 +16,9 @@ import typer
 DEFAULT_OUT = Path("runs/toy")
 
 
-def option(text: str, **settings: Any) -> Any:
-    """Return an option of a command with its help text, and other settings of `typer.Option`."""
-    return typer.Option(help=text, **settings)
+def option(text: str, *names: str, **settings: Any) -> Any:
+    """Return a command's `typer.Option` with a help text, its names and its other settings."""
+    return typer.Option(*names, help=text, **settings)
 
 
 Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]")]
@@ -28,11 +28,8 @@ Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]
 def plain_errors() -> Iterator[None]:
     """Print errors and warnings that a user can act on as one line each, without a traceback."""
 
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
         warnings.simplefilter("default", UserWarning)
         try:
             yield

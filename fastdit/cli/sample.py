@@ -182,8 +182,7 @@ def _digest(checkpoint: Path) -> str:
 def _write(out: Path, images: Tensor, columns: int) -> None:
     """Write a grid, or an NPZ of pixels or, where the images have other channels, of latents."""
     if out.suffix == ".png":
-        zoom = max(1, 64 // images.shape[-1])
-        write_grid(out, to_pixels(images), columns, zoom)
+        write_grid(out, to_pixels(images), columns, zoom=max(1, 64 // images.shape[-1]))
     elif images.shape[1] in PIXEL_CHANNELS:
         write_npz(out, to_pixels(images))
     else:
@@ -197,21 +196,18 @@ def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo
     if out.is_dir():
         raise ValueError(f"--out: expected a file's name, got the folder {out}")
     if not checkpoint.exists():
+        advice = f"(a minute or two on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
         raise ValueError(
-            f"{checkpoint}: no such checkpoint; make one with `fastdit train` (a minute or two "
-            f"on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
+            f"{checkpoint}: no such checkpoint; make one with `fastdit train` {advice}"
         )
     found = inspect(checkpoint)
     if found.diffusion is None:
-        raise ValueError(
-            f"{checkpoint}: it does not say which diffusion it was trained on; save it again "
-            "with fastdit.save(model, path, scheduler=...)"
-        )
-    if out.suffix == ".png" and not decoded and found.config.in_channels not in PIXEL_CHANNELS:
-        raise ValueError(
-            f"--out: a PNG shows 1 or 3 channels, but the model makes {found.config.in_channels}; "
-            "expected --vae to decode them, or a name that ends in .npz"
-        )
+        advice = "save it again with fastdit.save(model, path, scheduler=...)"
+        raise ValueError(f"{checkpoint}: it does not name its training's diffusion; {advice}")
+    makes = found.config.in_channels
+    if out.suffix == ".png" and not decoded and makes not in PIXEL_CHANNELS:
+        advice = "expected --vae to decode them, or a name that ends in .npz"
+        raise ValueError(f"--out: a PNG shows 1 or 3 channels, the model makes {makes}; {advice}")
     return found, found.diffusion
 
 
@@ -245,8 +241,6 @@ def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfi
         elif by_name and not word.lstrip("-").isdecimal():
             raise unknown_name("--labels", word, by_name)
         else:
-            raise ValueError(
-                f"--labels: expected a number in [0, {config.num_classes})"
-                f"{' or a name' if by_name else ''}, got {word!r}"
-            )
+            expected = f"a number in [0, {config.num_classes})" + " or a name" * bool(by_name)
+            raise ValueError(f"--labels: expected {expected}, got {word!r}")
     return parsed

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -34,8 +34,8 @@ _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the fir
 PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
-def _recipe_option(text: str) -> Any:
-    return option(f"{text}  [the recipe's]")
+def _recipe_option(text: str, *names: str) -> Any:
+    return option(f"{text}  [the recipe's]", *names)
 
 
 def train(
@@ -47,8 +47,8 @@ def train(
             "there is none; a file: continue from it; no: start a run."
         ),
     ] = "no",
-    recipe: Annotated[
-        str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]")
+    name: Annotated[
+        str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]", "--recipe")
     ] = None,
     data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
     model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
@@ -62,13 +62,13 @@ def train(
     clip: Annotated[float | None, _recipe_option("Bound of the gradient's norm; 0: none.")] = None,
     ema: Annotated[float | None, _recipe_option("Decay of the averaged weights; 0: none.")] = None,
     label_dropout: Annotated[float | None, _recipe_option("Share of labels dropped.")] = None,
-    diffusion_steps: Annotated[int | None, _recipe_option("Diffusion steps T.")] = None,
+    T: Annotated[int | None, _recipe_option("Diffusion steps T.", "--diffusion-steps")] = None,
     schedule: Annotated[str | None, _recipe_option("linear, linear-scaled or cosine.")] = None,
     seed: Annotated[int | None, _recipe_option("Seed of data, weights, order, noise.")] = None,
     precision: Annotated[str, option("float32 or bfloat16 (autocast).")] = "float32",
     compile: Annotated[str, option("torch.compile: none, block or whole.")] = "none",
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute blocks: less memory, more time.")
+        bool, option("Recompute blocks: less memory, more time.", "--checkpointing")
     ] = False,
     accumulate: Annotated[int, option("Parts in which a process computes its batch.", min=1)] = 1,
     strategy: Annotated[str, option("With several processes: ddp or fsdp.")] = "ddp",
@@ -83,36 +83,22 @@ def train(
 
     To share the work between processes: torchrun -m fastdit train.
     """
-    given = dict(
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        lr_schedule=lr_schedule,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        ema=ema,
-        label_dropout=label_dropout,
-        T=diffusion_steps,
-        schedule=schedule,
-        seed=seed,
-        name=recipe,
-    )
+    arguments = locals()  # the recipe's options are named like its fields
+    given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Recipe)}
     with plain_errors():
         where = device_of(device)
         with processes(where) as world:
-            names: dict[str, Any] = dict(precision=precision, compile=compile, strategy=strategy)
-            runtime = Runtime(
-                where, checkpointing=checkpointing, accumulate=accumulate, world=world, **names
-            )
-            options: dict[str, Any] = dict(runtime=runtime, save_every=save_every, keep=keep)
+            how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
+            runtime = Runtime(where, world=world, **{key: arguments[key] for key in how})
+            options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
             saved = _find_saved(resume, out)
             resumed = saved is not None
             if saved is None:
-                trainer = _start(out, data, per_class, model, given, options)
+                trainer = _start(data, per_class, model, given, options)
             else:
-                trainer = _resume(saved, out, data, given, options)
-                _check_same_start(trainer, model, per_class)
+                source = None if data is None else Latents(data)
+                trainer = Trainer.resume(saved, source=source, **options)
+                _check_same_options(trainer, per_class, model, given)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
@@ -126,36 +112,24 @@ def train(
 
 
 def _start(
-    out: Path,
-    data: Path | None,
-    per_class: int | None,
-    model: str | None,
-    given: dict[str, Any],
-    options: dict[str, Any],
+    data: Path | None, per_class: int | None, model: str | None, given: dict, options: dict
 ) -> Trainer:
-    """Return the trainer of a new run."""
+    """Return the trainer of a new run; a given clip or ema of 0 means None."""
     name = given["name"] or "seed"
     if name not in RECIPES:
         raise unknown_name("--recipe", name, RECIPES)
-    recipe = _changed_recipe(RECIPES[name], given)
+    changes = {field: value for field, value in given.items() if value is not None}
+    changes |= {field: None for field in ("clip", "ema") if given[field] == 0}
+    if "steps" in changes and "warmup" not in changes:
+        changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
+    recipe = replace(RECIPES[name], **changes)
     if data is None:
         source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
     elif per_class is not None:
         raise ValueError("--per-class: expected none beside --data")
     else:
         source = Latents(data)
-    return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, out, **options)
-
-
-def _changed_recipe(recipe: Recipe, given: dict[str, Any]) -> Recipe:
-    """Return the recipe with the options that were given; a clip or ema of 0 means None."""
-    changes = {name: value for name, value in given.items() if value is not None}
-    for name in ("clip", "ema"):
-        if changes.get(name) == 0:
-            changes[name] = None
-    if "steps" in changes and "warmup" not in changes:
-        changes["warmup"] = min(recipe.warmup, changes["steps"] - 1)
-    return replace(recipe, **changes)
+    return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
@@ -163,14 +137,9 @@ def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
     if model not in PRESETS:
         raise unknown_name("--model", model, PRESETS)
     C, H, _ = source.sample_shape
-    preset = PRESETS[model]
-    return replace(
-        preset,
-        in_channels=C,
-        img_size=H,
-        num_classes=len(source.label_names),
-        null_class=preset.null_class or recipe.label_dropout > 0,
-    )
+    classes, preset = len(source.label_names), PRESETS[model]
+    null = preset.null_class or recipe.label_dropout > 0
+    return replace(preset, in_channels=C, img_size=H, num_classes=classes, null_class=null)
 
 
 def _find_saved(resume: str, out: Path) -> Saved | None:
@@ -185,35 +154,23 @@ def _find_saved(resume: str, out: Path) -> Saved | None:
     saved = read(resume)
     if Path(resume).resolve().parent != (out / "checkpoints").resolve():
         folder.check_unused()
-    later = [path for at, path in folder.checkpoints() if at > saved.header["step"]]
-    if later:
-        raise ValueError(
-            f"--resume: {out} holds a later checkpoint, {later[-1].name}; move it away, or name "
-            "another --out"
-        )
+    if later := [path.name for at, path in folder.checkpoints() if at > saved.header["step"]]:
+        advice = "move it away, or name another --out"
+        raise ValueError(f"--resume: {out} holds a later checkpoint, {later[-1]}; {advice}")
     return saved
 
 
-def _resume(
-    saved: Saved, out: Path, data: Path | None, given: dict[str, Any], options: dict[str, Any]
-) -> Trainer:
-    """Return the trainer of a saved run; an option that differs from that run's is an error."""
-    source = None if data is None else Latents(data)
-    trainer = Trainer.resume(saved, out, source=source, **options)
+def _check_same_options(
+    trainer: Trainer, per_class: int | None, model: str | None, given: dict
+) -> None:
+    """Raise a ValueError if the run was started with other options."""
     for name, value in given.items():
         started = getattr(trainer.recipe, name)
         if value is not None and value != started and (value, started) != (0, None):
             option = {"T": "diffusion-steps", "name": "recipe"}.get(name, name.replace("_", "-"))
             raise ValueError(f"--{option}: the run was started with {started}, got {value}")
-    return trainer
-
-
-def _check_same_start(trainer: Trainer, model: str | None, per_class: int | None) -> None:
-    """Refuse another model or data set than the run was started with."""
-    if (
-        model is not None
-        and _fitted_config(model, trainer.recipe, trainer.source) != trainer.config
-    ):
+    fitted = None if model is None else _fitted_config(model, trainer.recipe, trainer.source)
+    if fitted not in (None, trainer.config):
         raise ValueError(f"--model: the run was started with another one, got {model}")
     started = trainer.source.identity.get("per_class")
     if per_class not in (None, started):
@@ -233,19 +190,14 @@ def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_ever
         if takes != channels:
             raise ValueError(f"--vae: it decodes {takes} channels, but the data have {channels}")
         sample = latents_sampler(trainer.config, trainer.scheduler, showing, decoder)
+    elif sample_every:
+        raise ValueError("--sample-every: expected --vae beside it to decode the samples, got none")
     else:
-        if sample_every:
-            raise ValueError(
-                "--sample-every: expected --vae beside it to decode the samples, got none"
-            )
         sample = None
     first = runtime.world.rank == 0
+    folder = trainer.folder if first else None
     return Monitor(
-        trainer.folder if first else None,
-        log_every=log_every,
-        sample_every=sample_every,
-        sample=sample,
-        progress=first,
+        folder, log_every=log_every, sample_every=sample_every, sample=sample, progress=first
     )
 
 
@@ -255,10 +207,7 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
 
     A signal that follows at once is the same request, which reached the process both directly and
     through a launcher. A signal that the process ignores stays ignored, since a shell makes its
-    background commands ignore SIGINT.
-
-    Yields:
-        The numbers of the signals received so far, a list that grows.
+    background commands ignore SIGINT. The list that is yielded gets the numbers of the signals.
     """
     received: list[int] = []
     first = math.inf
@@ -305,14 +254,11 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
 
 def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
     """Print the mean loss of some passes, beside the published losses if they are comparable."""
-    comparable = replace(recipe, seed=0) == Recipe() and (
-        source.identity == Shapes(seed=recipe.seed).identity
-    )
+    published = source.identity == Shapes(seed=recipe.seed).identity
+    comparable = published and replace(recipe, seed=0) == Recipe()
     print("pass    step   loss" + "     published for this recipe, on another drawing" * comparable)
     passes = math.ceil(recipe.steps * recipe.batch_size / len(source))
-    for number in sorted({*PUBLISHED_LOSS, passes}):
-        if number > passes:
-            continue
+    for number in sorted({*(n for n in PUBLISHED_LOSS if n < passes), passes}):
         first, last = ((number - i) * len(source) // recipe.batch_size for i in (1, 0))
         last = min(last, recipe.steps)
         if last <= first:  # a step spans several passes
@@ -320,8 +266,6 @@ def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
         loss = result.losses[first:last].mean().item()
         beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""
         print(f"{number:4d} {last:7d}   {loss:.4f}{beside}")
-    if not math.isnan(result.images_per_second):
-        print(
-            f"{result.images_per_second:.0f} images/s after a first step of "
-            f"{result.first_step_seconds:.1f} s"
-        )
+    rate, first_step = result.images_per_second, result.first_step_seconds
+    if not math.isnan(rate):
+        print(f"{rate:.0f} images/s after a first step of {first_step:.1f} s")

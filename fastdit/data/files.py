@@ -17,9 +17,8 @@ _NO_DIRECTORY_SYNC = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP)
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to, which is renamed to `path` once it is on disk.
 
-    Whatever stops the writing, such as a full disk or a kill, `path` is either the old file or the
-    whole new one. Each writer has its own temporary file, and removes those that killed processes
-    left. Links are followed.
+    Whatever stops the writing, `path` is either the old file or the whole new one. Each writer has
+    its own temporary file, and removes those that killed processes left. Links are followed.
 
     Raises:
         OSError: writing failed; the temporary file is removed.
@@ -37,8 +36,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            message = f"{path}: not written ({error}); an older file is as it was"
-            raise OSError(message) from error
+            raise OSError(f"{path}: not written ({error}); an older file is as it was") from error
         raise
     try:
         _sync(target.parent)  # so that the new name survives a power failure
@@ -51,18 +49,12 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove the temporary files that killed writers left in a folder, for names of a pattern."""
     for leftover in folder.glob(f".{name}.*-*.tmp"):
         pid = leftover.name.split(".")[-2].split("-")[0]
-        if pid.isdecimal() and not _is_alive(int(pid)):
+        try:
+            os.kill(int(pid), 0)  # only asks whether the process is alive
+        except ProcessLookupError:
             leftover.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
+        except (PermissionError, OverflowError, ValueError):
+            pass  # it is alive, or the name is another program's
 
 
 def _sync(path: Path) -> None:

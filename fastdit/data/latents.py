@@ -19,14 +19,7 @@ from fastdit.data.shards import PLAN, read_plan, write_shards
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-_BAD_IMAGE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 AT_ONCE = 8  # decoding one 512-pixel image takes about a gigabyte
 
@@ -42,9 +35,8 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(
-            "vae: needs the package diffusers; pip install 'fastdit[latents]'"
-        ) from error
+        message = "vae: needs the package diffusers; pip install 'fastdit[latents]'"
+        raise ValueError(message) from error
     inner = {"subfolder": "vae"} if os.path.isdir(os.path.join(source, "vae")) else {}
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # its warnings are errors below
@@ -59,15 +51,12 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
         diffusers.utils.logging.set_verbosity(level)
     # diffusers would use random weights in place of missing ones.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if told[what]:
-            raise ValueError(
-                f"vae: expected an AutoencoderKL in {source}, but it has {len(told[what])} "
-                f"{what.replace('_', ' ')}, such as {next(iter(told[what]))}"
-            )
+        if names := list(told[what]):
+            kind = what.replace("_", " ")
+            has = f"it has {len(names)} {kind}, such as {names[0]}"
+            raise ValueError(f"vae: expected an AutoencoderKL in {source}, but {has}")
     if getattr(vae.config, "shift_factor", None):
-        raise ValueError(
-            f"vae: {source} shifts its latents; expected no shift, as in published DiTs"
-        )
+        raise ValueError(f"vae: {source} shifts its latents, which published DiTs do not expect")
     return vae.to(device).eval()
 
 
@@ -106,10 +95,8 @@ def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE) -> Tensor:
         raise ValueError(f"at_once: expected at least 1, got {at_once}")
     channels = latent_channels(vae)
     if latents.dim() != 4 or latents.shape[1] != channels:
-        raise ValueError(
-            f"latents: expected shape [B, {channels}, h, w], of this autoencoder, got "
-            f"{list(latents.shape)}"
-        )
+        shape = list(latents.shape)
+        raise ValueError(f"latents: expected shape [B, {channels}, h, w] for this VAE, got {shape}")
     parameter = next(vae.parameters())
     images = []
     for some in latents.split(at_once):
@@ -154,10 +141,8 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    pixels = np.asarray(image)
+    scaled = round(image.width * scale), round(image.height * scale)
+    pixels = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
     top, left = ((n - size) // 2 for n in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
 
@@ -173,7 +158,8 @@ def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     files, labels = [], []
     for label, name in enumerate(classes):
-        own = sorted(p for p in (folder / name).rglob("*") if _is_image(p))
+        found = (p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
+        own = sorted(p for p in found if p.name[0] != "." and p.is_file())
         if not own:
             raise ValueError(f"{folder / name}: expected images of a class, found none")
         files += own
@@ -181,10 +167,6 @@ def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     if not files:
         raise ValueError(f"{folder}: expected a sub-folder of images for each class, found none")
     return files, labels, classes
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _SUFFIXES and path.name[0] != "." and path.is_file()
 
 
 def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shard: int = 64) -> int:
@@ -213,8 +195,15 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
         raise ValueError(f"out: expected a folder that is not in {source}, got {out}")
     files, labels, classes = image_files(source)
 
+    def read(path: Path) -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                return centre_crop(image, image_size)
+        except _DAMAGED as error:
+            raise ValueError(f"{path}: expected an image ({error})") from error
+
     def make(first: int) -> np.ndarray:
-        batch = [_read(path, image_size) for path in files[first : first + shard]]
+        batch = [read(path) for path in files[first : first + shard]]
         pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
         return encode(vae, pixels.float() / 127.5 - 1).numpy()
 
@@ -231,32 +220,14 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
     return len(files)
 
 
-def _read(path: Path, size: int) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return centre_crop(image, size)
-    except _BAD_IMAGE as error:
-        raise ValueError(f"{path}: expected an image ({error})") from error
-
-
 class LatentShards:
-    """The latents that `encode_folder` wrote, memory-mapped.
-
-    shards = LatentShards("latents")
-    mean, std, label = shards[0]
-    latent = mean + std * torch.randn_like(std)
-    """
+    """The latents that `encode_folder` wrote, memory-mapped: `mean, std, label = shards[i]`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a folder of shards.
-
-        Raises:
-            ValueError: there are no shards, or some are missing.
-        """
+        """Open a folder of shards; it is a ValueError if there are none, or some are missing."""
         path = Path(folder)
         plan = read_plan(path)
-        keys = ("num", "batch_size", "labels", "classes")
-        if plan is None or any(key not in plan for key in keys):
+        if plan is None or not plan.keys() >= {"num", "batch_size", "labels", "classes"}:
             raise ValueError(f"{folder}: expected the shards of `fastdit encode`, found none")
         self.plan = plan
         self._size: int = plan["batch_size"]
@@ -265,29 +236,24 @@ class LatentShards:
         if len(self.labels) != plan["num"] or not set(self.labels) <= set(range(len(self.classes))):
             raise ValueError(f"{path / PLAN}: expected {plan['num']} labels of its classes")
         self._parts = [path / f"{i:08d}.npy" for i in range(-(-plan["num"] // self._size))]
-        gone = [part.name for part in self._parts if not part.is_file()]
-        if gone:
-            raise ValueError(
-                f"{folder}: expected all shards of `fastdit encode`, but {gone[0]} is not there; "
-                "run it again"
-            )
+        for part in self._parts:
+            if not part.is_file():
+                missing = f"{part.name} is not there; run it again"
+                raise ValueError(f"{folder}: expected all shards of `fastdit encode`; {missing}")
         # Opened on demand, since there may be more shards than the limit on open files.
         self._shard = functools.lru_cache(maxsize=64)(self._open)
 
     def _open(self, i: int) -> np.ndarray:
+        path = self._parts[i]
         try:
-            shard = np.load(self._parts[i], mmap_mode="r")
+            shard = np.load(path, mmap_mode="r")
         except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"{self._parts[i]}: it is damaged; remove it and encode again"
-            ) from error
+            raise ValueError(f"{path}: it is damaged; remove it and encode again") from error
         rows = min(self._size, len(self) - i * self._size)
         shape = (rows, *(shard if i == 0 else self._shard(0)).shape[1:])
         if len(shape) != 4 or shard.shape != shape or shard.dtype != np.float32:
-            raise ValueError(
-                f"{self._parts[i]}: expected float32 of shape {list(shape)}, got {shard.dtype} of "
-                f"{list(shard.shape)}; remove it and encode again"
-            )
+            got = f"{shard.dtype} of {list(shard.shape)}; remove it and encode again"
+            raise ValueError(f"{path}: expected float32 of shape {list(shape)}, got {got}")
         return shard
 
     def __len__(self) -> int:

@@ -47,13 +47,6 @@ def coloured_shapes(per_class: int = 200, seed: int = 0) -> ShapesData:
 
     Position, size and colour are random; the same seed gives the same set.
 
-    Args:
-        per_class: images of each class, at least 1.
-        seed: seed of position, size and colour.
-
-    Returns:
-        ShapesData of 16 * per_class images.
-
     Raises:
         ValueError: per_class is below 1.
     """
@@ -119,16 +112,13 @@ def judge(images: Tensor, labels: Tensor) -> Accuracy:
         ValueError: a tensor's shape is wrong, or a label is out of range.
     """
     if labels.shape != images.shape[:1] or not len(labels):
-        raise ValueError(
-            f"labels: expected shape [{images.shape[0]}] and not empty, got {list(labels.shape)}"
-        )
+        wanted = f"shape [{len(images)}] and not empty"
+        raise ValueError(f"labels: expected {wanted}, got {list(labels.shape)}")
     check_range("labels", labels, len(LABEL_NAMES))
     colour, shape = classify(images)
     labels = labels.to(colour.device)
-    return Accuracy(
-        (colour == labels // len(SHAPES)).float().mean().item(),
-        (shape == labels % len(SHAPES)).float().mean().item(),
-    )
+    right = colour == labels // len(SHAPES), shape == labels % len(SHAPES)
+    return Accuracy(*(share.float().mean().item() for share in right))
 
 
 def classify(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,7 @@ def write_sharded_npz(
 ) -> None:
     """Compute `plan["num"]` images in batches and write them to one NPZ.
 
-    Finished shards lie in a folder beside `out` until the file is whole, and a repeated call keeps
-    them.
+    Finished shards stay in a folder beside `out`, for a repeated call, until the file is whole.
 
     Args:
         out: the file.
@@ -103,12 +102,9 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
             aside.write_text(wanted)
         return
     plan = json.loads(wanted)
-    other = sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n))
-    if other:
-        raise ValueError(
-            f"{folder}: it holds shards of another call, which differ in {', '.join(other)}; "
-            "remove the folder, or write elsewhere"
-        )
+    if other := sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n)):
+        advice = f"{', '.join(other)}; remove the folder, or write elsewhere"
+        raise ValueError(f"{folder}: it holds shards of another call, which differ in {advice}")
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:
@@ -131,11 +127,8 @@ def read_plan(folder: Path) -> dict[str, Any] | None:
 def _join(shards: list[Path], out: Path, key: str, num: int) -> None:
     """Write shards as one array of an NPZ, one at a time."""
     first = np.load(shards[0], mmap_mode="r")
-    header = {
-        "descr": npy.dtype_to_descr(first.dtype),
-        "fortran_order": False,
-        "shape": (num, *first.shape[1:]),
-    }
+    shape, kind = (num, *first.shape[1:]), npy.dtype_to_descr(first.dtype)
+    header = {"descr": kind, "fortran_order": False, "shape": shape}
     with (
         atomic_path(out) as aside,
         zipfile.ZipFile(aside, "w", allowZip64=True) as archive,

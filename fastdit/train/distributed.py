@@ -57,14 +57,12 @@ class World:
             return
         everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, values)
-        first = everyone[0]
-        for rank, theirs in enumerate(everyone):
-            for name in values:
-                if theirs[name] != first[name]:
-                    raise ValueError(
-                        f"{name}: process {rank} has {theirs[name]}, process 0 {first[name]}; "
-                        "expected one run, in a folder that all of them see"
-                    )
+        for name in values:
+            first, *others = (theirs[name] for theirs in everyone)
+            for rank, other in enumerate(others, 1):
+                if other != first:
+                    why = f"process {rank} has {other}, process 0 {first}"
+                    raise ValueError(f"{name}: {why}; expected one run, in a folder that all see")
 
 
 @contextmanager
@@ -80,14 +78,11 @@ def processes(
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    cuda = torch.device(device).type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        timeout=timeout,
-        device_id=torch.device(device) if cuda else None,
-    )
+    backend, gpu = "gloo", None
+    if torch.device(device).type == "cuda":
+        backend, gpu = "cpu:gloo,cuda:nccl", torch.device(device)
+        torch.cuda.set_device(gpu)
+    dist.init_process_group(backend, timeout=timeout, device_id=gpu)
     world = World(dist.get_rank(), dist.get_world_size())
     yield world
     # Skipped after an error, since the others may wait for this process elsewhere. All leave

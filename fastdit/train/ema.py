@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastdit.train.distributed import local_tensor
 
@@ -19,10 +19,8 @@ class EMA:
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Start from the current values of the trained parameters, given as (name, parameter)."""
-        self._weights = {name: p for name, p in parameters}
-        self.averages: dict[str, Tensor] = {
-            name: p.detach().clone() for name, p in self._weights.items()
-        }
+        self._weights = dict(parameters)
+        self.averages = {name: p.detach().clone() for name, p in self._weights.items()}
 
     def update(self, decay: float) -> None:
         """Add the current weights to the average."""

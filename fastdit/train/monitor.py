@@ -84,11 +84,8 @@ class Monitor:
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record what was measured after a number of steps."""
         if "loss" in values:
-            shown = [f"loss {values['loss']:.4f}"]
-            if "images_per_second" in values:
-                shown.append(f"{values['images_per_second']:.0f} img/s")
-                shown.append(f"MFU {values['mfu']:.1%}")
-            self._bar.set_postfix_str(", ".join(shown))
+            speed = ", {images_per_second:.0f} img/s, MFU {mfu:.1%}" if "mfu" in values else ""
+            self._bar.set_postfix_str(("loss {loss:.4f}" + speed).format(**values))
         if self.folder is not None:
             self.folder.metrics.parent.mkdir(parents=True, exist_ok=True)
             with open(self.folder.metrics, "a") as file:
@@ -99,9 +96,8 @@ class Monitor:
 
     def due(self, step: int, last: bool) -> bool:
         """Return whether samples should be made after a number of steps."""
-        if self._sample is None:
-            return False
-        return last or (self.sample_every > 0 and step % self.sample_every == 0)
+        due = last or (self.sample_every > 0 and step % self.sample_every == 0)
+        return due and self._sample is not None
 
     def show(self, step: int, model: DiT) -> None:
         """Make samples of a model, write their grid, and record what was measured of them."""
@@ -118,7 +114,6 @@ class Monitor:
 
     def end(self) -> None:
         """Close the outputs, whatever ended the run."""
-        if self._bar is not None:
-            self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        for output in (self._bar, self._board):
+            if output is not None:
+                output.close()

@@ -81,12 +81,10 @@ class Objective(nn.Module):
         counter = (zero, torch.full_like(numbers, _CHOICES), numbers, zero)
         for_t, for_label, _, _ = philox4x32(counter, seeds[:, 0])
         t = (for_t * self.scheduler.T) >> 32  # floor(T * u) for a uniform u = for_t / 2^32
-        y: Tensor | None = labels
-        if not self._config.use_class_cond:
-            y = None
-        elif self._label_dropout:
+        y = labels if self._config.use_class_cond else None
+        if y is not None and self._label_dropout:
             dropped = for_label < int(self._label_dropout * 2**32)
-            y = labels.masked_fill(dropped, self._config.num_classes)
+            y = y.masked_fill(dropped, self._config.num_classes)
         return NoisyBatch(x0, self.scheduler.q_sample(x0, t, drawn[0]), t, y, drawn[0])
 
     def forward(self, images: ImageBatch, numbers: Tensor) -> Tensor:

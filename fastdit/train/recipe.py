@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from fastdit.diffusion import SCHEDULES
-from fastdit.errors import from_options, unknown_name
+from fastdit.errors import check_fields, from_options, unknown_name
 from fastdit.solvers import DDIM, DDPM, Solver
 from fastdit.update import Guidance
 
 MAX_SAMPLES = 2**32  # a sample's number is one 32-bit word of its noise's counter
+
+_INTEGERS = {"steps": 1, "batch_size": 1, "T": 1, "warmup": 0, "seed": 0}  # the lowest values
+# (name, what the value lies below, what else it may be, and both in words); it lies above 0.
+_NUMBERS = (
+    ("lr", math.inf, ..., "a positive number"),
+    ("clip", math.inf, None, "a positive number, or None"),
+    ("ema", 1, None, "a number between 0 and 1, or None"),
+    ("weight_decay", math.inf, 0, "at least 0"),
+    ("label_dropout", 1, 0, "a share below 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,32 +67,22 @@ class Recipe:
     name: Literal["seed", "sharp", "dit"] = "seed"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "T"):
-            _check_integer(name, getattr(self, name), 1, 2**31)
-        _check_integer("warmup", self.warmup, 0, 2**31)
-        _check_integer("seed", self.seed, 0, 2**63)
-        _check_number("lr", self.lr, 0, math.inf, "a positive number")
-        if self.clip is not None:
-            _check_number("clip", self.clip, 0, math.inf, "a positive number, or None")
-        if self.ema is not None:
-            _check_number("ema", self.ema, 0, 1, "a number between 0 and 1, or None")
-        if self.weight_decay != 0:
-            _check_number("weight_decay", self.weight_decay, 0, math.inf, "at least 0")
-        if self.label_dropout != 0:
-            _check_number("label_dropout", self.label_dropout, 0, 1, "a share below 1")
-        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
+        for name, low in _INTEGERS.items():
+            value, high = getattr(self, name), 2 ** (63 if name == "seed" else 31) - 1
+            if type(value) is not int or not low <= value <= high:
+                expected = f"an integer from {low} to {high:,}"
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        for name, limit, other, expected in _NUMBERS:
+            value = getattr(self, name)
+            if value != other and (type(value) not in (int, float) or not 0 < value < limit):
+                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        check_fields(self, "lr_schedule", "name")
+        if self.schedule not in list(SCHEDULES):
             raise unknown_name("schedule", self.schedule, SCHEDULES)
-        for name in ("lr_schedule", "name"):
-            choices = get_args(get_type_hints(Recipe)[name])
-            if getattr(self, name) not in choices:
-                raise unknown_name(name, getattr(self, name), choices)
         if self.warmup >= self.steps:
             raise ValueError(f"warmup: expected fewer than steps={self.steps}, got {self.warmup}")
-        if self.steps * self.batch_size > MAX_SAMPLES:
-            raise ValueError(
-                f"steps: expected at most 2^32 samples in all, got {self.steps} steps of "
-                f"{self.batch_size}"
-            )
+        if (n := self.steps * self.batch_size) > MAX_SAMPLES:
+            raise ValueError(f"steps: expected at most 2^32 samples in all, got {n:,}")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], complete: bool = False) -> Recipe:
@@ -117,16 +117,6 @@ class Showing:
     solver: Solver = field(default_factory=DDPM)
     steps: int | None = None
     guidance: Guidance | None = None
-
-
-def _check_integer(name: str, value: Any, low: int, limit: int) -> None:
-    if type(value) is not int or not low <= value < limit:
-        raise ValueError(f"{name}: expected an integer from {low} to {limit - 1:,}, got {value!r}")
-
-
-def _check_number(name: str, value: Any, low: float, limit: float, expected: str) -> None:
-    if type(value) not in (int, float) or not low < value < limit:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 # "dit" follows Peebles & Xie 2023, section 4, and their code: constant learning rate, no gradient

@@ -25,9 +25,6 @@ from fastdit.checkpoints.native import read_tensors, write_tensors
 from fastdit.data.files import atomic_path, remove_leftovers
 
 WEIGHTS_FILE = "model.safetensors"
-METRICS_FILE = "metrics.jsonl"
-LOCK_FILE = ".lock"
-_HEADER_KEYS = {"step", "config", "recipe", "data", "environment"}
 
 
 class Saved(NamedTuple):
@@ -46,25 +43,22 @@ class RunFolder:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1, got {keep}")
         self.path, self.keep = Path(path), keep
-        self.weights, self.metrics = self.path / WEIGHTS_FILE, self.path / METRICS_FILE
+        self.weights, self.metrics = self.path / WEIGHTS_FILE, self.path / "metrics.jsonl"
         self.samples = self.path / "samples"
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, file) of every checkpoint, oldest first; some may be damaged."""
         found = []
         for path in (self.path / "checkpoints").glob("step-*.safetensors"):
-            name = re.fullmatch(r"step-(\d+)\.safetensors", path.name)
-            if name:
+            if name := re.fullmatch(r"step-(\d+)\.safetensors", path.name):
                 found.append((int(name[1]), path))
         return sorted(found)
 
     def check_unused(self) -> None:
         """Raise a FileExistsError if a new run would overwrite the files of an older one."""
         if self.checkpoints():
-            raise FileExistsError(
-                f"out: {self.path} already holds a run; continue it (--resume auto), or name "
-                "another folder"
-            )
+            advice = "continue it (--resume auto), or name another folder"
+            raise FileExistsError(f"out: {self.path} already holds a run; {advice}")
         if self.weights.exists():
             raise FileExistsError(f"out: {self.weights} already exists; name another folder")
 
@@ -80,18 +74,14 @@ class RunFolder:
         import fcntl
 
         self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / LOCK_FILE, "w") as lock:
+        with open(self.path / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise FileExistsError(
-                    f"out: another run is going on in {self.path}; wait for it, or name another "
-                    "folder"
-                ) from error
+                message = f"out: another run is going on in {self.path}; wait or use another folder"
+                raise FileExistsError(message) from error
             except OSError as error:
-                warnings.warn(
-                    f"{self.path}: not locked against another run ({error})", stacklevel=3
-                )
+                warnings.warn(f"{self.path}: not locked for this run ({error})", stacklevel=3)
             yield
 
     def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
@@ -155,8 +145,7 @@ def read(path: str | os.PathLike[str]) -> Saved:
         ValueError: the file is truncated, or no checkpoint of a run.
     """
     tensors, header = read_tensors(path)
-    if not header.keys() >= _HEADER_KEYS:
-        raise ValueError(
-            f"{path}: expected a checkpoint of fastdit train, got a file with {list(header)}"
-        )
+    if not header.keys() >= {"step", "config", "recipe", "data", "environment"}:
+        got = list(header)
+        raise ValueError(f"{path}: expected a checkpoint of fastdit train, got a file with {got}")
     return Saved(Path(path), tensors, header)

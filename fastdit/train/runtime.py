@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import torch
 
-from fastdit.errors import unknown_name
+from fastdit.errors import check_fields
 from fastdit.train.distributed import World
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -40,16 +40,11 @@ class Runtime:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(Runtime)
-        for name in ("precision", "compile", "strategy"):
-            if getattr(self, name) not in get_args(hints[name]):
-                raise unknown_name(name, getattr(self, name), get_args(hints[name]))
+        check_fields(self, "precision", "compile", "checkpointing", "strategy")
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate!r}")
         if self.split and self.compile == "whole":
-            raise ValueError(
-                "compile: with strategy='fsdp' expected 'block' or 'none', got 'whole'"
-            )
+            raise ValueError("compile: expected 'block' or 'none' with fsdp, got 'whole'")
 
     @property
     def split(self) -> bool:

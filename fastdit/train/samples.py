@@ -19,16 +19,12 @@ from fastdit.train.monitor import Shown
 from fastdit.train.recipe import Showing
 
 SHOWN_PER_CLASS = 4
-JUDGED_PER_CLASS = 10
 _LATENT_CLASSES = 4  # shown in a grid, spread over all classes
 _SEED = 0
 
 
 def shapes_sampler(
-    config: DiTConfig,
-    scheduler: DiffusionScheduler,
-    showing: Showing,
-    per_class: int = JUDGED_PER_CLASS,
+    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing, per_class: int = 10
 ) -> Callable[[DiT], Shown]:
     """Return a function that samples a model of the coloured shapes.
 
@@ -69,9 +65,7 @@ def latents_sampler(
 def _checked(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing) -> Showing:
     """Return the showing, without guidance if the model has no null class.
 
-    Raises:
-        ValueError: the solver cannot take this number of steps; raised here, and not after hours
-            of training.
+    A number of steps that the solver cannot take is refused here, not after hours of training.
     """
     showing.solver.spacing(scheduler.T, scheduler.T if showing.steps is None else showing.steps)
     return showing if config.null_class else replace(showing, guidance=None)

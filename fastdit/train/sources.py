@@ -68,11 +68,7 @@ class Latents:
     """Latents on disk, drawn anew from their distributions in every pass over the set."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Open the shards of `fastdit encode`.
-
-        Raises:
-            ValueError: there are no shards, or some are missing.
-        """
+        """Open the shards of `fastdit encode`; see `LatentShards`."""
         self._shards = LatentShards(folder)
         self._labels = torch.tensor(self._shards.labels)
         self.label_names = tuple(self._shards.classes)
@@ -126,12 +122,10 @@ def check_fits(config: DiTConfig, source: Source) -> None:
     if H != W:
         raise ValueError(f"data: expected square images, got {H} x {W}")
     if config.sample_shape != source.sample_shape:
-        raise ValueError(
-            f"config: the data are {C} x {H} x {W}, expected in_channels={C}, img_size={H}, "
-            f"got in_channels={config.in_channels}, img_size={config.img_size}"
-        )
+        expected = f"in_channels={C}, img_size={H}"
+        got = f"in_channels={config.in_channels}, img_size={config.img_size}"
+        raise ValueError(f"config: the data are {C} x {H} x {W}, expected {expected}, got {got}")
     classes = len(source.label_names)
     if config.use_class_cond and config.num_classes != classes:
-        raise ValueError(
-            f"config: the data have {classes} classes, got num_classes={config.num_classes}"
-        )
+        got = f"num_classes={config.num_classes}"
+        raise ValueError(f"config: the data have {classes} classes, got {got}")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit.checkpoints.native import save
 from fastdit.config import DiTConfig
@@ -27,10 +27,10 @@ from fastdit.train.ema import EMA
 from fastdit.train.loading import BatchLoader
 from fastdit.train.meter import Meter
 from fastdit.train.monitor import Monitor
-from fastdit.train.placement import place
+from fastdit.train.objective import Objective
 from fastdit.train.recipe import Recipe
 from fastdit.train.run_folder import RunFolder, Saved
-from fastdit.train.runtime import Runtime
+from fastdit.train.runtime import PRECISIONS, Runtime
 from fastdit.train.sources import Source, check_fits, check_same_data, open_source
 from fastdit.train.state import create_optimizer_state, gather, model_from, restore, run_tensors
 
@@ -54,11 +54,7 @@ class TrainResult:
 
 
 class Trainer:
-    """A run: a model, its optimizer and the data, at some step.
-
-    trainer = Trainer(DiTConfig(), Recipe(), Shapes(), out="runs/toy")
-    result = trainer.run(Monitor(progress=True))
-    """
+    """A run: a model, its optimizer and the data, at some step. `fastdit.train` has an example."""
 
     def __init__(
         self,
@@ -80,8 +76,7 @@ class Trainer:
             source: the images.
             out: the run's folder (`fastdit.train.run_folder`); None writes nothing to disk.
             runtime: how to compute the run; None is float32 on the CPU.
-            save_every: steps between two checkpoints; there is also one at the start and at the
-                end.
+            save_every: steps between two checkpoints, besides those at the start and at the end.
             keep: number of checkpoints to keep.
             resuming: whether `out` may already hold a run; `resume` sets it.
 
@@ -97,10 +92,9 @@ class Trainer:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
         parts = runtime.world.size * runtime.accumulate
         if recipe.batch_size % parts:
-            raise ValueError(
-                f"batch_size: expected a multiple of {parts} ({runtime.world.size} processes x "
-                f"{runtime.accumulate} micro-batches), got {recipe.batch_size}"
-            )
+            why = f"{runtime.world.size} processes x {runtime.accumulate} micro-batches"
+            got = recipe.batch_size
+            raise ValueError(f"batch_size: expected a multiple of {parts} ({why}), got {got}")
         self.folder = None if out is None else RunFolder(out, keep)
         if self.folder is not None and not resuming:
             self.folder.check_unused()
@@ -110,7 +104,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
-        self.objective = place(self.model, self.scheduler, recipe, runtime)
+        self.objective = self._place()
         trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [p for _, p in trained], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
@@ -123,6 +117,27 @@ class Trainer:
         self.history = torch.zeros(2, recipe.steps, dtype=torch.float32, device=runtime.device)
         self._read_to, self._saved_at = 0, -1
         self._stop_asked = False
+
+    def _place(self) -> nn.Module:
+        """Move, split and compile the model as the runtime says; return the loss that trains it."""
+        model, recipe, runtime = self.model.float(), self.recipe, self.runtime
+        precision = PRECISIONS[runtime.precision]
+        if not runtime.split:
+            model.to(runtime.device)
+        for block in model.blocks:
+            block.checkpointing = runtime.checkpointing
+            if runtime.compile == "block":
+                block.compile(dynamic=False)
+        if runtime.split:
+            distributed.shard(model, runtime.device, precision)
+        objective = Objective(
+            model, self.config, self.scheduler, recipe.seed, recipe.label_dropout, precision
+        )
+        if runtime.compile == "whole":
+            objective.compile(dynamic=False)
+        if runtime.world.size > 1 and not runtime.split:
+            return distributed.replicate(objective, runtime.device)
+        return objective
 
     def run(self, monitor: Monitor | None = None) -> TrainResult:
         """Take all remaining steps, and save at the end.
@@ -170,10 +185,9 @@ class Trainer:
                 saves = self.step % self.save_every == 0 or last
                 shows = monitor.due(self.step, last)
                 if saves or shows or meter.awaits_first_step or self.step % monitor.log_every == 0:
-                    values = self._read_history()
-                    rates = meter.read(self.step)
+                    values = self._read_history() | meter.read(self.step)
                     if runtime.world.rank == 0:
-                        monitor.log(self.step, {**values, **rates})
+                        monitor.log(self.step, values)
                 if saves:
                     self.save()
                 if shows:
@@ -199,10 +213,7 @@ class Trainer:
             monitor.show(self.step, model.to(self.runtime.device))
 
     def request_stop(self) -> None:
-        """Let `run` save and return after the current step; a signal handler may call this.
-
-        With several processes it is enough to call it in one.
-        """
+        """Let `run` save and end in all processes after this step; a signal handler may call it."""
         self._stop_asked = True
 
     @torch.enable_grad()
@@ -232,12 +243,9 @@ class Trainer:
         self.step += 1
 
     def _read_history(self) -> dict[str, float]:
-        """Average the latest losses over the processes, and return the last step's measurements.
+        """Wait for the device, average the latest losses over the processes, and check them.
 
-        This waits for the device.
-
-        Raises:
-            FloatingPointError: a loss or a gradient norm is NaN or Inf.
+        The last step's measurements are returned.
         """
         fresh = self.history[:, self._read_to : self.step]
         fresh[0] = self.runtime.world.total(fresh[0].clone()) / self.runtime.world.size
@@ -253,12 +261,11 @@ class Trainer:
     def _divergence(self, step: int, loss: float, norm: float) -> str:
         recipe, first = self.recipe, step * self.recipe.batch_size
         saved = self.folder.checkpoints() if self.folder is not None else []
+        good = f"the last good checkpoint is {saved[-1][1]}; " if saved else ""
         return (
             f"loss is {loss}, gradient norm {norm} at step {step + 1} of {recipe.steps}, lr "
             f"{recipe.lr_at(step):g}, on samples {first} to {first + recipe.batch_size - 1} of "
-            f"seed {recipe.seed}; "
-            + (f"the last good checkpoint is {saved[-1][1]}; " if saved else "")
-            + "lower lr, or resume from there with another precision"
+            f"seed {recipe.seed}; {good}lower lr, or resume from there with another precision"
         )
 
     def sampling_model(self) -> DiT | None:
@@ -330,16 +337,13 @@ class Trainer:
         if step:
             create_optimizer_state(trainer.optimizer)
         restore(trainer._tensors(), saved, step)
-        trainer._warn_of_changes(header["environment"])
-        return trainer
-
-    def _warn_of_changes(self, then: Any) -> None:
-        """Warn of changes in the environment since the checkpoint was written."""
-        for name, now in self.runtime.environment().items():
+        then = header["environment"]
+        for name, now in trainer.runtime.environment().items():
             before = then.get(name) if isinstance(then, dict) else None
             if before != now:
                 warnings.warn(
                     f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
                     "will differ from those of an uninterrupted run",
-                    stacklevel=3,
+                    stacklevel=2,
                 )
+        return trainer
