@@ -4,8 +4,8 @@
     save(model, "model.safetensors", scheduler, labels)
     inspect("model.safetensors")  # config, diffusion and labels, without the weights
 
-`native` holds these three and fastdit's own file format. `layouts` translates the names and rows
-of other projects, and `foreign` reads their files without running anything in them.
+`native` holds these three and fastdit's own file format. `translation` turns the names and rows
+of other projects into fastdit's, and `foreign_files` reads their files but runs no code in them.
 """
 
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save

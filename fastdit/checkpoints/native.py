@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from fastdit.checkpoints import foreign, layouts
+from fastdit.checkpoints import foreign_files, translation
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
@@ -94,8 +94,8 @@ def save(
     if layout == "diffusers":
         _save_folder(cfg, state, Path(path))
         return
-    theirs = layouts.to_facebook(state)
-    stored, _ = layouts.from_facebook(theirs, cfg.n_heads)
+    theirs = translation.to_facebook(state)
+    stored, _ = translation.from_facebook(theirs, cfg.n_heads)
     if replace(stored, init=cfg.init) != cfg:
         raise ValueError(f"layout: {layout!r} can store such a DiT only as {stored}, got {cfg}")
     content = io.BytesIO()  # torch.save reports a full disk as an error of its own
@@ -106,7 +106,7 @@ def save(
 
 def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
     """Write the two files that diffusers' from_pretrained reads."""
-    config, tensors = layouts.to_diffusers(cfg, state)
+    config, tensors = translation.to_diffusers(cfg, state)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
     if path.exists() and not path.is_dir():
@@ -114,7 +114,7 @@ def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> Non
     path.mkdir(parents=True, exist_ok=True)
     # Old and new files are never read together, since a folder without a config is no checkpoint.
     (path / "config.json").unlink(missing_ok=True)
-    with atomic_path(path / foreign.FOLDER_WEIGHTS[0]) as aside:
+    with atomic_path(path / foreign_files.FOLDER_WEIGHTS[0]) as aside:
         aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
     with atomic_path(path / "config.json") as aside:
         aside.write_text(json.dumps(config, indent=2) + "\n")
@@ -176,7 +176,7 @@ def load(
 def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
     """Return the info of a fastdit file or None, diffusers' config or None, and the tensors."""
     if Path(path).is_dir():
-        config, weights = foreign.read_folder(Path(path))
+        config, weights = foreign_files.read_folder(Path(path))
         return None, config, _read(weights)[2]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -184,7 +184,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dic
         start = file.read(9)
     # torch.save writes a zip or a pickle; the JSON of safetensors begins at the ninth byte.
     if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
-        return None, None, foreign.pickled_tensors(path)
+        return None, None, foreign_files.pickled_tensors(path)
     with _open(path) as file:
         own = _HEADER in (file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
@@ -195,12 +195,12 @@ def _translate(
     name: str, tensors: Mapping[str, Tensor], foreign_config: Any, n_heads: int | None
 ) -> tuple[DiTConfig, dict[str, Tensor]]:
     """Return the config and fastdit's state dict for another project's tensors."""
-    layout = layouts.layout_of(tensors)
+    layout = translation.layout_of(tensors)
     try:
         if layout == "facebookresearch/DiT":
-            return layouts.from_facebook(tensors, n_heads)
+            return translation.from_facebook(tensors, n_heads)
         if layout == "diffusers" and isinstance(foreign_config, Mapping):
-            return layouts.from_diffusers(tensors, foreign_config)
+            return translation.from_diffusers(tensors, foreign_config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     raise ValueError(f"{name}: expected a fastdit header, got none; {_describe_layout(tensors)}")
@@ -215,7 +215,7 @@ def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> Chec
     if info is not None:
         return info
     config, _ = _translate(str(path), tensors, foreign_config, n_heads)
-    names = foreign.folder_labels(Path(path), config.num_classes)
+    names = foreign_files.folder_labels(Path(path), config.num_classes)
     return CheckpointInfo(config, dict(_PUBLISHED_DIFFUSION), names)
 
 
@@ -258,7 +258,7 @@ def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str
             problems.append(f"{name}: expected shape {want}, got {got}")
     if problems:
         said = problems[:_SHOWN_KEYS]
-        if layouts.layout_of(tensors) != "fastdit":
+        if translation.layout_of(tensors) != "fastdit":
             said.append(_describe_layout(tensors))
         what = "the tensors do not fit the config (in fastdit's names)"
         raise ValueError(f"{source}: {what}: {'; '.join(said)}")
@@ -327,7 +327,7 @@ def _empty_model(source: str, config: DiTConfig) -> DiT:
 
 
 def _describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
-    layout = layouts.layout_of(keys)
+    layout = translation.layout_of(keys)
     if layout is None:
         return f"the keys ({_first_few(list(keys))}) are not of a known layout"
     if layout == "fastdit":

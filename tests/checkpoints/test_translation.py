@@ -14,7 +14,7 @@ from torch import nn
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler
-from fastdit.checkpoints.layouts import from_facebook, to_facebook
+from fastdit.checkpoints.translation import from_facebook, to_facebook
 from fastdit.testing import randomize, relative_error
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "facebook_dit_tiny.safetensors")
