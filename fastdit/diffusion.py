@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fastdit.errors import check_positive, check_range, unknown_name
+from fastdit.errors import check_positive, check_range, unknown_name, warn
 
 # A signal with 10% of the noise's amplitude visibly shifts brightness and layout; the published
 # 1000-step linear schedule ends at 4e-5.
@@ -186,13 +185,12 @@ class DiffusionScheduler:
         left = alpha_bars[-1].item()
         snr = left / (1 - left)
         if snr > TERMINAL_SNR_LIMIT:
-            warnings.warn(
+            warn(
                 f"terminal SNR is {snr:.3g} (alpha_bar_T = {left:.3g}): at t = T - 1 training "
                 f"still shows the model {math.sqrt(left):.0%} of the image's amplitude, but "
                 "sampling starts from pure noise, so samples drift in brightness and layout; "
                 "schedule='linear-scaled' ends near zero",
                 TerminalSNRWarning,
-                stacklevel=2,
             )
 
     @property

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fastdit.checkpoints.native import read_tensors, write_tensors
 from fastdit.data.files import atomic_path, remove_leftovers
+from fastdit.errors import warn
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -81,7 +81,7 @@ class RunFolder:
                 message = f"out: another run is going on in {self.path}; wait or use another folder"
                 raise FileExistsError(message) from error
             except OSError as error:
-                warnings.warn(f"{self.path}: not locked for this run ({error})", stacklevel=3)
+                warn(f"{self.path}: not locked for this run ({error})")
             yield
 
     def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class RunFolder:
             try:
                 return read(path)
             except (ValueError, FileNotFoundError) as error:  # also for a folder or a broken link
-                warnings.warn(f"not resumed from: {error}", stacklevel=2)
+                warn(f"not resumed from: {error}")
         if found:
             raise ValueError(f"{self.path}: none of its {len(found)} checkpoints is whole")
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from fastdit.checkpoints.native import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import warn
 from fastdit.model import DiT
 from fastdit.train import distributed
 from fastdit.train.ema import EMA
@@ -341,9 +341,8 @@ class Trainer:
         for name, now in trainer.runtime.environment().items():
             before = then.get(name) if isinstance(then, dict) else None
             if before != now:
-                warnings.warn(
+                warn(
                     f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
-                    "will differ from those of an uninterrupted run",
-                    stacklevel=2,
+                    "will differ from those of an uninterrupted run"
                 )
         return trainer
