@@ -104,7 +104,8 @@ def from_options(cls: type[T], options: Any, complete: bool = False) -> T:
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn where the user's code called the package, however deep the call is by now."""
     frame, level = sys._getframe(1), 2
-    internal = ("fastdit.", "torch.")  # PyTorch's decorators stand between the package's calls
+    # Decorators of PyTorch and contexts of contextlib stand between the package's own calls.
+    internal = ("fastdit.", "torch.", "contextlib")
     while frame.f_back and str(frame.f_globals.get("__name__")).startswith(internal):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
