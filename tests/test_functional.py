@@ -15,7 +15,7 @@ by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-D{}".
 
 
 def inputs_of(op, shape, dtype):
-    """Modulation comes as chunk views of one tensor, as the model makes it."""
+    """Return an op's inputs; the modulation is chunk views of one tensor, as in the model."""
     B, N, D = shape
     if op == "attention":
         return [torch.randn(B, N, 3 * D).to(dtype)]
@@ -25,7 +25,7 @@ def inputs_of(op, shape, dtype):
 
 
 def outputs_and_gradients(module, op, inputs, upstream, **options):
-    """Every output and every input's gradient, flat."""
+    """Return all outputs and all inputs' gradients, flattened."""
     leaves = [i.detach().requires_grad_() for i in inputs]
     outs = getattr(module, op)(*leaves, 4 if op == "attention" else 1e-5, **options)
     outs = outs if isinstance(outs, tuple) else (outs,)
@@ -44,7 +44,7 @@ def outputs_and_gradients(module, op, inputs, upstream, **options):
 )
 def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype, backend):
     if (op, backend) == ("attention", "cpp"):
-        pytest.skip("attention is PyTorch's on a CPU")
+        pytest.skip("attention has no C++ kernel")
     runs = []
     torch.manual_seed(0)
     elements = shape[0] * shape[2]  # of the smallest tensor, a modulation's gradient
@@ -68,7 +68,7 @@ def test_ops_and_their_gradients_meet_the_error_rule(op, shape, dtype, backend):
 
 @pytest.mark.parametrize("n_heads", [1, 3, 8], ids="h{}".format)
 def test_float64_attention_is_softmax_attention(n_heads):
-    """Against a loop over images, heads and queries: the formula at its barest."""
+    """Compare with the formula in a loop over images, heads and queries."""
     qkv = torch.randn(2, 7, 3 * 24, dtype=torch.float64)
     d = 24 // n_heads
     expected = torch.empty(2, 7, 24, dtype=torch.float64)
@@ -88,7 +88,7 @@ def layer_norm_modulate_by_hand(x, scale, shift, eps):
 
 
 def strided_inputs():
-    """x and y as transposes, the modulation as the chunks of one linear: nothing contiguous."""
+    """Return x and y as transposes and the modulation as chunks, none of them contiguous."""
     x, y = torch.randn(2, 33, 5, 3, dtype=torch.float64).permute(0, 3, 2, 1)
     gate, scale, shift = torch.randn(3, 3 * 33, dtype=torch.float64).chunk(3, dim=1)
     assert not any(t.is_contiguous() for t in (x, y, gate, scale, shift))
@@ -123,7 +123,7 @@ def leaves(*shapes):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_equal_finite_differences():
     tokens, vector = (2, 3, 4), (2, 4)
     gated = functional.gated_residual_layer_norm_modulate
     assert torch.autograd.gradcheck(lambda qkv: functional.attention(qkv, 2), leaves((2, 3, 12)))
@@ -140,7 +140,7 @@ def test_one_token_attends_to_itself_alone(backend):
     assert not qkv.grad[..., :64].any() and (qkv.grad[..., 64:] == 1).all()
 
 
-def test_heads_wider_than_the_kernels_take_run_plainly():
+def test_heads_too_wide_for_the_kernels_run_in_plain_pytorch():
     qkv = torch.randn(2, 5, 3 * 136)
     expected = reference.attention(qkv, 1)
     assert torch.allclose(functional.attention(qkv, 1), expected, atol=1e-5)
@@ -204,10 +204,10 @@ def test_bad_arguments_are_value_errors_that_name_them(call, message):
 
 
 @pytest.mark.parametrize("op", ["layer_norm_modulate", "gated_residual_layer_norm_modulate"])
-def test_transforms_see_the_ops(op):
-    """Custom ops would give a jvp without a tangent, and no gradient to torch.func."""
+def test_function_transforms_differentiate_the_ops(op):
+    """A custom op would give no tangent to torch.func.jvp and no gradient to torch.func.grad."""
     torch.manual_seed(0)
-    inputs = inputs_of(op, (50, 33, 64), torch.float32)  # of which C++ is the default
+    inputs = inputs_of(op, (50, 33, 64), torch.float32)  # runs in C++ by default
 
     def out(*tensors):
         result = getattr(functional, op)(*tensors)
@@ -228,7 +228,7 @@ def test_transforms_see_the_ops(op):
             torch.func.jvp(named, tuple(inputs), tuple(torch.ones_like(t) for t in inputs))
 
 
-def test_naming_the_reference_builds_nothing(monkeypatch):
+def test_naming_the_reference_backend_builds_no_cpp(monkeypatch):
     monkeypatch.setattr(dispatch, "has_cpp", lambda: pytest.fail("the C++ was asked for"))
     for op in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
         getattr(functional, op)(*inputs_of(op, (50, 33, 64), torch.float32), backend="reference")

@@ -1,4 +1,4 @@
-"""The kernels' suite under Triton's interpreter, in processes of its own."""
+"""The kernels' suite under Triton's interpreter, run in separate processes."""
 
 import os
 import re
@@ -21,7 +21,7 @@ def major_and_minor(package):
     reason="the interpreter of Triton 3.6 needs numpy before 2.4",
 )
 def test_kernels_pass_their_suite_under_the_interpreter():
-    """In two halves side by side: the interpreter keeps one core busy."""
+    """Two halves run side by side, since the interpreter uses a single core."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     halves = [
         subprocess.Popen(

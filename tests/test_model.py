@@ -1,4 +1,4 @@
-"""fastdit.DiT is the reference: same parameters, same numbers, same gradients."""
+"""fastdit.DiT equals the reference: it has the same parameters, outputs and gradients."""
 
 import inspect
 from dataclasses import replace
@@ -70,7 +70,7 @@ def test_default_has_the_published_parameters():
     assert set(model.state_dict()) == expected
 
 
-def test_constructor_is_the_drop_in_one():
+def test_the_constructor_is_a_drop_in_replacement():
     names = list(inspect.signature(fastdit.DiT).parameters)
     assert names[:8] == [
         "img_size",
@@ -143,7 +143,7 @@ def test_low_precision_forward_meets_the_error_rule(dtype, batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_low_precision_gradients_meet_the_error_rule(dtype):
-    """All parameters' gradients as one vector, each scaled by the oracle's norm of it."""
+    """All gradients are judged as one vector, each divided by the oracle's norm of it."""
     oracle_model, _ = make_pair(DiTConfig())
     models = [oracle_model, *make_pair(DiTConfig(), dtype)]
     x, t, y = make_inputs(oracle_model.cfg)
@@ -187,7 +187,7 @@ def test_an_empty_batch_gives_an_empty_batch(model_class, dtype):
 
 
 def test_every_sample_has_its_own_modulation():
-    """Three images alone and together: a wrong row-to-sample index passes only at B = 1."""
+    """Three images run together and alone, since at B = 1 a wrong row of modulation passes."""
     _, model = make_pair(DiTConfig(img_size=20, patch_size=4))
     x, t, y = make_inputs(model.cfg)
     together = model(x, t, y)
@@ -208,7 +208,7 @@ def test_strided_inputs_need_no_copy_by_the_caller():
 
 @pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
 def test_forward_equals_the_published_code(model_class):
-    """Golden output of facebookresearch/DiT; its rows of (shift, scale, gate) are permuted here."""
+    """The golden output is by facebookresearch/DiT, whose (shift, scale, gate) rows we permute."""
     golden = load_file(DATA / "facebook_dit_tiny.safetensors")
     cfg = replace(PUBLISHED_SMALL, hidden=144)
     model = model_class.from_config(cfg)

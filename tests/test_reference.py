@@ -1,7 +1,7 @@
-"""The oracle and the model, held to the published formulas written out here.
+"""The oracle and the model compared with the published formulas, which are written out here.
 
-Nothing in this file computes an expected value with fastdit: a fault that the oracle and the model
-share would be seen.
+No expected value in this file is computed by fastdit, so a fault that the oracle and the model
+share shows.
 """
 
 import math
@@ -36,7 +36,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainDiT(nn.Module):
-    """The weights of the toy as its author makes them, or with `published` as Peebles & Xie do."""
+    """The toy's weights as its author draws them, or if `published`, as Peebles & Xie do."""
 
     def __init__(self, cfg, published):
         super().__init__()
@@ -80,7 +80,7 @@ class PlainDiT(nn.Module):
 @by_model
 @pytest.mark.parametrize("published", [False, True], ids=["seed", "published"])
 def test_fresh_weights_have_the_published_names_and_draws(model_class, published):
-    """Bit for bit under one seed; computed positions agree to a rounding."""
+    """Draws of one seed are equal bit for bit; computed positions agree to a rounding."""
     cfg = PUBLISHED if published else DiTConfig()
     torch.manual_seed(7)
     expected = PlainDiT(cfg, published)
@@ -95,7 +95,7 @@ def test_fresh_weights_have_the_published_names_and_draws(model_class, published
             assert torch.equal(own, plain), name
 
 
-def seed_forward(w, x, t, y, heads):
+def toy_forward(w, x, t, y, heads):
     """The toy's forward as its author wrote it, from a state dict, image by image, head by head."""
     D, p = w["pos_embed"].shape[2], w["patch_embed.proj.weight"].shape[2]
 
@@ -150,7 +150,7 @@ def seed_forward(w, x, t, y, heads):
 
 @by_model
 @torch.no_grad()
-def test_a_forward_is_the_seeds_formulas(model_class):
+def test_a_forward_equals_the_formulas_of_the_toys_author(model_class):
     model = model_class(n_layers=2).double()
     randomize(model)
     x, t, y = (
@@ -158,8 +158,8 @@ def test_a_forward_is_the_seeds_formulas(model_class):
         torch.tensor([0, 17, 199]),
         torch.tensor([3, 0, 9]),
     )
-    expected = seed_forward(model.state_dict(), x, t, y, heads=4)
-    # The timestep's embedding is float32 in any dtype.
+    expected = toy_forward(model.state_dict(), x, t, y, heads=4)
+    # The timestep's embedding is computed in float32 in any dtype.
     assert relative_error(model(x, t, y), expected) < 1e-6
 
 
@@ -167,7 +167,7 @@ def test_a_forward_is_the_seeds_formulas(model_class):
 @torch.no_grad()
 @pytest.mark.parametrize("act", ["none", "silu"])
 def test_conditioning_is_the_sum_of_time_and_label(model_class, act):
-    """Written out for the choices that the toy does not make: SiLU, a null row, another width."""
+    """This covers the choices that the toy does not make: SiLU, a null row, another width."""
     options = dict(modulation_act=act, t_embed_act="silu", t_embed_width=9, null_class=True)
     model = model_class(hidden=16, n_layers=1, n_heads=2, **options).double()
     randomize(model)

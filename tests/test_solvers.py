@@ -1,4 +1,4 @@
-"""Solvers against other implementations of them, and against an ODE that has an answer."""
+"""Solvers compared with other implementations and with an ODE of known solution."""
 
 import math
 
@@ -16,9 +16,10 @@ SPREAD = 0.7
 
 
 class Gaussian(nn.Module):
-    """The exact predictor of images that are normal noise times SPREAD.
+    """The exact predictor for images that are normal noise times SPREAD.
 
-    Its probability flow is solved: x / a grows with sqrt(SPREAD^2 + sigma^2).
+    Its probability flow ODE has a known solution: x / a is proportional to
+    sqrt(SPREAD^2 + sigma^2).
     """
 
     def __init__(self, scheduler, prediction="epsilon"):
@@ -35,7 +36,7 @@ class Gaussian(nn.Module):
 
 
 class Wavy(nn.Module):
-    """A predictor that is not linear; with 2C channels the last are a variance's share."""
+    """A nonlinear predictor; if `learned`, its last C of 2C channels are the variance's share."""
 
     def __init__(self, learned=False):
         super().__init__()
@@ -66,7 +67,7 @@ def test_strided_timesteps_are_the_published_ones():
     assert strided_timesteps(1000, 10) == list(range(0, 1000, 100))
     assert strided_timesteps(1000, 50) == list(range(0, 1000, 20))
     assert strided_timesteps(200, 200) == list(range(200))
-    # The smallest stride that gives the number, where several do.
+    # Several strides give three steps, of which the smallest is taken.
     assert strided_timesteps(10, 3) == [0, 4, 8]
     with pytest.raises(ValueError, match="no stride takes 300 of 1000.*are 250 and 334"):
         strided_timesteps(1000, 300)
@@ -74,7 +75,7 @@ def test_strided_timesteps_are_the_published_ones():
 
 @pytest.mark.parametrize("steps", [0, 11, 2.0, True, "5"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_number_of_steps_that_cannot_be_is_an_error(solver, steps):
+def test_an_impossible_number_of_steps_is_an_error(solver, steps):
     with pytest.raises(ValueError, match="steps: expected an integer from 1 to T = 10, got"):
         Sampler(Wavy(), DiffusionScheduler(10), solver, steps, sample_shape=SHAPE)
 
@@ -102,7 +103,7 @@ def test_bad_options_are_value_errors(make, message):
     ids=["ddim", "dpm++", "heun"],
 )
 def test_the_error_falls_with_the_order_of_the_solver(solver, order):
-    """Slope of log error against log steps, on a flow whose end is known."""
+    """The order is the slope of log error over log steps, on an ODE of known solution."""
     scheduler = DiffusionScheduler(4000, schedule="linear-scaled")
     model = Gaussian(scheduler)
     x_T = torch.randn(4, *SHAPE, dtype=torch.float64)
@@ -119,7 +120,7 @@ def test_the_error_falls_with_the_order_of_the_solver(solver, order):
 
 @pytest.mark.parametrize("clip", [None, 0.8], ids=["free", "clipped"])
 @pytest.mark.parametrize("solver", [DDPM, DDIM, DPMSolverPP, Heun])
-def test_what_a_model_predicts_does_not_change_the_images(solver, clip):
+def test_the_prediction_type_does_not_change_the_images(solver, clip):
     images = []
     for prediction in ("epsilon", "sample", "v_prediction"):
         scheduler = DiffusionScheduler(60, schedule="linear-scaled", prediction=prediction)
@@ -133,7 +134,7 @@ def test_what_a_model_predicts_does_not_change_the_images(solver, clip):
 
 
 @pytest.mark.parametrize("solver", [DDPM, DDIM, DPMSolverPP, Heun])
-def test_a_clip_that_never_bites_changes_nothing_and_one_that_does_bounds_images(solver):
+def test_a_wide_clip_changes_nothing_and_a_narrow_one_bounds_the_images(solver):
     scheduler = DiffusionScheduler(60, schedule="cosine")
     x_T, noise = recorded(len(solver().table(scheduler, 12).timesteps))
     free = sample(Wavy(), scheduler, solver(), 12, x_T=x_T, noise=noise)
@@ -144,7 +145,7 @@ def test_a_clip_that_never_bites_changes_nothing_and_one_that_does_bounds_images
 
 
 def test_a_clipped_ancestral_step_is_the_published_posterior():
-    """Ho et al. 2020, equation 7, with x0 clipped before it."""
+    """Compare with Ho et al. 2020, equation 7, for the clipped x0."""
     scheduler = DiffusionScheduler(30, schedule="cosine")
     x, noise = recorded(30)
     images = sample(Wavy(), scheduler, DDPM(clip=1.0), None, x_T=x, noise=noise)
@@ -160,7 +161,7 @@ def test_a_clipped_ancestral_step_is_the_published_posterior():
 
 
 def diffusers_loop(scheduler, x, noise=None, **options):
-    """Another implementation's loop; variance noise is brought where its step takes it."""
+    """Run the loop of a diffusers scheduler; pass noise only if its step takes variance noise."""
     for k, t in enumerate(scheduler.timesteps):
         eps = Wavy()(x, t.expand(len(x)))
         if noise is not None:
@@ -176,7 +177,7 @@ def arguments_of(scheduler, **options):
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_ddim_is_that_of_diffusers(eta, clip):
+def test_ddim_equals_diffusers(eta, clip):
     DDIMScheduler = pytest.importorskip("diffusers").DDIMScheduler
     scheduler = DiffusionScheduler(100, schedule="linear-scaled")
     options = dict(clip_sample=clip is not None, timestep_spacing="leading")
@@ -188,10 +189,10 @@ def test_ddim_is_that_of_diffusers(eta, clip):
         theirs, x_T, noisy, eta=eta, use_clipped_model_output=clip is not None
     )
     own = sample(Wavy(), scheduler, DDIM(eta=eta, clip=clip), 20, x_T=x_T, noise=noise)
-    assert relative_error(own, expected) < 1e-5  # its tables are float32
+    assert relative_error(own, expected) < 1e-5  # diffusers' tables are float32
 
 
-def test_dpm_solver_pp_is_that_of_diffusers():
+def test_dpm_solver_pp_equals_diffusers():
     DPMSolverMultistepScheduler = pytest.importorskip("diffusers").DPMSolverMultistepScheduler
     scheduler = DiffusionScheduler(100, schedule="linear-scaled")
     options = dict(algorithm_type="dpmsolver++", final_sigmas_type="zero")
@@ -204,7 +205,7 @@ def test_dpm_solver_pp_is_that_of_diffusers():
 
 @pytest.mark.parametrize("learned", [False, True], ids=["posterior", "learned-range"])
 def test_ddim_with_eta_one_and_ancestral_sampling_agree_over_all_steps(learned):
-    """Song et al. 2021, section 4.1: they are one process; a learned variance is DDPM's alone."""
+    """Song et al. 2021, section 4.1: both are one process. DDIM ignores a learned variance."""
     scheduler = DiffusionScheduler(40, schedule="linear-scaled")
     x_T, noise = recorded(40)
     ddim = sample(Wavy(learned), scheduler, DDIM(eta=1.0), None, x_T=x_T, noise=noise)

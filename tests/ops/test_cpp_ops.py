@@ -1,4 +1,4 @@
-"""Updates, noise and LayerNorms in C++, each by itself."""
+"""The sampler update, the noise and the LayerNorms in C++, each called on its own."""
 
 import math
 
@@ -14,8 +14,8 @@ from fastdit.testing import check_against_oracle, relative_error
 @pytest.mark.parametrize("layout", ["tokens", "images"])
 @pytest.mark.parametrize("learned", [False, True], ids=["eps", "learned"])
 @pytest.mark.parametrize("guidance", [None, Guidance(3.5), Guidance(2.5, channels=2)], ids=str)
-def test_an_update_by_itself_obeys_the_error_rule(layout, learned, guidance):
-    """Columns as COEFFICIENTS; row 1 clips, row 2 is a last step."""
+def test_a_single_update_obeys_the_error_rule(layout, learned, guidance):
+    """The columns are those of COEFFICIENTS; row 1 clips x0, and row 2 is a last step."""
     B, C = 4, 3
     shape = [B, 21 * 17, C] if layout == "tokens" else [B, C, 21, 17]
     out_shape = list(shape)
@@ -34,14 +34,21 @@ def test_an_update_by_itself_obeys_the_error_rule(layout, learned, guidance):
         for prev, given in ((x0_prev, dict(seeds=seeds)), (None, dict(noise=z)), (None, {})):
             wide = {k: v.double() if k == "noise" else v for k, v in given.items()}
             oracle = functional.sampler_update(
-                *(x.double(), model_out.double(), coefficients.double(), step),
-                *(None if prev is None else prev.double(),),
+                x.double(),
+                model_out.double(),
+                coefficients.double(),
+                step,
+                x0_prev=None if prev is None else prev.double(),
                 guidance=guidance,
                 **wide,
             )
             own, plain = (
                 functional.sampler_update(
-                    *(x, model_out, coefficients, step, prev),
+                    x,
+                    model_out,
+                    coefficients,
+                    step,
+                    x0_prev=prev,
                     guidance=guidance,
                     backend=backend,
                     **given,
@@ -50,20 +57,18 @@ def test_an_update_by_itself_obeys_the_error_rule(layout, learned, guidance):
             )
             for a, b, exact in zip(own, plain, oracle, strict=True):
                 check_against_oracle(a, b, exact)
-    by_default = functional.sampler_update(
-        *(x, model_out, coefficients, 2, None), guidance=guidance
-    )
+    by_default = functional.sampler_update(x, model_out, coefficients, 2, guidance=guidance)
     assert torch.equal(by_default[0], own[0])
     x.requires_grad_()
-    with_gradient = functional.sampler_update(*(x, model_out, coefficients, 2), guidance=guidance)
+    with_gradient = functional.sampler_update(x, model_out, coefficients, 2, guidance=guidance)
     assert with_gradient[0].requires_grad
     with pytest.raises(ValueError, match="backend: 'cpp' expects a float32 state on a CPU"):
         functional.sampler_update(
-            *(x.double(), model_out, coefficients, 0), guidance=guidance, backend="cpp"
+            x.double(), model_out, coefficients, 0, guidance=guidance, backend="cpp"
         )
 
 
-def test_noise_and_updates_are_float32_whatever_the_default_dtype():
+def test_noise_and_updates_are_float32_under_any_default_dtype():
     seeds, steps = torch.tensor([[7, 0], [-(2**40), 2**32 - 1]]), torch.tensor([0, 3])
     expected = noise.normal(seeds, steps, 45)
     x, out = torch.randn(1, 45, 3), torch.ones(1, 45, 3)
@@ -87,13 +92,13 @@ def test_noise_and_updates_are_float32_whatever_the_default_dtype():
         (torch.zeros(2, 2).long(), torch.zeros(1).int(), r"steps: expected int64 of shape \[S\]"),
     ],
 )
-def test_noise_of_bad_seeds_is_an_error(seeds, steps, message):
+def test_noise_from_bad_seeds_or_steps_is_an_error(seeds, steps, message):
     with pytest.raises(ValueError, match=message):
         functional.normal(seeds, steps, 4)
 
 
 def test_a_learned_range_that_overflows_is_infinite():
-    """As the reference has it; a wrapped exponent would be a finite, wrong image."""
+    """The reference overflows too; an exponent that wraps around would give a finite image."""
     x, z = torch.zeros(1, 64, 3), torch.ones(1, 64, 3)
     row = torch.tensor([[1.0, 0, math.inf, 1, 0, 0, 0, 1, 0, 200]])
     for v, high in ((1.0, 200), (-1.0, 200), (0.7, 100)):
@@ -112,7 +117,7 @@ by_layer_norm = pytest.mark.parametrize("op", LAYER_NORMS)
 
 
 def layer_norm_inputs(op, shape):
-    """Modulation comes as chunk views of one tensor, as the model makes it."""
+    """Return an op's inputs; the modulation is chunk views of one tensor, as in the model."""
     B, N, D = shape
     x, y = torch.randn(2, B, N, D)
     gate, scale, shift = torch.randn(B, 3 * D).chunk(3, dim=1)
@@ -150,7 +155,7 @@ def test_layer_norms_are_the_same_in_every_instruction_set(op, width):
 
 
 @by_layer_norm
-def test_layer_norms_have_the_same_bits_for_any_batch_and_threads(op):
+def test_layer_norms_have_the_same_bits_for_any_batch_and_number_of_threads(op):
     torch.manual_seed(0)
     inputs, upstream = layer_norm_inputs(op, (9, 150, 40)), torch.randn(2, 9, 150, 40).unbind()
     before = torch.get_num_threads()
@@ -168,7 +173,7 @@ def test_layer_norms_have_the_same_bits_for_any_batch_and_threads(op):
 
 
 @by_layer_norm
-def test_layer_norms_take_any_strides_and_no_images(op):
+def test_layer_norms_take_any_strides_and_empty_inputs(op):
     inputs = layer_norm_inputs(op, (3, 5, 10))
     strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
     upstream = torch.randn(3, 10, 5).transpose(1, 2), torch.randn(3, 1, 1).expand(3, 5, 10)
@@ -205,7 +210,7 @@ def test_an_update_in_place_passes_opcheck():
 
 
 @by_layer_norm
-def test_layer_norms_in_cpp_are_float32_and_once_differentiable(op):
+def test_layer_norms_in_cpp_take_only_float32_and_differentiate_once(op):
     inputs = layer_norm_inputs(op, (2, 3, 10))
     with pytest.raises(ValueError, match="backend: 'cpp' expects float32 tensors on a CPU"):
         getattr(functional, op)(*(t.bfloat16() for t in inputs), backend="cpp")
@@ -218,7 +223,7 @@ def test_layer_norms_in_cpp_are_float32_and_once_differentiable(op):
 
 
 @by_layer_norm
-def test_layer_norms_are_in_cpp_where_that_is_worth_a_call(op):
+def test_only_large_layer_norms_run_in_cpp_by_default(op):
     for shape, backend in (((4, 16, 64), "reference"), ((98, 16, 64), "cpp")):
         inputs = layer_norm_inputs(op, shape)
         default, named = (getattr(functional, op)(*inputs, backend=b) for b in (None, backend))

@@ -1,4 +1,4 @@
-"""GELU in the product before it: where it rides there, and that its numbers stay."""
+"""`linear_gelu`: when the GELU is fused into the matrix product, and that its results agree."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ def test_on_a_cpu_it_is_the_two_plain_ops(approximate):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Calls of the fused product, which PyTorch has on a CPU with another GELU, the exact one."""
+    """Enable fusion on the CPU, where PyTorch fuses the exact GELU, and return the fused calls."""
     calls, addmm = [], torch._addmm_activation
 
     def counted(*arguments, **options):
@@ -53,7 +53,7 @@ def fused(monkeypatch):
 
 
 @torch.no_grad()
-def test_what_rides_has_the_shape_and_the_rows_of_a_linear(fused):
+def test_the_fused_product_has_the_shape_and_rows_of_a_linear(fused):
     x, weight, bias = inputs()
     expected = F.gelu(F.linear(x, weight, bias))
     assert torch.allclose(functional.linear_gelu(x, weight, bias, "tanh"), expected, atol=1e-5)
@@ -62,7 +62,7 @@ def test_what_rides_has_the_shape_and_the_rows_of_a_linear(fused):
     assert torch.allclose(row, expected[0, 0], atol=1e-5) and len(fused) == 2
     functional.linear_gelu(x, weight, bias, "none")
     functional.linear_gelu(x, weight, None, "tanh")
-    assert len(fused) == 2, "an exact GELU or a linear without bias cannot ride"
+    assert len(fused) == 2, "an exact GELU or a linear without bias cannot be fused"
 
 
 class Doubled(nn.Linear):
@@ -72,7 +72,7 @@ class Doubled(nn.Linear):
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["none", "hook", "class", "activation"])
-def test_an_mlp_that_was_changed_is_called_as_it_is(fused, change):
+def test_a_changed_mlp_is_called_as_it_is_without_fusion(fused, change):
     model = fastdit.DiT(hidden=32, n_layers=1, n_heads=2, gelu="tanh")
     randomize(model)
     mlp = model.blocks[0].mlp
@@ -86,18 +86,18 @@ def test_an_mlp_that_was_changed_is_called_as_it_is(fused, change):
     expected = nn.Sequential(*mlp)(x)
     assert torch.allclose(mlp(x), expected, atol=1e-3)
     assert len(fused) == (change == "none")
-    assert torch.allclose(mlp[:1](x), mlp[0](x)), "a slice is a sequence of what is in it"
+    assert torch.allclose(mlp[:1](x), mlp[0](x)), "a slice calls its layers in sequence"
 
 
 class Quantised(torch.Tensor):
-    """Stands for weights that know how to be a linear layer's, and nothing else."""
+    """Stands for quantised weights, which support no op but F.linear."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         raise NotImplementedError(func)
 
 
-def test_gelu_rides_with_plain_weights_alone(monkeypatch):
+def test_gelu_is_fused_only_with_plain_weights(monkeypatch):
     where = SimpleNamespace(type="cuda")
     tensors = [SimpleNamespace(device=where, dtype=torch.bfloat16, numel=lambda: 1)] * 3
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""sampler_update in float64: each solver as its paper writes it, guidance, clipping, layouts."""
+"""`sampler_update` in float64: the solvers' formulas, guidance, clipping and layouts."""
 
 import math
 
@@ -16,7 +16,7 @@ by_layout = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 
 def table(*rows):
-    """Rows of coefficients; a column not named is 0, x0_limit is inf."""
+    """Return rows of coefficients, in which x0_limit is inf and other columns 0 if not named."""
     defaults = {**dict.fromkeys(COEFFICIENTS, 0.0), "x0_limit": math.inf}
     assert all(row.keys() <= defaults.keys() for row in rows)
     values = [[float(v) for v in {**defaults, **row}.values()] for row in rows]
@@ -37,7 +37,7 @@ def assert_equal(actual, expected):
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["posterior", "learned-range"])
-def test_a_loop_of_ancestral_rows_is_ancestral_sampling(learned):
+def test_a_loop_over_the_ddpm_table_is_ancestral_sampling(learned):
     scheduler, shape = DiffusionScheduler(T=8), (2, 3, 4, 5)
     x_T, noise = randn(*shape), randn(8, *shape)
 
@@ -57,7 +57,7 @@ def test_a_loop_of_ancestral_rows_is_ancestral_sampling(learned):
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_ddim_is_equation_12_of_song_et_al(shape, eta):
     x, eps, z = randn(3, *shape)
-    a, a_prev = 0.3, 0.55  # their alpha is alpha_bar
+    a, a_prev = 0.3, 0.55  # the paper calls alpha_bar alpha
     sigma = eta * math.sqrt((1 - a_prev) / (1 - a)) * math.sqrt(1 - a / a_prev)  # equation 16
     predicted_x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
     expected = math.sqrt(a_prev) * predicted_x0 + math.sqrt(1 - a_prev - sigma**2) * eps + sigma * z
@@ -126,7 +126,7 @@ def test_guidance_mixes_the_first_channels_and_leaves_the_rest_conditional(
 
 
 @by_layout
-def test_clipping_bounds_x0_where_x_next_uses_it_and_lets_nan_through(shape):
+def test_clipping_bounds_the_x0_that_x_next_uses_and_keeps_nan(shape):
     x, eps = 3 * randn(2, *shape)
     x[0, 1, 1] = math.nan
     row = dict(x0_x=1, x0_eps=-0.5, x0_limit=1.25, x=0.5, x0=2)
@@ -140,7 +140,7 @@ def test_clipping_bounds_x0_where_x_next_uses_it_and_lets_nan_through(shape):
 
 
 @pytest.mark.parametrize("learned", [False, True], ids=["eps", "learned-range"])
-def test_tokens_and_images_are_the_same_update(learned):
+def test_tokens_and_images_get_the_same_update(learned):
     B, C, p = 2, 3, 4
     x, x0_prev, z = randn(3, B, C, 8, 8)
     model_out = randn(2 * B, 2 * C if learned else C, 8, 8)
@@ -155,7 +155,11 @@ def test_tokens_and_images_are_the_same_update(learned):
         x, model_out, table(row), 0, x0_prev, noise=z, guidance=guidance
     )
     pixels = functional.sampler_update(
-        *(tokens(x), tokens(model_out), table(row), 0, tokens(x0_prev)),
+        tokens(x),
+        tokens(model_out),
+        table(row),
+        0,
+        x0_prev=tokens(x0_prev),
         noise=tokens(z),
         guidance=guidance,
     )
@@ -164,7 +168,7 @@ def test_tokens_and_images_are_the_same_update(learned):
 
 
 @by_layout
-def test_seeds_are_the_noise_of_step_plus_one_in_element_order(shape):
+def test_seeds_draw_the_noise_of_step_plus_one_in_element_order(shape):
     x, eps = randn(2, *shape)
     seeds = torch.tensor([[7, 0], [-(2**40), 5]])
     coefficients = table(*[dict(x=0.9, eps=0.1, sigma=0.4)] * 4)
@@ -175,7 +179,7 @@ def test_seeds_are_the_noise_of_step_plus_one_in_element_order(shape):
     assert_equal(seeded, 0.9 * x + 0.1 * eps + 0.4 * z.double())
 
 
-def test_where_sigma_is_zero_neither_noise_nor_the_range_is_used():
+def test_noise_and_learned_range_are_not_used_where_sigma_is_zero():
     x, eps, nan = randn(2, 6, 3), randn(2, 6, 3), torch.full((2, 6, 3), math.nan).double()
     row = dict(x=0.9, eps=0.1, log_sigma_low=-math.inf, log_sigma_high=-3)
     model_out = torch.cat([eps, nan], dim=2)
@@ -185,7 +189,7 @@ def test_where_sigma_is_zero_neither_noise_nor_the_range_is_used():
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @by_layout
-def test_results_may_replace_what_they_are_made_of(shape, backend):
+def test_results_may_overwrite_their_inputs(shape, backend):
     x, x0_prev = randn(2, *shape).float()
     rows = dict.fromkeys(("x0_x", "x0_eps", "x", "x0", "x0_prev"), 0.7)
     given = dict(coefficients=table(rows), step=torch.tensor(0), backend=backend)
@@ -197,8 +201,8 @@ def test_results_may_replace_what_they_are_made_of(shape, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_autograd_sees_that_a_state_was_replaced(backend):
-    """A gradient that needs the old state raises, where it would otherwise be the new one's."""
+def test_autograd_sees_that_a_state_was_overwritten(backend):
+    """A gradient that needs the old state raises an error instead of using the new state."""
     weight, x = torch.ones(2, 4, 3, requires_grad=True), torch.randn(2, 4, 3)
     loss, given = (weight * x).sum(), (torch.zeros(2, 4, 3), torch.zeros(1, 10), 0)
     functional.sampler_update(x, *given, out=(x, torch.empty_like(x)), backend=backend)
@@ -215,8 +219,8 @@ def test_the_step_chooses_the_row_as_an_int_or_as_a_tensor():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_computed_in_float32_and_keeps_xs_dtype(dtype):
-    """0.5 x + (1 + 2^-14) eps at eps = -x / 2 is lost wherever it is rounded on the way."""
+def test_low_precision_is_computed_in_float32_and_returned_in_the_dtype_of_x(dtype):
+    """0.5 x + (1 + 2^-14) eps at eps = -x / 2 vanishes if any intermediate value is rounded."""
     x = torch.ones(1, 4, 1, dtype=dtype)
     coefficients = table(dict(x=0.5, eps=1 + 2**-14)).float()
     x_next, x0 = functional.sampler_update(x, -0.5 * x.bfloat16(), coefficients, 0)
@@ -313,7 +317,7 @@ def test_it_traces_as_one_graph_with_a_step_on_the_device():
         assert torch.equal(out, expected)
 
 
-def test_guidance_is_plain_numbers_whatever_it_came_as():
+def test_guidance_converts_its_arguments_to_plain_numbers():
     numpy_like = torch.tensor(3), torch.tensor(8)
     guidance = Guidance(torch.tensor(2.5), list(numpy_like), torch.tensor(3))
     assert guidance == Guidance(2.5, (3, 8), 3) and hash(guidance) == hash(Guidance(2.5, (3, 8), 3))

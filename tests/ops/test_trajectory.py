@@ -1,4 +1,4 @@
-"""The whole loop as one op of C++: its numbers, its bits, and what it takes."""
+"""The C++ op that runs a whole sampling loop: its accuracy, its bits and its arguments."""
 
 import math
 from dataclasses import replace
@@ -16,7 +16,8 @@ from fastdit.solvers import DDPM, SOLVERS
 from fastdit.testing import check_against_oracle, randomize
 
 STEPS = 6
-ODD = DiTConfig(img_size=15, patch_size=3, hidden=50, n_heads=5, n_layers=2)  # 25 tokens of 27
+# 25 tokens of 27 features
+ODD = DiTConfig(img_size=15, patch_size=3, hidden=50, n_heads=5, n_layers=2)
 GUIDED = DiTConfig(
     img_size=20,
     in_channels=4,
@@ -51,7 +52,7 @@ def make_model(cfg=None):
 
 
 def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, noise="seeds"):
-    """The arguments of `functional.trajectory` for a whole loop."""
+    """Return the arguments of `functional.trajectory` for a whole loop."""
     model = make_model(cfg).to(dtype)
     table = solver.table(DiffusionScheduler(STEPS, schedule="cosine"))
     labels = [i % 3 for i in range(B)] + ([cfg.num_classes] * B if guidance else [])
@@ -71,14 +72,22 @@ def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, 
 
 
 def launch(arguments, **options):
-    """The C++ launcher itself, which can be told an instruction set."""
+    """Call the C++ launcher directly, since `instruction_set` is an option of it alone."""
     a = dict(arguments)
     guidance = a["guidance"] and (a["guidance"].scale, a["guidance"].channels)
     sizes, eps = kernel_shape(a["packed"].cfg)
     shape = cpu.Shape(*sizes[:-1], bool(sizes[-1]), *eps)
     return cpu.trajectory(
-        *(a["x"], a["x0"], a["packed"].weights, *a["modulation"], a["coefficients"]),
-        *(a.get("first", 0), a["seeds"], a["noise"], guidance, shape),
+        x=a["x"],
+        x0=a["x0"],
+        weights=a["packed"].weights,
+        **a["modulation"]._asdict(),
+        coefficients=a["coefficients"],
+        first=a.get("first", 0),
+        seeds=a["seeds"],
+        noise=a["noise"],
+        guidance=guidance,
+        shape=shape,
         **options,
     )
 
@@ -109,8 +118,8 @@ def test_every_solver_obeys_the_error_rule(solver):
 
 
 @pytest.mark.parametrize(("cfg", "guidance"), SHAPES.values(), ids=SHAPES.keys())
-def test_an_image_has_the_same_bits_in_any_batch_order_and_threads(cfg, guidance):
-    """Images in lockstep, alone, shared by a team of threads: no sum depends on which."""
+def test_an_image_has_the_same_bits_for_any_batch_order_and_number_of_threads(cfg, guidance):
+    """A thread runs images in lockstep or alone, or shares one: no sum depends on which."""
     before = torch.get_num_threads()
     full = problem(cfg, 11, guidance)
 
@@ -138,7 +147,7 @@ def test_an_image_has_the_same_bits_in_any_batch_order_and_threads(cfg, guidance
         torch.set_num_threads(before)
 
 
-def test_nan_and_infinity_come_out_as_the_reference_has_them():
+def test_nan_and_infinity_reach_the_output_of_their_own_images():
     for bad in (math.nan, math.inf):
         given = problem(DiTConfig(), 3)
         given["x"][1, 5, 0] = bad
@@ -150,14 +159,14 @@ def test_nan_and_infinity_come_out_as_the_reference_has_them():
         assert functional.trajectory(**given, backend="cpp")[0].isnan().any()
 
 
-def test_denormals_cost_nothing_and_stay_the_callers():
+def test_denormal_inputs_are_taken_and_the_callers_denormals_are_not_flushed():
     given = problem(DiTConfig(), 2)
     tiny = given | dict(x=given["x"] * 1e-40, coefficients=given["coefficients"] * 1e-38)
     assert functional.trajectory(**tiny, backend="cpp")[0].isfinite().all()
     assert (torch.tensor([1e-39]) * 0.5 > 0).all(), "denormals are flushed in the whole process"
 
 
-def test_any_strides_and_dtypes_of_the_tables_will_do():
+def test_tables_may_have_any_strides_and_dtypes():
     given = problem(ODD, 3)
     expected = functional.trajectory(**given, backend="cpp")
     modulation = given["modulation"]
@@ -174,7 +183,7 @@ def test_any_strides_and_dtypes_of_the_tables_will_do():
     for own, other in zip(functional.trajectory(**awkward, backend="cpp"), expected, strict=True):
         assert torch.equal(own, other)
     assert torch.equal(awkward["x"], before)
-    first, second = (  # in two parts, the second told how many steps were before
+    first, second = (  # the loop in two parts
         {k: v[part] if k == "coefficients" else v for k, v in given.items()}
         | dict(modulation=modulation._replace(by_step=modulation.by_step[part]))
         for part in (slice(0, 2), slice(2, STEPS))
@@ -210,12 +219,12 @@ def test_any_strides_and_dtypes_of_the_tables_will_do():
         (dict(backend="triton"), "backend: 'triton' expects tensors on CUDA"),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_arguments_that_do_not_fit_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         functional.trajectory(**problem(DiTConfig(), 2) | dict(backend="cpp") | change)
 
 
-def test_rows_past_the_tables_are_an_error():
+def test_modulation_rows_that_do_not_fit_the_tables_are_an_error():
     given = problem(DiTConfig(), 2)
     modulation = given["modulation"]._replace(rows=torch.tensor([0, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match="modulation.rows: expected int64, got torch.int32"):
@@ -225,14 +234,21 @@ def test_rows_past_the_tables_are_an_error():
         functional.trajectory(**given | dict(modulation=modulation))
 
 
-def test_the_checks_read_nothing_off_a_device():
-    """They would wait there for all that was launched; "meta" tensors have nothing to read."""
+def test_the_checks_read_no_values_from_a_device():
+    """A read would wait for the device's queue; "meta" tensors have no values to read."""
     given = problem(DiTConfig(), 2)
     a = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in given.items()}
     packed = replace(given["packed"], weights=given["packed"].weights.to("meta"))
     modulation = type(given["modulation"])(*(t.to("meta") for t in given["modulation"]))
     checks.check_trajectory(
-        *(a["x"], a["x0"], packed, modulation, a["coefficients"], a["seeds"], None, None)
+        x=a["x"],
+        x0=a["x0"],
+        packed=packed,
+        modulation=modulation,
+        coefficients=a["coefficients"],
+        seeds=a["seeds"],
+        noise=None,
+        guidance=None,
     )
 
 

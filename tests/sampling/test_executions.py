@@ -1,4 +1,4 @@
-"""Every execution makes the reference loop's images, and sees the weights as they are."""
+"""Every execution makes the images of the reference loop."""
 
 import functools
 import threading
@@ -15,7 +15,7 @@ from fastdit.solvers import SOLVERS
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
 STEPS = 12
-SEED = DiTConfig(hidden=32, n_layers=2, n_heads=2)
+TOY = DiTConfig(hidden=32, n_layers=2, n_heads=2)
 PUBLISHED = DiTConfig(
     in_channels=4,
     hidden=32,
@@ -41,7 +41,7 @@ EXECUTIONS = [
 by_execution = pytest.mark.parametrize("execution", EXECUTIONS)
 by_stepwise_execution = pytest.mark.parametrize("execution", EXECUTIONS[:-1])
 CASES = {
-    "seed": (SEED, None),
+    "seed": (TOY, None),
     "null-class": (NULL, Guidance(3.0)),
     "published": (PUBLISHED, None),
     "published-guided": (PUBLISHED, Guidance(3.0, channels=3)),
@@ -54,14 +54,13 @@ def device_of(execution):
     return "cuda" if execution == "graph" or on_gpu else "cpu"
 
 
-def dtypes_of(execution, dtype):
-    """A dtype that an execution has: the C++ loop computes in float32 only."""
+def skip_unless_supported(execution, dtype):
+    """Skip bfloat16 for the C++ loop, which computes in float32 only."""
     if execution == "trajectory" and dtype == torch.bfloat16:
         pytest.skip("float32 only")
-    return dtype
 
 
-def make_model(cfg=SEED, device="cpu"):
+def make_model(cfg=TOY, device="cpu"):
     model = fastdit.DiT.from_config(cfg)
     randomize(model)
     return model.to(device)
@@ -77,8 +76,8 @@ def recorded(batch, cfg, evaluations=STEPS):
     return z[0], z[1:]
 
 
-class In(nn.Module):
-    """The plain model in a dtype, its input and output in the state's."""
+class PlainModel(nn.Module):
+    """The reference model in a dtype; its input and output have the dtype of the loop's state."""
 
     def __init__(self, cfg, dtype, device):
         super().__init__()
@@ -92,7 +91,7 @@ class In(nn.Module):
 
 
 def plain_loop(model, table, x, labels, noise, guidance):
-    """Any solver's loop on images: its rows, one after another, as the update is stated."""
+    """Sample with any solver by the reference's update, one row of the table after another."""
     x0, coefficients = torch.zeros_like(x), table.coefficients.to(x.device)
     for k, t in enumerate(table.timesteps):
         t_B = torch.full((len(x),), t, device=x.device)
@@ -114,8 +113,8 @@ def plain_loop(model, table, x, labels, noise, guidance):
 @pytest.mark.parametrize(("cfg", "guidance"), CASES.values(), ids=CASES.keys())
 @torch.no_grad()
 def test_every_execution_obeys_the_error_rule(cfg, guidance, dtype, solver, execution):
-    """Against the plain loop in float64 with the same noise; "ddpm" against the paper's own."""
-    dtype = dtypes_of(execution, dtype)
+    """Compare with a plain loop in float64 on the same noise; for "ddpm" it is the paper's."""
+    skip_unless_supported(execution, dtype)
     device, scheduler = device_of(execution), make_scheduler()
     table = SOLVERS[solver].table(scheduler)
     labels = torch.tensor([3, 0, 9, 3, 5, 1, 2], device=device)
@@ -123,7 +122,8 @@ def test_every_execution_obeys_the_error_rule(cfg, guidance, dtype, solver, exec
     x_T, noise = x_T.to(device), noise.to(device)
 
     def loop(dtype):
-        model, state = In(cfg, dtype, device), torch.promote_types(dtype, torch.float32)
+        model = PlainModel(cfg, dtype, device)
+        state = torch.promote_types(dtype, torch.float32)
         given = x_T.to(state), labels, noise.to(state), guidance
         if solver == "ddpm":
             return reference.sample(model, scheduler, *given)
@@ -158,11 +158,11 @@ def test_an_image_does_not_depend_on_batch_order_or_execution(cfg, guidance, exe
         assert relative_error(alone[0], together[i]) < 1e-5
     eager = Sampler(model, scheduler, guidance=guidance, execution="eager")
     assert relative_error(together, eager(labels, seeds=keys)) < 1e-5
-    assert relative_error(together[4], together[5]) > 0.1  # one label, two keys
+    assert relative_error(together[4], together[5]) > 0.1  # the same label, two seeds
 
 
 def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch):
-    """One for a single image, one for more; no step and no second sampler compiles anew."""
+    """One graph is for a single image, one for more; no step and no other sampler recompiles."""
     COMPILED.clear()
     torch._dynamo.reset()
     monkeypatch.setattr(steps, "_compiled_advance", functools.cache(counted_advance))
@@ -172,15 +172,15 @@ def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch
         sampler = Sampler(model, make_scheduler(), execution="compile")
         for labels in ([3], [1, 2], [4, 5, 6], [7], [1] * 8):
             assert sampler(labels).isfinite().all()
-        sampler([1, 2], x_T=torch.randn(2, *SEED.sample_shape, requires_grad=True))
+        sampler([1, 2], x_T=torch.randn(2, *TOY.sample_shape, requires_grad=True))
         assert len(COMPILED) == 2
     for T in (5, 9):
         Sampler(model, DiffusionScheduler(T), execution="compile")([1, 2])
     assert len(COMPILED) == 2
 
 
-def test_compile_survives_changes_of_the_global_state(monkeypatch):
-    """PyTorch guards graphs with it, and gives a function up after eight recompilations."""
+def test_compile_survives_changes_of_the_number_of_threads(monkeypatch):
+    """PyTorch guards graphs on the number, and gives up after eight recompilations."""
     torch._dynamo.reset()
     monkeypatch.setattr(steps, "_compiled_advance", functools.cache(counted_advance))
     sampler, threads = Sampler(make_model(), make_scheduler(), execution="compile"), []
@@ -194,7 +194,7 @@ def test_compile_survives_changes_of_the_global_state(monkeypatch):
     assert all(relative_error(other, images) < 1e-5 for other in threads)
 
 
-def test_compile_serves_any_guidance_scale_after_two(monkeypatch):
+def test_compile_serves_any_guidance_scale_after_the_second(monkeypatch):
     COMPILED.clear()
     torch._dynamo.reset()
     monkeypatch.setattr(steps, "_compiled_advance", functools.cache(counted_advance))
@@ -206,14 +206,15 @@ def test_compile_serves_any_guidance_scale_after_two(monkeypatch):
         for labels in ([1, 2], [3]):
             assert relative_error(sampler(labels), eager(labels)) < 1e-5
         counts.append(len(COMPILED))
-    assert counts == [4, 6, 6, 6, 6]  # guided or not, one image or more; guided for any scale
+    # Four graphs: guided or not, one image or more. The second scale recompiles the guided two.
+    assert counts == [4, 6, 6, 6, 6]
 
 
 COMPILED: list[int] = []
 
 
 def counted_advance(*kind):
-    """The step compiled by a backend that only counts, each kind by itself as in the real one."""
+    """Compile a step for each kind, as the package does, but with a backend that only counts."""
 
     def count(graph, inputs):
         COMPILED.append(len(inputs))
@@ -231,7 +232,7 @@ def test_two_samplers_in_two_threads_do_not_disturb_one_another(execution):
         return Sampler(model, make_scheduler(), guidance=guidance, execution=execution)
 
     def both():
-        return make(0, SEED, None), make(1, PUBLISHED, Guidance(2.0, interval=(2, 9)))
+        return make(0, TOY, None), make(1, PUBLISHED, Guidance(2.0, interval=(2, 9)))
 
     alone = [sampler([1, 2, 3], seed=i) for i, sampler in enumerate(both())]
     together: list = [[], []]
@@ -269,7 +270,7 @@ def test_one_sampler_in_two_threads_takes_turns():
 
 
 @by_stepwise_execution
-def test_a_function_gets_each_step_and_the_image_predicted(execution):
+def test_a_progress_function_gets_each_step_and_the_predicted_image(execution):
     device = device_of(execution)
     model, scheduler = make_model(device=device), make_scheduler()
     sampler, seen = Sampler(model, scheduler, execution=execution), []
@@ -277,13 +278,13 @@ def test_a_function_gets_each_step_and_the_image_predicted(execution):
     assert torch.equal(images, sampler([1, 2], seed=3))
     assert [k for k, _ in seen] == list(range(STEPS))
     assert all(x0.shape == images.shape for _, x0 in seen)
-    # At t = 0 nothing is added, and the mean of the posterior is the predicted image.
+    # At t = 0 no noise is added, and the posterior's mean is the predicted image.
     assert relative_error(seen[-1][1], images) < 1e-5
     assert relative_error(seen[0][1], images) > 0.01
 
 
 @by_stepwise_execution
-def test_a_sampler_made_in_inference_mode_works_outside(execution):
+def test_a_sampler_first_called_in_inference_mode_works_outside(execution):
     sampler = Sampler(
         make_model(device=device_of(execution)),
         make_scheduler(),
@@ -295,7 +296,7 @@ def test_a_sampler_made_in_inference_mode_works_outside(execution):
     assert torch.equal(sampler([3, 1]), inside)
 
 
-def test_a_sampler_within_its_own_call_is_an_error_not_a_wait():
+def test_calling_a_sampler_within_its_own_call_is_an_error_not_a_deadlock():
     sampler = Sampler(make_model(), make_scheduler())
     with pytest.raises(RuntimeError, match="progress: a sampler cannot sample within its own call"):
         sampler([0], progress=lambda k, x0: sampler([0]))
@@ -318,8 +319,8 @@ def test_guidance_at_scale_one_is_no_guidance():
     assert relative_error(guided, Sampler(model, scheduler)([1, 2])) < 1e-5
 
 
-def test_guidance_of_a_plain_reference_model_is_the_same():
-    """It is called as it is, with the null rows behind the conditional ones."""
+def test_guidance_of_the_reference_model_gives_the_same_images():
+    """The reference model is called as it is, with the null rows after the conditional ones."""
     plain = reference.DiT.from_config(PUBLISHED)
     randomize(plain)
     guidance = Guidance(3.0, interval=(3, 8), channels=3)
@@ -334,19 +335,19 @@ def test_guidance_needs_labels():
         sampler(None, seeds=[1])
 
 
-def test_guidance_of_more_channels_than_there_are_is_an_error():
+def test_guidance_of_more_channels_than_the_model_has_is_an_error():
     with pytest.raises(ValueError, match="guidance: expected at most the model's 4 channels, got"):
         Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0, channels=5))
 
 
-def test_graph_asks_for_cuda():
+def test_graph_needs_cuda():
     with pytest.raises(ValueError, match="execution: 'graph' needs a model on CUDA, got one on"):
         Sampler(make_model(), make_scheduler(), execution="graph")
 
 
 @pytest.mark.parametrize("patch_size", [1, 4])
 def test_images_and_progress_own_their_memory(patch_size):
-    """A graph's tensors are written again by the next step: nothing returned may be one."""
+    """The next step overwrites a graph's tensors, so none of them may be returned."""
     model = make_model(DiTConfig(img_size=4, patch_size=patch_size, in_channels=1, n_layers=1))
     sampler, kept = Sampler(model, make_scheduler()), []
     engine_images = sampler([1], progress=lambda k, x0: kept.append(x0))

@@ -1,4 +1,4 @@
-"""The graph execution: its bookkeeping anywhere, captures and what they cost on a GPU."""
+"""The graph execution: its bookkeeping on any machine, real captures and their costs on a GPU."""
 
 from collections import Counter
 
@@ -30,7 +30,7 @@ def make_scheduler():
 
 
 class FakeGraph:
-    """What a captured graph does, on the CPU: `advance_in_place`, on tensors of its own."""
+    """Stands for a captured graph on the CPU: runs `advance_in_place` on tensors of its own."""
 
     def __init__(self, predictor, state, inputs, guidance):
         self.arguments = predictor, state, inputs, guidance
@@ -41,7 +41,7 @@ class FakeGraph:
 
 @pytest.fixture
 def graphs_without_cuda(monkeypatch):
-    """Captures counted by rows; all else of the graph execution is the real one."""
+    """Replace captures by fakes, and return the list of their row counts."""
     captured = []
 
     def capture(self, predictor, state, inputs, guidance):
@@ -59,7 +59,7 @@ def graphs_without_cuda(monkeypatch):
 
 
 def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
-    """Captured once for a batch size and a set of active rows, loaded with what is new."""
+    """A step is captured once for each number of images and rows; later values are copied in."""
     model, scheduler = make_model(), make_scheduler()
     sampler = Sampler(model, scheduler, guidance=GUIDANCE, execution="graph")
     eager = Sampler(model, scheduler, guidance=GUIDANCE, execution="eager")
@@ -75,10 +75,10 @@ def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
     x_T, noise = z[0], z[1:]
     images = sampler([1, 2, 3], x_T=x_T, noise=noise)
     assert relative_error(images, eager([1, 2, 3], x_T=x_T, noise=noise)) < 1e-5
-    assert graphs_without_cuda[4:] == [3, 6]  # brought noise is read, not made
+    assert graphs_without_cuda[4:] == [3, 6]  # graphs that read noise instead of making it
 
 
-def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
+def test_the_least_recently_used_graph_is_dropped_with_a_warning(
     graphs_without_cuda, monkeypatch, recwarn
 ):
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 4)
@@ -87,7 +87,7 @@ def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
         sampler([0] * batch)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="more than 4 kinds of batches") as warned:
-        sampler([0] * 5)  # instead of the graph for two
+        sampler([0] * 5)  # replaces the graph for two
     assert warned[0].filename == __file__
     sampler([0])
     assert graphs_without_cuda == [1, 2, 3, 4, 5]
@@ -96,7 +96,7 @@ def test_the_graph_used_longest_ago_is_dropped_with_a_warning(
     assert graphs_without_cuda == [1, 2, 3, 4, 5, 2]
 
 
-def test_a_graph_sampler_refuses_a_model_that_moved(graphs_without_cuda):
+def test_a_graph_sampler_refuses_a_model_that_was_cast(graphs_without_cuda):
     model = make_model()
     sampler = Sampler(model, make_scheduler(), execution="graph")
     sampler([0])
@@ -105,8 +105,8 @@ def test_a_graph_sampler_refuses_a_model_that_moved(graphs_without_cuda):
         sampler([0])
 
 
-def test_a_graph_belongs_to_a_dtype_of_autocast(graphs_without_cuda):
-    """Coming and going of autocast neither fails nor captures anew."""
+def test_a_graph_belongs_to_one_autocast_dtype(graphs_without_cuda):
+    """Entering and leaving autocast neither fails nor captures a graph again."""
     sampler = Sampler(make_model(), make_scheduler(), execution="graph")
     plain = sampler([0])
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +132,7 @@ def test_auto_is_graph_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("noise", [False, True], ids=["seeds", "noise"])
 def test_the_loop_never_waits_for_the_device(noise):
-    """Tables are refilled in the loop here, and rows come and go with the interval."""
+    """Here the loop refills its tables, and the interval changes the number of rows."""
     sampler = Sampler(make_model("cuda"), make_scheduler(), guidance=GUIDANCE, table_bytes=2**15)
     options = {}
     if noise:
@@ -151,7 +151,7 @@ def test_the_loop_never_waits_for_the_device(noise):
 
 @pytest.mark.gpu
 def test_graphs_of_all_batch_sizes_share_their_memory():
-    """What a smaller batch's graph adds is its own state and inputs, not another pool."""
+    """A smaller batch's graph adds its own state and inputs, but no other memory pool."""
     sampler = Sampler(make_model("cuda"), make_scheduler())
 
     def reserved():
@@ -168,8 +168,8 @@ def test_graphs_of_all_batch_sizes_share_their_memory():
 
 
 @pytest.mark.gpu
-def test_a_graph_outlives_others_and_what_they_free(monkeypatch):
-    """Workspaces and pools: graphs are dropped, caches emptied, freed memory is poisoned."""
+def test_a_graph_outlives_other_graphs_and_their_freed_memory(monkeypatch):
+    """Its workspace and pool stay valid while graphs are dropped and freed memory is poisoned."""
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     model = make_model("cuda")
     sampler = Sampler(model, make_scheduler())
@@ -210,7 +210,7 @@ def test_a_failed_capture_leaves_a_sampler_that_works(monkeypatch):
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
-# What starts no kernel: memory, and views of what is there.
+# Ops that launch no kernel: allocations and views.
 VIEWS = {
     "new_empty",
     "view",
@@ -226,7 +226,7 @@ VIEWS = {
 
 
 class Nodes(TorchDispatchMode):
-    """Counts the kernels of what runs under it, one for each op that makes something."""
+    """Counts kernel launches: one for each op that is neither an allocation nor a view."""
 
     def __init__(self):
         super().__init__()
@@ -240,7 +240,7 @@ class Nodes(TorchDispatchMode):
 
 
 def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
-    """What a capture holds for two images, counted on tensors without data, by op."""
+    """Count the nodes of one step's capture for two images by op, on tensors without data."""
     monkeypatch.setattr(dispatch, "_triton_on", lambda *_: None)
     monkeypatch.setattr(functional, "fuses_gelu", lambda *_: True)
     B, rows = 2, 4 if guidance else 2
@@ -261,7 +261,7 @@ def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
 
 
 def test_a_captured_step_holds_few_nodes(monkeypatch):
-    """Of a layer: four products, attention, two passes, and an exact GELU of its own."""
+    """A layer has four products, attention, two LayerNorm passes and, if it is exact, a GELU."""
     xl = fastdit.PRESETS["DiT-XL/2"]
     counts = nodes_of_a_step(monkeypatch, xl, torch.bfloat16, Guidance(4.0, channels=3))
     assert counts.pop("_addmm_activation") == xl.n_layers
@@ -279,8 +279,8 @@ def test_a_captured_step_holds_few_nodes(monkeypatch):
     assert toy.total() == 4 * (4 + 1 + 2 + 1) + 6
 
 
-def test_a_steps_conditioning_goes_straight_to_its_graph(graphs_without_cuda, monkeypatch):
-    """From a loop's second step on: rows are gathered into the tensor that the graph reads."""
+def test_a_steps_modulation_is_gathered_into_its_graphs_input(graphs_without_cuda, monkeypatch):
+    """From the second step on, rows are gathered into the tensor that the graph reads."""
     gathered, rows_of = [], Tables.rows
 
     def watch(self, k, rows, out=None):

@@ -1,4 +1,4 @@
-"""Hoisted modulation: the model's own, for distinct rows only, under a bound of memory."""
+"""Precomputed modulation: it is the model's, for distinct rows only, within a memory bound."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def make_tables(model, labels, bound=2**20, timesteps=TIMESTEPS):
 
 
 def row_bytes(labels=1, dtype=torch.float64):
-    """Of a table, with the widest layer's product beside it."""
+    """Return the bytes of one step's rows and of the widest layer's output that makes them."""
     return labels * (WIDTH + 6 * 16) * dtype.itemsize
 
 
@@ -58,7 +58,7 @@ def test_rows_are_the_models_modulation(name, labels):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["split", "silu"])
-def test_a_forward_is_the_same_code_with_tables_of_one_step(name):
+def test_denoising_with_tables_of_one_step_equals_a_forward(name):
     model = make(CONFIGS[name])
     x, t, y = torch.randn(4, 3, 16, 16).double(), torch.full((4,), 7), torch.tensor([3, 1, 3, 0])
     tokens = fastdit.functional.patchify(x, 4)
@@ -69,8 +69,8 @@ def test_a_forward_is_the_same_code_with_tables_of_one_step(name):
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize(("name", "labels"), [("split", 3), ("silu", 3), ("silu-null", 1)])
-def test_tables_stay_under_their_bound_and_stay_right(name, labels, steps):
-    """A bound for so many steps makes chunks of so many; the last one may be shorter."""
+def test_tables_stay_within_their_bound_and_stay_correct(name, labels, steps):
+    """A bound for `steps` steps makes chunks of that length; the last one may be shorter."""
     model, wanted = make(CONFIGS[name]), [3, 1, 3, 0] if labels == 3 else None
     y = None if wanted is None else torch.tensor(wanted)
     bound = row_bytes(labels) * steps
@@ -101,7 +101,7 @@ def test_a_bound_below_one_step_is_an_error():
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "rows"), [("split", [2, 1, 5]), ("silu", [10])])
 def test_only_distinct_rows_are_computed(name, rows):
-    """Five steps of six images with two labels: ten rows, or two, one of zeros, and five."""
+    """Tables take 5 * 2 rows; split ones two rows of labels, one of zeros and five of steps."""
     model, seen = make(CONFIGS[name]), []
     model.final_mod.register_forward_hook(lambda layer, inputs, out: seen.append(len(out)))
     tables = make_tables(model, [4, 9, 4, 4, 9, 9])
@@ -112,8 +112,8 @@ def test_only_distinct_rows_are_computed(name, rows):
 
 
 @torch.no_grad()
-def test_layers_that_are_more_than_a_matrix_keep_what_they_add():
-    """A low-rank update beside a layer, as adapters make it, counts in both tables."""
+def test_tables_include_what_a_layer_subclass_adds():
+    """An update beside a layer, such as a low-rank adapter's, counts in both tables."""
 
     class LowRank(torch.nn.Linear):
         def forward(self, c):
@@ -132,7 +132,7 @@ def test_layers_that_are_more_than_a_matrix_keep_what_they_add():
 @torch.no_grad()
 @pytest.mark.parametrize("bound", [2**20, row_bytes(4)], ids=["ample", "tight"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tables_that_stay_serve_any_batch(name, bound):
+def test_a_table_store_serves_any_batch_within_its_bound(name, bound):
     model, cfg = make(CONFIGS[name]), CONFIGS[name]
 
     def linear(x, weight, bias):
@@ -161,7 +161,7 @@ def test_tables_that_stay_serve_any_batch(name, bound):
 @torch.no_grad()
 @pytest.mark.parametrize(("classes", "seen"), [(3, [5, 3]), (9, [5, 1, 2])])
 def test_steps_and_few_labels_are_computed_once_for_all_batches(classes, seen):
-    """Five steps; the rows of labels that are no more than these are made together."""
+    """All labels' rows are computed at once if there are no more labels than steps, here five."""
     model, rows = make(DiTConfig(**SMALL, num_classes=classes)), []
 
     def linear(x, weight, bias):

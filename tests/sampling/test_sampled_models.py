@@ -1,4 +1,4 @@
-"""What a Sampler makes of its model: dtypes, copies, changed weights, forwards of one's own."""
+"""How a Sampler treats its model: dtypes, copies, changed weights and overridden forwards."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler, reference
 from fastdit.testing import randomize, relative_error
 
-SEED = DiTConfig(hidden=32, n_layers=2, n_heads=2)
+TOY = DiTConfig(hidden=32, n_layers=2, n_heads=2)
 by_execution = pytest.mark.parametrize(
     "execution",
     ["eager", "compile", pytest.param("graph", marks=pytest.mark.gpu), "trajectory"],
@@ -25,7 +25,7 @@ def device_of(execution):
 
 
 def make_model(device="cpu"):
-    model = fastdit.DiT.from_config(SEED)
+    model = fastdit.DiT.from_config(TOY)
     randomize(model)
     return model.to(device)
 
@@ -37,7 +37,7 @@ def make_scheduler():
 @by_execution
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own-dtype", "bfloat16"])
 def test_changed_weights_are_seen(execution, dtype):
-    """By a fused optimizer, by .data, by assignment: none of which a version counter shows."""
+    """Version counters do not show changes by a fused optimizer, by .data or by assignment."""
     if execution == "trajectory" and dtype == torch.bfloat16:
         pytest.skip("the C++ loop computes in float32 only")
     model = make_model(device=device_of(execution))
@@ -68,7 +68,7 @@ def test_changed_weights_are_seen(execution, dtype):
         check(change)
 
 
-def test_autocast_names_the_dtype_of_the_forward():
+def test_autocast_sets_the_dtype_of_the_forward():
     model, scheduler = make_model(), make_scheduler()
     sampler = Sampler(model, scheduler)
     with torch.autocast("cpu", torch.bfloat16):
@@ -80,7 +80,7 @@ def test_autocast_names_the_dtype_of_the_forward():
     assert torch.equal(kept, sampler([1, 2]))
 
 
-def test_an_eager_sampler_follows_its_model():
+def test_an_eager_sampler_follows_a_cast_of_its_model():
     model = make_model()
     sampler = Sampler(model, make_scheduler())
     single = sampler([1, 2])
@@ -91,7 +91,7 @@ def test_an_eager_sampler_follows_its_model():
 
 @by_execution
 def test_a_model_that_is_cast_after_a_call_is_followed_or_refused(execution):
-    """Also where the forward's dtype was named, and was the model's own."""
+    """This holds even if `dtype` was given as the model's own dtype."""
     model = make_model(device=device_of(execution))
     sampler = Sampler(model, make_scheduler(), dtype=torch.float32, execution=execution)
     before = sampler([1, 2])
@@ -122,21 +122,21 @@ def test_a_copy_has_all_tensors_of_the_model_and_follows_them():
         assert relative_error(sampler([1, 2]), Sampler(model, make_scheduler())([1, 2])) < 0.02
 
 
-def test_a_model_in_two_dtypes_is_made_one():
+def test_a_model_of_mixed_dtypes_is_cast_to_one():
     model, mixed = make_model(), make_model()
     mixed.blocks.bfloat16()
     single = Sampler(mixed, make_scheduler(), dtype=torch.float32)([1, 2])
     assert relative_error(single, Sampler(model, make_scheduler())([1, 2])) < 0.02
 
 
-def test_a_forward_of_ones_own_is_called():
-    """A subclass's, or one with a hook: nothing is hoisted past it."""
+def test_an_overridden_or_hooked_forward_is_called():
+    """The forward of a subclass or one with a hook is called, without precomputed modulation."""
 
     class Halved(fastdit.DiT):
         def forward(self, x, t, y=None):
             return 0.5 * super().forward(x, t, y)
 
-    own, hooked = Halved.from_config(SEED), make_model()
+    own, hooked = Halved.from_config(TOY), make_model()
     randomize(own)
     hooked.register_forward_hook(lambda module, inputs, out: 0.5 * out)
     plain = make_model()
@@ -150,7 +150,7 @@ def test_a_forward_of_ones_own_is_called():
             Sampler(model, make_scheduler(), execution="compile")
 
 
-def test_a_sampler_can_be_copied_and_sent():
+def test_a_sampler_can_be_copied_and_pickled():
     sampler = Sampler(make_model(), make_scheduler(), dtype=torch.bfloat16)
     images = sampler([1, 2])
     for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
@@ -176,7 +176,7 @@ def test_a_copy_refuses_a_model_of_another_shape():
 
 @pytest.mark.parametrize("name", ["compile", "graph"])
 def test_executions_of_a_dit_refuse_other_models(name):
-    plain = reference.DiT.from_config(SEED)
+    plain = reference.DiT.from_config(TOY)
     with pytest.raises(ValueError, match=f"execution: '{name}' needs a fastdit.DiT.*got DiT"):
         Sampler(plain, make_scheduler(), execution=name)
     with pytest.raises(ValueError, match="dtype: expected torch.float32 or None"):

@@ -1,4 +1,4 @@
-"""Sampling: the reference loop's images, whatever the batch, for any noise predictor."""
+"""The Sampler makes the reference loop's images, in any batch and with any noise predictor."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def recorded_noise(batch, shape=CFG.sample_shape, steps=STEPS):
 
 
 class ConvPredictor(nn.Module):
-    """A predictor that is no transformer: two convolutions, the timestep as a channel."""
+    """A noise predictor of two convolutions, with the timestep as an input channel."""
 
     def __init__(self):
         super().__init__()
@@ -63,8 +63,8 @@ def test_images_equal_the_reference_loop_given_its_noise(dtype, learn_sigma):
         check_against_oracle(images, own_dtype, oracle)
 
 
-def test_a_seed_names_the_noise_that_noise_py_states():
-    """x_T is step 0, the k-th update uses step k, elements are counted in token order."""
+def test_a_seed_draws_the_noise_that_noise_py_defines():
+    """x_T is the noise of step 0, update k takes step k, and elements are in token order."""
     labels = torch.tensor([3, 1])
     keys = torch.tensor([[7, 5], [7, 6]])
     z = normal(keys, torch.arange(STEPS + 1), 3 * 16 * 16)
@@ -85,11 +85,11 @@ def test_an_image_does_not_depend_on_its_batch_or_its_order():
     forward = sampler(labels, seeds=seeds)
     backward = sampler(labels[::-1], seeds=seeds[::-1])
     assert relative_error(backward.flip(0), forward) < 1e-5
-    assert relative_error(together[4], together[5]) > 0.1  # one label, two streams
+    assert relative_error(together[4], together[5]) > 0.1  # the same label, two streams of noise
 
 
-def test_a_seed_keeps_its_first_noise_whatever_the_number_of_steps():
-    """A model of zeros and no fresh noise leave x_T scaled, so that its direction shows."""
+def test_a_seeds_first_noise_does_not_depend_on_the_number_of_steps():
+    """With predictions of zero and noise of zeros the images are x_T, scaled."""
     model = fastdit.DiT.from_config(CFG)
     for p in model.parameters():
         nn.init.ones_(p)
@@ -227,8 +227,8 @@ def test_bad_samplers_are_value_errors(options, message):
 
 
 @pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
-def test_a_compiled_model_is_seen_through(model_class):
-    """Its noise is counted in token order like the bare model's, and its labels are checked."""
+def test_a_compiled_model_is_sampled_like_the_bare_one(model_class):
+    """Its noise is in token order and its labels are checked, as for the bare model."""
     torch._dynamo.reset()
     model = model_class.from_config(CFG)
     randomize(model)
@@ -261,7 +261,7 @@ def test_predictions_that_are_not_finite_are_an_error():
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint64])
-def test_labels_come_in_any_integer_dtype(dtype):
+def test_labels_may_have_any_integer_dtype(dtype):
     sampler = Sampler(make_model(), make_scheduler())
     assert torch.equal(sampler(torch.tensor([3, 5], dtype=dtype)), sampler([3, 5]))
 
@@ -277,7 +277,7 @@ def test_other_predictors_need_a_shape():
         Sampler(ConvPredictor(), make_scheduler())
 
 
-def test_a_predictor_of_the_wrong_shape_is_named():
+def test_a_prediction_of_the_wrong_shape_is_an_error():
     sampler = Sampler(nn.Module(), make_scheduler(), sample_shape=(2, 4, 4))
     sampler.model.weight = nn.Parameter(torch.ones(1))
     sampler.model.forward = lambda x, t, y: x[:, :1]
@@ -294,22 +294,22 @@ def test_weights_that_are_not_finite_are_named(bad):
         Sampler(model, make_scheduler())([0])
 
 
-def test_large_finite_weights_are_no_error():
-    """Their sum overflows; each of them is a number."""
+def test_large_finite_weights_are_accepted():
+    """Their sum overflows, but each of them is finite."""
     model = make_model()
     with torch.no_grad():
         model.y_embed.weight[9:] = 3e38
     assert Sampler(model, make_scheduler())([0]).isfinite().all()
 
 
-def test_labels_come_as_any_array_and_keys_too():
+def test_labels_and_seeds_may_be_any_array():
     sampler = Sampler(make_model(), make_scheduler())
     expected = sampler([7, 5], seeds=[1, 2])
     assert torch.equal(sampler(np.array([5, 7])[::-1], seeds=np.array([2, 1])[::-1]), expected)
     assert torch.equal(sampler(np.array([7, 5], dtype=object), seeds=range(1, 3)), expected)
 
 
-def test_a_predictor_that_writes_to_its_input_leaves_the_callers_alone():
+def test_a_predictor_that_writes_to_its_input_does_not_change_the_callers_tensor():
     class InPlace(nn.Module):
         def forward(self, x, t, y):
             return x.mul_(0.5)
@@ -319,7 +319,7 @@ def test_a_predictor_that_writes_to_its_input_leaves_the_callers_alone():
     assert torch.equal(x_T, torch.ones(1, 1, 4, 4))
 
 
-def test_a_predictor_of_codes_computes_in_its_first_float():
+def test_a_predictor_with_integer_weights_gets_its_first_float_dtype():
     class Coded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -333,7 +333,7 @@ def test_a_predictor_of_codes_computes_in_its_first_float():
     assert Sampler(Coded(), make_scheduler(), sample_shape=(1, 4, 4))(None, seeds=[1]).std() > 0
 
 
-def test_a_predictor_of_another_kind_is_named():
+def test_a_prediction_that_is_a_tuple_is_an_error():
     model = nn.Module()
     model.forward = lambda x, t, y: (x, x)
     with pytest.raises(ValueError, match=r"model: expected an output of shape .*, got tuple"):

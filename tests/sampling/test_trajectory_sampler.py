@@ -1,4 +1,4 @@
-"""A Sampler whose loop is one op: when it is taken, what it keeps, and that nothing else shows."""
+"""The trajectory execution: when "auto" takes it, what it caches, and that images stay equal."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def make_model(cfg=None):
     return model.requires_grad_(False)
 
 
-def test_all_200_steps_are_the_reference_loops():
+def test_200_steps_equal_the_reference_loop():
     batch = 3
     model, scheduler = make_model(), DiffusionScheduler(200, schedule="cosine")
     plain = reference.DiT.from_config(model.cfg)
@@ -54,8 +54,8 @@ def test_all_200_steps_are_the_reference_loops():
 
 
 @pytest.mark.parametrize("cfg", [DiTConfig(), replace(GUIDED, hidden=96)], ids=["split", "silu"])
-def test_a_samplers_image_has_the_same_bits_beside_any_others(cfg):
-    """Its modulation too: tables of other labels, other numbers of threads, other bounds."""
+def test_an_image_has_the_same_bits_in_any_batch_of_a_sampler(cfg):
+    """Other labels, another number of threads and another bound of the tables change no bit."""
     before = torch.get_num_threads()
     model, scheduler = make_model(cfg), DiffusionScheduler(7, schedule="cosine")
     row = (6 * cfg.n_layers + 2) * cfg.hidden * 4
@@ -75,7 +75,7 @@ def test_a_samplers_image_has_the_same_bits_beside_any_others(cfg):
 
 
 def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
-    """Cut by the tables' memory, by an interval of guidance, by the length of a call."""
+    """A loop is cut by the tables' memory, by the work of one call and by a guidance interval."""
     scheduler, calls = DiffusionScheduler(12, schedule="cosine"), []
     real = functional.trajectory
 
@@ -109,7 +109,7 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
 
 
 def test_on_cuda_only_guidance_cuts_a_loop():
-    """A call is asynchronous there: 200 steps of a thousand images are one launch."""
+    """Calls are asynchronous on CUDA, so 200 steps of a thousand images are one call."""
     model = make_model(GUIDED).requires_grad_(False)
     predictor = DiTPredictor(model, torch.float32, copies=False)
 
@@ -126,8 +126,8 @@ def test_on_cuda_only_guidance_cuts_a_loop():
     assert run_length(100, "cuda", part) == 50
 
 
-def test_noise_that_is_brought_goes_to_the_device_in_pieces(monkeypatch):
-    """No more of it at once than the tables may take: here two steps of a batch of 64."""
+def test_given_noise_goes_to_the_device_in_pieces(monkeypatch):
+    """A piece takes no more memory than the tables may: here two steps of a batch of 64."""
     taken, trajectory = [], functional.trajectory
 
     def watch(*arguments, noise, **options):
@@ -154,14 +154,14 @@ def test_noise_that_is_brought_goes_to_the_device_in_pieces(monkeypatch):
         (dict(img_size=68, n_layers=1), "takes up to 256 tokens, got 289"),
     ],
 )
-def test_a_model_too_large_is_refused_by_name_and_sampled_otherwise(options, message):
+def test_a_model_too_large_for_the_trajectory_is_refused_and_sampled_by_auto(options, message):
     model, scheduler = make_model(DiTConfig(**options)), DiffusionScheduler(2)
     with pytest.raises(ValueError, match=f"execution: 'trajectory' {message}; use 'auto'"):
         Sampler(model, scheduler, execution="trajectory")
     assert Sampler(model, scheduler).execution_for() == "eager"
 
 
-def test_auto_reads_weights_alone_only_where_nothing_else_is_there():
+def test_auto_takes_the_trajectory_only_for_an_unchanged_dit():
     def by_hook(model):
         model.blocks[0].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
 
@@ -204,7 +204,7 @@ def test_auto_reads_weights_alone_only_where_nothing_else_is_there():
             named([1, 2])
 
 
-def test_auto_is_float32_on_a_cpu_and_unwatched():
+def test_auto_takes_the_trajectory_on_a_cpu_in_float32_if_unwatched():
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
     sampler, seen = Sampler(model, scheduler), []
     assert sampler.execution_for() == "trajectory"
@@ -216,7 +216,7 @@ def test_auto_is_float32_on_a_cpu_and_unwatched():
     assert Sampler(model.double(), scheduler).execution_for() == "eager"
 
 
-def test_a_trajectory_shows_no_x0_and_says_so():
+def test_a_trajectory_refuses_a_progress_function_and_takes_inference_mode():
     sampler = Sampler(make_model(), DiffusionScheduler(3), execution="trajectory")
     with pytest.raises(ValueError, match="progress: execution='trajectory' shows no x0"):
         sampler([1], progress=lambda k, x0: None)
@@ -225,7 +225,7 @@ def test_a_trajectory_shows_no_x0_and_says_so():
     assert torch.equal(sampler([3, 1]), inside)
 
 
-def test_the_rule_of_auto_is_said_in_words():
+def test_the_rule_of_auto_is_described_in_words():
     assert executions.describe_automatic(DiTConfig()).endswith(
         "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
     )
@@ -235,7 +235,7 @@ def test_the_rule_of_auto_is_said_in_words():
 
 
 def on_cuda(monkeypatch, major=9, minor=0):
-    """Have the choice see a GPU, of which it reads the properties alone."""
+    """Fake a GPU for the choice of an execution, which reads only its properties."""
     properties = SimpleNamespace(major=major, minor=minor, name="A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return torch.device("cuda", 0)
@@ -288,7 +288,9 @@ def test_auto_on_cuda_takes_the_trajectory_only_where_it_was_measured_to_win(mon
         (dict(), torch.float32, (8, 9, 10, 12), None),
     ],
 )
-def test_what_would_spill_on_a_gpu_is_refused_by_name(monkeypatch, options, dtype, majors, message):
+def test_a_model_that_would_spill_on_a_gpu_is_refused_with_the_reason(
+    monkeypatch, options, dtype, majors, message
+):
     pytest.importorskip("triton")
     cfg = DiTConfig(**options)
     for major in majors:
@@ -298,8 +300,8 @@ def test_what_would_spill_on_a_gpu_is_refused_by_name(monkeypatch, options, dtyp
 
 
 @pytest.mark.parametrize("cfg", [DiTConfig(), GUIDED], ids=["split", "silu"])
-def test_what_is_kept_of_the_weights_follows_each_of_them(cfg):
-    """Though `p.data` passes by PyTorch's counters of changes."""
+def test_the_cache_follows_every_weight(cfg):
+    """The changes go through `p.data`, so PyTorch's version counters do not show them."""
     model, scheduler = make_model(cfg), DiffusionScheduler(3, schedule="cosine")
     labels = [cfg.num_classes - 1, 0]
     guided = dict(guidance=Guidance(2.0)) if cfg.null_class else {}
@@ -318,7 +320,7 @@ def test_what_is_kept_of_the_weights_follows_each_of_them(cfg):
     assert torch.equal(sampler(labels), first)
 
 
-def test_nothing_is_made_twice_of_weights_that_stay(monkeypatch):
+def test_unchanged_weights_are_packed_once(monkeypatch):
     made, of = [], PackedDiT.of
     monkeypatch.setattr(PackedDiT, "of", lambda model: made.append(model) or of(model))
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
@@ -330,7 +332,7 @@ def test_nothing_is_made_twice_of_weights_that_stay(monkeypatch):
         assert torch.equal(fresh(labels, seeds=[5, 6]), kept)
 
 
-def test_what_is_kept_follows_the_config_and_the_steps():
+def test_the_cache_follows_the_config_and_the_timesteps():
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
     sampler = Sampler(model, scheduler, execution="trajectory")
     before = sampler([1, 2])
@@ -344,10 +346,8 @@ def test_what_is_kept_follows_the_config_and_the_steps():
     assert relative_error(sampler([1, 2]), before) > 1e-6
 
 
-def test_weights_that_came_and_went_in_a_call_that_failed_leave_nothing(monkeypatch):
-    """The model is in bfloat16, so that the loop has a copy of its own, and its tables are made
-    in parts, from that copy.
-    """
+def test_weights_seen_only_by_a_failed_call_leave_nothing_in_the_cache(monkeypatch):
+    """The loop makes its tables in parts, from a float32 copy of this bfloat16 model."""
     model, scheduler = make_model().bfloat16(), DiffusionScheduler(9, schedule="cosine")
     row = (6 * 4 + 2) * 64 * 4
     options = dict(dtype=torch.float32, execution="trajectory", table_bytes=6 * row)
