@@ -1,6 +1,6 @@
 """C++ kernels for CPUs: the whole sampling loop of a small DiT in one call, and its single ops.
 
-`structs.py` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
+`structs.h` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
 `product.h` the matrix products, `update.h` a solver's step, `network.h` the forward, `loop.h` the
 loop over steps, and `adaln.h` LayerNorm with modulation. `plain.cpp`, `avx2.cpp` and `avx512.cpp`
 compile these headers for one instruction set each. `trajectory.cpp` and `adaln.cpp` are the C
