@@ -16,7 +16,7 @@ _MEMBERS = re.compile(r"  (?:const )?(int64_t|float) (\*?\w+(?:, \*?\w+)*);(?: +
 
 
 class Struct(ctypes.Structure):
-    """A struct of the library; tensors become pointers, and `threads` is PyTorch's number."""
+    """A struct of the library: tensors become pointers, `threads` is `torch.get_num_threads()`."""
 
     def __init__(self, **fields: Any) -> None:
         fields |= dict(threads=torch.get_num_threads())
