@@ -129,16 +129,10 @@ def _compile(folder: str) -> Path:
     if shutil.which((shlex.split(compiler) or [""])[0]) is None:
         raise BuildError(f"no C++ compiler {compiler!r} was found; install g++, or set CXX")
     sources = sorted(str(f) for f in SOURCES.glob("*.cpp"))
+    options = dict(extra_cflags=FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False)
     try:
         with _ninja_on_path():
-            cpp_extension.load(
-                "fastdit_cpu",
-                sources,
-                extra_cflags=FLAGS,
-                extra_ldflags=["-fopenmp"],
-                build_directory=folder,
-                is_python_module=False,
-            )
+            cpp_extension.load("fastdit_cpu", sources, build_directory=folder, **options)
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise BuildError(f"the compiler {compiler!r} failed: {error}") from error
     return next(Path(folder).glob("*.so"))
