@@ -41,7 +41,7 @@ def best_device() -> torch.device:
 
 
 def parser(doc: str, device: bool = False) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; with `device` also --device."""
+    """Return a parser with the options of every benchmark; `device` adds --device."""
     made = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = made.add_argument
     add("--json", type=Path, metavar="PATH", help="write the results to this file")
@@ -234,7 +234,7 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 
 def columns(text: str) -> dict[str, str]:
-    """Read a table's columns: "name; rows: d; min, max: .1f" is {"name": "", "rows": "d", ...}."""
+    """Return heading -> format spec, as `table` takes it, from "way; batch: d; min, max: .1f"."""
     groups = [group.partition(":") for group in text.split(";")]
     return {name.strip(): spec.strip() for names, _, spec in groups for name in names.split(",")}
 

@@ -137,12 +137,9 @@ def measure(name: str, recipe: Recipe, per_class: int, samples: int) -> Row:
     model, losses = train(name, recipe, Shapes(per_class))
     seconds = time.perf_counter() - start
     labels = torch.arange(len(LABEL_NAMES)).repeat_interleave(samples)
-    sampler = Sampler(
-        model,
-        DiffusionScheduler(recipe.T, schedule=recipe.schedule),
-        SHOWINGS[recipe.name].solver,
-        sample_shape=(3, 16, 16),
-    )
+    scheduler = DiffusionScheduler(recipe.T, schedule=recipe.schedule)
+    solver = SHOWINGS[recipe.name].solver
+    sampler = Sampler(model, scheduler, solver, sample_shape=(3, 16, 16))
     accuracy = judge(sampler(labels, seed=0), labels)
     last = losses[-max(1, len(losses) // 30) :]
     return {

@@ -259,7 +259,8 @@ def layer_norm_modulate_fwd(
     """Launch the forward, with the gated residual if y and gate are given.
 
     Args:
-        x ... gate: y is like x [B, N, D], gate and shift like scale [B, D].
+        x: [B, N, D], like y.
+        scale: [B, D], like shift and gate.
         config: one of `layer_norm_modulate_fwd_configs`; None for the default.
 
     Returns:
