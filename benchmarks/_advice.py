@@ -8,16 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from _harness import ROOT, Row, table
+from _harness import ROOT, Row, columns, table
 
 KERNELS = ROOT / "kernels"
-COLUMNS = {
-    **dict.fromkeys(("kernel", "shape", "dtype", "default"), ""),
-    "us": ".1f",
-    "best": "",
-    "best us": ".1f",
-    "faster": ".2f",
-}
+COLUMNS = columns("kernel, shape, dtype, default; us: .1f; best; best us: .1f; faster: .2f")
 
 
 @dataclass(frozen=True)

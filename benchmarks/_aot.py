@@ -7,22 +7,17 @@ import sys
 import time
 from typing import Any
 
-from _harness import Row, table
+from _harness import Row, columns, table
 from _runner import DONE, Document
 from tqdm import tqdm
 
 CHUNK = 32  # launches between two writes of the file
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 FAULTS = "faults"
-COLUMNS = {
-    **dict.fromkeys(("kernel", "case", "arch"), ""),
-    **dict.fromkeys(("warps", "registers", "spills"), "d"),
-    "shared KB": ".1f",
-    **dict.fromkeys(("programs", "resident warps", "load bits"), "d"),
-    "matrix": "",
-    "work": ".2f",
-    FAULTS: "",
-}
+COLUMNS = columns(
+    "kernel, case, arch; warps, registers, spills: d; shared KB: .1f; "
+    f"programs, resident warps, load bits: d; matrix; work: .2f; {FAULTS}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -41,13 +41,12 @@ def best_device() -> torch.device:
 
 
 def parser(doc: str, device: bool = False) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; with `device` also --device."""
+    """Return a parser with the options of every benchmark; `device` adds --device."""
     made = argparse.ArgumentParser(description=doc.split("\n\n")[0])
-    made.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file")
+    add = made.add_argument
+    add("--json", type=Path, metavar="PATH", help="write the results to this file")
     if device:
-        made.add_argument(
-            "--device", type=torch.device, default=best_device(), help="default: a GPU if present"
-        )
+        add("--device", type=torch.device, default=best_device(), help="default: a GPU if present")
     return made
 
 
@@ -234,6 +233,12 @@ def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
+def columns(text: str) -> dict[str, str]:
+    """Return heading -> format spec, as `table` takes it, from "way; batch: d; min, max: .1f"."""
+    groups = [group.partition(":") for group in text.split(";")]
+    return {name.strip(): spec.strip() for names, _, spec in groups for name in names.split(",")}
+
+
 def table(columns: dict[str, str], rows: list[Row], markdown: bool = False) -> str:
     """Format rows as aligned text or as Markdown.
 
@@ -310,9 +315,8 @@ class SideBySide:
             results: where the rows are added, and written after every change.
         """
         self.rows, self.images, self.results = rows, images, results
-        self.times: dict[
-            str, list[float]
-        ] = {}  # seconds of each turn, of the ways that did not fail
+        # Seconds of each turn, of the ways that did not fail.
+        self.times: dict[str, list[float]] = {}
 
     def begin(self, name: str) -> Any:
         """Make a way and run it once."""

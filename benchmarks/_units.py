@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _harness import Row, table
+from _harness import Row, columns, table
 from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE
 from _runner import Unit
 
@@ -84,7 +84,7 @@ DRY = [
     Unit("train", ("train_throughput.py", *_TRAIN), 10, 600, ON_CPU),
 ]
 
-COLUMNS = {"unit": "", "estimate s": ".0f", "cap s": ".0f", "so far s": ".0f"}
+COLUMNS = columns("unit; estimate s, cap s, so far s: .0f")
 
 
 def plan_table(units: list[Unit]) -> str:

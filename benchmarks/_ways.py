@@ -181,9 +181,8 @@ def obstacle(way: str, device: torch.device) -> str | None:
 
 def trajectory_obstacle(case: Case) -> str | None:
     """Return why a case's model has no trajectory, or None."""
-    reason = executions.obstacle(
-        "trajectory", executions.Subject(case.own, case.device, case.dtype)
-    )
+    subject = executions.Subject(case.own, case.device, case.dtype)
+    reason = executions.obstacle("trajectory", subject)
     if reason is None and case.device.type == "cpu" and not dispatch.has_cpp():
         reason = "needs a C++ compiler"
     return reason

@@ -20,7 +20,7 @@ import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler, flops, testing
 
 WAYS = ("compile", "trajectory")
-COLUMNS = {"model": "", "hidden": "d", "layers": "d", "tokens": "d"}
+COLUMNS = harness.columns("model; hidden, layers, tokens: d")
 # The toy, made wider and longer; then models so deep that their weights no longer fit the caches.
 MODELS = {
     "toy": DiTConfig(),

@@ -31,7 +31,7 @@ CASES = (
     *(Case(ATTENTION, shape) for shape in ((4, 16, 4, 16), (4, 256, 16, 72))),
     *(Case(UPDATE, shape, "mixed") for shape in ((4, 4, 16, 16), (4, 4, 32, 32))),
 )
-COLUMNS = {"call": "", **dict.fromkeys(("public", "op", "launcher", "grad", "backward"), ".1f")}
+COLUMNS = harness.columns("call; public, op, launcher, grad, backward: .1f")
 WITH_GRADIENTS = ("grad", "backward")
 REPEATS = 100
 

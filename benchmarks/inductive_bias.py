@@ -30,12 +30,9 @@ from fastdit.train.objective import Objective
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.train.sources import ImageBatch, Shapes
 
-COLUMNS = {
-    "model": "",
-    **dict.fromkeys(("parameters", "images", "steps"), ",d"),
-    **dict.fromkeys(("training loss", "held-out loss"), ".4f"),
-    **dict.fromkeys(("colour", "shape"), ".3f"),
-}
+COLUMNS = harness.columns(
+    "model; parameters, images, steps: ,d; training loss, held-out loss: .4f; colour, shape: .3f"
+)
 HELD_OUT_PER_CLASS = 100
 HELD_OUT_SEED = 10**6  # for the images and for the noise of their loss
 
@@ -140,12 +137,9 @@ def measure(name: str, recipe: Recipe, per_class: int, samples: int) -> Row:
     model, losses = train(name, recipe, Shapes(per_class))
     seconds = time.perf_counter() - start
     labels = torch.arange(len(LABEL_NAMES)).repeat_interleave(samples)
-    sampler = Sampler(
-        model,
-        DiffusionScheduler(recipe.T, schedule=recipe.schedule),
-        SHOWINGS[recipe.name].solver,
-        sample_shape=(3, 16, 16),
-    )
+    scheduler = DiffusionScheduler(recipe.T, schedule=recipe.schedule)
+    solver = SHOWINGS[recipe.name].solver
+    sampler = Sampler(model, scheduler, solver, sample_shape=(3, 16, 16))
     accuracy = judge(sampler(labels, seed=0), labels)
     last = losses[-max(1, len(losses) // 30) :]
     return {
@@ -187,13 +181,12 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--images", type=int, nargs="+", default=[400, 3200, 25600])
-    parser.add_argument(
-        "--steps", type=positive, nargs="+", default=[750, 3000], help="up to three"
-    )
-    parser.add_argument("--samples", type=positive, default=20, help="judged, of each class")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="needs matplotlib")
+    add = parser.add_argument
+    add("--images", type=int, nargs="+", default=[400, 3200, 25600])
+    add("--steps", type=positive, nargs="+", default=[750, 3000], help="up to three")
+    add("--samples", type=positive, default=20, help="judged, of each class")
+    add("--seed", type=int, default=0)
+    add("--plot", type=Path, metavar="PATH", help="needs matplotlib")
     args = parser.parse_args()
     if any(n < 16 or n % 16 for n in args.images):
         parser.error("--images: expected multiples of 16")

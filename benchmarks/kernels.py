@@ -43,24 +43,11 @@ from _ops import Case  # noqa: E402
 
 from fastdit import testing  # noqa: E402
 
-COLUMNS = {
-    **dict.fromkeys(("op", "pass", "way", "shape", "dtype"), ""),
-    **dict.fromkeys(("us", "min", "max"), ".1f"),
-    "timed": "",
-    "alone us": ".1f",
-    "GB/s": ".1f",
-    "TFLOP/s": ".2f",
-    "share": ".2f",
-    "ratio": ".2f",
-    "error": ".1e",
-}
-SUMMARY = {
-    **dict.fromkeys(("op", "pass", "shape", "dtype"), ""),
-    "us": ".0f",
-    "ratio": ".2f",
-    "of compiled": ".2f",
-    "error": ".1e",
-}
+COLUMNS = harness.columns(
+    "op, pass, way, shape, dtype; us, min, max: .1f; timed; alone us, GB/s: .1f; "
+    "TFLOP/s, share, ratio: .2f; error: .1e"
+)
+SUMMARY = harness.columns("op, pass, shape, dtype; us: .0f; ratio, of compiled: .2f; error: .1e")
 
 
 def calls(case: Case, function: Callable[..., Any], backward: bool, device: torch.device) -> list:

@@ -49,39 +49,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     on_gpu = harness.best_device().type == "cuda"
     limit = ON_GPU if on_gpu else ELSEWHERE
     names = list(dict.fromkeys(unit.name for unit in (*plan(1), *DRY)))
-    parser.add_argument("--plan", action="store_true", help="only print the units for a GPU")
-    parser.add_argument(
-        "--unit", nargs="+", choices=names, metavar="NAME", help="default: all, in order"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: benchmarks/results; dry runs: build"
-    )
-    parser.add_argument(
-        "--limit",
-        type=harness.positive,
-        default=limit,
-        metavar="SECONDS",
-        help=f"of the whole command; default: {limit}",
-    )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        type=Path,
-        const=True,
-        metavar="FOLDER",
-        help="skip what the run with this --out did on this machine and code; default: this --out",
-    )
-    parser.add_argument(
-        "--processes",
-        type=harness.positive,
-        default=min(14, len(os.sched_getaffinity(0))),
-        help="for tests and for compiling",
-    )
+    add, folder = parser.add_argument, {"type": Path, "metavar": "FOLDER"}
+    add("--plan", action="store_true", help="only print the units for a GPU")
+    add("--unit", nargs="+", choices=names, metavar="NAME", help="default: all, in order")
+    add("--out", **folder, help="default: benchmarks/results; dry runs: build")
+    of_all = f"of the whole command; default: {limit}"
+    add("--limit", type=harness.positive, default=limit, metavar="SECONDS", help=of_all)
+    skip = "skip what the run with this --out did on this machine and code; default: this --out"
+    add("--resume", nargs="?", const=True, **folder, help=skip)
+    processes = min(14, len(os.sched_getaffinity(0)))
+    add("--processes", type=harness.positive, default=processes, help="for tests and for compiling")
     _aot.add_arguments(parser)
     args = parser.parse_args(argv)
-    args.out = args.out or (
-        BENCHMARKS / "results" if on_gpu or args.aot else harness.ROOT / "build"
-    )
+    results = BENCHMARKS / "results" if on_gpu or args.aot else harness.ROOT / "build"
+    args.out = args.out or results
     if args.resume is True:
         args.resume = args.out
     return args

@@ -38,15 +38,10 @@ from fastdit.sampling.sampler import TABLE_BYTES
 
 ROUNDS = 5
 LEAST_SECONDS = 0.01  # of a round
-COLUMNS = {
-    "preset": "",
-    "rows": "d",
-    "GFLOP": ".2f",
-    **dict.fromkeys(("products ms", "TFLOP/s", "attention ms", "passes ms"), ".3f"),
-    "copy GB/s": ".0f",
-    "floor ms": ".3f",
-    "rows/s": ".1f",
-}
+COLUMNS = harness.columns(
+    "preset; rows: d; GFLOP: .2f; products ms, TFLOP/s, attention ms, passes ms: .3f; "
+    "copy GB/s: .0f; floor ms: .3f; rows/s: .1f"
+)
 
 
 def measure(cfg: DiTConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Row:
@@ -145,16 +140,12 @@ def row_of(floor: Row) -> Row:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = harness.parser(__doc__, device=True)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument(
-        "--preset",
-        nargs="+",
-        choices=fastdit.PRESETS,
-        metavar="NAME",
-        default=["DiT-XL/2"] if on_gpu else ["toy"],
-    )
+    preset, dtype = ("DiT-XL/2", "bfloat16") if on_gpu else ("toy", "float32")
     rows = [2, 8, 32, 128] if on_gpu else [1, 16]
-    parser.add_argument("--rows", nargs="+", type=positive, metavar="R", default=rows)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32")
+    add = parser.add_argument
+    add("--preset", nargs="+", choices=fastdit.PRESETS, metavar="NAME", default=[preset])
+    add("--rows", nargs="+", type=positive, metavar="R", default=rows)
+    add("--dtype", choices=DTYPES, default=dtype)
     return parser.parse_args(argv)
 
 

@@ -41,15 +41,11 @@ from fastdit import flops, testing
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.kernels import cpu
 
-COLUMNS = {
-    "way": "",
-    "batch": "d",
-    **dict.fromkeys((FIGURE, "min", "max"), ".1f"),
-    **dict.fromkeys(("ms/step", "ratio", "to compiled", "share", "FMA share"), ".2f"),
-    "error": ".1e",
-    "compile s": ".1f",
-}
-MEMORY_COLUMNS = {"peak MiB": ".0f", "parts MiB": ".0f"}  # beyond the model's own; CUDA only
+COLUMNS = harness.columns(
+    f"way; batch: d; {FIGURE}, min, max: .1f; "
+    "ms/step, ratio, to compiled, share, FMA share: .2f; error: .1e; compile s: .1f"
+)
+MEMORY_COLUMNS = harness.columns("peak MiB, parts MiB: .0f")  # beyond the model's own; CUDA only
 
 
 class Sampling(harness.SideBySide):
@@ -179,27 +175,19 @@ def plot(path: Path, facts: Row, rows: list[Row]) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = harness.parser(__doc__, device=True)
-    parser.add_argument(
-        "--preset",
-        nargs="+",
-        choices=fastdit.PRESETS,
-        metavar="NAME",
-        default=["toy", "DiT-S/2", "DiT-B/2", "DiT-XL/2"] if torch.cuda.is_available() else ["toy"],
-        help=f"one or more of {', '.join(fastdit.PRESETS)}",
-    )
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16, 64], metavar="B")
-    parser.add_argument("--steps", type=positive, help="default: 200 for the toy, 50 for others")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument(
-        "--way",
-        nargs="+",
-        choices=ways.WAYS,
-        metavar="NAME",
-        help=f"one or more of {', '.join(ways.WAYS)}; "
-        f"default: all that can run here except {ways.MAX_AUTOTUNE}",
-    )
-    parser.add_argument("--rounds", type=positive, default=3, help="timed runs of each way")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="needs fastdit[plots]")
+    add = parser.add_argument
+    presets = ["toy", *(["DiT-S/2", "DiT-B/2", "DiT-XL/2"] if torch.cuda.is_available() else [])]
+    of_presets = f"one or more of {', '.join(fastdit.PRESETS)}"
+    named = {"nargs": "+", "metavar": "NAME"}
+    add("--preset", **named, choices=fastdit.PRESETS, default=presets, help=of_presets)
+    add("--batch", nargs="+", type=positive, default=[1, 16, 64], metavar="B")
+    add("--steps", type=positive, help="default: 200 for the toy, 50 for others")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    of_ways = f"one or more of {', '.join(ways.WAYS)}"
+    default = f"all that can run here except {ways.MAX_AUTOTUNE}"
+    add("--way", **named, choices=ways.WAYS, help=f"{of_ways}; default: {default}")
+    add("--rounds", type=positive, default=3, help="timed runs of each way")
+    add("--plot", type=Path, metavar="PATH", help="needs fastdit[plots]")
     args = parser.parse_args(argv)
     obstacles: dict[str, Any] = {way: ways.obstacle(way, args.device) for way in ways.WAYS}
     for way in args.way or ():

@@ -30,14 +30,7 @@ from fastdit.train.samples import shapes_sampler
 from fastdit.train.sources import Shapes
 from fastdit.train.trainer import Trainer
 
-COLUMNS = {
-    "recipe": "",
-    "steps": ",d",
-    "minutes": ".1f",
-    "loss": ".4f",
-    "colour": ".3f",
-    "shape": ".3f",
-}
+COLUMNS = harness.columns("recipe; steps: ,d; minutes: .1f; loss: .4f; colour, shape: .3f")
 
 
 class Change(NamedTuple):

@@ -45,16 +45,11 @@ from fastdit.train.runtime import PRECISIONS
 from fastdit.train.sources import Shapes, Source
 
 SAMPLES_PER_CLASS = 10
-RATE_COLUMNS = {
-    "way": "",
-    **dict.fromkeys((FIGURE, "min", "max"), ".0f"),
-    **dict.fromkeys(("ratio", "to compiled"), ".2f"),
-    "MFU": ".3f",
-    "memory MiB": ".1f",
-    "loss": ".3f",
-    "first step s": ".1f",
-}
-QUALITY_COLUMNS = {"way": "", "seed": "d", "final loss": ".4f", "colour": ".3f", "shape": ".3f"}
+RATE_COLUMNS = harness.columns(
+    f"way; {FIGURE}, min, max: .0f; ratio, to compiled: .2f; MFU: .3f; memory MiB: .1f; "
+    "loss: .3f; first step s: .1f"
+)
+QUALITY_COLUMNS = harness.columns("way; seed: d; final loss: .4f; colour, shape: .3f")
 
 
 class Turns(NamedTuple):

@@ -288,12 +288,9 @@ def _prepare_fwd(
 ) -> PreparedLaunch:
     config = config or layer_norm_modulate_fwd_configs(D)[0]
     D0, D1 = power_of_two_pieces(D)
-    return PreparedLaunch(
-        layer_norm_modulate_fwd_kernel,
-        (B * triton.cdiv(N, config.kwargs["ROWS"]),),
-        **dict(D=D, D0=D0, D1=D1, GATED=gated),
-        **config.all_kwargs(),
-    )
+    grid = (B * triton.cdiv(N, config.kwargs["ROWS"]),)
+    constants = dict(D=D, D0=D0, D1=D1, GATED=gated)
+    return PreparedLaunch(layer_norm_modulate_fwd_kernel, grid, **constants, **config.all_kwargs())
 
 
 def layer_norm_modulate_bwd(
@@ -305,14 +302,9 @@ def layer_norm_modulate_bwd(
     residual: tuple[Tensor | None, Tensor, Tensor] | None = None,
     config: triton.Config | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Launch the backward.
+    """Launch the backward, from the gradient of h, and what the forward took and returned.
 
     Args:
-        dh: [B, N, D], gradient of h.
-        r: [B, N, D], of the forward (x without a gate).
-        scale: [B, D].
-        mean: [B, N] float32, of the forward.
-        rstd: [B, N] float32, of the forward.
         residual: (dr or None, y, gate) of the gated op.
         config: one of `layer_norm_modulate_bwd_configs`; None for the default.
 
@@ -350,12 +342,10 @@ def _prepare_bwd(
     """Return the launches of the pass over the rows and of the sum of its partial sums."""
     config = config or layer_norm_modulate_bwd_configs(D)[0]
     D0, D1 = power_of_two_pieces(D)
-    rows = PreparedLaunch(
-        layer_norm_modulate_bwd_kernel,
-        (B * triton.cdiv(N, _TOKENS),),
-        **dict(D=D, D0=D0, D1=D1, GATED=gated, HAS_DR=has_dr, TOKENS=_TOKENS),
-        **config.all_kwargs(),
-    )
+    grid = (B * triton.cdiv(N, _TOKENS),)
+    constants = dict(D=D, D0=D0, D1=D1, GATED=gated, HAS_DR=has_dr, TOKENS=_TOKENS)
+    constants |= config.all_kwargs()
+    rows = PreparedLaunch(layer_norm_modulate_bwd_kernel, grid, **constants)
     grid = B, triton.cdiv(D, _SUMS)
     sums = PreparedLaunch(sum_partials_kernel, grid, D=D, GATED=gated, BLOCK=_SUMS, num_warps=1)
     return rows, sums

@@ -172,11 +172,8 @@ def compile_launch(launch: Launch, arch: str) -> Machine:
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, given, arguments, specialization, None
     )
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, attrs),
-        target=TARGETS[arch],
-        options=options.__dict__,
-    )
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    compiled = triton.compile(source, target=TARGETS[arch], options=options.__dict__)
     warps = compiled.metadata.num_warps
     if TARGETS[arch].backend == "cuda":
         code = _read_nvidia(compiled.asm["cubin"], compiled.asm["ttgir"], warps)

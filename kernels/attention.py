@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdit.kernels.attention_backward import attention_bwd
-from fastdit.kernels.attention_common import kind_of, prepare, score_scale, store, tile, unit_stride
+from fastdit.kernels.attention_common import Kind, kind_of, prepare, store, tile, unit_stride
 from fastdit.kernels.attention_configs import attention_fwd_configs
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 
@@ -157,12 +157,11 @@ def attention_fwd(
     """Launch the forward.
 
     Args:
-        qkv: [B, N, 3 * h * d], d up to 128.
-        n_heads: h.
+        qkv: [B, N, 3 * n_heads * d], d up to 128.
         config: one of `attention_fwd_configs`; None for the default.
 
     Returns:
-        (out [B, N, h * d] in qkv's dtype, lse [B, h, N] float32, to the base 2).
+        (out [B, N, n_heads * d] in qkv's dtype, lse [B, n_heads, N] float32, to the base 2).
     """
     qkv, s_b, s_n = unit_stride(qkv)
     B, N, width = qkv.shape
@@ -176,15 +175,10 @@ def attention_fwd(
 
 @functools.lru_cache(PREPARED)
 def _forward(
-    shape: torch.Size,
-    n_heads: int,
-    kind: tuple[torch.dtype, str, str],
-    config: triton.Config | None,
+    shape: torch.Size, n_heads: int, kind: Kind, config: triton.Config | None
 ) -> tuple[PreparedLaunch, float]:
-    """Return the forward's launch and the scale of its scores."""
-    N, (dtype, target, precision) = shape[1], kind
+    N, (dtype, target, _) = shape[1], kind
     config = config or attention_fwd_configs(N, dtype, target)[0]
     one_pass = N <= config.kwargs["BN"]
     kernel = attention_one_pass_fwd_kernel if one_pass else attention_fwd_kernel
-    launch = prepare(kernel, "BM", shape, n_heads, dtype, precision, config)
-    return launch, score_scale(shape, n_heads)
+    return prepare(kernel, "BM", shape, n_heads, kind, config)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels.attention_common import kind_of, prepare, score_scale, store, tile, unit_stride
+from fastdit.kernels.attention_common import Kind, kind_of, prepare, store, tile, unit_stride
 from fastdit.kernels.attention_configs import attention_dkv_bwd_configs, attention_dq_bwd_configs
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 
@@ -188,19 +188,14 @@ def attention_bwd(
     dq: triton.Config | None = None,
     dkv: triton.Config | None = None,
 ) -> Tensor:
-    """Launch the backward.
+    """Launch the backward, from the gradient of out, and what the forward took and returned.
 
     Args:
-        dout: [B, N, h * d], gradient of out.
-        qkv: [B, N, 3 * h * d], d up to 128.
-        out: [B, N, h * d], of the forward.
-        lse: [B, h, N] float32, of the forward.
-        n_heads: h.
         dq: one of `attention_dq_bwd_configs`; None for the default.
         dkv: one of `attention_dkv_bwd_configs`; None for the default.
 
     Returns:
-        dqkv [B, N, 3 * h * d] in qkv's dtype.
+        dqkv, like qkv and contiguous.
     """
     (qkv, s_b, s_n), dout = unit_stride(qkv), dout.contiguous()
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
@@ -215,19 +210,12 @@ def attention_bwd(
 
 @functools.lru_cache(PREPARED)
 def _backward(
-    shape: torch.Size,
-    n_heads: int,
-    kind: tuple[torch.dtype, str, str],
-    dq: triton.Config | None,
-    dkv: triton.Config | None,
+    shape: torch.Size, n_heads: int, kind: Kind, dq: triton.Config | None, dkv: triton.Config | None
 ) -> tuple[PreparedLaunch, PreparedLaunch, float]:
     """Return the launches of dQ and of dK with dV, and the scale of the scores."""
-    N, (dtype, target, precision) = shape[1], kind
+    N, d, (dtype, target, _) = shape[1], shape[2] // 3 // n_heads, kind
     dq = dq or attention_dq_bwd_configs(N, dtype, target)[0]
-    d = shape[2] // 3 // n_heads
     dkv = dkv or attention_dkv_bwd_configs(N, d, dtype, target)[0]
-    return (
-        prepare(attention_dq_bwd_kernel, "BM", shape, n_heads, dtype, precision, dq),
-        prepare(attention_dkv_bwd_kernel, "BN", shape, n_heads, dtype, precision, dkv),
-        score_scale(shape, n_heads),
-    )
+    dq_pass, scale = prepare(attention_dq_bwd_kernel, "BM", shape, n_heads, kind, dq)
+    dkv_pass, _ = prepare(attention_dkv_bwd_kernel, "BN", shape, n_heads, kind, dkv)
+    return dq_pass, dkv_pass, scale

@@ -13,6 +13,8 @@ from fastdit.kernels.attention_configs import head_pieces
 from fastdit.kernels.common import arch, dot_dtype
 from fastdit.kernels.launch import PreparedLaunch
 
+Kind = tuple[torch.dtype, str, str]  # dtype, architecture, precision of products
+
 
 @triton.jit
 def tile(p, s, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, D, EVEN, DOT):
@@ -36,8 +38,8 @@ def store(p, s, rows, b, FIRST: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.cons
     tl.store(p + o_n * s + o_d, b.to(p.dtype.element_ty), mask=(o_n < rows) & (o_d < D))
 
 
-def kind_of(qkv: Tensor) -> tuple[torch.dtype, str, str]:
-    """Return what a launch depends on besides sizes: dtype, architecture, precision of products."""
+def kind_of(qkv: Tensor) -> Kind:
+    """Return what a launch depends on besides sizes."""
     dtype, target = qkv.dtype, arch(qkv.device)
     if dtype != torch.float32:
         return dtype, target, "ieee"
@@ -48,30 +50,20 @@ def kind_of(qkv: Tensor) -> tuple[torch.dtype, str, str]:
 
 
 def prepare(
-    kernel: Any,
-    own: str,
-    qkv_shape: torch.Size,
-    n_heads: int,
-    dtype: torch.dtype,
-    precision: str,
-    config: triton.Config,
-) -> PreparedLaunch:
-    """Prepare a kernel whose programs own a tile of a head's rows; own names the tile's size."""
-    B, N, width = qkv_shape
+    kernel: Any, own: str, qkv_shape: torch.Size, n_heads: int, kind: Kind, config: triton.Config
+) -> tuple[PreparedLaunch, float]:
+    """Prepare a kernel whose programs own a tile of a head's rows; own names the tile's size.
+
+    Returns:
+        (the launch, the scale of its scores).
+    """
+    (B, N, width), (dtype, _, precision) = qkv_shape, kind
     d = width // 3 // n_heads
     D0, D1 = head_pieces(d)
-    BM, BN = config.kwargs["BM"], config.kwargs["BN"]
-    return PreparedLaunch(
-        kernel,
-        (B * n_heads * triton.cdiv(N, config.kwargs[own]),),
-        D=d,
-        D0=D0,
-        D1=D1,
-        EVEN=N % BM == 0 and N % BN == 0,
-        DOT=dot_dtype(dtype),
-        PRECISION=precision,
-        **config.all_kwargs(),
-    )
+    even = N % config.kwargs["BM"] == 0 and N % config.kwargs["BN"] == 0
+    grid = (B * n_heads * triton.cdiv(N, config.kwargs[own]),)
+    constants = dict(D=d, D0=D0, D1=D1, EVEN=even, DOT=dot_dtype(dtype), PRECISION=precision)
+    return PreparedLaunch(kernel, grid, **constants, **config.all_kwargs()), d**-0.5
 
 
 def unit_stride(qkv: Tensor) -> tuple[Tensor, int, int]:
@@ -86,7 +78,3 @@ def unit_stride(qkv: Tensor) -> tuple[Tensor, int, int]:
         return qkv, s_b, s_n
     qkv = qkv.clone(memory_format=torch.contiguous_format)
     return qkv, qkv.stride(0), qkv.stride(1)
-
-
-def score_scale(shape: torch.Size, n_heads: int) -> float:
-    return (shape[2] // 3 // n_heads) ** -0.5

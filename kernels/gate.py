@@ -230,16 +230,13 @@ TRAJECTORIES = (
     (16, 64, 64, 16, "guided learned", "tf32"),
     (64, 16, 64, 16, "guided learned", "fp32"),
 )
-_LONG_PIXELS = (
-    (64, 64, 64, 32, "guided learned", "bf16"),
-    (64, 48, 64, 16, "given", "bf16"),
-)
-_LONG_WIDE_PIXELS = ((64, 64, 128, 32, "guided learned", "bf16"),)
+_LONG_PIXELS = ((64, 64, 64, 32, "guided learned", "bf16"), (64, 48, 64, 16, "given", "bf16"))
+_LONG_WIDE_PIXELS = (64, 64, 128, 32, "guided learned", "bf16")
 _FURTHER_TRAJECTORIES = {
     "sm_80": (),
-    "sm_90": (*_LONG_PIXELS, *_LONG_WIDE_PIXELS),
+    "sm_90": (*_LONG_PIXELS, _LONG_WIDE_PIXELS),
     "sm_100": _LONG_PIXELS,
-    "gfx942": (*_LONG_PIXELS, *_LONG_WIDE_PIXELS),
+    "gfx942": (*_LONG_PIXELS, _LONG_WIDE_PIXELS),
 }
 
 

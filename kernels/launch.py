@@ -65,26 +65,18 @@ class PreparedLaunch:
                 kind += t.dtype, t.get_device(), not pointer & 15
         key = tuple(kind)
         compiled = self._compiled.get(key)
-        if compiled is None or self._is_watched():
+        if (
+            compiled is None
+            or self._is_watched()
+            or driver.active.get_current_device() != compiled.device
+        ):
             self._through_triton(key, tensors, numbers)
             return
         run, function, metadata, device = compiled
-        if driver.active.get_current_device() != device:
-            self._through_triton(key, tensors, numbers)
-            return
         stream = driver.active.get_current_stream(device)
-        run(
-            *self._dimensions,
-            stream,
-            function,
-            metadata,
-            None,  # this and the next two are for the tools that `_is_watched` looks for
-            None,
-            None,
-            *pointers,
-            *numbers,
-            *self._in_order,
-        )
+        grid, constants = self._dimensions, self._in_order
+        # The arguments that are None are for the tools that `_is_watched` looks for.
+        run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *constants)
 
     def _through_triton(
         self, key: tuple[Any, ...], tensors: Sequence[Tensor | None], numbers: Sequence[int | float]

@@ -202,7 +202,6 @@ def sampler_update(
     """Launch the update; `fastdit.functional.sampler_update` checks the arguments.
 
     Args:
-        coefficients: [S, 10], used in float32.
         step: [] int64.
         guidance: (scale, number of channels or None for all) if model_out has 2B rows.
         config: one of `sampler_update_configs`; None for the default.
@@ -225,7 +224,8 @@ def sampler_update(
         scale, channels = guidance or (1.0, 0)
         guided, learned = C if channels is None else channels, model_out.shape[channel] == 2 * C
         kind = 1 if seeds is not None else 2 if noise is not None else 0
-        launch = _prepare(B, E, C, guided, learned, x0_prev is not None, kind, config)
+        given = dict(LEARNED=learned, HAS_PREV=x0_prev is not None, NOISE=kind)
+        launch = _prepare(B, E, config, CHANNELS=C, GUIDED=guided, **given)
         space = 1 if channel == 2 else E // C
         tensors = (x, model_out, coefficients, step, x0_prev, seeds, noise, x_next, x0)
         launch(tensors, float(scale), coefficients.shape[0], B, E, space)
@@ -233,18 +233,7 @@ def sampler_update(
 
 
 @functools.lru_cache(PREPARED)
-def _prepare(
-    B: int,
-    E: int,
-    channels: int,
-    guided: int,
-    learned: bool,
-    has_prev: bool,
-    noise: int,
-    config: triton.Config | None,
-) -> PreparedLaunch:
+def _prepare(B: int, E: int, config: triton.Config | None, **constants: int) -> PreparedLaunch:
     config = config or sampler_update_configs()[0]
     grid = (B * triton.cdiv(E, config.kwargs["BLOCK"]),)
-    constants = dict(CHANNELS=channels, GUIDED=guided, LEARNED=learned)
-    constants |= dict(HAS_PREV=has_prev, NOISE=noise)
     return PreparedLaunch(sampler_update_kernel, grid, **constants, **config.all_kwargs())

@@ -192,15 +192,11 @@ def trajectory(
 
     Args:
         x: [B, P, C] float32; P * C are the elements of all tokens in order.
-        x0: like x, the prediction of the step before, or zeros.
         weights: [n] float, packed as `Shape` says.
         by_step: [K, 1 or R, shape.width] float.
         by_label: [R, shape.width] like by_step, which then has one row a step; or None.
         rows: [B] int64 rows of the tables; with guidance [2B], the null label's last.
-        coefficients: [K, 10], used in float32.
-        first: the number of steps taken before these.
-        seeds: [B, 2] int64 (key, stream), or None.
-        noise: [K, B, P, C], or None.
+        x0, coefficients ... noise: as that function takes them.
         guidance: (scale, number of channels or None for all), or None.
         config: one of `trajectory_configs`; None for the default.
 
@@ -223,22 +219,15 @@ def trajectory(
         return x, x0
     numbers = dict(scale=float(scale), eps=shape.eps, mlp_eps=shape.mlp_eps, first=first)
     sizes = dict(K=len(coefficients), B=B, L=shape.layers, S=by_step.shape[1], N=N, D=D)
-    trajectory_kernel[(B,)](
-        x,
-        x0,
-        *tensors,
-        park,
-        **numbers,
-        **sizes,
-        F=shape.features,
-        C=shape.channels,
-        HEAD=D // shape.heads,
+    sizes |= dict(F=shape.features, C=shape.channels, HEAD=D // shape.heads)
+    kinds = dict(
         TANH=shape.tanh_gelu,
         GUIDED=shape.channels if channels is None else channels,
         LEARNED=shape.learned,
         NOISE=1 if seeds is not None else 2 if noise is not None else 0,
         DOT=dot_dtype(weights.dtype),
         PRECISION="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",
-        **config.all_kwargs(),
     )
+    constants = sizes | kinds | config.all_kwargs()
+    trajectory_kernel[(B,)](x, x0, *tensors, park, **numbers, **constants)
     return x, x0

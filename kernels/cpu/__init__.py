@@ -1,6 +1,6 @@
 """C++ kernels for CPUs: the whole sampling loop of a small DiT in one call, and its single ops.
 
-`structs.py` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
+`structs.h` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
 `product.h` the matrix products, `update.h` a solver's step, `network.h` the forward, `loop.h` the
 loop over steps, and `adaln.h` LayerNorm with modulation. `plain.cpp`, `avx2.cpp` and `avx512.cpp`
 compile these headers for one instruction set each. `trajectory.cpp` and `adaln.cpp` are the C
@@ -67,7 +67,7 @@ def trajectory(
     which is PyTorch's.
 
     Args:
-        x ... shape: as for the Triton launcher, `fastdit.kernels.trajectory.trajectory`.
+        x ... shape: as for `fastdit.kernels.trajectory.trajectory`.
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
@@ -80,24 +80,12 @@ def trajectory(
     """
     scale, channels = guidance or (1.0, 0)
     x, x0 = (t.detach().clone(memory_format=torch.contiguous_format) for t in (x, x0))
-    problem = Problem(
-        **shape._asdict(),
-        images=len(x),
-        steps=len(coefficients),
-        first=first,
-        step_rows=by_step.shape[1],
-        guided=shape.channels if channels is None else channels,
-        scale=scale,
-        weights=_float32(weights),
-        by_step=_float32(by_step),
-        by_label=_float32(by_label),
-        rows=rows.contiguous(),
-        coefficients=_float32(coefficients),
-        seeds=contiguous(seeds),
-        noise=_float32(noise),
-        x=x,
-        x0=x0,
-    )
+    sizes = dict(images=len(x), steps=len(coefficients), first=first, step_rows=by_step.shape[1])
+    guided = dict(guided=shape.channels if channels is None else channels, scale=scale)
+    given = _float32(weights=weights, coefficients=coefficients, noise=noise)
+    given |= _float32(by_step=by_step, by_label=by_label)
+    given |= dict(rows=rows.contiguous(), seeds=contiguous(seeds))
+    problem = Problem(**shape._asdict(), **sizes, **guided, **given, x=x, x0=x0)
     call(library().fastdit_trajectory, problem, instruction_set)
     return x, x0
 
@@ -131,26 +119,18 @@ def sampler_update(
     C, (scale, channels) = x.shape[channel], guidance or (1.0, 0)
     row = torch.full((len(COLUMNS),), float("nan"), dtype=torch.float32, device="cpu")
     if 0 <= k < len(coefficients):
-        row = coefficients[k].float().contiguous()
+        row = coefficients[k]
     x_next, x0 = out or (x.new_empty(x.shape), x.new_empty(x.shape))
-    update = Update(
-        images=len(x),
-        elements=x.shape[1:].numel(),
-        channels=C,
+    sizes = dict(images=len(x), elements=x.shape[1:].numel(), channels=C, step=k)
+    kinds = dict(
         space=1 if channel == 2 else x.shape[2:].numel(),
         learned=model_out.shape[channel] == 2 * C,
         guided=C if channels is None else channels,
-        step=k,
         scale=scale,
-        x=x.contiguous(),
-        model_out=_float32(model_out),
-        coefficients=row,
-        x0_prev=_float32(x0_prev),
-        noise=_float32(noise),
-        seeds=contiguous(seeds),
-        x_next=x_next,
-        x0=x0,
     )
+    given = _float32(x=x, model_out=model_out, coefficients=row, x0_prev=x0_prev, noise=noise)
+    results = dict(x_next=x_next, x0=x0)
+    update = Update(**sizes, **kinds, **given, seeds=contiguous(seeds), **results)
     call(library().fastdit_update, update, instruction_set)
     return x_next, x0
 
@@ -191,16 +171,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         BuildError, MemoryError: as for `trajectory`.
     """
     y = x.new_empty((len(x), len(weight)))
-    problem = Linear(
-        rows=len(x),
-        in_features=x.shape[1],
-        out_features=len(weight),
-        x=_float32(x),
-        weight=_float32(weight),
-        bias=_float32(bias),
-        y=y,
-    )
-    call(library().fastdit_linear, problem, None)
+    sizes = dict(rows=len(x), in_features=x.shape[1], out_features=len(weight))
+    given = _float32(x=x, weight=weight, bias=bias)
+    call(library().fastdit_linear, Linear(**sizes, **given, y=y), None)
     return y
 
 
@@ -220,5 +193,6 @@ def peak_flop_per_second(repeats: int = 2_000_000) -> float:
     return library().fastdit_peak(torch.get_num_threads(), repeats)
 
 
-def _float32(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().to(torch.float32).contiguous()
+def _float32(**given: Tensor | None) -> dict[str, Tensor | None]:
+    """Return the tensors by name, contiguous and in float32."""
+    return {k: t if t is None else t.detach().float().contiguous() for k, t in given.items()}

@@ -26,8 +26,6 @@ def layer_norm_modulate_fwd(
     """Run the forward, with the gated residual if y and gate are given.
 
     Args:
-        x: [B, N, D], like y.
-        scale: [B, D], like shift and gate.
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
@@ -63,7 +61,6 @@ def layer_norm_modulate_bwd(
     """Run the backward.
 
     Args:
-        dh ... residual: as for `fastdit.kernels.adaln.layer_norm_modulate_bwd`.
         instruction_set: as for the forward.
 
     Returns:

@@ -20,17 +20,19 @@ from typing import Any
 
 import torch
 
-from fastdit.kernels.cpu import structs
+from fastdit.kernels.columns import COLUMNS
+from fastdit.kernels.cpu.structs import STRUCTS, Struct
 
 SOURCES = Path(__file__).parent
 # There is no -march, since the instruction set is chosen at run time and a cached library must run
 # on every machine that shares the cache. There is no -ffast-math, since NaN must stay NaN and its
 # start-up code would flush denormals in the whole process. OpenMP uses PyTorch's threads. PyTorch
 # 2.11 would compile as C++17, which lacks `std::atomic::wait`.
-FLAGS = (
-    "-std=c++20 -O3 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
-    "-Wno-psabi -Wno-ignored-attributes -Wno-unknown-pragmas"
-).split()
+FLAGS = [
+    *"-std=c++20 -O3 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split(),
+    *"-Wno-psabi -Wno-ignored-attributes -Wno-unknown-pragmas".split(),
+    f"-DFASTDIT_COLUMNS={','.join(COLUMNS)}",
+]
 
 logger = logging.getLogger("fastdit")
 
@@ -73,16 +75,16 @@ def library() -> ctypes.CDLL:
 def _check_sizes(loaded: ctypes.CDLL, path: Path) -> None:
     """Raise a BuildError unless Python and the library agree on the size of every struct."""
     loaded.fastdit_struct_size.restype = ctypes.c_int64
-    for struct in structs.STRUCTS:
-        size = loaded.fastdit_struct_size(struct.__name__.encode())
+    for name, struct in STRUCTS.items():
+        size = loaded.fastdit_struct_size(name.encode())
         if size != ctypes.sizeof(struct):
             raise BuildError(
-                f"{path} has a {struct.__name__} of {size} bytes, where Python's is "
+                f"{path} has a {name} of {size} bytes, where Python's is "
                 f"{ctypes.sizeof(struct)}; delete that file, and it is built anew"
             )
 
 
-def call(function: Any, argument: structs.Struct, instruction_set: str | None) -> None:
+def call(function: Any, argument: Struct, instruction_set: str | None) -> None:
     """Call a function of the library, and raise an error for the code that it returns."""
     name = None if instruction_set is None else instruction_set.encode()
     code = function(ctypes.byref(argument), name)
@@ -94,10 +96,9 @@ def call(function: Any, argument: structs.Struct, instruction_set: str | None) -
 
 def _digest() -> str:
     """Return a hash of everything that decides what is built and whether it can be loaded."""
-    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS, structs.header()]
-    parts += [
-        f.name + f.read_text() for f in sorted(SOURCES.iterdir()) if f.suffix in (".cpp", ".h")
-    ]
+    parts = [platform.machine(), *platform.libc_ver(), torch.__version__, *FLAGS]
+    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    parts += [file.name + file.read_text() for file in files]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -128,18 +129,10 @@ def _compile(folder: str) -> Path:
     if shutil.which((shlex.split(compiler) or [""])[0]) is None:
         raise BuildError(f"no C++ compiler {compiler!r} was found; install g++, or set CXX")
     sources = sorted(str(f) for f in SOURCES.glob("*.cpp"))
-    Path(folder, "structs.h").write_text(structs.header())
+    options = dict(extra_cflags=FLAGS, extra_ldflags=["-fopenmp"], is_python_module=False)
     try:
         with _ninja_on_path():
-            cpp_extension.load(
-                "fastdit_cpu",
-                sources,
-                extra_cflags=FLAGS,
-                extra_include_paths=[folder],
-                extra_ldflags=["-fopenmp"],
-                build_directory=folder,
-                is_python_module=False,
-            )
+            cpp_extension.load("fastdit_cpu", sources, build_directory=folder, **options)
     except (RuntimeError, subprocess.SubprocessError) as error:
         raise BuildError(f"the compiler {compiler!r} failed: {error}") from error
     return next(Path(folder).glob("*.so"))

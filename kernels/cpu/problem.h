@@ -7,18 +7,21 @@
 #include <immintrin.h>
 #endif
 
-#include "structs.h"  // generated where the library is built
+#include "structs.h"
 
 namespace fastdit {
 
-// structs.py declares the fields of these with their comments, and structs.h is generated from it.
-// To read it: python -c "from fastdit.kernels.cpu import structs; print(structs.header())"
-using generated::AdaLN;
-using generated::AdaLNBackward;
-using generated::Linear;
-using generated::Update;
+// The places of kernels/columns.py in a row of coefficients; build.py defines the macro.
+namespace column {
+enum : int { FASTDIT_COLUMNS, count };
+}
 
-struct Problem : generated::Problem {
+using fields::AdaLN;
+using fields::AdaLNBackward;
+using fields::Linear;
+using fields::Update;
+
+struct Problem : fields::Problem {
   int64_t elements() const { return tokens * features; }
   // The elements of a state, rounded up to a whole number of quads of vectors.
   int64_t padded(int64_t width) const {
@@ -30,7 +33,7 @@ struct Problem : generated::Problem {
   int64_t layer_matrices() const { return 12 * hidden * hidden; }
   int64_t layer_biases() const { return 9 * hidden; }
 };
-static_assert(sizeof(Problem) == sizeof(generated::Problem));
+static_assert(sizeof(Problem) == sizeof(fields::Problem));
 
 // Weights in the order in which an instruction set reads them. A matrix [M][K] is stored as blocks
 // of rows, each [K][rows of the block]; `block_start` says at which row a block starts.

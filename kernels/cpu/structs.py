@@ -1,30 +1,22 @@
-"""The structs that the C++ library takes, declared once for ctypes and for the C++ compiler.
-
-`header` returns the declarations in C++. `build.py` writes them as `structs.h` into the folder in
-which it builds, and `problem.h` includes that file and adds methods.
-"""
+"""The structs of `structs.h` as ctypes classes, so that C++ alone declares their fields."""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any, ClassVar
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.kernels.columns import COLUMNS
-
 _CTYPES = {"int64_t": ctypes.c_int64, "float": ctypes.c_float}
+# The members of one line, as in "  const float *x, *y;  // a comment".
+_MEMBERS = re.compile(r"  (?:const )?(int64_t|float) (\*?\w+(?:, \*?\w+)*);(?: +// .*)?")
 
 
 class Struct(ctypes.Structure):
-    """A struct of the library; tensors become pointers, and `threads` is PyTorch's number of them.
-
-    Attributes:
-        declarations: (C++ type, names of fields, comment) for each line of the C++ struct.
-    """
-
-    declarations: ClassVar[list[tuple[str, list[str], str]]]
+    """A struct of the library: tensors become pointers, `threads` is `torch.get_num_threads()`."""
 
     def __init__(self, **fields: Any) -> None:
         fields |= dict(threads=torch.get_num_threads())
@@ -36,126 +28,29 @@ class Struct(ctypes.Structure):
         )
 
 
-def _struct(name: str, comment: str, *lines: tuple[str, str, str]) -> type[Struct]:
-    declarations = [(kind, names.split(), remark) for kind, names, remark in lines]
-    fields = [
-        (field, _CTYPES.get(kind, ctypes.c_void_p))
-        for kind, names, _ in declarations
-        for field in names
-    ]
-    members = {"__doc__": comment, "_fields_": fields, "declarations": declarations}
-    return type(name, (Struct,), members)
+def parse(header: str) -> dict[str, type[Struct]]:
+    """Return the structs of a header by name.
+
+    Raises:
+        ValueError: a line of a struct declares no members of type int64_t or float, or pointers.
+    """
+    declared: dict[str, list[tuple[str, Any]]] = {}
+    fields = None
+    for line in header.splitlines():
+        if fields is None:
+            if start := re.fullmatch(r"struct (\w+) \{", line):
+                fields = declared[start[1]] = []
+        elif line == "};":
+            fields = None
+        elif members := _MEMBERS.fullmatch(line):
+            for name in members[2].split(", "):
+                kind = ctypes.c_void_p if name.startswith("*") else _CTYPES[members[1]]
+                fields.append((name.lstrip("*"), kind))
+        else:
+            raise ValueError(f"structs.h: expected members of a struct, got {line!r}")
+    return {name: type(name, (Struct,), {"_fields_": own}) for name, own in declared.items()}
 
 
-Problem = _struct(
-    "Problem",
-    "Some steps of the sampling loop of a batch of images under one model.",
-    (
-        "int64_t",
-        "tokens features out_features channels hidden layers heads",
-        "kernels/shape.py",
-    ),
-    ("int64_t", "tanh_gelu", "1: GELU by tanh; 0: the exact one"),
-    ("int64_t", "images steps", ""),
-    ("int64_t", "first", "the number of steps that were taken before these"),
-    ("int64_t", "step_rows", "rows of by_step at one step: 1, or one for each label"),
-    ("int64_t", "guided", "guidance acts on channels below this one; 0: there is no guidance"),
-    ("int64_t", "threads", ""),
-    ("float", "eps mlp_eps", "of the LayerNorms before attention and at the end; before the MLPs"),
-    ("float", "scale", "of guidance"),
-    ("const float*", "weights", "packed as kernels/shape.py says"),
-    ("const float*", "by_step", "[steps][step_rows][width]"),
-    ("const float*", "by_label", "[labels][width], or null"),
-    (
-        "const int64_t*",
-        "rows",
-        "[images]; guided: [2 * images], the null label's last",
-    ),
-    ("const float*", "coefficients", "[steps][column::count]"),
-    ("const int64_t*", "seeds", "[images][2] (key, stream), or null"),
-    ("const float*", "noise", "[steps][images][tokens * features], or null"),
-    ("float*", "x x0", "[images][tokens * features], in and out"),
-)
-
-Update = _struct(
-    "Update",
-    "One step's update of states in any layout.",
-    ("int64_t", "images elements channels", "elements: of an image"),
-    ("int64_t", "space", "elements from one channel to the next: 1 for tokens, H * W for images"),
-    ("int64_t", "learned", "1: each group of channels * space of eps is followed by one of range"),
-    ("int64_t", "guided", "guidance acts on channels below this one; 0: there is no guidance"),
-    ("int64_t", "step threads", ""),
-    ("float", "scale", "of guidance"),
-    ("const float*", "x", "[images][elements]"),
-    (
-        "const float*",
-        "model_out",
-        "[images][elements]; guided: 2 * images; learned: 2 * elements",
-    ),
-    ("const float*", "coefficients", "[column::count], of this step"),
-    ("const float*", "x0_prev noise", "[images][elements], or null"),
-    ("const int64_t*", "seeds", "[images][2] (key, stream), or null"),
-    ("float*", "x_next x0", "[images][elements], out"),
-)
-
-Linear = _struct(
-    "Linear",
-    "y = x weight^T + bias.",
-    ("int64_t", "rows in_features out_features threads", ""),
-    ("const float*", "x", "[rows][in_features]"),
-    ("const float*", "weight", "[out_features][in_features]"),
-    ("const float*", "bias", "[out_features], or null"),
-    ("float*", "y", "[rows][out_features], out"),
-)
-
-AdaLN = _struct(
-    "AdaLN",
-    "r = x + gate * y and h = LN(r) * (1 + scale) + shift. Without a gate r is x, and not written.",
-    ("int64_t", "images tokens hidden", ""),
-    ("int64_t", "gate_stride scale_stride shift_stride", "from one image's row to the next"),
-    ("int64_t", "threads", ""),
-    ("float", "eps", ""),
-    ("const float*", "x y", "[images][tokens][hidden]; y: or null"),
-    ("const float*", "gate scale shift", "[images][hidden]; gate: or null"),
-    ("float*", "r h", "[images][tokens][hidden], out"),
-    ("float*", "mean rstd", "[images][tokens], out"),
-)
-
-AdaLNBackward = _struct(
-    "AdaLNBackward",
-    "The gradients of AdaLN; the modulation's are sums over each chunk of an image's tokens.",
-    ("int64_t", "images tokens hidden", ""),
-    ("int64_t", "gate_stride scale_stride", "from one image's row to the next"),
-    ("int64_t", "chunk_tokens threads", ""),
-    ("const float*", "dr dh r y", "[images][tokens][hidden]; dr, y: or null"),
-    ("const float*", "gate scale", "[images][hidden]; gate: or null"),
-    ("const float*", "mean rstd", "[images][tokens]"),
-    ("float*", "dx dy", "[images][tokens][hidden], out; dy: or null"),
-    ("float*", "partial", "[images][chunks][dscale, dshift, dgate][hidden], out"),
-)
-
-STRUCTS = (Problem, Update, Linear, AdaLN, AdaLNBackward)
-
-
-def header() -> str:
-    """Return the C++ declarations of the columns of coefficients, the structs, and their sizes."""
-    parts = [
-        "// Generated from kernels/cpu/structs.py and kernels/columns.py: change those.",
-        "#pragma once\n#include <cstdint>\n\nnamespace fastdit {\n",
-        f"namespace column {{\nenum : int {{ {', '.join(COLUMNS)}, count }};\n}}\n",
-        "namespace generated {\n",
-    ]
-    for struct in STRUCTS:
-        parts += [f"// {struct.__doc__}", f"struct {struct.__name__} {{"]
-        for kind, names, comment in struct.declarations:
-            separator = ", *" if kind.endswith("*") else ", "
-            line = f"  {kind} {separator.join(names)};"
-            parts.append(f"{line}  // {comment}" if comment else line)
-        parts.append("};\n")
-    sizes = "".join(f'    {{"{s.__name__}", sizeof({s.__name__})}},\n' for s in STRUCTS)
-    parts += [
-        "struct Size {\n  const char* name;\n  int64_t bytes;\n};",
-        f"inline constexpr Size sizes[] = {{\n{sizes}}};\n",
-        "}  // namespace generated\n}  // namespace fastdit\n",
-    ]
-    return "\n".join(parts)
+STRUCTS = parse(Path(__file__).with_name("structs.h").read_text())
+Problem, Update, Linear = (STRUCTS[name] for name in ("Problem", "Update", "Linear"))
+AdaLN, AdaLNBackward = STRUCTS["AdaLN"], STRUCTS["AdaLNBackward"]

@@ -367,6 +367,13 @@ def test_running_out_of_memory_leaves_a_row_and_the_others_go_on(benchmarks, mon
     assert rows[2, "fastdit eager"]["ratio"] > 0 and "ratio" not in rows[8, "fastdit eager"]
 
 
+def test_columns_are_headings_with_the_format_of_their_group(benchmarks):
+    from _harness import columns
+
+    expected = {"way": "", "rows": ",d", "max": ",d", "ms/step": ".1f"}
+    assert columns("way; rows, max: ,d; ms/step: .1f") == expected
+
+
 def test_a_copy_without_git_is_told_its_commit(benchmarks, monkeypatch):
     from _harness import machine
 

@@ -14,6 +14,7 @@ from fastdit.kernels.shape import Shape
 from fastdit.ops.trajectory import PackedDiT, kernel_shape
 from fastdit.update import COEFFICIENTS
 
+HEADER = build.SOURCES / "structs.h"
 LINEAR = dict(rows=1, in_features=2, out_features=3, x=None, weight=None, bias=None, y=None)
 
 
@@ -29,14 +30,37 @@ def test_triton_has_a_constant_for_every_column():
     assert named == list(range(sampling.ROW.value))
 
 
-def test_the_header_declares_every_field_and_column():
-    header = structs.header()
-    assert f"enum : int {{ {', '.join(columns.COLUMNS)}, count }};" in header
-    for struct in structs.STRUCTS:
-        body = header.partition(f"struct {struct.__name__} {{")[2].partition("};")[0]
+def test_cpp_has_an_enumerator_for_every_column():
+    assert f"-DFASTDIT_COLUMNS={','.join(columns.COLUMNS)}" in build.FLAGS
+
+
+def test_every_member_of_the_header_is_a_field():
+    header = HEADER.read_text()
+    assert re.findall(r"\bstruct (\w+)", header) == list(structs.STRUCTS)
+    for name, struct in structs.STRUCTS.items():
+        body = header.partition(f"struct {name} {{")[2].partition("};")[0]
         lines = [line.partition("//")[0] for line in body.splitlines()]
-        declared = re.findall(r"(\w+)[,;]", "".join(lines))
-        assert declared == [name for name, _ in struct._fields_]
+        declared = re.findall(r"(\*?)(\w+)[,;]", "".join(lines))
+        pointers = [(field, kind is ctypes.c_void_p) for field, kind in struct._fields_]
+        assert pointers == [(field, star == "*") for star, field in declared]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "  double x;",
+        "  int64_t a[2];",
+        "  float eps = 1e-6f;",
+        "  float a; float b;",
+        "  const float *x, y",
+        "  int64_t f() const { return 1; }",
+        "  // a comment alone",
+        "",
+    ],
+)
+def test_the_parser_refuses_what_it_does_not_know(line):
+    with pytest.raises(ValueError, match="expected members of a struct"):
+        structs.parse(f"struct Linear {{\n  int64_t rows;\n{line}\n}};\n")
 
 
 @pytest.mark.parametrize(
@@ -54,20 +78,28 @@ class Linear(structs.Struct):
     """The library's Linear with one more field."""
 
     _fields_ = [*structs.Linear._fields_, ("stride", ctypes.c_int64)]
-    declarations = [*structs.Linear.declarations, ("int64_t", ["stride"], "")]
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_a_struct_of_another_size_is_refused(monkeypatch):
     library = build.library()
-    monkeypatch.setattr(structs, "STRUCTS", (structs.Problem, Linear))
+    monkeypatch.setitem(structs.STRUCTS, "Linear", Linear)
     with pytest.raises(build.BuildError, match=r"old\.so has a Linear of 64 bytes.* 72; delete"):
         build._check_sizes(library, Path("old.so"))
 
 
-def test_a_changed_struct_is_another_library(monkeypatch):
+def test_a_changed_struct_is_another_library(monkeypatch, tmp_path):
+    copy = shutil.copytree(build.SOURCES, tmp_path / "cpu")
+    monkeypatch.setattr(build, "SOURCES", copy)
     before = build._digest()
-    monkeypatch.setattr(structs, "STRUCTS", (*structs.STRUCTS[:-1], Linear))
+    header = HEADER.read_text()
+    (copy / "structs.h").write_text(header.replace("  float *y;", "  float *y;\n  int64_t stride;"))
+    assert build._digest() != before
+
+
+def test_changed_columns_are_another_library(monkeypatch):
+    before = build._digest()
+    monkeypatch.setattr(build, "FLAGS", [flag.replace("x0_eps", "x0_e") for flag in build.FLAGS])
     assert build._digest() != before
 
 
