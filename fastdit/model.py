@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdit import functional
+from fastdit import functional, reference
 from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
 from fastdit.diffusion import timestep_embedding
 from fastdit.errors import unknown_name
@@ -238,6 +238,10 @@ class DiT(nn.Module):
         embedding = timestep_embedding(t, first.in_features, freq_shift=self.cfg.t_freq_shift)
         return embedding.to(first.weight.dtype)
 
+    def time_conditioning(self, t: Tensor) -> Tensor:
+        """Return the timestep's part of the conditioning: t [B] -> [B, D]."""
+        return self.t_embed(self.time_embedding(t))
+
     def label_conditioning(self, y: Tensor | None) -> Tensor | None:
         """Return the label's part of the conditioning.
 
@@ -253,7 +257,7 @@ class DiT(nn.Module):
 
     def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
         """Return the vector that every modulation is made from: t [B], y [B] or None -> [B, D]."""
-        c, of_label = self.t_embed(self.time_embedding(t)), self.label_conditioning(y)
+        c, of_label = self.time_conditioning(t), self.label_conditioning(y)
         if of_label is not None:
             c = c + of_label
         return F.silu(c) if self.cfg.modulation_act == "silu" else c
@@ -348,9 +352,8 @@ def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
 
 
 def config_of(model: nn.Module) -> DiTConfig | None:
-    """Return the config of a DiT, fastdit's or one with its parameters; None for other models."""
-    cfg = getattr(model, "cfg", None)
-    return cfg if isinstance(cfg, DiTConfig) else None
+    """Return the config of a DiT, fastdit's or the reference's; None for other models."""
+    return model.cfg if isinstance(model, DiT | reference.DiT) else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from fastdit import functional, reference
 from fastdit.ops import dispatch
@@ -232,3 +233,14 @@ def test_naming_the_reference_backend_builds_no_cpp(monkeypatch):
     monkeypatch.setattr(dispatch, "has_cpp", lambda: pytest.fail("the C++ was asked for"))
     for op in ("layer_norm_modulate", "gated_residual_layer_norm_modulate"):
         getattr(functional, op)(*inputs_of(op, (50, 33, 64), torch.float32), backend="reference")
+
+
+def test_a_compiled_layer_norm_is_one_graph_for_all_batches():
+    """No guard compares the size of the input with that from which the C++ is worth its call."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(functional.layer_norm_modulate, backend=counter, dynamic=True)
+    for batch in (2, 50, 200):
+        modulation = torch.randn(batch, 64)
+        compiled(torch.randn(batch, 16, 64), modulation, modulation)
+    assert counter.frame_count == 1

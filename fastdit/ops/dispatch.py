@@ -167,7 +167,8 @@ def _cpp_layer_norm(*tensors: Tensor) -> str | None:
 
 
 def _cpp_layer_norm_suits(x: Tensor, *others: Tensor) -> bool:
-    return x.numel() >= _CPP_ELEMENTS and _cpp_is_default()
+    # Sizes last: a tracer would guard its graph with what it compares.
+    return _cpp_is_default() and x.numel() >= _CPP_ELEMENTS
 
 
 def _cpp_update(state: Tensor, *others: Tensor) -> str | None:

@@ -145,7 +145,7 @@ def _trajectory_suits(subject: Subject) -> bool:
     """
     model, device, dtype = subject
     if device.type != "cuda":
-        return _needs_small_dit(subject) is None and dispatch.has_cpp()
+        return dispatch.has_cpp()
     if not is_standard_dit(model) or dtype not in (torch.bfloat16, torch.float16):
         return False
     arch = _arch(device)
@@ -160,7 +160,7 @@ def _stepwise(step: Callable[[], Step], copies: bool) -> Callable[[Subject, Plan
         if is_standard_dit(model):
             dit = DiTPredictor(model, dtype, copies)
             return StepLoop(dit, device, dtype, plan, step())
-        cfg = config_of(model)
+        cfg = config_of(unwrap(model))
         layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
         return StepLoop(ModelPredictor(model, device, dtype, layout), device, dtype, plan, step())
 

@@ -24,7 +24,7 @@ _NOISE_CHUNK = 2**18  # normals made at a time: a small batch's steps are made t
 
 
 class Plan(NamedTuple):
-    """What is the same in all calls of a sampler."""
+    """The attributes of a sampler that its loop follows."""
 
     table: StepTable
     guidance: Guidance | None
@@ -47,7 +47,7 @@ class Loop(ABC):
     def __init__(
         self, predictor: Predictor, device: torch.device, dtype: torch.dtype, plan: Plan
     ) -> None:
-        self.device, self.dtype, self._plan = device, dtype, plan
+        self.device, self.dtype, self.plan = device, dtype, plan
         self._predictor, self._layout = predictor, predictor.layout
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Loop(ABC):
         # be compiled once more for the first state if it were one.
         x = x.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
         step = torch.zeros((), dtype=torch.int64, device=self.device)
-        coefficients = self._plan.table.coefficients.to(self.device, dtype)
+        coefficients = self.plan.table.coefficients.to(self.device, dtype)
         return State(x, torch.zeros_like(x), step), coefficients
 
     def _seeded(self, keys: Tensor, steps: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class StepLoop(Loop):
         self._step = step
 
     def sample(self, request: Request, progress: Progress) -> Tensor:
-        table, guidance, table_bytes, _ = self._plan
+        table, guidance, table_bytes, _ = self.plan
         predictor, B = self._predictor, len(request.keys)
         predictor.refresh()
         guided = [guidance is not None and guidance.active(t) for t in table.timesteps]
@@ -126,8 +126,7 @@ class StepLoop(Loop):
         if request.noise is not None:
             noise = request.noise.to(self.device)
             return ((self._layout.to_state(z).to(x.dtype, copy=True), None) for z in noise)
-        in_the_step = choose("sampler_update", None, x) != "reference"
-        if not isinstance(self._step, Eager) or in_the_step:
+        if not isinstance(self._step, Eager) or choose("sampler_update", None, x) != "reference":
             return [(None, request.keys)] * S
         return ((z.to(x.dtype), None) for z in self._seeded_steps(request.keys, S))
 

@@ -72,7 +72,7 @@ class LayerProjection(Projection):
         self.row_bytes = width * model.pos_embed.element_size()
 
     def _time(self, t: Tensor) -> Tensor:
-        return self.model.t_embed(self.model.time_embedding(t))
+        return self.model.time_conditioning(t)
 
     def _project(self, c: Tensor, bias: bool = True) -> Tensor:
         table = c.new_empty(len(c), sum(self._columns))
@@ -235,7 +235,7 @@ class TableStore:
             return ChunkedTables(self._projection, self._timesteps, labels, self._max_bytes)
         device = self._projection.model.pos_embed.device
         if distinct != self._distinct:
-            self._by_label = None  # frees the old rows before the new ones are made
+            self._by_label = self._distinct = None  # freed before the new rows are made
             wanted = torch.tensor(distinct, device=device) if distinct else None
             self._by_label, self._distinct = self._projection.by_label(wanted), distinct
         if self._by_step is None:

@@ -99,11 +99,11 @@ class Sampler:
         self.sample_shape = arguments.sample_shape(sample_shape, self.config)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
         self.table = self.solver.table(scheduler, steps)
-        self.guidance, self.dtype, self.execution = guidance, dtype, execution
+        self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
+        self.execution = execution
         self._check_guidance()
         self._check_dtype()
         self._check_execution()
-        self._plan = Plan(self.table, guidance, table_bytes, self.sample_shape)
         self._loops: dict[tuple[torch.dtype, str], Loop] = {}
         self._built_for = self._device_and_dtype()
         self._turn = threading.Lock()
@@ -264,9 +264,11 @@ class Sampler:
             self._built_for = device, own
         self._check_execution(watched)
         subject, execution = self._subject(), self.execution_for(watched)
+        plan = Plan(self.table, self.guidance, self.table_bytes, self.sample_shape)
         key = subject.dtype, execution
         if key not in self._loops:
-            self._loops[key] = EXECUTIONS[execution].build(subject, self._plan)
+            self._loops[key] = EXECUTIONS[execution].build(subject, plan)
+        self._loops[key].plan = plan  # the attributes may have been changed since the last call
         return self._loops[key]
 
     def _with_null(self, y: Tensor | None) -> list[int] | None:

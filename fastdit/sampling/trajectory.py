@@ -26,7 +26,7 @@ class _Prepared(NamedTuple):
     """What is made of a model's weights, and kept between calls."""
 
     weights: Tensor  # a copy of all of them, which tells whether they are still the same
-    made_for: tuple[DiTConfig, tuple[int, ...]]  # and the timesteps
+    made_for: tuple[DiTConfig, tuple[int, ...], int]  # and the timesteps and `table_bytes`
     packed: PackedDiT
     tables: TableStore
 
@@ -48,7 +48,7 @@ class TrajectoryLoop(Loop):
         self._prepared: _Prepared | None = None
 
     def sample(self, request: Request, progress: Progress) -> Tensor:
-        table, guidance, table_bytes, _ = self._plan
+        table, guidance, table_bytes, _ = self.plan
         B, S = len(request.keys), len(table.timesteps)
         with self._without_autocast(), progress_bar(progress, total=S) as bar:
             packed, store = self._prepare()
@@ -76,6 +76,7 @@ class TrajectoryLoop(Loop):
                     guidance=now,
                     backend="cpp" if self.device.type == "cpu" else "triton",
                 )
+                del modulation  # so that its tables are freed before the next are made
                 bar.update(steps.stop - k)
                 k = steps.stop
             return self._layout.to_images(x)
@@ -85,15 +86,15 @@ class TrajectoryLoop(Loop):
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
-        source, timesteps, old = self._dit.source, self._plan.table.timesteps, self._prepared
-        made_for = source.cfg, tuple(timesteps)
+        source, timesteps, old = self._dit.source, self.plan.table.timesteps, self._prepared
+        made_for = source.cfg, tuple(timesteps), self.plan.table_bytes
         weights = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
         if old is None or old.made_for != made_for or not torch.equal(old.weights, weights):
             self._prepared = None  # what follows may fail half way
             self._dit.refresh()
             linear = definitions.linear if self.device.type == "cpu" else F.linear
             projection = JoinedProjection(self._dit.model, linear)
-            store = TableStore(projection, timesteps, self._plan.table_bytes)
+            store = TableStore(projection, timesteps, self.plan.table_bytes)
             packed = PackedDiT.of(self._dit.model)
             old = self._prepared = _Prepared(weights, made_for, packed, store)
         return old.packed, old.tables
@@ -103,7 +104,7 @@ class TrajectoryLoop(Loop):
 
         On a CPU they are no more than a call's work, but at least one.
         """
-        timesteps, guidance = self._plan.table.timesteps[k:], self._plan.guidance
+        timesteps, guidance = self.plan.table.timesteps[k:], self.plan.guidance
         most = len(timesteps)
         if self.device.type == "cpu":
             flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)

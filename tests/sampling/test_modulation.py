@@ -173,3 +173,22 @@ def test_steps_and_few_labels_are_computed_once_for_all_batches(classes, seen):
     for labels in ([1], [2, 0], [0, 2, 2]):
         store.serve(labels).rows(0, len(labels))
     assert sorted(rows) == sorted(seen)
+
+
+@torch.no_grad()
+def test_rows_of_labels_that_could_not_be_made_are_made_again():
+    """An interrupt, or memory that ran out, must not leave a store that takes none for made."""
+    model, failing = make(CONFIGS["split"]), []
+
+    def linear(x, weight, bias):
+        if failing and len(weight) == WIDTH:
+            raise MemoryError
+        return torch.nn.functional.linear(x, weight, bias)
+
+    store = TableStore(JoinedProjection(model, linear), TIMESTEPS, 20 * row_bytes())
+    expected = store.serve([5]).rows(1, 1)
+    failing.append(True)
+    with pytest.raises(MemoryError):
+        store.serve([7])
+    failing.clear()
+    assert torch.equal(store.serve([5]).rows(1, 1), expected)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastdit
-from fastdit import DiffusionScheduler, DiTConfig, Sampler, reference
+from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, reference
 from fastdit.testing import randomize, relative_error
 
 TOY = DiTConfig(hidden=32, n_layers=2, n_heads=2)
@@ -181,3 +181,47 @@ def test_executions_of_a_dit_refuse_other_models(name):
         Sampler(plain, make_scheduler(), execution=name)
     with pytest.raises(ValueError, match="dtype: expected torch.float32 or None"):
         Sampler(plain, make_scheduler(), dtype=torch.bfloat16)
+
+
+def test_a_wrapped_model_makes_the_images_of_the_model_inside():
+    """Also one whose forward is called as it is: its state lies in tokens too."""
+    model = make_model()
+    model.register_forward_hook(lambda module, inputs, out: out)
+    wrapped = nn.DataParallel(model)
+    expected = Sampler(model, make_scheduler())([1, 2], seed=5)
+    assert torch.equal(Sampler(wrapped, make_scheduler())([1, 2], seed=5), expected)
+
+
+def test_a_model_with_a_config_of_its_own_is_not_taken_for_a_dit():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.cfg = inner, inner.cfg
+
+        def forward(self, x, t, y):
+            return self.inner(x, t, y)
+
+    wrapper = Wrapper(make_model())
+    with pytest.raises(
+        ValueError, match="sample_shape: expected .C, H, W., since the model is not"
+    ):
+        Sampler(wrapper, make_scheduler())
+    with pytest.raises(ValueError, match="model: expected a fastdit.DiT, got Wrapper"):
+        fastdit.save(wrapper, "unused.safetensors")
+
+
+@pytest.mark.parametrize("execution", ["eager", "trajectory"])
+def test_a_samplers_attributes_may_be_changed_between_calls(execution):
+    model = fastdit.DiT(hidden=32, n_layers=2, n_heads=2, null_class=True)
+    randomize(model)
+    sampler = Sampler(model, make_scheduler(), execution=execution)
+    plain, guidance = sampler([1, 2]), Guidance(3.0)
+    sampler.guidance = guidance
+    guided = Sampler(model, make_scheduler(), guidance=guidance, execution=execution)([1, 2])
+    assert torch.equal(sampler([1, 2]), guided)
+    sampler.guidance = None
+    assert torch.equal(sampler([1, 2]), plain)
+    sampler.table = sampler.solver.table(make_scheduler(), 4)
+    assert torch.equal(
+        sampler([1, 2]), Sampler(model, make_scheduler(), steps=4, execution=execution)([1, 2])
+    )
