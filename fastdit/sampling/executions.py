@@ -1,4 +1,7 @@
-"""The ways to run a sampling loop: what each needs, when "auto" picks it, and how it is built."""
+"""The ways to run a sampling loop: what each needs, when "auto" picks it, and how it is built.
+
+To add one, write its loop or its step, and give it an entry in `EXECUTIONS`.
+"""
 
 from __future__ import annotations
 
