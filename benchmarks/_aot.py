@@ -40,8 +40,8 @@ def run(args: argparse.Namespace, facts: Row, deadline: float) -> None:
     from fastdit.kernels import gate
 
     def matches(case: Any) -> bool:
-        names = [launch.kernel.__name__ for launch in compiler.record(case.call)]
-        return args.match in f"{' '.join(names)} {case.label}"
+        launches = compiler.record(case.call)
+        return any(args.match in f"{launch.kernel.__name__} {case.label}" for launch in launches)
 
     units: dict[str, list[Any]] = {}
     for arch in args.arch:

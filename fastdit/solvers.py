@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdit.diffusion import DiffusionScheduler, spaced_timesteps, strided_timesteps
 from fastdit.update import Coefficients
+from fastdit.update import Guidance as Guidance  # imported from here in release 0.1.0
 
 
 def _number(name: str, value: Any) -> float:

@@ -224,8 +224,7 @@ def sampler_update(
         scale, channels = guidance or (1.0, 0)
         guided, learned = C if channels is None else channels, model_out.shape[channel] == 2 * C
         kind = 1 if seeds is not None else 2 if noise is not None else 0
-        given = dict(LEARNED=learned, HAS_PREV=x0_prev is not None, NOISE=kind)
-        launch = _prepare(B, E, config, CHANNELS=C, GUIDED=guided, **given)
+        launch = _prepare(B, E, config, C, guided, learned, x0_prev is not None, kind)
         space = 1 if channel == 2 else E // C
         tensors = (x, model_out, coefficients, step, x0_prev, seeds, noise, x_next, x0)
         launch(tensors, float(scale), coefficients.shape[0], B, E, space)
@@ -233,7 +232,9 @@ def sampler_update(
 
 
 @functools.lru_cache(PREPARED)
-def _prepare(B: int, E: int, config: triton.Config | None, **constants: int) -> PreparedLaunch:
+def _prepare(B: int, E: int, config: triton.Config | None, *constants: int) -> PreparedLaunch:
     config = config or sampler_update_configs()[0]
     grid = (B * triton.cdiv(E, config.kwargs["BLOCK"]),)
-    return PreparedLaunch(sampler_update_kernel, grid, **constants, **config.all_kwargs())
+    names = ("CHANNELS", "GUIDED", "LEARNED", "HAS_PREV", "NOISE")
+    given = dict(zip(names, constants, strict=True))
+    return PreparedLaunch(sampler_update_kernel, grid, **given, **config.all_kwargs())

@@ -74,8 +74,14 @@ def _bound(
 
     low = at("posterior_var", t.clamp(min=1)).log()  # it is 0 at t = 0
     log_variance = low + (v + 1) / 2 * (beta.log() - low)
-    distance = (true_mean - mean) ** 2 * (-log_variance).exp()
-    divergence = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance)
+    # One expression: autograd adds up log_variance's gradients in the order of its terms.
+    divergence = 0.5 * (
+        log_variance
+        - low
+        - 1
+        + (low - log_variance).exp()
+        + (true_mean - mean) ** 2 * (-log_variance).exp()
+    )
     likelihood = _log_likelihood(x0, mean, log_variance / 2)
     bits = torch.where(t[:, None, None, None] == 0, -likelihood, divergence) / math.log(2)
     return bits.flatten(1).mean(1)

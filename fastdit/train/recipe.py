@@ -14,9 +14,10 @@ from fastdit.update import Guidance
 MAX_SAMPLES = 2**32  # a sample's number is one 32-bit word of its noise's counter
 
 _INTEGERS = {"steps": 1, "batch_size": 1, "T": 1, "warmup": 0, "seed": 0}  # the lowest values
+_NOTHING = object()
 # (name, what the value lies below, what else it may be, and both in words); it lies above 0.
 _NUMBERS = (
-    ("lr", math.inf, ..., "a positive number"),
+    ("lr", math.inf, _NOTHING, "a positive number"),
     ("clip", math.inf, None, "a positive number, or None"),
     ("ema", 1, None, "a number between 0 and 1, or None"),
     ("weight_decay", math.inf, 0, "at least 0"),

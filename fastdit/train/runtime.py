@@ -40,7 +40,7 @@ class Runtime:
     world: World = field(default_factory=World)
 
     def __post_init__(self) -> None:
-        check_fields(self, "precision", "compile", "checkpointing", "strategy")
+        check_fields(self, "precision", "compile", "strategy")
         if type(self.accumulate) is not int or self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate!r}")
         if self.split and self.compile == "whole":

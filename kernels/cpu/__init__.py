@@ -195,4 +195,7 @@ def peak_flop_per_second(repeats: int = 2_000_000) -> float:
 
 def _float32(**given: Tensor | None) -> dict[str, Tensor | None]:
     """Return the tensors by name, contiguous and in float32."""
-    return {k: t if t is None else t.detach().float().contiguous() for k, t in given.items()}
+    return {
+        name: None if t is None else (t if t.dtype == torch.float32 else t.float()).contiguous()
+        for name, t in given.items()
+    }

@@ -51,8 +51,8 @@ def library() -> ctypes.CDLL:
     """Load the library. If it is not in the cache it is built first, which takes some seconds.
 
     Raises:
-        BuildError: there is no compiler, it fails, the cache cannot be written, or the cached
-            library is damaged.
+        BuildError: there is no compiler, it fails, the cache cannot be written, or the library
+            cannot be loaded.
     """
     path = cache_folder() / f"cpu-{_digest()}.so"
     if not path.exists():

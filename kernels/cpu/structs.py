@@ -18,14 +18,16 @@ _MEMBERS = re.compile(r"  (?:const )?(int64_t|float) (\*?\w+(?:, \*?\w+)*);(?: +
 class Struct(ctypes.Structure):
     """A struct of the library: tensors become pointers, `threads` is `torch.get_num_threads()`."""
 
+    names: frozenset[str]  # of the fields
+
     def __init__(self, **fields: Any) -> None:
-        fields |= dict(threads=torch.get_num_threads())
-        if differing := fields.keys() ^ {name for name, _ in self._fields_}:
-            raise TypeError(f"{type(self).__name__}: {sorted(differing)} missing or not its fields")
+        fields["threads"] = torch.get_num_threads()
+        if fields.keys() != self.names:
+            differing = sorted(fields.keys() ^ self.names)
+            raise TypeError(f"{type(self).__name__}: {differing} missing or not its fields")
         self._kept = fields  # so that tensors live as long as pointers to them
-        super().__init__(
-            **{k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
-        )
+        for name, value in fields.items():
+            setattr(self, name, value.data_ptr() if isinstance(value, Tensor) else value)
 
 
 def parse(header: str) -> dict[str, type[Struct]]:
@@ -48,7 +50,10 @@ def parse(header: str) -> dict[str, type[Struct]]:
                 fields.append((name.lstrip("*"), kind))
         else:
             raise ValueError(f"structs.h: expected members of a struct, got {line!r}")
-    return {name: type(name, (Struct,), {"_fields_": own}) for name, own in declared.items()}
+    return {
+        name: type(name, (Struct,), {"_fields_": own, "names": frozenset(dict(own))})
+        for name, own in declared.items()
+    }
 
 
 STRUCTS = parse(Path(__file__).with_name("structs.h").read_text())

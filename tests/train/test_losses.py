@@ -119,3 +119,31 @@ def test_a_learned_variance_is_trained(tmp_path):
     batch = trainer.objective.draw(samples, numbers)
     with torch.no_grad():
         assert trainer.model(batch.x_t, batch.t, batch.labels)[:, 3:].abs().mean() > 1e-3
+
+
+def test_the_variance_gets_the_gradients_of_the_textbook_expression_to_the_bit():
+    """A run that a release began goes on in the next one: autograd's order of sums must stay."""
+    scheduler, t = DiffusionScheduler(1000), torch.tensor([1, 3, 500, 999])
+    x0, eps, predicted = torch.randn(3, 4, 4, 8, 8)
+    v = torch.rand(4, 4, 8, 8).requires_grad_()
+    x_t = scheduler.q_sample(x0, t, eps)
+    diffusion_loss(torch.cat([predicted, v], dim=1), x0, x_t, t, eps, scheduler).backward()
+
+    def at(name):
+        return scheduler.gather(name, t, torch.float32)[:, None, None, None]
+
+    w, low, beta = v.detach().clone().requires_grad_(), at("posterior_var").log(), at("betas")
+    noise = at("sqrt_one_minus_alpha_bars")
+    of_x0 = at("alpha_bars_prev").sqrt() * beta / noise**2
+    of_x = at("alphas").sqrt() * at("posterior_var") / beta
+    mean = of_x0 * ((x_t - noise * predicted) / at("sqrt_alpha_bars")) + of_x * x_t
+    log_variance = low + (w + 1) / 2 * (beta.log() - low)
+    divergence = 0.5 * (
+        log_variance
+        - low
+        - 1
+        + (low - log_variance).exp()
+        + (of_x0 * x0 + of_x * x_t - mean) ** 2 * (-log_variance).exp()
+    )
+    (divergence / math.log(2)).flatten(1).mean(1).mean().backward()
+    assert torch.equal(v.grad, w.grad)
