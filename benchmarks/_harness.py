@@ -52,8 +52,13 @@ def parser(doc: str, device: bool = False) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """The type of an option that takes a whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return int(at_least_one(text, int))
+
+
+def at_least_one(text: str, kind: type[float] = float) -> float:
+    """The type of an option that takes a number of at least 1."""
+    if not (number := kind(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number:g}")
     return number
 
 

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unit", nargs="+", choices=names, metavar="NAME", help="default: all, in order")
     add("--out", **folder, help="default: benchmarks/results; dry runs: build")
     of_all = f"of the whole command; default: {limit}"
-    add("--limit", type=float, default=limit, metavar="SECONDS", help=of_all)
+    add("--limit", type=harness.at_least_one, default=limit, metavar="SECONDS", help=of_all)
     skip = "skip what the run with this --out did on this machine and code; default: this --out"
     add("--resume", nargs="?", const=True, **folder, help=skip)
     processes = min(14, len(os.sched_getaffinity(0)))
