@@ -148,7 +148,7 @@ def _trajectory_suits(subject: Subject) -> bool:
     """
     model, device, dtype = subject
     if device.type != "cuda":
-        return dispatch.has_cpp()
+        return device.type == "cpu" and dispatch.has_cpp()
     if not is_standard_dit(model) or dtype not in (torch.bfloat16, torch.float16):
         return False
     arch = _arch(device)
