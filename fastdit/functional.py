@@ -23,7 +23,7 @@ from fastdit import noise as noise_of
 from fastdit import reference
 from fastdit.ops import checks, definitions, registration
 from fastdit.ops.dispatch import choose, fuses_gelu
-from fastdit.ops.trajectory import Modulation, PackedDiT, kernel_shape, plain_trajectory
+from fastdit.ops.trajectory import DiTWeights, Modulation, kernel_shape, plain_trajectory
 from fastdit.update import Guidance
 
 
@@ -289,7 +289,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int, backend: str | None = No
 def trajectory(
     x: Tensor,
     x0: Tensor,
-    packed: PackedDiT,
+    weights: DiTWeights,
     modulation: Modulation,
     coefficients: Tensor,
     first: int = 0,
@@ -298,7 +298,7 @@ def trajectory(
     guidance: Guidance | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take K steps of a sampling loop of a small DiT in one op.
+    """Take K steps of a DiT's sampling loop in one op.
 
     Step k is `DiT.denoise` under `modulation.at(k)`, then `sampler_update` with row k of the
     coefficients. With "cpp" an image has the same bits in any batch, at any place in it, and with
@@ -307,7 +307,7 @@ def trajectory(
     Args:
         x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
         x0: like x, the x0 of the step before; zeros before a first step.
-        packed: the model's weights, in x's dtype, or on CUDA in 16 bits.
+        weights: the model's, in x's dtype, or on CUDA in 16 bits. "cpp" reads them where they are.
         modulation: that of the K steps; with guidance of 2B rows, the null label's last. Whether
             `rows` are in range is checked on a CPU only, since it would wait for a device.
         coefficients: [K, 10] float, as `sampler_update` takes them.
@@ -316,8 +316,8 @@ def trajectory(
         noise: [K, B, P, C], z itself. With neither seeds nor noise z is 0.
         guidance: the scale, and the number of guided channels; guides all K steps.
         backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens, head dims of 16 or 32; the error
-            names what a chip's registers do not allow), "cpp" (a CPU, float32, hidden up to 512, up
-            to 256 tokens), "reference" or None.
+            names what a chip's registers do not allow), "cpp" (a CPU, float32), "reference" or
+            None.
 
     Returns:
         (x, x0) after the last step, of x's shape and dtype.
@@ -328,25 +328,25 @@ def trajectory(
 
     Source: Peebles & Xie 2023, section 3.2; Ho et al. 2020, algorithm 2.
     """
-    checks.check_trajectory(x, x0, packed, modulation, coefficients, seeds, noise, guidance)
-    dtype = x.dtype if x.dtype == torch.float64 else packed.weights.dtype
-    chosen = choose("trajectory", backend, packed.cfg, x.device, dtype)
+    checks.check_trajectory(x, x0, weights, modulation, coefficients, seeds, noise, guidance)
+    dtype = x.dtype if x.dtype == torch.float64 else weights.dtype
+    chosen = choose("trajectory", backend, weights.cfg, x.device, dtype)
     if chosen == "reference":
         return plain_trajectory(
-            x, x0, packed, modulation, coefficients, first, seeds, noise, guidance
+            x, x0, weights, modulation, coefficients, first, seeds, noise, guidance
         )
     by_step, by_label, rows = modulation
-    sizes, eps = kernel_shape(packed.cfg)
+    sizes, eps = kernel_shape(weights.cfg)
     return definitions.trajectory(
         x=x,
         x0=x0,
-        weights=packed.weights,
+        weights=list(weights.tensors) if chosen == "cpp" else [weights.packed],
         modulation=[by_step, rows] if by_label is None else [by_step, rows, by_label],
         coefficients=coefficients,
         first=first,
         seeds=seeds,
         noise=noise,
-        guidance=[guidance.scale, guidance.channels or packed.cfg.in_channels] if guidance else [],
+        guidance=[guidance.scale, guidance.channels or weights.cfg.in_channels] if guidance else [],
         shape=[*sizes, *eps],
         backend=chosen,
     )

@@ -1,4 +1,4 @@
-"""The shape of a DiT as the trajectory kernels take it, and the layout of its packed weights."""
+"""The shape of a DiT as the trajectory kernels take it, and the order of its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def layer_weights(D: int) -> int:
 
 
 class Shape(NamedTuple):
-    """Sizes and choices of a DiT, whose weights are packed one after another, row-major:
+    """Sizes and choices of a DiT, whose weights are these tensors, row-major. The kernel in Triton
+    takes them one after another in one tensor, the one in C++ their addresses:
 
     embed [D, F], position [N, D];
     for each layer: qkv [3D, D], its bias, proj [D, D], its bias, fc1 [4D, D], its bias,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import FLOAT_DTYPES, check_range
-from fastdit.ops.trajectory import Modulation, PackedDiT
+from fastdit.ops.trajectory import DiTWeights, Modulation
 from fastdit.update import COEFFICIENTS, Guidance
 
 
@@ -83,24 +83,41 @@ def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor, given: Sequence[T
         check_device(like, out=t)
 
 
+def check_weights(weights: DiTWeights) -> None:
+    """Check that the tensors are those of the config, in one float dtype and on one device."""
+    shapes, tensors = weights.shapes(), weights.tensors
+    if len(tensors) != len(shapes):
+        raise ValueError(f"weights: expected {len(shapes)} tensors, got {len(tensors)}")
+    first = tensors[0]
+    for i, (t, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if t.shape != shape:
+            raise ValueError(f"weights: expected shape {list(shape)} at {i}, got {list(t.shape)}")
+        if (t.dtype, t.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"weights: expected one dtype and device, got {first.dtype} on {first.device} and "
+                f"{t.dtype} on {t.device}"
+            )
+
+
 def check_trajectory(
     x: Tensor,
     x0: Tensor,
-    packed: PackedDiT,
+    weights: DiTWeights,
     modulation: Modulation,
     coefficients: Tensor,
     seeds: Tensor | None,
     noise: Tensor | None,
     guidance: Guidance | None,
 ) -> None:
-    cfg, K, B = packed.cfg, len(coefficients), x.shape[0]
+    check_weights(weights)
+    cfg, K, B = weights.cfg, len(coefficients), x.shape[0]
     state = [B, cfg.img_size**2, cfg.in_channels]
     rows, width = (2 * B if guidance else B), (6 * cfg.n_layers + 2) * cfg.hidden
     by_step, by_label, row = modulation
     labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
     expected: dict[str, tuple[Tensor | None, list[int]]] = {
         "x": (x, state),
-        "packed.weights": (packed.weights, [packed.size]),
+        "weights": (weights.tensors[0], list(weights.tensors[0].shape)),
         "x0": (x0, state),
         "coefficients": (coefficients, [K, len(COEFFICIENTS)]),
         "modulation.by_step": (by_step, [K, labels, width]),

@@ -216,7 +216,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def trajectory(
     x: Tensor,
     x0: Tensor,
-    weights: Tensor,
+    weights: list[Tensor],
     modulation: list[Tensor],
     coefficients: Tensor,
     first: int,
@@ -228,15 +228,16 @@ def trajectory(
 ) -> tuple[Tensor, Tensor]:
     """(x_next, x0_next)
 
-    modulation is [by_step, rows], and by_label where there is one; guidance is [scale, channels],
-    or empty; shape is the kernels' `Shape`, its integers first.
+    weights are the tensors of a `DiTWeights`, or for "triton" one that holds them all; modulation is
+    [by_step, rows], and by_label where there is one; guidance is [scale, channels], or empty; shape
+    is the kernels' `Shape`, its integers first.
     """
     by_step, rows, *by_label = modulation
     scale, channels = guidance or (1.0, 0)
     return _kernels("trajectory", backend).trajectory(
         x=x,
         x0=x0,
-        weights=weights,
+        weights=weights if backend == "cpp" else weights[0],
         by_step=by_step,
         by_label=by_label[0] if by_label else None,
         rows=rows,
@@ -249,9 +250,9 @@ def trajectory(
     )
 
 
-def trajectory_obstacle(backend: str, sizes: list[int], eps: list[float]) -> str | None:
-    """Return why the kernel of "cpp" or "triton" takes no model of such a shape, or None."""
-    return _kernels("trajectory", backend).obstacle(_shape([*sizes, *eps]))
+def trajectory_obstacle(sizes: list[int], eps: list[float]) -> str | None:
+    """Return why the kernel in Triton takes no model of such a shape, or None."""
+    return _kernels("trajectory", "triton").obstacle(_shape([*sizes, *eps]))
 
 
 def build_cpp() -> None:
@@ -261,6 +262,11 @@ def build_cpp() -> None:
         RuntimeError: they cannot be built.
     """
     _kernels("library", "cpp").library()
+
+
+def cpp_instruction_set() -> str:
+    """Return the instruction set of the C++ kernels, which must be here: "plain" is any CPU's."""
+    return _kernels("instruction_set", "cpp").instruction_set()
 
 
 # Cached, since an import statement would take time at every launch.

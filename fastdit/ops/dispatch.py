@@ -84,6 +84,11 @@ def has_cpp() -> bool:
     return True
 
 
+def has_fast_products() -> bool:
+    """Return whether the C++ kernels, which must be here, have code for this CPU's vectors."""
+    return definitions.cpp_instruction_set() != "plain"
+
+
 def fuses_gelu(*tensors: Tensor) -> bool:
     """Return whether PyTorch's product takes a tanh GELU in its epilogue: at inference on CUDA."""
     if torch.compiler.is_compiling() or _transforms() is not None:
@@ -196,12 +201,12 @@ def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) ->
         return f"expects tensors on a CPU, got {device}"
     if dtype != torch.float32:
         return f"computes in float32, got {dtype}"
-    return _transforms() or definitions.trajectory_obstacle("cpp", *kernel_shape(cfg))
+    return _transforms()
 
 
 def _triton_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     reason = _triton_on(device, dtype)
-    reason = reason or definitions.trajectory_obstacle("triton", *kernel_shape(cfg))
+    reason = reason or definitions.trajectory_obstacle(*kernel_shape(cfg))
     if reason is None and device.type == "cuda":
         reason = _spills(cfg, torch.cuda.get_device_properties(device), dtype)
     return reason

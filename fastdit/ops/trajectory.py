@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,46 +39,53 @@ class Parts(NamedTuple):
     final_bias: Tensor
 
 
-@dataclass(frozen=True)
-class PackedDiT:
-    """The weights of a `DiT` in one tensor, without those that make its modulation.
+@dataclass(frozen=True, eq=False)
+class DiTWeights:
+    """The weights of a `DiT`, without those that make its modulation.
 
     Attributes:
         cfg: the model's config.
-        weights: [n] float: the tensors of `Parts` one after another, with each `Layer`'s in its
-            place, all contiguous.
+        tensors: those of `Parts`, with each `Layer`'s in its place; float, of one dtype and device.
     """
 
     cfg: DiTConfig
-    weights: Tensor
+    tensors: tuple[Tensor, ...]
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any) -> PackedDiT:
-        """Copy the present weights of a `DiT`."""
+    def of(cls, model: Any) -> DiTWeights:
+        """Take the weights of a `DiT`, which are its own tensors except `embed` and `position`."""
         patch, final = model.patch_embed.proj, model.final_linear
-        tensors = [patch.weight.permute(0, 2, 3, 1), model.pos_embed[0] + patch.bias]
+        embed = patch.weight.permute(0, 2, 3, 1).flatten(1)
+        tensors = [embed, model.pos_embed[0] + patch.bias]
         for block in model.blocks:
             for linear in (block.attn.qkv, block.attn.proj, block.mlp[0], block.mlp[2]):
                 tensors += [linear.weight, linear.bias]
         tensors += [final.weight, final.bias]
-        return cls(model.cfg, torch.cat([t.reshape(-1) for t in tensors]))
+        return cls(model.cfg, tuple(t.detach() for t in tensors))
 
     @property
-    def size(self) -> int:
-        """The number of packed weights."""
-        return sum(torch.Size(shape).numel() for shape in self._shapes())
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    @functools.cached_property
+    def packed(self) -> Tensor:
+        """A copy of the tensors one after another, [n], for kernels that read them so."""
+        return torch.cat([t.reshape(-1) for t in self.tensors])
+
+    def to(self, *args: Any) -> DiTWeights:
+        """Return the weights on another device or in another dtype, as `Tensor.to` takes them."""
+        return DiTWeights(self.cfg, tuple(t.to(*args) for t in self.tensors))
 
     def parts(self) -> Parts:
-        """Return views of the weights."""
-        shapes = self._shapes()
-        pieces = self.weights.split([torch.Size(shape).numel() for shape in shapes])
-        views = iter([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
-        embed, position = next(views), next(views)
-        layers = [Layer(*(next(views) for _ in Layer._fields)) for _ in range(self.cfg.n_layers)]
-        return Parts(embed, position, layers, *views)
+        """Return the tensors by name."""
+        embed, position, *layers, final, final_bias = self.tensors
+        size = len(Layer._fields)
+        by_layer = [Layer(*layers[i : i + size]) for i in range(0, len(layers), size)]
+        return Parts(embed, position, by_layer, final, final_bias)
 
-    def _shapes(self) -> list[tuple[int, ...]]:
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes that the config tells."""
         (N, features, out_features, *_), _ = kernel_shape(self.cfg)
         D, M = self.cfg.hidden, MLP_RATIO * self.cfg.hidden
         layer = [(3 * D, D), (3 * D,), (D, D), (D,), (M, D), (M,), (D, M), (D,)]
@@ -110,9 +118,9 @@ class Modulation(NamedTuple):
         return table.index_select(0, self.rows)
 
 
-def denoise(packed: PackedDiT, tokens: Tensor, modulation: Tensor) -> Tensor:
-    """As `fastdit.DiT.denoise`, from packed weights: tokens [B, N, F] -> [B, N, F or 2F]."""
-    cfg, parts = packed.cfg, packed.parts()
+def denoise(weights: DiTWeights, tokens: Tensor, modulation: Tensor) -> Tensor:
+    """As `fastdit.DiT.denoise`, from weights alone: tokens [B, N, F] -> [B, N, F or 2F]."""
+    cfg, parts = weights.cfg, weights.parts()
     m = modulation.split(cfg.hidden, dim=-1)  # each [B, D]
     h = F.linear(tokens, parts.embed) + parts.position
     for i, layer in enumerate(parts.layers):
@@ -131,7 +139,7 @@ def denoise(packed: PackedDiT, tokens: Tensor, modulation: Tensor) -> Tensor:
 def plain_trajectory(
     x: Tensor,
     x0: Tensor,
-    packed: PackedDiT,
+    weights: DiTWeights,
     modulation: Modulation,
     coefficients: Tensor,
     first: int = 0,
@@ -145,10 +153,10 @@ def plain_trajectory(
     """
     B = len(x)
     for k in range(len(coefficients)):
-        tokens = x.to(packed.weights.dtype).view(B, packed.cfg.n_tokens, -1)
+        tokens = x.to(weights.dtype).view(B, weights.cfg.n_tokens, -1)
         if guidance is not None:
             tokens = torch.cat([tokens, tokens])
-        out = denoise(packed, tokens, modulation.at(k)).view(len(tokens), x.shape[1], -1)
+        out = denoise(weights, tokens, modulation.at(k)).view(len(tokens), x.shape[1], -1)
         z = None if noise is None else noise[k]
         if seeds is not None:
             step = torch.tensor([first + k + 1], device=x.device)

@@ -44,13 +44,11 @@ class Execution(NamedTuple):
             execution's name.
         suits: returns whether "auto" picks it for a subject, unless there is an obstacle.
         build: makes the loop.
-        shows_steps: whether a function can be called after each step.
     """
 
     obstacle: Callable[[Subject], str | None]
     suits: Callable[[Subject], bool]
     build: Callable[[Subject, Plan], Loop]
-    shows_steps: bool = True
 
 
 def obstacle(name: str, subject: Subject) -> str | None:
@@ -58,16 +56,9 @@ def obstacle(name: str, subject: Subject) -> str | None:
     return EXECUTIONS[name].obstacle(subject)
 
 
-def automatic(subject: Subject, watched: bool) -> str:
-    """Return what "auto" stands for: the first entry of `EXECUTIONS` that suits and can run.
-
-    Args:
-        subject: what is sampled.
-        watched: whether a function is called after each step.
-    """
+def automatic(subject: Subject) -> str:
+    """Return what "auto" stands for: the first entry of `EXECUTIONS` that suits and can run."""
     for name, execution in EXECUTIONS.items():
-        if watched and not execution.shows_steps:
-            continue
         if execution.suits(subject) and execution.obstacle(subject) is None:
             return name
     raise AssertionError("eager execution runs any model")
@@ -75,15 +66,18 @@ def automatic(subject: Subject, watched: bool) -> str:
 
 def describe_automatic(cfg: DiTConfig) -> str:
     """Say in words what "auto" is for a model of a config."""
-    cpu = torch.device("cpu")
-    reason = dispatch.obstacle("trajectory", "cpp", cfg, cpu, torch.float32)
-    on_cpu = f"'eager' on a CPU, since the C++ trajectory {reason}"
-    if reason is None:
-        on_cpu = "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
+    on_cpu = "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
+    if cfg.hidden > _PLAIN_HIDDEN:
+        on_cpu += " and on CPUs without AVX2"
     on_cuda = "'graph' on CUDA"
     if chips := sorted({win.arch for win in WINS if _covers(win, cfg)}):
         on_cuda += f", but 'trajectory' in 16 bits on {' and '.join(chips)}"
     return f"{on_cuda}, {on_cpu}"
+
+
+# On CPUs other than x86, and on those without AVX2, the C++ has the compiler's vectors of four floats
+# only. There wider models, whose time is that of their products, are left to PyTorch.
+_PLAIN_HIDDEN = 512
 
 
 class Win(NamedTuple):
@@ -129,7 +123,7 @@ def _needs_cuda(subject: Subject) -> str | None:
     return reason
 
 
-def _needs_small_dit(subject: Subject) -> str | None:
+def _needs_plain_weights(subject: Subject) -> str | None:
     model, device, dtype = subject
     if not is_standard_dit(model):
         return _needs_dit(subject)
@@ -141,15 +135,17 @@ def _needs_small_dit(subject: Subject) -> str | None:
 
 
 def _trajectory_suits(subject: Subject) -> bool:
-    """On a CPU wherever it can run; on CUDA where it was measured to win.
+    """On a CPU wherever its products are fast; on CUDA where it was measured to win.
 
-    On a CPU it is faster than compiled steps for every model that it takes, at every batch
-    (benchmarks/crossover.py on two cores with AVX-512).
+    On a CPU it is faster than compiled steps for every model, at every batch
+    (benchmarks/crossover.py and sample_throughput.py on two cores with AVX-512).
     """
     model, device, dtype = subject
-    if device.type != "cuda":
-        return device.type == "cpu" and dispatch.has_cpp()
-    if not is_standard_dit(model) or dtype not in (torch.bfloat16, torch.float16):
+    if not is_standard_dit(model):
+        return False
+    if device.type == "cpu" and dispatch.has_cpp():
+        return model.cfg.hidden <= _PLAIN_HIDDEN or dispatch.has_fast_products()
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     arch = _arch(device)
     return any(win.arch == arch and _covers(win, model.cfg) for win in WINS)
@@ -178,7 +174,7 @@ def _whole_loop(subject: Subject, plan: Plan) -> Loop:
 
 # "auto" asks them in this order, and never picks "compile", which takes longer than many runs.
 EXECUTIONS: dict[str, Execution] = {
-    "trajectory": Execution(_needs_small_dit, _trajectory_suits, _whole_loop, shows_steps=False),
+    "trajectory": Execution(_needs_plain_weights, _trajectory_suits, _whole_loop),
     "graph": Execution(
         _needs_cuda, lambda subject: subject.device.type == "cuda", _stepwise(Graphed, copies=True)
     ),

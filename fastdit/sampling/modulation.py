@@ -11,7 +11,7 @@ there is to compute.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -74,36 +74,29 @@ class LayerProjection(Projection):
     def _time(self, t: Tensor) -> Tensor:
         return self.model.time_conditioning(t)
 
+    def _parts(self, c: Tensor, bias: bool) -> Iterator[Tensor]:
+        """Yield what each layer makes of c, without its bias unless `bias`."""
+        if bias:
+            yield from self.model.modulation_parts(c)
+            return
+        # For zeros a layer returns its bias, including an adapter's.
+        biases = self.model.modulation_parts(torch.zeros_like(c[:1]))
+        for part, of_zeros in zip(self.model.modulation_parts(c), biases, strict=True):
+            yield part - of_zeros
+
     def _project(self, c: Tensor, bias: bool = True) -> Tensor:
         table = c.new_empty(len(c), sum(self._columns))
-        columns = table.split(self._columns, dim=-1)
-        for part, own in zip(self.model.modulation_parts(c), columns, strict=True):
+        for part, own in zip(self._parts(c, bias), table.split(self._columns, -1), strict=True):
             own.copy_(part)
-        if not bias:  # for zeros a layer returns its bias, including an adapter's
-            zeros = torch.zeros_like(c[:1])
-            for part, own in zip(self.model.modulation_parts(zeros), columns, strict=True):
-                own.sub_(part)
         return table
 
 
-class JoinedProjection(Projection):
-    """Applies all layers as one matrix, so that a small model does not pay for each call.
-
-    The layers of the model's modulation and of its timestep MLP must be plain linears.
-    """
+class PlainProjection(LayerProjection):
+    """Applies the weights of plain linears by a function of one's own, such as `F.linear`."""
 
     def __init__(self, model: DiT, linear: Linear) -> None:
-        """Copy the modulation layers' weights.
-
-        Args:
-            model: the model.
-            linear: applies weights to rows, as `F.linear` does.
-        """
         super().__init__(model)
-        self._linear, layers = linear, model.modulation_layers()
-        self._weight = torch.cat([layer.weight.detach() for layer in layers])  # [width, D]
-        self._bias = torch.cat([layer.bias.detach() for layer in layers])
-        self.row_bytes = len(self._bias) * self._bias.element_size()
+        self._linear = linear
 
     def _time(self, t: Tensor) -> Tensor:
         h = self.model.time_embedding(t)
@@ -114,8 +107,9 @@ class JoinedProjection(Projection):
                 h = layer(h)
         return h
 
-    def _project(self, c: Tensor, bias: bool = True) -> Tensor:
-        return self._linear(c, self._weight, self._bias if bias else None)
+    def _parts(self, c: Tensor, bias: bool) -> Iterator[Tensor]:
+        for layer in self.model.modulation_layers():
+            yield self._linear(c, layer.weight, layer.bias if bias else None)
 
 
 class Tables:

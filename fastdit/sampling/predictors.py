@@ -140,6 +140,7 @@ class DiTPredictor:
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
         self.model = _copied(model, dtype) if copies or floats != {dtype} else model
         self.source = model
+        self._found_finite: list[tuple[int, int]] | None = None
 
     def refresh(self) -> None:
         """Check that the weights are finite, and fill the copy where there is one.
@@ -148,7 +149,7 @@ class DiTPredictor:
             ValueError: a weight is not finite, or the model's parameters have other names or
                 shapes than when it was copied.
         """
-        check_finite("model", dict(self.source.named_parameters()))
+        self._check_finite()
         if self.model is self.source:
             return
         own, new = _tensors(self.model), _tensors(self.source)
@@ -162,6 +163,20 @@ class DiTPredictor:
         torch._foreach_copy_([own[name] for name in alike], [new[name] for name in alike])
         for name in own.keys() - alike:
             own[name].copy_(new[name])
+
+    def _check_finite(self) -> None:
+        """Read the weights once, and again where PyTorch's counters show a change.
+
+        They pass by a write to `p.data`. A NaN that came so is found in the images.
+        """
+        parameters = dict(self.source.named_parameters())
+        if any(p.is_inference() for p in parameters.values()):  # these have no counters
+            check_finite("model", parameters)
+            return
+        marks = [(p.data_ptr(), p._version) for p in parameters.values()]
+        if marks != self._found_finite:
+            check_finite("model", parameters)
+            self._found_finite = marks
 
     def begin(
         self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import FLOAT_DTYPES, unknown_name
+from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name
 from fastdit.model import config_of, unwrap
 from fastdit.sampling import arguments
 from fastdit.sampling.arguments import Labels
@@ -73,13 +73,13 @@ class Sampler:
                 "compile": each step is one graph of torch.compile, which pays off after some
                     hundred steps.
                 "graph": each step is a replayed CUDA graph.
-                "trajectory": many steps of a small model are one op, in C++ on a CPU (float32) or
-                    in Triton. It reads only weights, and refuses hooks and exchanged modules.
-                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run and `progress` is not
-                    a function; "eager" otherwise. `execution_for` says which.
+                "trajectory": many steps are one op, in C++ on a CPU (float32), or in Triton for
+                    small models. It reads only weights, and refuses hooks and exchanged modules.
+                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run; "eager" otherwise.
+                    `execution_for` says which.
                 "compile", "graph" and another dtype use a copy of the model, whose weights are
-                renewed at every call; hooks and exchanged modules are copied once. "trajectory"
-                keeps two copies of the weights.
+                renewed at every call; hooks and exchanged modules are copied once. On CUDA
+                "trajectory" keeps two copies of the weights.
             table_bytes: bound on the memory of the modulation tables, which are made for as many
                 steps at a time as fit into it.
             sample_shape: (C, H, W) of one image, for models other than DiT.
@@ -135,8 +135,8 @@ class Sampler:
                 model uses noise[k]. The last one adds none, and deterministic solvers never do.
             progress: True shows a progress bar on stderr. A function is called after each
                 evaluation of the model as `progress(k, x0)`, with k from 0 and the image predicted
-                so far, [B, C, H, W]; "trajectory" has none to show. On CUDA both run ahead of the
-                device.
+                so far, [B, C, H, W]; under "trajectory" each is then an op of its own. On CUDA
+                both run ahead of the device.
 
         Returns:
             [B, C, H, W] on the model's device: float32, or float64 for a float64 model.
@@ -156,10 +156,11 @@ class Sampler:
         if not (isinstance(progress, bool) or callable(progress)):
             raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
         with self._taking_turns():
-            loop = self._current_loop(callable(progress))
+            loop = self._current_loop()
             request = Request(self._with_null(y), keys.to(loop.device), x_T, noise)
             images = loop.sample(request, progress)
             if not images.isfinite().all():
+                check_finite("model", dict(self.model.named_parameters()))
                 raise FloatingPointError(
                     "model: expected finite predictions, but images hold NaN or Inf; "
                     f"{loop.dtype} may be too narrow for it"
@@ -216,26 +217,17 @@ class Sampler:
                 f"dtype: expected {own} or None, since the model is not a fastdit.DiT, got {dtype}"
             )
 
-    def execution_for(self, watched: bool = False) -> str:
-        """Return how a call would run: `execution`, or what "auto" stands for.
+    def execution_for(self) -> str:
+        """Return how a call would run: `execution`, or what "auto" stands for."""
+        return automatic(self._subject()) if self.execution == "auto" else self.execution
 
-        Args:
-            watched: whether a function would be called after each step.
-        """
-        return automatic(self._subject(), watched) if self.execution == "auto" else self.execution
-
-    def _check_execution(self, watched: bool = False) -> None:
+    def _check_execution(self) -> None:
         """Raise a ValueError for an execution that was named and cannot run."""
         if self.execution == "auto":
             return
         reason = obstacle(self.execution, self._subject())
         if reason:
             raise ValueError(f"execution: {self.execution!r} {reason}; use 'auto'")
-        if watched and not EXECUTIONS[self.execution].shows_steps:
-            raise ValueError(
-                f"progress: execution={self.execution!r} shows no x0, since its steps are one op; "
-                "use progress=True, or another execution"
-            )
 
     def _device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         floats = (p for p in self.model.parameters() if p.is_floating_point())
@@ -251,7 +243,7 @@ class Sampler:
                 dtype = torch.get_autocast_dtype(device.type)
         return Subject(self.model, device, dtype)
 
-    def _current_loop(self, watched: bool) -> Loop:
+    def _current_loop(self) -> Loop:
         """Return the loop of this dtype and execution, a new one if the model has moved."""
         device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
@@ -262,8 +254,8 @@ class Sampler:
                 )
             self._loops.clear()
             self._built_for = device, own
-        self._check_execution(watched)
-        subject, execution = self._subject(), self.execution_for(watched)
+        self._check_execution()
+        subject, execution = self._subject(), self.execution_for()
         plan = Plan(self.table, self.guidance, self.table_bytes, self.sample_shape)
         key = subject.dtype, execution
         if key not in self._loops:

@@ -1,4 +1,4 @@
-"""The sampling loop of a small DiT as one op, or a few where it must be cut."""
+"""The sampling loop of a DiT as one op, or a few where it must be cut."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from torch import Tensor
 from fastdit import flops, functional
 from fastdit.config import DiTConfig
 from fastdit.ops import definitions
-from fastdit.ops.trajectory import PackedDiT
+from fastdit.ops.trajectory import DiTWeights
 from fastdit.sampling.loop import Loop, Plan, Progress, Request, progress_bar
-from fastdit.sampling.modulation import JoinedProjection, TableStore
+from fastdit.sampling.modulation import PlainProjection, TableStore
 from fastdit.sampling.predictors import DiTPredictor
 
-# The work of one op on a CPU, where it cannot be interrupted: half a second on two CPUs of 2025;
-# more where laying out the weights, with which an op begins, would otherwise be felt.
-_CALL_FLOP, _CALL_FLOP_PER_WEIGHT = 1e11, 3e4
+_CALL_FLOP = 1e11  # of one op on a CPU, where it cannot be interrupted: a quarter of a second
 
 
-class _Prepared(NamedTuple):
-    """What is made of a model's weights, and kept between calls."""
+class _Kept(NamedTuple):
+    """What is made of a model's weights, and kept while they stay the same."""
 
-    weights: Tensor  # a copy of all of them, which tells whether they are still the same
+    copy: Tensor  # of all weights, to tell whether they are still the same
     made_for: tuple[DiTConfig, tuple[int, ...], int]  # and the timesteps and `table_bytes`
-    packed: PackedDiT
+    weights: DiTWeights
     tables: TableStore
 
 
@@ -35,9 +33,12 @@ class TrajectoryLoop(Loop):
     """Runs many steps as one op, which reads a model's weights and not its modules.
 
     A new op begins where guidance begins or ends, where the next modulation tables must be made,
-    where brought noise would exceed `table_bytes`, and on a CPU where a call would be too long to
-    be watched or interrupted. Nothing between two ops waits for the device; `_prepare` does before
-    the first, to compare the weights.
+    where brought noise would exceed `table_bytes`, on a CPU where a call would be too long to be
+    interrupted, and at every step where a function is called after each. Nothing between two ops
+    waits for the device; `_prepare` does before the first, where it compares the weights.
+
+    On a CPU the op reads the weights where the model has them, and no copy is kept, unless there is
+    something to keep: the tables of a model whose modulation is split. On CUDA it reads a copy.
     """
 
     def __init__(
@@ -45,20 +46,20 @@ class TrajectoryLoop(Loop):
     ) -> None:
         super().__init__(predictor, device, dtype, plan)
         self._dit = predictor  # `_predictor`, known to be a DiT's
-        self._prepared: _Prepared | None = None
+        self._kept: _Kept | None = None
 
     def sample(self, request: Request, progress: Progress) -> Tensor:
         table, guidance, table_bytes, _ = self.plan
         B, S = len(request.keys), len(table.timesteps)
         with self._without_autocast(), progress_bar(progress, total=S) as bar:
-            packed, store = self._prepare()
+            weights, store = self._prepare()
             tables = store.serve(request.labels)
             state, coefficients = self._start(request)
             x, x0, k = state.x, state.x0, 0
             while k < S:
                 now = guidance if guidance and guidance.active(table.timesteps[k]) else None
                 rows = 2 * B if now else B
-                most = self._run_length(k, rows, packed.weights.numel())
+                most = 1 if callable(progress) else self._run_length(k, rows)
                 if request.noise is not None:  # a call's noise is on the device at once
                     most = min(most, max(1, table_bytes // request.noise[0].nbytes))
                 modulation = tables.steps(k, most, rows)
@@ -67,7 +68,7 @@ class TrajectoryLoop(Loop):
                 x, x0 = functional.trajectory(
                     x,
                     x0,
-                    packed,
+                    weights,
                     modulation,
                     coefficients[steps],
                     first=k,
@@ -79,27 +80,34 @@ class TrajectoryLoop(Loop):
                 del modulation  # so that its tables are freed before the next are made
                 bar.update(steps.stop - k)
                 k = steps.stop
+                if callable(progress):
+                    progress(k - 1, self._layout.to_images(x0).clone())
             return self._layout.to_images(x)
 
-    def _prepare(self) -> tuple[PackedDiT, TableStore]:
-        """Return the packed weights and the tables, made anew if what they depend on has changed.
+    def _prepare(self) -> tuple[DiTWeights, TableStore]:
+        """Return the weights and the tables, made anew if what they depend on has changed.
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
-        source, timesteps, old = self._dit.source, self.plan.table.timesteps, self._prepared
-        made_for = source.cfg, tuple(timesteps), self.plan.table_bytes
-        weights = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
-        if old is None or old.made_for != made_for or not torch.equal(old.weights, weights):
-            self._prepared = None  # what follows may fail half way
+        source, timesteps, old = self._dit.source, self.plan.table.timesteps, self._kept
+        if self.device.type == "cpu" and source.cfg.modulation_act != "none":
             self._dit.refresh()
-            linear = definitions.linear if self.device.type == "cpu" else F.linear
-            projection = JoinedProjection(self._dit.model, linear)
-            store = TableStore(projection, timesteps, self.plan.table_bytes)
-            packed = PackedDiT.of(self._dit.model)
-            old = self._prepared = _Prepared(weights, made_for, packed, store)
-        return old.packed, old.tables
+            return self._made()
+        made_for = source.cfg, tuple(timesteps), self.plan.table_bytes
+        copy = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
+        if old is None or old.made_for != made_for or not torch.equal(old.copy, copy):
+            self._kept = None  # what follows may fail half way
+            self._dit.refresh()
+            old = self._kept = _Kept(copy, made_for, *self._made())
+        return old.weights, old.tables
 
-    def _run_length(self, k: int, rows: int, weights: int) -> int:
+    def _made(self) -> tuple[DiTWeights, TableStore]:
+        linear = definitions.linear if self.device.type == "cpu" else F.linear
+        projection = PlainProjection(self._dit.model, linear)
+        tables = TableStore(projection, self.plan.table.timesteps, self.plan.table_bytes)
+        return DiTWeights.of(self._dit.model), tables
+
+    def _run_length(self, k: int, rows: int) -> int:
         """Return the number of steps from k on for one op: all guided, or none.
 
         On a CPU they are no more than a call's work, but at least one.
@@ -107,8 +115,7 @@ class TrajectoryLoop(Loop):
         timesteps, guidance = self.plan.table.timesteps[k:], self.plan.guidance
         most = len(timesteps)
         if self.device.type == "cpu":
-            flop = max(_CALL_FLOP, _CALL_FLOP_PER_WEIGHT * weights)
-            most = min(most, max(1, int(flop // flops.flop(self._dit.cfg, rows))))
+            most = min(most, max(1, int(_CALL_FLOP // flops.flop(self._dit.cfg, rows))))
         if guidance is None:
             return most
         active = guidance.active(timesteps[0])

@@ -1,4 +1,4 @@
-"""C++ kernels for CPUs: the whole sampling loop of a small DiT in one call, and its single ops.
+"""C++ kernels for CPUs: the whole sampling loop of a DiT in one call, and its single ops.
 
 `structs.h` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
 `product.h` the matrix products, `update.h` a solver's step, `network.h` the forward, `loop.h` the
@@ -8,6 +8,8 @@ interface, and distribute images and rows over threads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,37 +21,22 @@ from fastdit.kernels.shape import Shape
 from fastdit.kernels.tensors import contiguous
 
 __all__ = [
-    "MAX_HIDDEN",
-    "MAX_TOKENS",
     "BuildError",
     "instruction_set",
     "instruction_sets",
     "library",
     "linear",
     "normal",
-    "obstacle",
     "peak_flop_per_second",
     "sampler_update",
     "trajectory",
 ]
 
-MAX_HIDDEN = 512
-MAX_TOKENS = 256
-
-
-def obstacle(shape: Shape) -> str | None:
-    """Return why the kernel cannot run a model of this shape, or None."""
-    if shape.hidden > MAX_HIDDEN:
-        return f"takes a hidden size up to {MAX_HIDDEN}, got {shape.hidden}"
-    if shape.tokens > MAX_TOKENS:
-        return f"takes up to {MAX_TOKENS} tokens, got {shape.tokens}"
-    return None
-
 
 def trajectory(
     x: Tensor,
     x0: Tensor,
-    weights: Tensor,
+    weights: Sequence[Tensor],
     by_step: Tensor,
     by_label: Tensor | None,
     rows: Tensor,
@@ -67,7 +54,8 @@ def trajectory(
     which is PyTorch's.
 
     Args:
-        x ... shape: as for `fastdit.kernels.trajectory.trajectory`.
+        x ... shape: as for `fastdit.kernels.trajectory.trajectory`, but weights are the tensors that
+            `Shape` lists, and are read where they are.
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:
@@ -82,9 +70,10 @@ def trajectory(
     x, x0 = (t.detach().clone(memory_format=torch.contiguous_format) for t in (x, x0))
     sizes = dict(images=len(x), steps=len(coefficients), first=first, step_rows=by_step.shape[1])
     guided = dict(guided=shape.channels if channels is None else channels, scale=scale)
-    given = _float32(weights=weights, coefficients=coefficients, noise=noise)
-    given |= _float32(by_step=by_step, by_label=by_label)
+    given = _float32(coefficients=coefficients, noise=noise, by_step=by_step, by_label=by_label)
     given |= dict(rows=rows.contiguous(), seeds=contiguous(seeds))
+    kept = [t.float().contiguous() for t in weights]  # as long as the call has their addresses
+    given["weights"] = torch.tensor([t.data_ptr() for t in kept], dtype=torch.int64)
     problem = Problem(**shape._asdict(), **sizes, **guided, **given, x=x, x0=x0)
     call(library().fastdit_trajectory, problem, instruction_set)
     return x, x0

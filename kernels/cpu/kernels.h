@@ -1,4 +1,4 @@
-// The code of the instruction set NAME: vectors have WIDTH floats, blocks of weights ROWS rows.
+// The code of the instruction set NAME: vectors have WIDTH floats, blocks of rows at most ROWS.
 namespace fastdit {
 namespace {
 #define INLINED __attribute__((always_inline))
@@ -12,7 +12,7 @@ namespace {
 
 #define AS_STRING(name) #name
 #define NAME_OF(name) AS_STRING(name)
-const InstructionSet NAME = {NAME_OF(NAME), WIDTH, ROWS, team_floats, thread_floats,
+const InstructionSet NAME = {NAME_OF(NAME), WIDTH, team_floats, thread_floats,
                              useful_threads, run, update, normals, multiply_adds, linear,
                              adaln, adaln_backward};
 }  // namespace fastdit

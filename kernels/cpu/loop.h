@@ -69,7 +69,7 @@ struct Loop : Network {
     for (int64_t i = 0; i < CHUNK; i++) chunk.x[i] = x[i], chunk.x0[i] = x0[i];
     for (int64_t i = 0; i < CHUNK; i++) chunk.eps[i] = out[place[i]];
     if (p.learned())
-      for (int64_t i = 0; i < CHUNK; i++) chunk.range[i] = out[place[i] + p.features * WIDTH];
+      for (int64_t i = 0; i < CHUNK; i++) chunk.range[i] = out[place[i] + p.channels * WIDTH];
     if (p.guided)
       for (int64_t i = 0; i < CHUNK; i++)
         if ((e + i) % p.channels < p.guided) {
@@ -87,10 +87,40 @@ struct Loop : Network {
     for (int64_t i = 0; i < CHUNK; i++) x[i] = chunk.x[i], x0[i] = chunk.x0[i];
   }
 
-  void run() const {
+  // Sets this thread's share of the work of a team, and the team's useful size.
+  void take_share() {
+    const int64_t pairs = ceil_div(all, PAIR), size = team.size;
+    // Threads share pairs of panels, and those that share a pair split the slices, then the rows
+    // of a slice. The best number of columns leaves each thread least to do. Of equal ones many
+    // need to exchange less, but few read weights from afar less often.
+    const bool far = p.layer_matrices() > FAR_FLOATS;
+    int64_t of_slice = 0;  // threads; 0: one thread has all slices
+    double least_work = 0;
+    for (int64_t c = 1; c <= least(size, pairs); c++) {
+      const int64_t threads = size / c / SLICES;
+      const double work = (double)ceil_div(pairs, c) / larger_of(1, SLICES * threads);
+      if (c > 1 && (far ? work >= least_work : work > least_work)) continue;
+      least_work = work, columns = c, of_slice = threads;
+    }
+    const int64_t of_column = larger_of(1, SLICES * of_slice);
+    team.size = columns * of_column;
+    const int64_t column = team.id / of_column, place = team.id % of_column;
+    mine.first_panel = least(all, block_start(pairs, columns, column) * PAIR);
+    mine.last_panel = least(all, block_start(pairs, columns, column + 1) * PAIR);
+    mine.first_slice = of_slice ? place / of_slice : 0;
+    mine.last_slice = of_slice ? mine.first_slice + 1 : SLICES;
+    mine.part = of_slice ? place % of_slice : 0;
+    mine.parts = larger_of(1, of_slice);
+  }
+
+  void run() {
+    take_share();
+    if (team.id >= team.size) return;
     load();
     for (int64_t step = 0; step < p.steps; step++) {
-      team.wait();
+      if (!team.take_step(step)) return;
+      take_share();
+      if (team.id >= team.size) return;
       modulate(step);
       read_tokens();
       forward();
@@ -101,10 +131,8 @@ struct Loop : Network {
     }
     team.wait();
     store();
-    team.wait();
   }
 };
-
 
 static int64_t team_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
@@ -147,21 +175,7 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
   at.modulation = take(own, ceil_div(rows * p.width(), WIDTH));
 
-  // Threads share pairs of panels first; if there are more threads, slices; then rows of a slice.
-  const int64_t pairs = ceil_div(all, PAIR), columns = least(team.size, pairs);
-  const int64_t of_slice = team.size / columns / SLICES;  // threads; 0: one thread has all slices
-  const int64_t of_column = larger_of(1, SLICES * of_slice);
-  team.size = columns * of_column;
-  if (team.id >= team.size) return;
-  const int64_t column = team.id / of_column, place = team.id % of_column;
-  Share mine;
-  mine.first_panel = least(all, block_start(pairs, columns, column) * PAIR);
-  mine.last_panel = least(all, block_start(pairs, columns, column + 1) * PAIR);
-  mine.first_slice = of_slice ? place / of_slice : 0;
-  mine.last_slice = of_slice ? mine.first_slice + 1 : SLICES;
-  mine.part = of_slice ? place % of_slice : 0;
-  mine.parts = larger_of(1, of_slice);
-  Loop{{p, w, team, at, panels, all, mine, columns}, first_image, images, padded}.run();
+  Loop{{p, w, team, at, panels, all, {}, 1}, first_image, images, padded}.run();
 }
 
 // 12 chains of multiply-adds, for which every instruction set has registers.
@@ -178,18 +192,18 @@ static float multiply_adds(int64_t repeats) {
   return total[0];
 }
 
-// Multiplies two panels of rows of x by a weight in blocks, adds a bias, and writes rows of y.
-static void linear(const Linear& l, const float* blocks, int64_t first_row, float* own) {
-  const int64_t rows = least(PAIR * WIDTH, l.rows - first_row);
+// Multiplies two panels of rows of x by some rows of a weight, adds the bias, and writes rows of y.
+static void linear(const Linear& l, int64_t first_row, int64_t first_feature, int64_t last_feature,
+                   float* own) {
+  const int64_t K = l.in_features, rows = least(PAIR * WIDTH, l.rows - first_row);
   for (int64_t i = 0; i < PAIR * WIDTH; i++)
-    for (int64_t k = 0; k < l.in_features; k++) {
-      const float x = i < rows ? l.x[(first_row + i) * l.in_features + k] : 0.f;
-      own[(i / WIDTH * l.in_features + k) * WIDTH + i % WIDTH] = x;
-    }
+    for (int64_t k = 0; k < K; k++)
+      own[(i / WIDTH * K + k) * WIDTH + i % WIDTH] = i < rows ? l.x[(first_row + i) * K + k] : 0.f;
   const Share all{0, ceil_div(rows, WIDTH), 0, SLICES, 0, 1};
-  product(all, blocks, l.out_features, l.in_features, (vf*)own, l.in_features,
+  product(all, l.weight + first_feature * K, K, last_feature - first_feature, K, (vf*)own, K,
           [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
     const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
+    m += first_feature;
     for (int64_t j = 0; j < lanes; j++)
       for (int64_t i = 0; i < n; i++)
         l.y[(start + j) * l.out_features + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);

@@ -23,7 +23,7 @@ template <class F> INLINE vf sum_of(int64_t n, F f) {
 struct Network {
   const Problem& p;
   const Weights& w;
-  Team team;
+  Team& team;
   Memory at;
   int64_t panels;  // of a row
   int64_t all;     // panels of the group
@@ -51,8 +51,8 @@ struct Network {
     }
   }
 
-  // x += gate * (w in + bias). w is [hidden][cut] and [hidden][K - cut] for the two slices of in's
-  // K features. Threads that have one slice each exchange their sums, and all of them add both.
+  // x += gate * (w in + bias). The first `cut` of in's K features are one slice, the others the
+  // second. Threads that have one slice each exchange their sums, and all of them add both.
   void add_gated(int64_t use, const float* weight, const float* bias, int64_t K, int64_t cut,
                  const vf* in, int64_t part) const {
     const int64_t D = p.hidden;
@@ -68,11 +68,11 @@ struct Network {
       const float *gate = modulation(q, part) + row, *b = bias + row;
       for (int64_t i = 0; i < n; i++) x[i] += gate[i] * (of_first[i] + of_second[i] + b[i]);
     };
-    if (mine.first_slice == 0) product(mine, weight, D, cut, in, K, keep(first));
-    const float* rest = weight + cut * D;
+    if (mine.first_slice == 0) product(mine, weight, K, D, cut, in, K, keep(first));
     if (mine.has_all_slices())
-      return product(mine, rest, D, K - cut, in + cut, K, add);
-    if (mine.first_slice == 1) product(mine, rest, D, K - cut, in + cut, K, keep(second));
+      return product(mine, weight + cut, K, D, K - cut, in + cut, K, add);
+    if (mine.first_slice == 1)
+      product(mine, weight + cut, K, D, K - cut, in + cut, K, keep(second));
     team.wait();
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) add(q, 0, D, second + q * D);
   }
@@ -81,13 +81,14 @@ struct Network {
   void attend(int64_t head, int64_t query, int64_t vectors) const {
     const int64_t D = p.hidden, d = D / p.heads, N = p.tokens;
     const int64_t first = query / panels * panels, lanes = panels * WIDTH;
-    const vf* q = at.qkv + query * 3 * D + head * 3 * d;
+    const vf* q = at.qkv + query * 3 * D + head * d;
     for (int64_t key = 0; key < panels; key++) {
-      const float* k = (const float*)(q + (first + key - query) * 3 * D + d);
+      const float* k = (const float*)(q + (first + key - query) * 3 * D + D);
       const int64_t keys = least(WIDTH, N - key * WIDTH), blocks = ceil_div(keys, ROWS);
       for (int64_t n = 0; n < blocks; n++) {
         const int64_t j = block_start(keys, blocks, n), m = block_start(keys, blocks, n + 1) - j;
-        multiply<1>(m, vectors, k + j, WIDTH, q, 3 * D, d, at.scores + key * WIDTH + j, lanes);
+        multiply<By::COLUMN>(m, vectors, k + j, WIDTH, q, 3 * D, d, at.scores + key * WIDTH + j,
+                              lanes);
       }
     }
     vf inverse[PAIR];
@@ -100,12 +101,12 @@ struct Network {
     }
     vf* out = at.heads + query * D + head * d;
     for (int64_t key = 0; key < panels; key++) {
-      const float* value = (const float*)(q + (first + key - query) * 3 * D + 2 * d);
+      const float* value = (const float*)(q + (first + key - query) * 3 * D + 2 * D);
       const int64_t keys = least(WIDTH, N - key * WIDTH), blocks = ceil_div(d, ROWS);
       for (int64_t n = 0; n < blocks; n++) {
         const int64_t i = block_start(d, blocks, n), m = block_start(d, blocks, n + 1) - i;
-        multiply<WIDTH>(m, vectors, value + i * WIDTH, 1, at.scores + key * WIDTH, lanes, keys,
-                        out + i, D, key > 0);
+        multiply<By::ROW>(m, vectors, value + i * WIDTH, WIDTH, at.scores + key * WIDTH, lanes,
+                           keys, out + i, D, key > 0);
       }
     }
     for (int64_t v = 0; v < vectors; v++)
@@ -120,13 +121,14 @@ struct Network {
     const int64_t first = start + block_start(heads, mine.parts, mine.part);
     const int64_t last = start + block_start(heads, mine.parts, mine.part + 1);
     const float scale = 1.f / __builtin_sqrtf((float)d);
-    for (int64_t h = first; h < last; h++) {
-      const float* weight = l.qkv + h * 3 * d * D;
-      product(mine.of_all_rows(), weight, 3 * d, D, at.normed, D,
-              [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
-        vf* out = at.qkv + q * 3 * D + h * 3 * d + row;
-        const float* b = l.qkv_bias + h * 3 * d + row;
-        for (int64_t i = 0; i < n; i++) out[i] = (sums[i] + b[i]) * (row + i < d ? scale : 1.f);
+    for (int64_t part = 0; part < 3; part++) {
+      const int64_t row = part * D + first * d;
+      const float factor = part == 0 ? scale : 1.f;
+      product(mine.of_all_rows(), l.qkv + row * D, D, (last - first) * d, D, at.normed, D,
+              [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
+        vf* out = at.qkv + q * 3 * D + row + m;
+        const float* b = l.qkv_bias + row + m;
+        for (int64_t i = 0; i < n; i++) out[i] = (sums[i] + b[i]) * factor;
       });
     }
     if (columns > 1) team.wait();  // for the keys and values of a row's other panels
@@ -140,7 +142,7 @@ struct Network {
   // Writes at.hidden of a slice.
   template <class Gelu> void into_hidden(const Layer& l, int64_t slice, Gelu gelu) const {
     const int64_t D = p.hidden, M = 4 * D, start = slice_start(M, slice);
-    product(mine, l.fc1 + start * D, slice_start(M, slice + 1) - start, D, at.normed, D,
+    product(mine, l.fc1 + start * D, D, slice_start(M, slice + 1) - start, D, at.normed, D,
             [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
       vf* out = at.hidden + q * M + start + row;
       const float* b = l.fc1_bias + start + row;
@@ -170,7 +172,7 @@ struct Network {
   // Computes at.out from at.in. Each thread has its own x.
   void forward() const {
     const int64_t D = p.hidden;
-    product(mine.of_all_rows(), w.embed, D, p.features, at.in, p.features,
+    product(mine.of_all_rows(), w.embed, p.features, D, p.features, at.in, p.features,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* x = at.x + q * D + r;
       const vf* position = (const vf*)w.position + q % panels * D + r;
@@ -178,7 +180,7 @@ struct Network {
     });
     for (int64_t i = 0; i < p.layers; i++) layer(w.layers[i], 6 * i);
     layer_norm(6 * p.layers, p.eps);
-    product(mine.without_slices(), w.final, p.out_features, D, at.normed, D,
+    product(mine.without_slices(), w.final, D, p.out_features, D, at.normed, D,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* out = at.out + q * p.out_features + r;
       for (int64_t i = 0; i < n; i++) out[i] = sums[i] + w.final_bias[r + i];

@@ -1,4 +1,4 @@
-// Matrix products of a DiT. Rows of weights are in blocks, and tokens in the lanes of vectors.
+// Matrix products of a DiT. Weights lie as the model has them, and tokens in the lanes of vectors.
 //
 // Activations are panels [feature][WIDTH tokens], so that LayerNorm, softmax and the products of
 // attention run along the features. Nothing is transposed, and no hidden size, number of tokens or
@@ -6,27 +6,40 @@
 
 static constexpr int PAIR = 2;  // panels at a time
 
-// c[v][i] (+)= sum over k of a[k * a_k + i * A_I] * b[v][k], for MR rows i and NV vectors v, which
-// are b_v and c_v vectors apart. For any MR and NV an element is the same sum in the same order.
-template <int MR, int NV, int A_I>
-static __attribute__((noinline)) void block(const float* a, int64_t a_k, const vf* b, int64_t b_v,
-                                            int64_t K, vf* c, int64_t c_v, bool add) {
+// c[v][i] (+)= sum over k of a(i, k) * b[v][k], for MR rows i and NV vectors v, which are b_v and c_v
+// vectors apart. a(i, k) is a[i * a_stride + k], or by columns a[k * a_stride + i]. For any MR and NV
+// an element is the same sum in the same order. `next`: rows to fetch into the cache meanwhile.
+enum class By { ROW, COLUMN };
+template <int MR, int NV, By BY>
+static __attribute__((noinline)) void block(const float* a, int64_t a_stride, const vf* b,
+                                            int64_t b_v, int64_t K, vf* c, int64_t c_v, bool add,
+                                            const float* next) {
   vf sum[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) sum[i][v] = add ? c[v * c_v + i] : vf{};
-  for (int64_t k = 0; k < K; k++, a += a_k) {
-    // Weights are read once, front to back, perhaps from main memory: 1.5 times as fast with this.
-    if constexpr (A_I == 1) __builtin_prefetch(a + 1024);
-    vf factor[NV];
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; v++) factor[v] = b[v * b_v + k];
+  // Four rows each have a pointer, so that every address is one of these plus 0 to 3 strides.
+  const float* quads[3] = {a, a + 4 * a_stride, a + 8 * a_stride};
+  for (int64_t k = 0; k < K;) {
+    const int64_t end = k + 16 < K ? k + 16 : K;
+    if (BY == By::ROW && next)  // a cache line of each row
 #pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-      const float s = a[i * A_I];
+      for (int i = 0; i < MR; i++) __builtin_prefetch(next + i * a_stride + k);
+    for (; k < end; k++) {
+      vf factor[NV];
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) sum[i][v] += s * factor[v];
+      for (int v = 0; v < NV; v++) factor[v] = b[v * b_v + k];
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; i++) {
+        const float s = BY == By::ROW ? quads[i / 4][i % 4 * a_stride] : a[i];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) sum[i][v] += s * factor[v];
+      }
+      if (BY == By::ROW)
+        quads[0]++, quads[1]++, quads[2]++;
+      else
+        a += a_stride;
     }
   }
 #pragma GCC unroll 16
@@ -34,16 +47,19 @@ static __attribute__((noinline)) void block(const float* a, int64_t a_k, const v
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) c[v * c_v + i] = sum[i][v];
 }
+static_assert(ROWS <= 12);
 
-template <int A_I, int MR = ROWS>
-INLINE void multiply(int rows, int vectors, const float* a, int64_t a_k, const vf* b, int64_t b_v,
-                     int64_t K, vf* c, int64_t c_v, bool add = false) {
+template <By BY, int MR = ROWS>
+INLINE void multiply(int rows, int vectors, const float* a, int64_t a_stride, const vf* b,
+                     int64_t b_v, int64_t K, vf* c, int64_t c_v, bool add = false,
+                     const float* next = nullptr) {
   if constexpr (MR > 1)
-    if (rows < MR) return multiply<A_I, MR - 1>(rows, vectors, a, a_k, b, b_v, K, c, c_v, add);
+    if (rows < MR)
+      return multiply<BY, MR - 1>(rows, vectors, a, a_stride, b, b_v, K, c, c_v, add, next);
   if (vectors == 1)
-    block<MR, 1, A_I>(a, a_k, b, b_v, K, c, c_v, add);
+    block<MR, 1, BY>(a, a_stride, b, b_v, K, c, c_v, add, next);
   else
-    block<MR, PAIR, A_I>(a, a_k, b, b_v, K, c, c_v, add);
+    block<MR, PAIR, BY>(a, a_stride, b, b_v, K, c, c_v, add, next);
 }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -68,27 +84,30 @@ struct Share {
   }
 };
 
-// Multiplies w [M][K], in blocks, by in [panel][K], whose panels are in_v vectors apart, for a
-// thread's share. Calls finish(panel, row, rows, sums) for each block of rows of a panel.
+// Multiplies w [M][K], whose rows are w_stride apart, by in [panel][K], whose panels are in_v vectors
+// apart, for a thread's share. Calls finish(panel, row, rows, sums) for each block of rows.
 template <class Finish>
-INLINE void product(const Share& mine, const float* w, int64_t M, int64_t K, const vf* in,
-                    int64_t in_v, Finish finish) {
+INLINE void product(const Share& mine, const float* w, int64_t w_stride, int64_t M, int64_t K,
+                    const vf* in, int64_t in_v, Finish finish) {
   const int64_t blocks = ceil_div(M, ROWS);
   const int64_t first = block_start(blocks, mine.parts, mine.part);
   const int64_t last = block_start(blocks, mine.parts, mine.part + 1);
   // Take as many panels at a time as stay in the first-level cache while all rows pass; or all
   // panels, if the rows come from so far that they should be read once only.
+  const bool far = M * K > FAR_FLOATS;
   const int64_t cached = larger_of(PAIR, CACHED_FLOATS / larger_of(1, K * WIDTH) / PAIR * PAIR);
-  const int64_t all = larger_of(PAIR, mine.last_panel - mine.first_panel);
-  const int64_t group = M * K > FAR_FLOATS ? all : cached;
+  const int64_t group = far ? larger_of(PAIR, mine.last_panel - mine.first_panel) : cached;
   for (int64_t g = mine.first_panel; g < mine.last_panel; g += group) {
     const int64_t end = least(g + group, mine.last_panel);
     for (int64_t n = first; n < last; n++) {
-      const int64_t row = block_start(M, blocks, n), rows = block_start(M, blocks, n + 1) - row;
+      const int64_t row = block_start(M, blocks, n), below = block_start(M, blocks, n + 1);
+      const int64_t rows = below - row;
       for (int64_t q = g; q < end; q += PAIR) {
         vf sums[PAIR * ROWS];
         const int64_t vectors = least(PAIR, end - q);
-        multiply<1>(rows, vectors, w + row * K, rows, in + q * in_v, in_v, K, sums, ROWS);
+        const bool fetch = far && q == g && n + 1 < last;
+        multiply<By::ROW>(rows, vectors, w + row * w_stride, w_stride, in + q * in_v, in_v, K,
+                           sums, ROWS, false, fetch ? w + below * w_stride : nullptr);
         for (int64_t v = 0; v < vectors; v++) finish(q + v, row, rows, sums + v * ROWS);
       }
     }

@@ -16,7 +16,7 @@ struct Problem {
   int64_t threads;
   float eps, mlp_eps;  // of the LayerNorms before attention and at the end; before the MLPs
   float scale;         // of guidance
-  const float *weights;       // packed as kernels/shape.py says
+  const int64_t *weights;     // the addresses of the tensors that kernels/shape.py lists
   const float *by_step;       // [steps][step_rows][width]
   const float *by_label;      // [labels][width], or null
   const int64_t *rows;        // [images]; guided: [2 * images], the null label's last

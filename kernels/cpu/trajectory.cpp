@@ -57,85 +57,34 @@ Floats allocate(int64_t count) {
   return memory;
 }
 
-// Packs a matrix [M][K], whose rows are `stride` apart in w, into blocks of rows. Row i of the
-// packed matrix is row from(i) of w.
-template <class From>
-void pack(const float* w, int64_t M, int64_t K, int64_t stride, int64_t rows, float* out,
-          From from) {
-  const int64_t blocks = ceil_div(M, rows);
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t start = block_start(M, blocks, b), n = block_start(M, blocks, b + 1) - start;
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t k = 0; k < K; k++) out[start * K + k * n + i] = w[from(start + i) * stride + k];
-  }
-}
-
-// A model's weights as an instruction set takes them. Here the rows of qkv are
-// [head][query, key, value][d], with a packed matrix for every head and a copy of the biases in
-// this order. The other biases of the layers are read where the caller has them.
-struct Packed {
-  Floats memory, final_bias;
+// A model's weights for an instruction set with vectors of some width.
+struct Layout {
+  Floats position;
   std::vector<Layer> layers;
   std::vector<int32_t> place;
   Weights weights;
 
-  Packed(const Problem& p, const InstructionSet& set)
-      : layers(p.layers), place(p.padded(set.width)) {
-    const int64_t D = p.hidden, F = p.features, F_out = p.out_features, W = set.width;
-    const int64_t panels = ceil_div(p.tokens, W), of_layer = p.layer_matrices() + p.layer_biases();
-    const int64_t of_packed_layer = p.layer_matrices() + 3 * D;  // with the biases of qkv
-    const float *embed = p.weights, *position = embed + D * F, *blocks = position + p.tokens * D;
-    const float *last = blocks + p.layers * of_layer, *last_bias = last + F_out * D;
-    memory = allocate(D * F + panels * D * W + p.layers * of_packed_layer + F_out * D);
-    final_bias = allocate(F_out);
-    float *to_position = memory.get(), *to_embed = to_position + panels * D * W;  // aligned
-    float *to_layers = to_embed + D * F, *to_final = to_layers + p.layers * of_packed_layer;
-
-    auto same = [](int64_t row) { return row; };
-    // The model's rows are [pixel][eps, range][channel]; here, [eps, range][pixel][channel].
-    auto channels_apart = [&](int64_t row) {
-      if (!p.learned()) return row;
-      const int64_t e = row % F, C = p.channels;
-      return e / C * 2 * C + row / F * C + e % C;
-    };
-    pack(embed, D, F, F, set.rows, to_embed, same);
-    pack(last, F_out, D, D, set.rows, to_final, channels_apart);
-    for (int64_t i = 0; i < F_out; i++) final_bias.get()[i] = last_bias[channels_apart(i)];
+  Layout(const Problem& p, int64_t width) : layers(p.layers), place(p.padded(width)) {
+    const int64_t D = p.hidden, F = p.features, panels = ceil_div(p.tokens, width);
+    const int64_t* address = p.weights;
+    auto next = [&] { return reinterpret_cast<const float*>(*address++); };
+    const float *embed = next(), *of_tokens = next();
+    for (Layer& l : layers)
+      l = {next(), next(), next(), next(), next(), next(), next(), next()};
+    const float *last = next(), *last_bias = next();
+    position = allocate(panels * D * width);
     for (int64_t q = 0; q < panels; q++)
       for (int64_t i = 0; i < D; i++)
-        for (int64_t n = q * W; n < (q + 1) * W; n++)
-          to_position[(q * D + i) * W + n % W] = n < p.tokens ? position[n * D + i] : 0.f;
-    for (int64_t e = 0; e < p.elements(); e++)  // padding has place 0 and is never stored
-      place[e] = (e / F / W * F_out + e % F) * W + e / F % W;
-#pragma omp parallel for num_threads(p.threads)
-    for (int64_t l = 0; l < p.layers; l++) {
-      const float* from = blocks + l * of_layer;
-      float* to = to_layers + l * of_packed_layer;
-      const int64_t d = D / p.heads;
-      float* to_bias = to + p.layer_matrices();
-      layers[l].qkv = to, layers[l].qkv_bias = to_bias;
-      for (int64_t h = 0; h < p.heads; h++) {
-        auto row = [&](int64_t i) { return i / d * D + h * d + i % d; };
-        pack(from, 3 * d, D, D, set.rows, to + h * 3 * d * D, row);
-        for (int64_t i = 0; i < 3 * d; i++) to_bias[h * 3 * d + i] = from[3 * D * D + row(i)];
-      }
-      to += 3 * D * D, from += 3 * D * D + 3 * D;
-      // Packs the two slices of a matrix [M][K] as matrices of their own: [m][k], and the rows
-      // below it or, if m = M, the columns beside it.
-      auto next = [&](int64_t M, int64_t K, int64_t m, int64_t k, const float*& weight,
-                      const float*& bias) {
-        const bool below = m < M;
-        pack(from, m, k, K, set.rows, to, same);
-        pack(from + (below ? m * K : k), below ? M - m : M, below ? K : K - k, K, set.rows,
-             to + m * k, same);
-        weight = to, bias = from + M * K;
-        to += M * K, from += M * K + M;
-      };
-      next(D, D, D, slice_start(p.heads, 1) * d, layers[l].proj, layers[l].proj_bias);
-      next(4 * D, D, slice_start(4 * D, 1), D, layers[l].fc1, layers[l].fc1_bias);
-      next(D, 4 * D, D, slice_start(4 * D, 1), layers[l].fc2, layers[l].fc2_bias);
+        for (int64_t n = q * width; n < (q + 1) * width; n++)
+          position.get()[(q * D + i) * width + n % width] =
+              n < p.tokens ? of_tokens[n * D + i] : 0.f;
+    // A token's outputs are [pixel][eps, range][channel] where the range is learned.
+    for (int64_t e = 0; e < p.elements(); e++) {  // padding has place 0 and is never stored
+      const int64_t token = e / F, f = e % F, C = p.channels;
+      const int64_t output = p.learned() ? f / C * 2 * C + f % C : f;
+      place[e] = (token / width * p.out_features + output) * width + token % width;
     }
-    weights = {to_embed, to_position, layers.data(), to_final, final_bias.get(), place.data()};
+    weights = {embed, last, last_bias, position.get(), layers.data(), place.data()};
   }
 };
 
@@ -158,36 +107,44 @@ int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t
 }
 
 void trajectory(const Problem& p, const InstructionSet& set) {
-  const Packed packed(p, set);
+  static Limit limit;
+  const Layout layout(p, set.width);
+  // Only images that threads share make one thread wait for another.
+  const int64_t in_time = limit.threads(p.threads);
+  const int64_t threads = p.images < p.threads ? in_time : p.threads;
   const int64_t together = images_together(p, set), of_image = set.team_floats(p, 1);
-  const int64_t left_over = std::min(p.images, p.threads);  // at most, for any number of threads
+  const int64_t left_over = std::min(p.images, threads);  // at most, for any number of threads
   const int64_t shared = set.team_floats(p, together), own = set.thread_floats(p, together);
   const int64_t of_thread = shared + own + set.thread_floats(p, left_over);
-  const Floats memory = allocate(left_over * of_image + p.threads * of_thread);
-  std::vector<Barrier> barriers(p.threads);
-#pragma omp parallel num_threads(p.threads)
+  const Floats memory = allocate(left_over * of_image + threads * of_thread);
+  std::vector<Crew> crews(threads);
+  std::atomic<int64_t> taken{0};
+#pragma omp parallel num_threads(threads)
   {
     const FlushDenormals flush;
     // OpenMP may give fewer threads than it was asked for.
     const int64_t T = omp_get_num_threads(), id = omp_get_thread_num();
     float* mine = memory.get() + left_over * of_image + id * of_thread;
 
-    // Each thread takes the same number of whole images, some of them in lockstep.
-    const int64_t of_each = p.images / T, end = of_each * (id + 1);
-    for (int64_t i = of_each * id; i < end; i += together)
-      set.run(p, packed.weights, {0, 1, nullptr}, i, std::min(together, end - i), mine,
-              mine + shared);
+    // There are as many groups of whole images for each thread, of which the next thread that is
+    // free takes the next one.
+    const int64_t whole = p.images / T * T, groups = T * ceil_div(p.images / T, together);
+    for (int64_t i; (i = taken++) < groups;) {
+      const int64_t first = block_start(whole, groups, i);
+      const int64_t count = block_start(whole, groups, i + 1) - first;
+      set.run(p, layout.weights, {0, 1, nullptr, nullptr}, first, count, mine, mine + shared);
+    }
 
     // Teams of threads share the remaining images.
-    const int64_t rest = p.images % T, worth = threads_of_an_image(p, set, T);
+    const int64_t rest = p.images - whole, worth = threads_of_an_image(p, set, T);
     if (rest) {
       const int64_t teams = std::clamp<int64_t>(T / worth, 1, rest), team = id % teams;
       const int64_t first = block_start(rest, teams, team);
       const int64_t count = block_start(rest, teams, team + 1) - first;
-      const int64_t size = std::min(ceil_div(T - team, teams), worth * count);
+      const int64_t size = std::min({ceil_div(T - team, teams), worth * count, in_time});
       if (id / teams < size)
-        set.run(p, packed.weights, {id / teams, size, &barriers[team]}, p.images - rest + first,
-                count, memory.get() + first * of_image, mine + shared + own);
+        set.run(p, layout.weights, {id / teams, size, &crews[team], &limit}, whole + first, count,
+                memory.get() + first * of_image, mine + shared + own);
     }
   }
 }
@@ -258,13 +215,18 @@ int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
   const int64_t at_once = 2 * set->width, own = at_once * linear->in_features;
-  const Floats blocks = allocate(linear->out_features * linear->in_features);
+  // Some pieces for each thread, but large ones, since rows are laid out anew for each.
+  const int64_t features = linear->out_features, groups = ceil_div(linear->rows, at_once);
+  const int64_t wanted = ceil_div(4 * linear->threads, std::max<int64_t>(1, groups));
+  const int64_t pieces = std::clamp<int64_t>(features / 192, 1, wanted);
   const Floats panels = allocate(linear->threads * own);
-  pack(linear->weight, linear->out_features, linear->in_features, linear->in_features, set->rows,
-       blocks.get(), [](int64_t row) { return row; });
-#pragma omp parallel for num_threads(linear->threads)
-  for (int64_t i = 0; i < ceil_div(linear->rows, at_once); i++)
-    set->linear(*linear, blocks.get(), i * at_once, panels.get() + omp_get_thread_num() * own);
+#pragma omp parallel for num_threads(linear->threads) schedule(dynamic)
+  for (int64_t i = 0; i < groups * pieces; i++) {
+    const int64_t first = block_start(features, pieces, i / groups);
+    const int64_t last = block_start(features, pieces, i / groups + 1);
+    float* of_thread = panels.get() + omp_get_thread_num() * own;
+    set->linear(*linear, i % groups * at_once, first, last, of_thread);
+  }
   return 0;
 } catch (const std::bad_alloc&) {
   return 1;

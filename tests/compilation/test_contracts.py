@@ -11,7 +11,7 @@ import fastdit
 from fastdit.kernels import columns
 from fastdit.kernels.cpu import build, structs
 from fastdit.kernels.shape import Shape
-from fastdit.ops.trajectory import PackedDiT, kernel_shape
+from fastdit.ops.trajectory import DiTWeights, kernel_shape
 from fastdit.update import COEFFICIENTS
 
 HEADER = build.SOURCES / "structs.h"
@@ -105,6 +105,6 @@ def test_changed_columns_are_another_library(monkeypatch):
 
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_a_shape_knows_how_many_weights_are_packed(learn_sigma):
-    packed = PackedDiT.of(fastdit.DiT(learn_sigma=learn_sigma))
-    sizes, eps = kernel_shape(packed.cfg)
-    assert Shape(*sizes, *eps).weights == packed.size
+    weights = DiTWeights.of(fastdit.DiT(learn_sigma=learn_sigma))
+    sizes, eps = kernel_shape(weights.cfg)
+    assert Shape(*sizes, *eps).weights == len(weights.packed)

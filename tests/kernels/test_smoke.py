@@ -11,7 +11,7 @@ import torch
 
 import fastdit
 from fastdit import DiffusionScheduler, Guidance, Sampler, functional, noise, reference
-from fastdit.ops.trajectory import Modulation, PackedDiT
+from fastdit.ops.trajectory import Modulation, DiTWeights
 from fastdit.sampling.predictors import TokenLayout
 from fastdit.testing import check_against_oracle, randomize
 
@@ -133,7 +133,7 @@ def trajectory(model, scheduler, z, seeds, y):
     modulation = Modulation(torch.stack(by_step), None, torch.arange(len(y)).to(y.device))
     x = layout.to_state(z[0]).contiguous()
     coefficients = table.coefficients.to(x.device)
-    on = (PackedDiT.of(model), modulation, coefficients, 0, seeds.to(x.device))
+    on = (DiTWeights.of(model), modulation, coefficients, 0, seeds.to(x.device))
     assert cfg.n_tokens == 16
     return layout.to_images(functional.trajectory(x, 0 * x, *on, backend="triton")[0])
 

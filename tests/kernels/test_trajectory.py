@@ -19,7 +19,7 @@ from fastdit.kernels.shape import Shape  # noqa: E402
 from fastdit.kernels.trajectory_configs import trajectory_configs  # noqa: E402
 from fastdit.ops.trajectory import (  # noqa: E402
     Modulation,
-    PackedDiT,
+    DiTWeights,
     kernel_shape,
     plain_trajectory,
 )
@@ -60,8 +60,7 @@ class Case:
     def __post_init__(self):
         model = DiT(**self.model)
         randomize(model)
-        cfg, packed = model.cfg, PackedDiT.of(model)
-        self.packed = dataclasses.replace(packed, weights=packed.weights.to(self.dtype))
+        cfg, self.weights = model.cfg, DiTWeights.of(model).to(self.dtype)
         sizes, eps = kernel_shape(cfg)
         self.shape = Shape(*sizes, *eps)
         elements = self.shape.tokens * self.shape.features
@@ -104,7 +103,7 @@ class Case:
         results = kernels.trajectory(
             on["x"],
             on["x0"],
-            self.packed.weights.to(device),
+            self.weights.packed.to(device),
             *tables,
             on["coefficients"],
             on["first"],
@@ -127,7 +126,7 @@ class Case:
         by_step, by_label, rows = self.modulation
         by_label = None if by_label is None else by_label.to(dtype)
         return plain_trajectory(
-            packed=dataclasses.replace(self.packed, weights=self.packed.weights.to(dtype)),
+            weights=self.weights.to(dtype),
             modulation=Modulation(by_step.to(dtype), by_label, rows),
             guidance=self.guidance,
             **arguments,
@@ -274,8 +273,8 @@ def test_nan_stays_in_its_image(device):
 def test_great_scores_are_right_under_fused_multiply_adds(model, contracted, device):
     """With scores of 1e12, the rounding error that a fused product leaves would overflow exp2."""
     case = Case(model, images=1, steps=1)
-    layer = case.packed.parts().layers[0]
-    layer.qkv[:128].mul_(1e6)  # queries and keys, views of the packed weights
+    layer = case.weights.parts().layers[0]
+    layer.qkv[:128].mul_(1e6)  # queries and keys
     for a, b in zip(case.launch(device), case.plain(torch.float64), strict=True):
         assert relative_error(a, b) < 1e-4
 

@@ -10,7 +10,7 @@ import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, functional
 from fastdit.kernels import cpu
 from fastdit.ops import checks
-from fastdit.ops.trajectory import PackedDiT, kernel_shape
+from fastdit.ops.trajectory import DiTWeights, kernel_shape
 from fastdit.sampling.modulation import ChunkedTables, LayerProjection
 from fastdit.solvers import DDPM, SOLVERS
 from fastdit.testing import check_against_oracle, randomize
@@ -62,7 +62,7 @@ def problem(cfg, B, guidance=None, solver=SOLVERS["ddpm"], dtype=torch.float32, 
     return dict(
         x=z[0],
         x0=torch.zeros_like(z[0]),
-        packed=PackedDiT.of(model),
+        weights=DiTWeights.of(model),
         modulation=tables.steps(0, S, len(labels)),
         coefficients=table.coefficients.to(dtype),
         seeds=torch.tensor([[2**40 + 7, i] for i in range(B)]) if noise == "seeds" else None,
@@ -75,12 +75,12 @@ def launch(arguments, **options):
     """Call the C++ launcher directly, since `instruction_set` is an option of it alone."""
     a = dict(arguments)
     guidance = a["guidance"] and (a["guidance"].scale, a["guidance"].channels)
-    sizes, eps = kernel_shape(a["packed"].cfg)
+    sizes, eps = kernel_shape(a["weights"].cfg)
     shape = cpu.Shape(*sizes[:-1], bool(sizes[-1]), *eps)
     return cpu.trajectory(
         x=a["x"],
         x0=a["x0"],
-        weights=a["packed"].weights,
+        weights=a["weights"].tensors,
         **a["modulation"]._asdict(),
         coefficients=a["coefficients"],
         first=a.get("first", 0),
@@ -153,9 +153,9 @@ def test_nan_and_infinity_reach_the_output_of_their_own_images():
         given["x"][1, 5, 0] = bad
         x, _ = functional.trajectory(**given, backend="cpp")
         assert not x[1].isfinite().any() and x[0].isfinite().all() and x[2].isfinite().all()
-    for index in range(0, len(given["packed"].weights), 9973):  # one weight of each kind
+    for index in range(len(given["weights"].tensors)):
         given = problem(DiTConfig(), 3)
-        given["packed"].weights[index] = math.nan
+        given["weights"].tensors[index].view(-1)[-1] = math.nan
         assert functional.trajectory(**given, backend="cpp")[0].isnan().any()
 
 
@@ -207,13 +207,17 @@ def test_tables_may_have_any_strides_and_dtypes():
         ),
         (dict(x0=torch.zeros(2, 256, 3).half()), "x0: expected x's dtype torch.float32"),
         (
-            dict(packed=PackedDiT(DiTConfig(), torch.zeros(7))),
-            r"packed.weights: expected shape \[206128\], got \[7\]",
+            dict(weights=DiTWeights(DiTConfig(), (torch.zeros(7),))),
+            "weights: expected 36 tensors, got 1",
+        ),
+        (
+            dict(weights=DiTWeights(DiTConfig(), (torch.zeros(7),) * 36)),
+            r"weights: expected shape \[64, 48\] at 0, got \[7\]",
         ),
         (dict(guidance=Guidance(2.0)), r"modulation.rows: expected shape \[4\], got \[2\]"),
         (dict(backend="c++"), "backend: expected one of reference, triton, cpp; got 'c\\+\\+'"),
         (
-            dict(packed=PackedDiT(DiTConfig(), torch.zeros(206128).bfloat16())),
+            dict(weights=DiTWeights.of(make_model()).to(torch.bfloat16)),
             "backend: 'cpp' computes in float32, got torch.bfloat16",
         ),
         (dict(backend="triton"), "backend: 'triton' expects tensors on CUDA"),
@@ -238,12 +242,12 @@ def test_the_checks_read_no_values_from_a_device():
     """A read would wait for the device's queue; "meta" tensors have no values to read."""
     given = problem(DiTConfig(), 2)
     a = {k: v.to("meta") if torch.is_tensor(v) else v for k, v in given.items()}
-    packed = replace(given["packed"], weights=given["packed"].weights.to("meta"))
+    weights = given["weights"].to("meta")
     modulation = type(given["modulation"])(*(t.to("meta") for t in given["modulation"]))
     checks.check_trajectory(
         x=a["x"],
         x0=a["x0"],
-        packed=packed,
+        weights=weights,
         modulation=modulation,
         coefficients=a["coefficients"],
         seeds=a["seeds"],
@@ -254,11 +258,11 @@ def test_the_checks_read_no_values_from_a_device():
 
 def test_the_op_passes_opcheck():
     given = problem(DiTConfig(hidden=16, n_heads=2, n_layers=1), 2)
-    sizes, eps = kernel_shape(given["packed"].cfg)
+    sizes, eps = kernel_shape(given["weights"].cfg)
     by_step, by_label, rows = given["modulation"]
     torch.library.opcheck(
         torch.ops.fastdit.trajectory.default,
-        (given["x"], given["x0"], given["packed"].weights, [by_step, rows, by_label]),
+        (given["x"], given["x0"], list(given["weights"].tensors), [by_step, rows, by_label]),
         dict(
             coefficients=given["coefficients"],
             first=0,

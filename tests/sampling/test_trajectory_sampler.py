@@ -8,8 +8,9 @@ import torch
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, functional, reference
+from fastdit.kernels import cpu
 from fastdit.ops import dispatch
-from fastdit.ops.trajectory import PackedDiT
+from fastdit.ops.trajectory import DiTWeights
 from fastdit.sampling import executions, trajectory
 from fastdit.sampling.executions import Subject
 from fastdit.sampling.loop import Plan
@@ -92,7 +93,6 @@ def test_a_loop_in_parts_has_the_bits_of_the_whole(monkeypatch):
     assert torch.equal(small([3, 0, 5], seed=1), whole) and len(calls) > 3
     calls.clear()
     monkeypatch.setattr(trajectory, "_CALL_FLOP", 5 * 3 * 6.8e6)
-    monkeypatch.setattr(trajectory, "_CALL_FLOP_PER_WEIGHT", 0)
     assert torch.equal(sampler([3, 0, 5], seed=1, progress=True), whole)
     assert [count for _, count, _ in calls] == [5, 5, 2]
     calls.clear()
@@ -117,7 +117,7 @@ def test_on_cuda_only_guidance_cuts_a_loop():
         table = StepTable(list(range(200))[::-1], torch.empty(200, 10))
         plan = Plan(table, guidance, 2**30, GUIDED.sample_shape)
         run = TrajectoryLoop(predictor, torch.device(device), torch.float32, plan)
-        return run._run_length(k, rows=2000, weights=200_000)
+        return run._run_length(k, rows=2000)
 
     part = Guidance(2.0, interval=(50, 100))
     assert run_length(0, "cpu") < 50
@@ -147,18 +147,16 @@ def test_given_noise_goes_to_the_device_in_pieces(monkeypatch):
     assert torch.equal(images, whole) and taken[3:] == [5]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(hidden=516, n_layers=1), "takes a hidden size up to 512, got 516"),
-        (dict(img_size=68, n_layers=1), "takes up to 256 tokens, got 289"),
-    ],
-)
-def test_a_model_too_large_for_the_trajectory_is_refused_and_sampled_by_auto(options, message):
-    model, scheduler = make_model(DiTConfig(**options)), DiffusionScheduler(2)
-    with pytest.raises(ValueError, match=f"execution: 'trajectory' {message}; use 'auto'"):
-        Sampler(model, scheduler, execution="trajectory")
-    assert Sampler(model, scheduler).execution_for() == "eager"
+@pytest.mark.parametrize("options", [dict(hidden=516), dict(img_size=68)], ids=["wide", "long"])
+def test_auto_takes_wide_models_and_many_tokens(options, monkeypatch):
+    model, scheduler = make_model(DiTConfig(**options, n_layers=1)), DiffusionScheduler(2)
+    sampler = Sampler(model, scheduler)
+    assert sampler.execution_for() == "trajectory"
+    eager = Sampler(model, scheduler, execution="eager")
+    assert relative_error(sampler([1, 2]), eager([1, 2])) < 1e-5
+    # Without the vectors of AVX2, products of this width are left to PyTorch.
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "plain")
+    assert sampler.execution_for() == ("eager" if "hidden" in options else "trajectory")
 
 
 def test_auto_takes_the_trajectory_only_for_an_unchanged_dit():
@@ -204,22 +202,29 @@ def test_auto_takes_the_trajectory_only_for_an_unchanged_dit():
             named([1, 2])
 
 
-def test_auto_takes_the_trajectory_on_a_cpu_in_float32_if_unwatched():
+def test_auto_takes_the_trajectory_on_a_cpu_in_float32():
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
-    sampler, seen = Sampler(model, scheduler), []
+    sampler = Sampler(model, scheduler)
     assert sampler.execution_for() == "trajectory"
-    assert sampler.execution_for(watched=True) == "eager"
-    images = sampler([1, 2], progress=lambda k, x0: seen.append(k))
-    assert seen == [0, 1, 2] and relative_error(sampler([1, 2]), images) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
         assert sampler.execution_for() == "eager"
     assert Sampler(model.double(), scheduler).execution_for() == "eager"
 
 
-def test_a_trajectory_refuses_a_progress_function_and_takes_inference_mode():
+def test_a_progress_function_sees_every_step_and_changes_no_bit():
+    model, scheduler = make_model(GUIDED), DiffusionScheduler(4, schedule="cosine")
+    guidance, seen = Guidance(2.0, interval=(1, 2)), {}
+    for execution in ("trajectory", "eager"):
+        sampler = Sampler(model, scheduler, guidance=guidance, execution=execution)
+        seen[execution] = []
+        images = sampler([1, 2], progress=lambda k, x0, own=seen[execution]: own.append((k, x0)))
+        assert torch.equal(sampler([1, 2]), images)
+    for (k, x0), (step, expected) in zip(*seen.values(), strict=True):
+        assert k == step and relative_error(x0, expected) < 1e-5
+
+
+def test_a_trajectory_takes_inference_mode():
     sampler = Sampler(make_model(), DiffusionScheduler(3), execution="trajectory")
-    with pytest.raises(ValueError, match="progress: execution='trajectory' shows no x0"):
-        sampler([1], progress=lambda k, x0: None)
     with torch.inference_mode():
         inside = sampler([3, 1])
     assert torch.equal(sampler([3, 1]), inside)
@@ -228,9 +233,6 @@ def test_a_trajectory_refuses_a_progress_function_and_takes_inference_mode():
 def test_the_rule_of_auto_is_described_in_words():
     assert executions.describe_automatic(DiTConfig()).endswith(
         "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
-    )
-    assert "takes a hidden size up to 512, got 1152" in executions.describe_automatic(
-        fastdit.PRESETS["DiT-XL/2"]
     )
 
 
@@ -244,15 +246,14 @@ def on_cuda(monkeypatch, major=9, minor=0):
 def test_auto_on_cuda_takes_the_trajectory_only_where_it_was_measured_to_win(monkeypatch):
     device, model = on_cuda(monkeypatch), make_model()
 
-    def automatic(model, dtype=torch.bfloat16, watched=False):
-        return executions.automatic(Subject(model, device, dtype), watched)
+    def automatic(model, dtype=torch.bfloat16):
+        return executions.automatic(Subject(model, device, dtype))
 
     assert executions.WINS == () and automatic(model) == "graph"
     assert executions.describe_automatic(model.cfg).startswith("'graph' on CUDA, ")
     monkeypatch.setattr(executions, "WINS", (executions.Win("sm_90", 16, 64, 4),))
     assert automatic(model) == "trajectory"
     assert automatic(model, torch.float32) == "graph"
-    assert automatic(model, watched=True) == "graph"
     assert executions.describe_automatic(model.cfg).startswith(
         "'graph' on CUDA, but 'trajectory' in 16 bits on sm_90, on a CPU"
     )
@@ -321,8 +322,8 @@ def test_the_cache_follows_every_weight(cfg):
 
 
 def test_unchanged_weights_are_packed_once(monkeypatch):
-    made, of = [], PackedDiT.of
-    monkeypatch.setattr(PackedDiT, "of", lambda model: made.append(model) or of(model))
+    made, of = [], DiTWeights.of
+    monkeypatch.setattr(DiTWeights, "of", lambda model: made.append(model) or of(model))
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
     sampler = Sampler(model, scheduler, execution="trajectory")
     images = [sampler(labels, seeds=[5, 6]) for labels in ([1, 3], [2, 3], None)]
@@ -356,7 +357,7 @@ def test_weights_seen_only_by_a_failed_call_leave_nothing_in_the_cache(monkeypat
     expected, before = sampler([1, 2]), weight.clone()
     weight.mul_(3)
     with monkeypatch.context() as patched:
-        patched.setattr(PackedDiT, "of", lambda model: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr(DiTWeights, "of", lambda model: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             sampler([1, 2])
     weight.copy_(before)

@@ -1,0 +1,118 @@
+// Threads that take a group of images through the sampling loop in lockstep.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
+namespace fastdit {
+
+inline int64_t nanoseconds() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
+// A barrier that spins first, since the other threads are seldom late, and then yields the CPU,
+// since they may be waiting for it. It sleeps only if a thread is held up for long: to wake up
+// takes longer than a layer, so the thread that arrives next would sleep too, and so on at every
+// barrier.
+class Barrier {
+ public:
+  // Returns the nanoseconds that the thread had to wait, or 0 if it was no longer than usual.
+  int64_t wait(int size) {
+    const int turn = turn_.load();
+    if (arrived_.fetch_add(1) == size - 1) {
+      arrived_.store(0);
+      turn_.store(turn + 1);
+      if (sleepers_.load()) turn_.notify_all();
+      return 0;
+    }
+    for (int i = 0; i < 2000; i++)
+      if (turn_.load() != turn) return 0;
+    const int64_t start = nanoseconds();
+    for (int i = 0; i < 1000 && turn_.load() == turn; i++) std::this_thread::yield();
+    if (turn_.load() == turn) {
+      sleepers_.fetch_add(1);
+      while (turn_.load() == turn) turn_.wait(turn);
+      sleepers_.fetch_sub(1);
+    }
+    return nanoseconds() - start;
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> turn_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+};
+
+// How many threads of a team the CPUs have time for. Other programs may keep some of them busy, and
+// a team is as slow as its slowest thread. What one call finds out holds for the next calls too,
+// for a while that doubles, up to a second, each time that more threads are tried in vain.
+class Limit {
+ public:
+  int64_t threads(int64_t wanted) const {
+    return nanoseconds() < retry_.load() ? std::min(wanted, most_.load()) : wanted;
+  }
+  void lower(int64_t most) {
+    const int64_t now = nanoseconds(), pause = pause_.load();
+    const bool calm = now > retry_.load() + pause;  // more threads did well for that long
+    const int64_t next = calm ? SHORTEST : std::min(2 * pause, LONGEST);
+    most_.store(most);
+    pause_.store(next);
+    retry_.store(now + next);
+  }
+
+ private:
+  static constexpr int64_t SHORTEST = 10'000'000, LONGEST = 1'000'000'000;
+  std::atomic<int64_t> most_{1}, retry_{0}, pause_{SHORTEST};
+};
+
+// What the threads of a team share besides their memory.
+struct Crew {
+  Barrier barrier;
+  alignas(64) std::atomic<int64_t> waited[2]{};  // the longest waiting of a thread in a step
+  // Of the team in a step. Both arrays have a place for every second step, since the first thread
+  // sets the next step's while others still read this step's.
+  int64_t sizes[2];
+  int64_t step_began;
+};
+
+// The threads that share a group of images, and the calling thread's place among them.
+struct Team {
+  int64_t id, size;
+  Crew* crew;
+  Limit* limit;
+  int64_t waited = 0;  // since this step began
+
+  void wait() {
+    if (size > 1) waited += crew->barrier.wait(size);
+  }
+
+  // Waits for the others between two steps. Returns whether this thread takes the next one: a team
+  // in which a thread has waited for most of a step goes on with fewer threads, which is no slower
+  // and leaves a CPU to those that kept it waiting. No sum depends on the number of threads.
+  bool take_step(int64_t step) {
+    if (size == 1) return true;
+    auto& longest = crew->waited[step % 2];
+    if (waited > longest.load()) longest.store(waited);  // a lost update is of no consequence
+    waited = crew->barrier.wait(size);
+    const int64_t now_size = step ? crew->sizes[step % 2] : size;
+    if (id == 0) crew->sizes[(step + 1) % 2] = next_size(now_size, longest.exchange(0));
+    size = now_size;
+    return id < size;
+  }
+
+ private:
+  // Returns the size after the step that begins, by the waiting in the step that has ended.
+  int64_t next_size(int64_t now_size, int64_t longest) {
+    const int64_t now = nanoseconds(), taken = now - crew->step_began;
+    crew->step_began = now;
+    // A thread takes up to a fifth of a millisecond to start or to wake up.
+    if (longest < 200'000 || 4 * longest < 3 * taken || now_size < size) return now_size;
+    const int64_t fewer = size - std::max<int64_t>(1, size / 8);
+    limit->lower(fewer);
+    return fewer;
+  }
+};
+
+}  // namespace fastdit
