@@ -62,14 +62,19 @@ def at_least_one(text: str, kind: type[float] = float) -> float:
     return number
 
 
-def print_machine(device: torch.device) -> Row:
-    """Print and return what every figure depends on: device, versions, threads, commit."""
-    facts = machine(device)
+def print_machine(device: torch.device, packages: Sequence[str] = ()) -> Row:
+    """Print and return what every figure depends on: device, versions, threads, commit.
+
+    Args:
+        device: where the figures are measured.
+        packages: further packages whose versions matter.
+    """
+    facts = machine(device, packages)
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     return facts
 
 
-def machine(device: torch.device) -> Row:
+def machine(device: torch.device, packages: Sequence[str] = ()) -> Row:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -80,6 +85,7 @@ def machine(device: torch.device) -> Row:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        **{package: _version(package) for package in packages},
         "fastdit": _version("fastdit"),
         "commit": _commit(),
         "code": code_digest(),
@@ -286,9 +292,15 @@ class Results(dict[str, Any]):
         self.facts, self._path, self._arguments = facts, path, arguments
 
     @classmethod
-    def of(cls, args: argparse.Namespace, device: torch.device, **empty: Any) -> Results:
+    def of(
+        cls,
+        args: argparse.Namespace,
+        device: torch.device,
+        packages: Sequence[str] = (),
+        **empty: Any,
+    ) -> Results:
         """Print the machine's description and begin the results that go to `args.json`."""
-        return cls(args.json, print_machine(device), vars(args), **empty)
+        return cls(args.json, print_machine(device, packages), vars(args), **empty)
 
     def add(self, *rows: Row) -> None:
         self["rows"] += rows

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import _rivals as rivals
 import torch
 from _harness import build, randomize
 from torch import Tensor, nn
@@ -102,11 +104,16 @@ Way = Callable[[Tensor, tuple[Tensor, Tensor] | None], Tensor]
 
 
 def reference_way(case: Case, **compile_options: Any) -> Way:
-    """The plain loop; 16 bits mean autocast, as its users run it."""
+    """The plain model in the plain loop."""
     model: nn.Module = case.plain
     if compile_options:
         # A graph for each batch size is fastest; fullgraph raises instead of falling back.
         model = torch.compile(model, dynamic=False, fullgraph=True, **compile_options)
+    return plain_loop(case, model)
+
+
+def plain_loop(case: Case, model: nn.Module) -> Way:
+    """Any model in the plain loop; 16 bits mean autocast, as its users run it."""
 
     def sample(labels: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
         shape = (len(labels), *case.cfg.sample_shape)
@@ -117,6 +124,21 @@ def reference_way(case: Case, **compile_options: Any) -> Way:
             return reference.sample(model, case.scheduler, x_T, labels.to(case.device), noise)
 
     return sample
+
+
+def rival_way(case: Case, rival: str) -> rivals.Rival:
+    """The plain model, converted for another runtime, in the plain loop in its own process."""
+    bare = dataclasses.replace(case)  # without the models, which the process makes again
+    make = functools.partial(converted_way, bare, rival, torch.get_num_threads())
+    return rivals.Rival(rival, make)
+
+
+def converted_way(bare: Case, rival: str, threads: int) -> Way:
+    """Make a rival's way inside its process."""
+    # Another copy of the case holds the models, so that they are freed after the conversion.
+    model = rivals.Converted(dataclasses.replace(bare).plain, rival, threads)
+    torch.set_num_threads(1)  # PyTorch's threads would compete with the runtime's
+    return plain_loop(bare, model)
 
 
 def diffusers_way(case: Case) -> Way:
@@ -167,6 +189,8 @@ WAYS: dict[str, Callable[[Case], Way]] = {
     "fastdit compile": lambda case: fastdit_way(case, "compile"),
     "fastdit graph": lambda case: fastdit_way(case, "graph"),
     TRAJECTORY: lambda case: fastdit_way(case, "trajectory"),
+    "openvino": lambda case: rival_way(case, "openvino"),
+    "onnxruntime": lambda case: rival_way(case, "onnxruntime"),
 }
 
 
@@ -176,11 +200,17 @@ def obstacle(way: str, device: torch.device) -> str | None:
         return "needs CUDA"
     if way.startswith("diffusers") and importlib.util.find_spec("diffusers") is None:
         return "needs diffusers; pip install 'fastdit[test]'"
+    if way in rivals.PACKAGES:
+        return rivals.obstacle(way, device)
     return None
 
 
-def trajectory_obstacle(case: Case) -> str | None:
-    """Return why a case's model has no trajectory, or None."""
+def case_obstacle(way: str, case: Case) -> str | None:
+    """Return why a way that can be timed here cannot sample this case, or None."""
+    if way in rivals.PACKAGES and case.dtype != torch.float32:
+        return "is timed in float32 only"
+    if way != TRAJECTORY:
+        return None
     subject = executions.Subject(case.own, case.device, case.dtype)
     reason = executions.obstacle("trajectory", subject)
     if reason is None and case.device.type == "cpu" and not dispatch.has_cpp():

@@ -3,7 +3,8 @@
     python benchmarks/sample_throughput.py
     python benchmarks/sample_throughput.py --preset DiT-S/8 --batch 1 4 --steps 10
 
-All ways run in one process and take turns, round by round. Speeds are medians over the rounds.
+All ways take turns, round by round, in one process; only OpenVINO and ONNX Runtime have a process
+of their own each, which is idle while others are timed. Speeds are medians over the rounds.
 Ratios are to the reference, eager and compiled, where these are among the ways; they are medians of
 the ratios by round. The first images of each way are compared to the reference in float64 with the
 same noise: on a CPU the whole batch, on a GPU the first two images. The weights are random and not
@@ -15,13 +16,16 @@ over the FLOP/s of multiply-adds on registers, which are measured after each of 
 
 The ways are: the plain model in the plain loop, eager, compiled for each batch size, or (on CUDA,
 only if it is named) compiled with max-autotune and CUDA graphs; the DiT of diffusers in the same
-sizes with its DDPM scheduler, which is another network and has no error here; and fastdit in each
-of its executions.
+sizes with its DDPM scheduler, which is another network and has no error here; fastdit in each of
+its executions; and, on a CPU in float32 and where `pip install 'fastdit[rivals]'` has added them,
+OpenVINO and ONNX Runtime, which run the plain model with the same weights in the plain loop. They
+convert it in their first run, and have as many threads as PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import sys
 import warnings
@@ -29,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import _harness as harness
+import _rivals as rivals
 import _ways as ways
 import roofline
 import torch
@@ -59,6 +64,7 @@ class Sampling(harness.SideBySide):
         super().__init__(rows, batch, results)
         self.case, self.labels = case, case.labels(batch)
         self.peaks: list[float] = []  # FLOP/s of multiply-adds after each run of the trajectory
+        self.processes = contextlib.ExitStack()  # of rivals; leaving it ends them
 
     def begin(self, name: str) -> Way:
         """Make the way and sample once, to find its compile time, memory and error."""
@@ -66,6 +72,8 @@ class Sampling(harness.SideBySide):
         on_gpu = case.device.type == "cuda"
         # A new way for each batch, so that its memory is seen; PyTorch keeps compiled code.
         way = ways.WAYS[name](case)
+        if isinstance(way, rivals.Rival):
+            self.processes.callback(way.close)
         before = torch.cuda.memory_allocated() if on_gpu else 0
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -82,12 +90,14 @@ class Sampling(harness.SideBySide):
         if name.startswith("diffusers"):
             return
         judged = self.case.judged(self.images)
-        if name.startswith("reference"):
+        if name.startswith("reference") or name in rivals.PACKAGES:
             images = way(self.labels, self.case.noise(self.images))
         oracle = self.case.oracle(judged)
         self.rows[name]["error"] = testing.relative_error(images[:judged], oracle)
 
     def turn(self, name: str, way: Way) -> float:
+        if isinstance(way, rivals.Rival):
+            return way.seconds(self.labels)
         taken = seconds(lambda: way(self.labels, None), self.case.device)
         if name == TRAJECTORY and self.case.device.type == "cpu":
             self.peaks.append(cpu.peak_flop_per_second())
@@ -101,7 +111,7 @@ class Sampling(harness.SideBySide):
             flop = flops.flop(self.case.cfg, self.images) * steps
             achieved = [flop / taken for taken in times]
             row |= {"FMA share": median_ratio(achieved, self.peaks), "FMA peaks": self.peaks}
-        if name in ways.COMPILED:
+        if name in (*ways.COMPILED, *rivals.PACKAGES):
             row["compile s"] = max(0.0, row["first run s"] - median)  # 0 if compiled before
 
     def add_floor(self) -> None:
@@ -123,15 +133,17 @@ def run(case: Case, args: argparse.Namespace, results: Results) -> None:
         f"\n{case.preset}: {case.scheduler.T} steps, {dtype}; error is to the float64 reference "
         f"with the same noise, ratio to {ways.BASELINE}, share to the floor of a step"
     )
-    chosen, first = list(args.way), len(results["rows"])
-    reason = ways.trajectory_obstacle(case) if TRAJECTORY in chosen else None
-    if reason:
-        print(f"without {TRAJECTORY}, which {reason}")
-        chosen.remove(TRAJECTORY)
+    obstacles = {way: ways.case_obstacle(way, case) for way in args.way}
+    for way, reason in obstacles.items():
+        if reason:
+            print(f"without {way}, which {reason}")
+    chosen = [way for way in args.way if not obstacles[way]]
+    first = len(results["rows"])
     with tqdm(total=len(args.batch) * (1 + len(chosen) * (1 + args.rounds)), leave=False) as bar:
         for batch in args.batch:
             sampling = Sampling(case, batch, chosen, results)
-            sampling.run(args.rounds, bar)
+            with sampling.processes:
+                sampling.run(args.rounds, bar)
             bar.set_description("floor")
             sampling.add_floor()
             bar.update()
@@ -202,7 +214,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    results = Results.of(args, args.device, floors=[])
+    timed = [way for way in args.way if way in rivals.PACKAGES and "float32" in args.dtype]
+    packages = [package for way in timed for package in rivals.PACKAGES[way]]
+    results = Results.of(args, args.device, packages, floors=[])
     with harness.fresh_compile_cache():
         if set(args.way) & set(ways.COMPILED):  # compile times exclude the compiler's start
             torch.compile(lambda x: x + 1)(torch.ones(8, device=args.device))

@@ -39,6 +39,8 @@ def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
         ways.append("diffusers eager")
     if shutil.which("c++") and not torch.cuda.is_available():
         ways.append("fastdit trajectory")
+    rivals = {"openvino": ["openvino"], "onnxruntime": ["onnxruntime", "onnx"]}
+    ways += [way for way, needed in rivals.items() if all(map(importlib.util.find_spec, needed))]
     assert set(rows) == {(way, 2) for way in ways}
     for (way, _), row in rows.items():
         assert way in done.stdout
@@ -46,7 +48,8 @@ def test_sample_throughput_times_every_way_and_writes_json(tmp_path):
         assert row["share"] > 0
         assert ("error" in row) == (way != "diffusers eager"), "diffusers is another network"
         assert 0 < row.get("error", 1e-6) < 1e-5, "float32 against float64"
-        assert ("compile s" in row) == way.endswith(("compiled", "compile"))
+        compiles = way.endswith(("compiled", "compile")) or way in rivals
+        assert ("compile s" in row) == compiles
         assert len(row["seconds"]) == 2
         # The first run compiles everything that the timed runs need.
         assert "compile s" not in row or max(row["seconds"]) < row["first run s"]
