@@ -228,9 +228,9 @@ def trajectory(
 ) -> tuple[Tensor, Tensor]:
     """(x_next, x0_next)
 
-    weights are the tensors of a `DiTWeights`, or for "triton" one that holds them all; modulation is
-    [by_step, rows], and by_label where there is one; guidance is [scale, channels], or empty; shape
-    is the kernels' `Shape`, its integers first.
+    weights are the tensors of a `DiTWeights`, or for "triton" one that holds them all; modulation
+    is [by_step, rows], and by_label where there is one; guidance is [scale, channels], or empty;
+    shape is the kernels' `Shape`, its integers first.
     """
     by_step, rows, *by_label = modulation
     scale, channels = guidance or (1.0, 0)

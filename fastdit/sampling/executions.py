@@ -75,8 +75,8 @@ def describe_automatic(cfg: DiTConfig) -> str:
     return f"{on_cuda}, {on_cpu}"
 
 
-# On CPUs other than x86, and on those without AVX2, the C++ has the compiler's vectors of four floats
-# only. There wider models, whose time is that of their products, are left to PyTorch.
+# On CPUs other than x86, and on those without AVX2, the C++ has only the compiler's vectors of four
+# floats. There wider models, whose time is that of their products, are left to PyTorch.
 _PLAIN_HIDDEN = 512
 
 

@@ -54,8 +54,8 @@ def trajectory(
     which is PyTorch's.
 
     Args:
-        x ... shape: as for `fastdit.kernels.trajectory.trajectory`, but weights are the tensors that
-            `Shape` lists, and are read where they are.
+        x ... shape: as for `fastdit.kernels.trajectory.trajectory`, but weights are the tensors
+            that `Shape` lists, and are read where they are.
         instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
 
     Returns:

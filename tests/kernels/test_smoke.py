@@ -11,7 +11,7 @@ import torch
 
 import fastdit
 from fastdit import DiffusionScheduler, Guidance, Sampler, functional, noise, reference
-from fastdit.ops.trajectory import Modulation, DiTWeights
+from fastdit.ops.trajectory import DiTWeights, Modulation
 from fastdit.sampling.predictors import TokenLayout
 from fastdit.testing import check_against_oracle, randomize
 

@@ -1,6 +1,5 @@
 """The trajectory kernel against the float64 loop: models, tables, solvers, guidance and noise."""
 
-import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from fastdit.kernels import trajectory as kernels  # noqa: E402
 from fastdit.kernels.shape import Shape  # noqa: E402
 from fastdit.kernels.trajectory_configs import trajectory_configs  # noqa: E402
 from fastdit.ops.trajectory import (  # noqa: E402
-    Modulation,
     DiTWeights,
+    Modulation,
     kernel_shape,
     plain_trajectory,
 )
