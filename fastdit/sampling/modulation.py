@@ -98,6 +98,14 @@ class PlainProjection(LayerProjection):
         super().__init__(model)
         self._linear = linear
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the weights on which modulation depends."""
+        model = self.model
+        modules = [model.t_embed, *model.modulation_layers()]
+        if model.cfg.use_class_cond:
+            modules.append(model.y_embed)
+        return [p for module in modules for p in module.parameters()]
+
     def _time(self, t: Tensor) -> Tensor:
         h = self.model.time_embedding(t)
         for layer in self.model.t_embed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,13 @@ _CALL_FLOP = 1e11  # of one op on a CPU, where it cannot be interrupted: a quart
 class _Kept(NamedTuple):
     """What is made of a model's weights, and kept while they stay the same."""
 
-    copy: Tensor  # of all weights, to tell whether they are still the same
-    made_for: tuple[DiTConfig, tuple[int, ...], int]  # and the timesteps and `table_bytes`
+    made_for: tuple[DiTConfig, tuple[int, ...], int]  # the config, the timesteps and `table_bytes`
+    copies: list[Tensor]  # of the weights, to tell whether they are still the same
     weights: DiTWeights
     tables: TableStore
+
+    def serves(self, made_for: tuple[Any, ...], present: list[Tensor]) -> bool:
+        return self.made_for == made_for and all(map(torch.equal, self.copies, present))
 
 
 class TrajectoryLoop(Loop):
@@ -37,8 +40,8 @@ class TrajectoryLoop(Loop):
     interrupted, and at every step where a function is called after each. Nothing between two ops
     waits for the device; `_prepare` does before the first, where it compares the weights.
 
-    On a CPU the op reads the weights where the model has them, and no copy is kept, unless there is
-    something to keep: the tables of a model whose modulation is split. On CUDA it reads a copy.
+    On a CPU the op reads the weights where the model has them, and copies are kept only of those that
+    make modulation, if it is split, since its tables are kept. On CUDA the op reads a copy.
     """
 
     def __init__(
@@ -89,23 +92,26 @@ class TrajectoryLoop(Loop):
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
-        source, timesteps, old = self._dit.source, self.plan.table.timesteps, self._kept
-        if self.device.type == "cpu" and source.cfg.modulation_act != "none":
-            self._dit.refresh()
-            return self._made()
-        made_for = source.cfg, tuple(timesteps), self.plan.table_bytes
-        copy = torch.cat([p.detach().reshape(-1) for p in source.parameters()])
-        if old is None or old.made_for != made_for or not torch.equal(old.copy, copy):
-            self._kept = None  # what follows may fail half way
-            self._dit.refresh()
-            old = self._kept = _Kept(copy, made_for, *self._made())
-        return old.weights, old.tables
-
-    def _made(self) -> tuple[DiTWeights, TableStore]:
-        linear = definitions.linear if self.device.type == "cpu" else F.linear
-        projection = PlainProjection(self._dit.model, linear)
-        tables = TableStore(projection, self.plan.table.timesteps, self.plan.table_bytes)
-        return DiTWeights.of(self._dit.model), tables
+        model, bounds = self._dit.model, (self.plan.table.timesteps, self.plan.table_bytes)
+        made_for = model.cfg, tuple(bounds[0]), bounds[1]
+        if self.device.type != "cpu":
+            # In one tensor, since each comparison waits for the device.
+            present = torch.cat([p.detach().reshape(-1) for p in self._dit.source.parameters()])
+            if self._kept is None or not self._kept.serves(made_for, [present]):
+                self._kept = None  # what follows may fail half way
+                self._dit.refresh()
+                store = TableStore(PlainProjection(model, F.linear), *bounds)
+                self._kept = _Kept(made_for, [present], DiTWeights.of(model), store)
+            return self._kept.weights, self._kept.tables
+        self._dit.refresh()
+        weights, projection = DiTWeights.of(model), PlainProjection(model, definitions.linear)
+        if not projection.split:
+            return weights, TableStore(projection, *bounds)
+        of_tables = [p.detach() for p in projection.parameters()]
+        if self._kept is None or not self._kept.serves(made_for, of_tables):
+            copies = [p.clone() for p in of_tables]
+            self._kept = _Kept(made_for, copies, weights, TableStore(projection, *bounds))
+        return weights, self._kept.tables
 
     def _run_length(self, k: int, rows: int) -> int:
         """Return the number of steps from k on for one op: all guided, or none.

@@ -55,7 +55,7 @@ class Limit {
   }
   void lower(int64_t most) {
     const int64_t now = nanoseconds(), pause = pause_.load();
-    const bool calm = now > retry_.load() + pause;  // more threads did well for that long
+    const bool calm = now > retry_.load() + LONGEST;  // so long more threads did well
     const int64_t next = calm ? SHORTEST : std::min(2 * pause, LONGEST);
     most_.store(most);
     pause_.store(next);
@@ -74,7 +74,9 @@ struct Crew {
   // Of the team in a step. Both arrays have a place for every second step, since the first thread
   // sets the next step's while others still read this step's.
   int64_t sizes[2];
-  int64_t step_began;
+  int64_t began, lost;  // of the time that is watched: when it began, and how much was waited
+
+  void watch_from(int64_t now) { began = now, lost = 0; }
 };
 
 // The threads that share a group of images, and the calling thread's place among them.
@@ -89,30 +91,38 @@ struct Team {
   }
 
   // Waits for the others between two steps. Returns whether this thread takes the next one: a team
-  // in which a thread has waited for most of a step goes on with fewer threads, which is no slower
-  // and leaves a CPU to those that kept it waiting. No sum depends on the number of threads.
+  // whose threads wait for each other most of the time goes on with fewer, which is no slower and
+  // leaves a CPU to those that kept it waiting. No sum depends on the number of threads.
   bool take_step(int64_t step) {
     if (size == 1) return true;
     auto& longest = crew->waited[step % 2];
     if (waited > longest.load()) longest.store(waited);  // a lost update is of no consequence
     waited = crew->barrier.wait(size);
     const int64_t now_size = step ? crew->sizes[step % 2] : size;
-    if (id == 0) crew->sizes[(step + 1) % 2] = next_size(now_size, longest.exchange(0));
+    if (id == 0) crew->sizes[(step + 1) % 2] = next_size(step, now_size, longest.exchange(0));
     size = now_size;
     return id < size;
   }
 
  private:
-  // Returns the size after the step that begins, by the waiting in the step that has ended.
-  int64_t next_size(int64_t now_size, int64_t longest) {
-    const int64_t now = nanoseconds(), taken = now - crew->step_began;
-    crew->step_began = now;
-    // A thread takes up to a fifth of a millisecond to start or to wake up.
-    if (longest < 200'000 || 4 * longest < 3 * taken || now_size < size) return now_size;
-    const int64_t fewer = size - std::max<int64_t>(1, size / 8);
+  // Returns the size after the step that begins. Called by the first thread, with the longest that
+  // a thread waited in the step that has ended.
+  int64_t next_size(int64_t step, int64_t now_size, int64_t longest) {
+    const int64_t now = nanoseconds();
+    if (step == 0 || now_size < size) crew->watch_from(now);
+    crew->lost += longest;
+    const int64_t taken = now - crew->began, lost = crew->lost;
+    if (taken < WATCHED) return now_size;
+    crew->watch_from(now);
+    if (lost < 0.55 * taken || now_size == 1) return now_size;
+    const int64_t fewer = now_size - std::max<int64_t>(1, now_size / 8);
     limit->lower(fewer);
     return fewer;
   }
+
+  // Two threads that take turns on one CPU each wait for a little more than half of the time.
+  // Over less time than this, a CPU that has to wake up would count as a busy one.
+  static constexpr int64_t WATCHED = 2'000'000;
 };
 
 }  // namespace fastdit

@@ -321,9 +321,9 @@ def test_the_cache_follows_every_weight(cfg):
     assert torch.equal(sampler(labels), first)
 
 
-def test_unchanged_weights_are_packed_once(monkeypatch):
-    made, of = [], DiTWeights.of
-    monkeypatch.setattr(DiTWeights, "of", lambda model: made.append(model) or of(model))
+def test_the_tables_of_unchanged_weights_are_made_once(monkeypatch):
+    made, store = [], trajectory.TableStore
+    monkeypatch.setattr(trajectory, "TableStore", lambda *args: made.append(1) or store(*args))
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
     sampler = Sampler(model, scheduler, execution="trajectory")
     images = [sampler(labels, seeds=[5, 6]) for labels in ([1, 3], [2, 3], None)]
