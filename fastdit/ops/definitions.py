@@ -207,7 +207,7 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     return _kernels("sampling", "cpp").normal(seeds, steps, elements)
 
 
-@op(shapes=lambda x, weight, bias: x.new_empty((len(x), len(weight))))
+@op(shapes=lambda x, weight, bias: x.new_empty((len(x), len(weight)), dtype=torch.float32))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _kernels("linear", "cpp").linear(x, weight, bias)
 

@@ -199,8 +199,13 @@ def _cpp_noise_suits(seeds: Tensor) -> bool:
 def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"expects tensors on a CPU, got {device}"
-    if dtype != torch.float32:
-        return f"computes in float32, got {dtype}"
+    if dtype == torch.bfloat16:
+        if not torch.cpu.get_capabilities().get("avx512_bf16"):
+            return "computes in bfloat16 on CPUs with AVX512-BF16 only; use float32"
+        if cfg.head_dim % 2 or cfg.patch_size**2 * cfg.in_channels % 2:
+            return "takes an even head dim and even features of a token in bfloat16"
+    elif dtype != torch.float32:
+        return f"computes in float32 and bfloat16, got {dtype}"
     return _transforms()
 
 

@@ -66,9 +66,12 @@ def automatic(subject: Subject) -> str:
 
 def describe_automatic(cfg: DiTConfig) -> str:
     """Say in words what "auto" is for a model of a config."""
-    on_cpu = "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
+    on_cpu = (
+        "on a CPU 'trajectory' in float32, and in bfloat16 with AVX512-BF16 but without AMX, "
+        "'eager' in other dtypes"
+    )
     if cfg.hidden > _PLAIN_HIDDEN:
-        on_cpu += " and on CPUs without AVX2"
+        on_cpu += " and without AVX2"
     on_cuda = "'graph' on CUDA"
     if chips := sorted({win.arch for win in WINS if _covers(win, cfg)}):
         on_cuda += f", but 'trajectory' in 16 bits on {' and '.join(chips)}"
@@ -143,7 +146,11 @@ def _trajectory_suits(subject: Subject) -> bool:
     model, device, dtype = subject
     if not is_standard_dit(model):
         return False
-    if device.type == "cpu" and dispatch.has_cpp():
+    if device.type == "cpu":
+        if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_tile"):
+            return False  # PyTorch's products use AMX's tiles, ours do not
+        if not dispatch.has_cpp():
+            return False
         return model.cfg.hidden <= _PLAIN_HIDDEN or dispatch.has_fast_products()
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False

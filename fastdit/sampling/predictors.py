@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -121,9 +122,13 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=16)
 def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
+    """Return the signature of a fresh model, of which only one block is built."""
     # Not on "meta", which would import modules for a second. The caller's random state must stay.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        return _signature(DiT.from_config(cfg))
+        *own, children = _signature(DiT.from_config(replace(cfg, n_layers=1)))
+    *of_list, blocks = children["blocks"]
+    alike = {str(i): blocks["0"] for i in range(cfg.n_layers)}
+    return (*own, children | {"blocks": (*of_list, alike)})
 
 
 class DiTPredictor:

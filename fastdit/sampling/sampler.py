@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name
+from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name, warn
 from fastdit.model import config_of, unwrap
 from fastdit.sampling import arguments
 from fastdit.sampling.arguments import Labels
@@ -103,6 +103,7 @@ class Sampler:
         self.execution = execution
         self._check_guidance()
         self._check_dtype()
+        self._warn_of_slow_dtype()
         self._check_execution()
         self._loops: dict[tuple[torch.dtype, str], Loop] = {}
         self._built_for = self._device_and_dtype()
@@ -216,6 +217,16 @@ class Sampler:
             raise ValueError(
                 f"dtype: expected {own} or None, since the model is not a fastdit.DiT, got {dtype}"
             )
+
+    def _warn_of_slow_dtype(self) -> None:
+        has = torch.cpu.get_capabilities()
+        on_x86 = self._device_and_dtype()[0].type == "cpu" and has.get("architecture") == "x86_64"
+        if self.dtype == torch.bfloat16 and on_x86:
+            if not (has.get("avx512_bf16") or has.get("amx_tile")):
+                warn(
+                    "dtype: bfloat16 is slower than float32 on this CPU, which has neither "
+                    "AVX512-BF16 nor AMX"
+                )
 
     def execution_for(self) -> str:
         """Return how a call would run: `execution`, or what "auto" stands for."""

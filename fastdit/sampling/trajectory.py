@@ -40,8 +40,8 @@ class TrajectoryLoop(Loop):
     interrupted, and at every step where a function is called after each. Nothing between two ops
     waits for the device; `_prepare` does before the first, where it compares the weights.
 
-    On a CPU the op reads the weights where the model has them, and copies are kept only of those that
-    make modulation, if it is split, since its tables are kept. On CUDA the op reads a copy.
+    On a CPU the op reads the weights where the model has them, and copies are kept only of those
+    that make modulation, if it is split, since its tables are kept. On CUDA the op reads a copy.
     """
 
     def __init__(

@@ -33,6 +33,9 @@ __all__ = [
 ]
 
 
+_BFLOAT16 = "avx512_bf16"  # the instruction set for bfloat16
+
+
 def trajectory(
     x: Tensor,
     x0: Tensor,
@@ -48,15 +51,17 @@ def trajectory(
     shape: Shape,
     instruction_set: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Take K steps of a sampling loop in float32; `fastdit.functional.trajectory` checks arguments.
+    """Take K steps of a sampling loop; `fastdit.functional.trajectory` checks arguments.
 
-    An image's bits depend neither on its batch and its place there, nor on the number of threads,
-    which is PyTorch's.
+    Products are of bfloat16 if the weights are, and everything else is float32. An image's bits
+    depend neither on its batch and its place there, nor on the number of threads, which is at most
+    PyTorch's.
 
     Args:
         x ... shape: as for `fastdit.kernels.trajectory.trajectory`, but weights are the tensors
             that `Shape` lists, and are read where they are.
-        instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has.
+        instruction_set: "plain", "avx2" or "avx512" for float32 weights; None is the best that the
+            CPU has. "avx512_bf16" for bfloat16.
 
     Returns:
         (x, x0) after the last step, new and contiguous.
@@ -72,10 +77,15 @@ def trajectory(
     guided = dict(guided=shape.channels if channels is None else channels, scale=scale)
     given = _float32(coefficients=coefficients, noise=noise, by_step=by_step, by_label=by_label)
     given |= dict(rows=rows.contiguous(), seeds=contiguous(seeds))
-    kept = [t.float().contiguous() for t in weights]  # as long as the call has their addresses
+    low = weights[0].dtype == torch.bfloat16
+    # Biases and positions are float32 in any case; `kept` lives as long as the call has addresses.
+    vectors = {1, *range(3, len(weights), 2)}
+    kept = [
+        (t if low and i not in vectors else t.float()).contiguous() for i, t in enumerate(weights)
+    ]
     given["weights"] = torch.tensor([t.data_ptr() for t in kept], dtype=torch.int64)
     problem = Problem(**shape._asdict(), **sizes, **guided, **given, x=x, x0=x0)
-    call(library().fastdit_trajectory, problem, instruction_set)
+    call(library().fastdit_trajectory, problem, _BFLOAT16 if low else instruction_set)
     return x, x0
 
 
@@ -146,23 +156,25 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight^T + bias in float32; a row's bits depend on no other row, nor on threads.
+    """Return x weight^T + bias; a row's bits depend on no other row, nor on threads.
 
     Args:
         x: [R, K].
-        weight: [M, K].
+        weight: [M, K], float32 or bfloat16. x is rounded to bfloat16 too if the weight is.
         bias: [M], or None.
 
     Returns:
-        [R, M].
+        [R, M] float32.
 
     Raises:
         BuildError, MemoryError: as for `trajectory`.
     """
-    y = x.new_empty((len(x), len(weight)))
+    y = x.new_empty((len(x), len(weight)), dtype=torch.float32)
     sizes = dict(rows=len(x), in_features=x.shape[1], out_features=len(weight))
-    given = _float32(x=x, weight=weight, bias=bias)
-    call(library().fastdit_linear, Linear(**sizes, **given, y=y), None)
+    low = weight.dtype == torch.bfloat16
+    given = _float32(x=x, bias=bias)
+    given["weight"] = weight.contiguous() if low else weight.float().contiguous()
+    call(library().fastdit_linear, Linear(**sizes, **given, y=y), _BFLOAT16 if low else None)
     return y
 
 

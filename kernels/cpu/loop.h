@@ -52,10 +52,12 @@ struct Loop : Network {
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
       const int64_t image = q / panels % images, start = q % panels * WIDTH;
       const float* from = at.state + image * padded + start * F;
-      float* in = (float*)(at.in + q * F);
-      for (int64_t i = 0; i < WIDTH; i++)
-        for (int64_t f = 0; f < F; f++)
-          in[f * WIDTH + i] = start + i < p.tokens ? from[i * F + f] : 0.f;
+      const int64_t tokens = least(WIDTH, p.tokens - start);
+      write_features(at.in + q * F / FEATURES, F, [&](int64_t f) INLINED {
+        vf v = {};
+        for (int64_t i = 0; i < tokens; i++) v[i] = from[i * F + f];
+        return v;
+      });
     }
   }
 
@@ -143,8 +145,8 @@ static int64_t team_floats(const Problem& p, int64_t images) {
 static int64_t thread_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
   const int64_t of_panel = p.features + 2 * p.hidden;
-  return (rows * panels * of_panel + PAIR * panels * WIDTH + ceil_div(rows * p.width(), WIDTH)) *
-         WIDTH;
+  const int64_t of_attention = PAIR * (panels * WIDTH + p.hidden / p.heads);
+  return (rows * panels * of_panel + of_attention + ceil_div(rows * p.width(), WIDTH)) * WIDTH;
 }
 
 static int64_t useful_threads(const Problem& p, int64_t images) {
@@ -163,16 +165,17 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   };
   Memory at;
   at.qkv = (vf*)take(shared, all * 3 * D);
-  at.heads = (vf*)take(shared, all * D);
-  at.hidden = (vf*)take(shared, all * 4 * D);
+  at.heads = (operand*)take(shared, all * D);  // in bfloat16 half of it
+  at.hidden = (operand*)take(shared, all * 4 * D);
   at.out = (vf*)take(shared, all * p.out_features);
   at.sums = (vf*)take(shared, 2 * SLICES * all * D);
   at.state = take(shared, images * padded / WIDTH);
   at.x0 = take(shared, images * padded / WIDTH);
-  at.in = (vf*)take(own, all * p.features);
+  at.in = (operand*)take(own, all * p.features);
   at.x = (vf*)take(own, all * D);
-  at.normed = (vf*)take(own, all * D);
+  at.normed = (operand*)take(own, all * D);
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
+  at.mixed = (vf*)take(own, PAIR * (D / p.heads));
   at.modulation = take(own, ceil_div(rows * p.width(), WIDTH));
 
   Loop{{p, w, team, at, panels, all, {}, 1}, first_image, images, padded}.run();
@@ -196,11 +199,20 @@ static float multiply_adds(int64_t repeats) {
 static void linear(const Linear& l, int64_t first_row, int64_t first_feature, int64_t last_feature,
                    float* own) {
   const int64_t K = l.in_features, rows = least(PAIR * WIDTH, l.rows - first_row);
-  for (int64_t i = 0; i < PAIR * WIDTH; i++)
-    for (int64_t k = 0; k < K; k++)
-      own[(i / WIDTH * K + k) * WIDTH + i % WIDTH] = i < rows ? l.x[(first_row + i) * K + k] : 0.f;
-  const Share all{0, ceil_div(rows, WIDTH), 0, SLICES, 0, 1};
-  product(all, l.weight + first_feature * K, K, last_feature - first_feature, K, (vf*)own, K,
+  const int64_t panels = ceil_div(rows, WIDTH);
+  operand* in = (operand*)own;
+  for (int64_t q = 0; q < panels; q++) {
+    const float* from = l.x + (first_row + q * WIDTH) * K;
+    const int64_t lanes = least(WIDTH, rows - q * WIDTH);
+    write_features(in + q * K / FEATURES, K, [&](int64_t k) INLINED {
+      vf v = {};
+      for (int64_t i = 0; i < lanes; i++) v[i] = from[i * K + k];
+      return v;
+    });
+  }
+  const Share all{0, panels, 0, SLICES, 0, 1};
+  const weight* w = (const weight*)l.weight + first_feature * K;
+  product(all, w, K, last_feature - first_feature, K, in, K,
           [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
     const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
     m += first_feature;

@@ -4,10 +4,12 @@
 // The memory that a team shares, and below it that of each thread. Panel q belongs to the group's
 // row q / panels.
 struct Memory {
-  vf *qkv, *heads, *hidden, *out;  // [panel][features of each]
+  vf *qkv, *out;                   // [panel][features of each]
+  operand *heads, *hidden;         // likewise
   vf* sums;                        // [attention or MLP][slice][panel][hidden]
   float *state, *x0;               // [image][padded elements]
-  vf *in, *x, *normed, *scores;    // of a thread: [panel][features]; scores: [PAIR][tokens]
+  operand *in, *normed;            // of a thread: [panel][features]
+  vf *x, *scores, *mixed;          // of a thread; scores: [PAIR][tokens], mixed: [PAIR][head dim]
   float* modulation;               // of a thread: [row][width]
 };
 
@@ -39,7 +41,6 @@ struct Network {
     const int64_t D = p.hidden;
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
       const vf* x = at.x + q * D;
-      vf* out = at.normed + q * D;
       const float *scale = modulation(q, part), *shift = modulation(q, part + 1);
       const vf mean = sum_of(D, [&](int64_t i) INLINED { return x[i]; }) / (float)D;
       const vf variance = sum_of(D, [&](int64_t i) INLINED {
@@ -47,15 +48,19 @@ struct Network {
         return d * d;
       }) / (float)D;
       const vf inverse = 1.f / square_root(variance + eps);
-      for (int64_t i = 0; i < D; i++) out[i] = (x[i] - mean) * inverse * scale[i] + shift[i];
+      write_features(at.normed + q * D / FEATURES, D, [&](int64_t i) INLINED {
+        return (x[i] - mean) * inverse * scale[i] + shift[i];
+      });
     }
   }
 
   // x += gate * (w in + bias). The first `cut` of in's K features are one slice, the others the
   // second. Threads that have one slice each exchange their sums, and all of them add both.
-  void add_gated(int64_t use, const float* weight, const float* bias, int64_t K, int64_t cut,
-                 const vf* in, int64_t part) const {
+  void add_gated(int64_t use, const void* matrix, const float* bias, int64_t K, int64_t cut,
+                 const operand* in, int64_t part) const {
     const int64_t D = p.hidden;
+    const weight *w = (const weight*)matrix, *rest = w + cut;
+    const operand* in_rest = in + cut / FEATURES;
     vf *first = at.sums + use * SLICES * all * D, *second = first + all * D;
     auto keep = [&](vf* to) INLINED {
       return [=](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
@@ -68,11 +73,9 @@ struct Network {
       const float *gate = modulation(q, part) + row, *b = bias + row;
       for (int64_t i = 0; i < n; i++) x[i] += gate[i] * (of_first[i] + of_second[i] + b[i]);
     };
-    if (mine.first_slice == 0) product(mine, weight, K, D, cut, in, K, keep(first));
-    if (mine.has_all_slices())
-      return product(mine, weight + cut, K, D, K - cut, in + cut, K, add);
-    if (mine.first_slice == 1)
-      product(mine, weight + cut, K, D, K - cut, in + cut, K, keep(second));
+    if (mine.first_slice == 0) product(mine, w, K, D, cut, in, K, keep(first));
+    if (mine.has_all_slices()) return product(mine, rest, K, D, K - cut, in_rest, K, add);
+    if (mine.first_slice == 1) product(mine, rest, K, D, K - cut, in_rest, K, keep(second));
     team.wait();
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) add(q, 0, D, second + q * D);
   }
@@ -99,18 +102,19 @@ struct Network {
       for (int64_t j = 0; j < N; j++) total += s[j] = exponential(s[j] - most);
       inverse[v] = 1.f / total;
     }
-    vf* out = at.heads + query * D + head * d;
     for (int64_t key = 0; key < panels; key++) {
       const float* value = (const float*)(q + (first + key - query) * 3 * D + 2 * D);
       const int64_t keys = least(WIDTH, N - key * WIDTH), blocks = ceil_div(d, ROWS);
       for (int64_t n = 0; n < blocks; n++) {
         const int64_t i = block_start(d, blocks, n), m = block_start(d, blocks, n + 1) - i;
         multiply<By::ROW>(m, vectors, value + i * WIDTH, WIDTH, at.scores + key * WIDTH, lanes,
-                           keys, out + i, D, key > 0);
+                          keys, at.mixed + i, d, key > 0);
       }
     }
     for (int64_t v = 0; v < vectors; v++)
-      for (int64_t i = 0; i < d; i++) out[v * D + i] *= inverse[v];
+      write_features(at.heads + ((query + v) * D + head * d) / FEATURES, d, [&](int64_t i) INLINED {
+        return at.mixed[v * d + i] * inverse[v];
+      });
   }
 
   // Computes queries, keys and values of this thread's panels and heads, then their attention.
@@ -124,7 +128,7 @@ struct Network {
     for (int64_t part = 0; part < 3; part++) {
       const int64_t row = part * D + first * d;
       const float factor = part == 0 ? scale : 1.f;
-      product(mine.of_all_rows(), l.qkv + row * D, D, (last - first) * d, D, at.normed, D,
+      product(mine.of_all_rows(), (const weight*)l.qkv + row * D, D, (last - first) * d, D, at.normed, D,
               [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
         vf* out = at.qkv + q * 3 * D + row + m;
         const float* b = l.qkv_bias + row + m;
@@ -142,11 +146,13 @@ struct Network {
   // Writes at.hidden of a slice.
   template <class Gelu> void into_hidden(const Layer& l, int64_t slice, Gelu gelu) const {
     const int64_t D = p.hidden, M = 4 * D, start = slice_start(M, slice);
-    product(mine, l.fc1 + start * D, D, slice_start(M, slice + 1) - start, D, at.normed, D,
+    const weight* w = (const weight*)l.fc1 + start * D;
+    product(mine, w, D, slice_start(M, slice + 1) - start, D, at.normed, D,
             [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
-      vf* out = at.hidden + q * M + start + row;
       const float* b = l.fc1_bias + start + row;
-      for (int64_t i = 0; i < n; i++) out[i] = gelu(sums[i] + b[i]);
+      write_features(at.hidden + (q * M + start + row) / FEATURES, n, [&](int64_t i) INLINED {
+        return gelu(sums[i] + b[i]);
+      });
     });
   }
 
@@ -172,7 +178,7 @@ struct Network {
   // Computes at.out from at.in. Each thread has its own x.
   void forward() const {
     const int64_t D = p.hidden;
-    product(mine.of_all_rows(), w.embed, p.features, D, p.features, at.in, p.features,
+    product(mine.of_all_rows(), (const weight*)w.embed, p.features, D, p.features, at.in, p.features,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* x = at.x + q * D + r;
       const vf* position = (const vf*)w.position + q % panels * D + r;
@@ -180,7 +186,7 @@ struct Network {
     });
     for (int64_t i = 0; i < p.layers; i++) layer(w.layers[i], 6 * i);
     layer_norm(6 * p.layers, p.eps);
-    product(mine.without_slices(), w.final, D, p.out_features, D, at.normed, D,
+    product(mine.without_slices(), (const weight*)w.final, D, p.out_features, D, at.normed, D,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* out = at.out + q * p.out_features + r;
       for (int64_t i = 0; i < n; i++) out[i] = sums[i] + w.final_bias[r + i];

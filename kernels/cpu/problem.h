@@ -34,12 +34,20 @@ struct Problem : fields::Problem {
 static_assert(sizeof(Problem) == sizeof(fields::Problem));
 
 // A model's weights. They are read where the model has them, but for those that have a layout of
-// their own here.
+// their own here. Matrices are float or bfloat16, as the instruction set takes them.
 struct Layer {
-  const float *qkv, *qkv_bias, *proj, *proj_bias, *fc1, *fc1_bias, *fc2, *fc2_bias;
+  const void* qkv;
+  const float* qkv_bias;
+  const void* proj;
+  const float* proj_bias;
+  const void* fc1;
+  const float* fc1_bias;
+  const void* fc2;
+  const float* fc2_bias;
 };
 struct Weights {
-  const float *embed, *final, *final_bias;
+  const void *embed, *final;
+  const float* final_bias;
   const float* position;  // panels [tokens / width][hidden][width]
   const Layer* layers;
   const int32_t* place;  // the index in an image's panels of output for each padded element
@@ -81,7 +89,7 @@ struct InstructionSet {
 
 extern const InstructionSet plain;
 #if defined(__x86_64__)
-extern const InstructionSet avx2, avx512;
+extern const InstructionSet avx2, avx512, avx512_bf16;
 #endif
 
 // Returns the best instruction set of this CPU, or the one of a name; null if the CPU lacks it.

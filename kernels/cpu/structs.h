@@ -46,7 +46,7 @@ struct Update {
 struct Linear {
   int64_t rows, in_features, out_features, threads;
   const float *x;       // [rows][in_features]
-  const float *weight;  // [out_features][in_features]
+  const float *weight;  // [out_features][in_features], float or bfloat16
   const float *bias;    // [out_features], or null
   float *y;             // [rows][out_features], out
 };

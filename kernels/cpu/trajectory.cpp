@@ -15,7 +15,7 @@
 namespace fastdit {
 
 const InstructionSet* choose(const char* name) {
-  const InstructionSet* found[3] = {&plain};
+  const InstructionSet* found[3] = {&plain};  // for float, the best last
   int count = 1;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -24,6 +24,8 @@ const InstructionSet* choose(const char* name) {
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
     found[count++] = &avx512;
+  const bool has_bf16 = found[count - 1] == &avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name && !std::strcmp(avx512_bf16.name, name)) return has_bf16 ? &avx512_bf16 : nullptr;
 #endif
   if (!name) return found[count - 1];
   for (int i = 0; i < count; i++)
@@ -67,11 +69,14 @@ struct Layout {
   Layout(const Problem& p, int64_t width) : layers(p.layers), place(p.padded(width)) {
     const int64_t D = p.hidden, F = p.features, panels = ceil_div(p.tokens, width);
     const int64_t* address = p.weights;
-    auto next = [&] { return reinterpret_cast<const float*>(*address++); };
-    const float *embed = next(), *of_tokens = next();
+    auto matrix = [&] { return reinterpret_cast<const void*>(*address++); };
+    auto floats = [&] { return reinterpret_cast<const float*>(*address++); };
+    const void* embed = matrix();
+    const float* of_tokens = floats();
     for (Layer& l : layers)
-      l = {next(), next(), next(), next(), next(), next(), next(), next()};
-    const float *last = next(), *last_bias = next();
+      l = {matrix(), floats(), matrix(), floats(), matrix(), floats(), matrix(), floats()};
+    const void* last = matrix();
+    const float* last_bias = floats();
     position = allocate(panels * D * width);
     for (int64_t q = 0; q < panels; q++)
       for (int64_t i = 0; i < D; i++)

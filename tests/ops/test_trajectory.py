@@ -10,7 +10,7 @@ import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, functional
 from fastdit.kernels import cpu
 from fastdit.ops import checks
-from fastdit.ops.trajectory import DiTWeights, kernel_shape
+from fastdit.ops.trajectory import DiTWeights, Modulation, kernel_shape
 from fastdit.sampling.modulation import ChunkedTables, LayerProjection
 from fastdit.solvers import DDPM, SOLVERS
 from fastdit.testing import check_against_oracle, randomize
@@ -37,12 +37,18 @@ SHAPES = {
     "one-token": (DiTConfig(img_size=4, patch_size=4, hidden=6, n_heads=6, n_layers=1), None),
     "one-head": (DiTConfig(img_size=8, hidden=7, n_heads=1, n_layers=2), None),
     "threads-a-slice": (DiTConfig(img_size=16, hidden=192, n_heads=3, n_layers=1), None),
-    "wide": (DiTConfig(img_size=32, hidden=512, n_heads=8, n_layers=1, gelu="tanh"), None),
+    "wide": (DiTConfig(img_size=32, hidden=576, n_heads=8, n_layers=1, gelu="tanh"), None),
     "long": (DiTConfig(img_size=64, patch_size=4, hidden=33, n_heads=3, n_layers=1), None),
     "guided-team": (replace(GUIDED, hidden=96), Guidance(2.0)),
     "guided": (GUIDED, Guidance(3.0, channels=3)),
     "all-channels": (GUIDED, Guidance(0.5)),
 }
+EVEN = {
+    name: (cfg, guidance)
+    for name, (cfg, guidance) in SHAPES.items()
+    if cfg.head_dim % 2 == 0 and cfg.patch_size**2 * cfg.in_channels % 2 == 0
+}
+HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def make_model(cfg=None):
@@ -106,6 +112,39 @@ def test_every_instruction_set_obeys_the_error_rule(cfg, guidance, noise):
             check_against_oracle(own, other, exact)
 
 
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="needs AVX512-BF16")
+@pytest.mark.parametrize(("cfg", "guidance"), EVEN.values(), ids=EVEN.keys())
+@pytest.mark.parametrize("noise", ["seeds", "noise"])
+def test_bfloat16_obeys_the_error_rule(cfg, guidance, noise):
+    B = math.ceil(4096 / (cfg.img_size**2 * cfg.in_channels))
+    given = problem(cfg, B, guidance, noise=noise)
+    given["weights"] = given["weights"].to(torch.bfloat16)
+    by_step, by_label, rows = given["modulation"]
+    rounded = (None if t is None else t.bfloat16() for t in (by_step, by_label))
+    plain = functional.trajectory(
+        **given | dict(modulation=Modulation(*rounded, rows)), backend="reference"
+    )
+    oracle = functional.trajectory(**problem(cfg, B, guidance, dtype=torch.float64, noise=noise))
+    for own, other, exact in zip(launch(given), plain, oracle, strict=True):
+        check_against_oracle(own, other, exact)
+    assert all(map(torch.equal, functional.trajectory(**given, backend="cpp"), launch(given)))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (replace(SHAPES["one-token"][0], hidden=6), "takes an even head dim and even features"),
+        (replace(ODD, hidden=20), "takes an even head dim and even features"),
+    ],
+)
+def test_odd_sizes_are_refused_in_bfloat16(cfg, message, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    given = problem(cfg, 1)
+    given["weights"] = given["weights"].to(torch.bfloat16)
+    with pytest.raises(ValueError, match=f"backend: 'cpp' {message}"):
+        functional.trajectory(**given, backend="cpp")
+
+
 @pytest.mark.parametrize("solver", [*SOLVERS.values(), DDPM(clip=0.5)], ids=[*SOLVERS, "clipped"])
 def test_every_solver_obeys_the_error_rule(solver):
     given = problem(GUIDED, 3, Guidance(2.0), solver)
@@ -133,10 +172,16 @@ def test_an_image_has_the_same_bits_for_any_batch_order_and_number_of_threads(cf
             seeds=full["seeds"][chosen],
             modulation=full["modulation"]._replace(rows=rows),
         )
+        if name == "bfloat16":
+            return launch(given | dict(weights=low))[0]
         return launch(given, instruction_set=name)[0]
 
+    low = full["weights"].to(torch.bfloat16)
+    names = cpu.instruction_sets()
+    if HAS_BFLOAT16 and (cfg, guidance) in EVEN.values():
+        names.append("bfloat16")
     try:
-        for name in cpu.instruction_sets():
+        for name in names:
             expected = part(torch.arange(11), 1, name)
             for threads in (1, 2, 3, 8):
                 order = torch.randperm(11, generator=torch.Generator().manual_seed(threads))
@@ -217,8 +262,8 @@ def test_tables_may_have_any_strides_and_dtypes():
         (dict(guidance=Guidance(2.0)), r"modulation.rows: expected shape \[4\], got \[2\]"),
         (dict(backend="c++"), "backend: expected one of reference, triton, cpp; got 'c\\+\\+'"),
         (
-            dict(weights=DiTWeights.of(make_model()).to(torch.bfloat16)),
-            "backend: 'cpp' computes in float32, got torch.bfloat16",
+            dict(weights=DiTWeights.of(make_model()).to(torch.float16)),
+            "backend: 'cpp' computes in float32 and bfloat16, got torch.float16",
         ),
         (dict(backend="triton"), "backend: 'triton' expects tensors on CUDA"),
     ],

@@ -1,5 +1,6 @@
 """The trajectory execution: when "auto" takes it, what it caches, and that images stay equal."""
 
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -206,9 +207,30 @@ def test_auto_takes_the_trajectory_on_a_cpu_in_float32():
     model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
     sampler = Sampler(model, scheduler)
     assert sampler.execution_for() == "trajectory"
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         assert sampler.execution_for() == "eager"
     assert Sampler(model.double(), scheduler).execution_for() == "eager"
+
+
+@pytest.mark.parametrize(
+    ("has", "chosen"),
+    [
+        (dict(avx512_bf16=True), "trajectory"),
+        (dict(avx512_bf16=True, amx_tile=True), "eager"),  # PyTorch's products use AMX
+        (dict(), "eager"),
+        (dict(architecture="aarch64"), "eager"),
+    ],
+    ids=["bf16", "amx", "neither", "arm"],
+)
+def test_auto_in_bfloat16_follows_the_cpus_instructions(has, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"} | has)
+    model, scheduler = make_model(), DiffusionScheduler(3, schedule="cosine")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        sampler = Sampler(model, scheduler, dtype=torch.bfloat16)
+    assert sampler.execution_for() == chosen
+    slow = [w for w in seen if "slower than float32" in str(w.message)]
+    assert len(slow) == (has == {}) and all(w.filename == __file__ for w in slow)
 
 
 def test_a_progress_function_sees_every_step_and_changes_no_bit():
@@ -231,9 +253,11 @@ def test_a_trajectory_takes_inference_mode():
 
 
 def test_the_rule_of_auto_is_described_in_words():
-    assert executions.describe_automatic(DiTConfig()).endswith(
-        "on a CPU 'trajectory' in float32, 'eager' in other dtypes"
-    )
+    described = executions.describe_automatic(DiTConfig())
+    assert "on a CPU 'trajectory' in float32, and in bfloat16 with AVX512-BF16" in described
+    assert described.endswith("'eager' in other dtypes")
+    wide = executions.describe_automatic(fastdit.PRESETS["DiT-XL/2"])
+    assert wide.endswith("'eager' in other dtypes and without AVX2")
 
 
 def on_cuda(monkeypatch, major=9, minor=0):
