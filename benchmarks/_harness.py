@@ -164,6 +164,19 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def settled_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the wall time of one call on CPUs that are awake.
+
+    A CPU that was idle takes some milliseconds until it is fast, so that on a CPU a short call is
+    repeated for a tenth of a second; the figure is the mean of all but the first.
+    """
+    first = seconds(call, device)
+    if device.type != "cpu" or first > 0.05:
+        return first
+    repeats = math.ceil(0.1 / first)
+    return seconds(lambda: [call() for _ in range(repeats)], device) / repeats
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

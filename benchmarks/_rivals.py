@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from _harness import seconds
+from _harness import seconds, settled_seconds
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -129,12 +129,12 @@ class Rival:
 
     def __call__(self, labels: Tensor, given: tuple[Tensor, Tensor] | None) -> Tensor:
         """Sample as any other way."""
-        return torch.from_numpy(self._ask(labels, given)[1])
+        return torch.from_numpy(self._ask(labels, given, settled=False)[1])
 
     def seconds(self, labels: Tensor) -> float:
         """Sample, and return the seconds that it took inside the process."""
         wait_until_idle()
-        return self._ask(labels, None)[0]
+        return self._ask(labels, None, settled=True)[0]
 
     def close(self) -> None:
         """End the process, whatever it is doing, and remove its temporary files."""
@@ -143,11 +143,13 @@ class Rival:
         self._connection.close()
         self._folder.cleanup()
 
-    def _ask(self, labels: Tensor, given: tuple[Tensor, Tensor] | None) -> tuple[float, np.ndarray]:
+    def _ask(
+        self, labels: Tensor, given: tuple[Tensor, Tensor] | None, settled: bool
+    ) -> tuple[float, np.ndarray]:
         # Tensors would be sent as shared memory, which takes further processes and files.
         arrays = given and tuple(value.numpy() for value in given)
         try:
-            self._connection.send((labels.numpy(), arrays))
+            self._connection.send((labels.numpy(), arrays, settled))
         except ConnectionError:
             pass  # it has died, and _receive says how
         return self._receive()
@@ -197,13 +199,14 @@ def _serve(connection: Connection, make: Callable[[], Way], folder: str) -> None
         way = make()
         connection.send((None, None))
         while True:
-            labels, given = connection.recv()
+            labels, given, settled = connection.recv()
             y = torch.from_numpy(labels)
             noise = given and (torch.from_numpy(given[0]), torch.from_numpy(given[1]))
             call = lambda y=y, noise=noise: images.append(way(y, noise))  # noqa: E731
-            taken = seconds(call, torch.device("cpu"))
+            taken = (settled_seconds if settled else seconds)(call, torch.device("cpu"))
             wait_until_idle()
-            connection.send((None, (taken, images.pop().numpy())))
+            connection.send((None, (taken, images[-1].numpy())))
+            images.clear()
     except (EOFError, ConnectionError):
         return
     except Exception as error:

@@ -98,7 +98,7 @@ class Sampling(harness.SideBySide):
     def turn(self, name: str, way: Way) -> float:
         if isinstance(way, rivals.Rival):
             return way.seconds(self.labels)
-        taken = seconds(lambda: way(self.labels, None), self.case.device)
+        taken = harness.settled_seconds(lambda: way(self.labels, None), self.case.device)
         if name == TRAJECTORY and self.case.device.type == "cpu":
             self.peaks.append(cpu.peak_flop_per_second())
         return taken

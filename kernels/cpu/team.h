@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <thread>
 
 namespace fastdit {
@@ -12,37 +13,47 @@ inline int64_t nanoseconds() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
 
-// A barrier that spins first, since the other threads are seldom late, and then yields the CPU,
-// since they may be waiting for it. It sleeps only if a thread is held up for long: to wake up
-// takes longer than a layer, so the thread that arrives next would sleep too, and so on at every
-// barrier.
+// A barrier at which each thread writes a flag of its own and reads those of the others, so that a
+// cache line crosses between two CPUs once. A thread spins first, since the others are seldom late,
+// and then yields the CPU, since they may be waiting for it. It sleeps only if another is held up
+// for long: to wake up takes longer than a layer, so the thread that arrives next would sleep too,
+// and so on at every barrier.
 class Barrier {
  public:
-  // Returns the nanoseconds that the thread had to wait, or 0 if it was no longer than usual.
-  int64_t wait(int size) {
-    const int turn = turn_.load();
-    if (arrived_.fetch_add(1) == size - 1) {
-      arrived_.store(0);
-      turn_.store(turn + 1);
-      if (sleepers_.load()) turn_.notify_all();
-      return 0;
-    }
+  explicit Barrier(int64_t threads) : flags_(new Flag[threads]) {}
+
+  // Waits for the first `size` threads, of which the caller is `id`. Returns the nanoseconds that it
+  // had to wait, or 0 if it was no longer than usual.
+  int64_t wait(int64_t id, int64_t size) {
+    Flag& mine = flags_[id];
+    const uint32_t turn = mine.turn.load(std::memory_order_relaxed) + 1;
+    mine.turn.store(turn);
+    if (mine.sleepers.load()) mine.turn.notify_all();
+    int64_t waited = 0;
+    for (int64_t other = 0; other < size; other++) waited += wait_for(flags_[other], turn);
+    return waited;
+  }
+
+ private:
+  struct alignas(64) Flag {
+    std::atomic<uint32_t> turn{0}, sleepers{0};
+    bool reached(uint32_t wanted) const { return int32_t(turn.load() - wanted) >= 0; }
+  };
+
+  static int64_t wait_for(Flag& flag, uint32_t turn) {
     for (int i = 0; i < 2000; i++)
-      if (turn_.load() != turn) return 0;
+      if (flag.reached(turn)) return 0;
     const int64_t start = nanoseconds();
-    for (int i = 0; i < 1000 && turn_.load() == turn; i++) std::this_thread::yield();
-    if (turn_.load() == turn) {
-      sleepers_.fetch_add(1);
-      while (turn_.load() == turn) turn_.wait(turn);
-      sleepers_.fetch_sub(1);
+    for (int i = 0; i < 1000 && !flag.reached(turn); i++) std::this_thread::yield();
+    if (!flag.reached(turn)) {
+      flag.sleepers.fetch_add(1);
+      for (uint32_t now; now = flag.turn.load(), int32_t(now - turn) < 0;) flag.turn.wait(now);
+      flag.sleepers.fetch_sub(1);
     }
     return nanoseconds() - start;
   }
 
- private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> turn_{0};
-  alignas(64) std::atomic<int> sleepers_{0};
+  std::unique_ptr<Flag[]> flags_;
 };
 
 // How many threads of a team the CPUs have time for. Other programs may keep some of them busy, and
@@ -69,12 +80,14 @@ class Limit {
 
 // What the threads of a team share besides their memory.
 struct Crew {
+  explicit Crew(int64_t threads) : barrier(threads) {}
+
   Barrier barrier;
   alignas(64) std::atomic<int64_t> waited[2]{};  // the longest waiting of a thread in a step
   // Of the team in a step. Both arrays have a place for every second step, since the first thread
   // sets the next step's while others still read this step's.
-  int64_t sizes[2];
-  int64_t began, lost;  // of the time that is watched: when it began, and how much was waited
+  int64_t sizes[2]{};
+  int64_t began = 0, lost = 0;  // of the time that is watched: when it began, and how much was waited
 
   void watch_from(int64_t now) { began = now, lost = 0; }
 };
@@ -87,7 +100,7 @@ struct Team {
   int64_t waited = 0;  // since this step began
 
   void wait() {
-    if (size > 1) waited += crew->barrier.wait(size);
+    if (size > 1) waited += crew->barrier.wait(id, size);
   }
 
   // Waits for the others between two steps. Returns whether this thread takes the next one: a team
@@ -97,7 +110,7 @@ struct Team {
     if (size == 1) return true;
     auto& longest = crew->waited[step % 2];
     if (waited > longest.load()) longest.store(waited);  // a lost update is of no consequence
-    waited = crew->barrier.wait(size);
+    waited = crew->barrier.wait(id, size);
     const int64_t now_size = step ? crew->sizes[step % 2] : size;
     if (id == 0) crew->sizes[(step + 1) % 2] = next_size(step, now_size, longest.exchange(0));
     size = now_size;

@@ -122,7 +122,8 @@ void trajectory(const Problem& p, const InstructionSet& set) {
   const int64_t shared = set.team_floats(p, together), own = set.thread_floats(p, together);
   const int64_t of_thread = shared + own + set.thread_floats(p, left_over);
   const Floats memory = allocate(left_over * of_image + threads * of_thread);
-  std::vector<Crew> crews(threads);
+  std::vector<std::unique_ptr<Crew>> crews(threads);  // of as many teams, at most
+  for (auto& crew : crews) crew = std::make_unique<Crew>(threads);
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads)
   {
@@ -148,7 +149,7 @@ void trajectory(const Problem& p, const InstructionSet& set) {
       const int64_t count = block_start(rest, teams, team + 1) - first;
       const int64_t size = std::min({ceil_div(T - team, teams), worth * count, in_time});
       if (id / teams < size)
-        set.run(p, layout.weights, {id / teams, size, &crews[team], &limit}, whole + first, count,
+        set.run(p, layout.weights, {id / teams, size, crews[team].get(), &limit}, whole + first, count,
                 memory.get() + first * of_image, mine + shared + own);
     }
   }

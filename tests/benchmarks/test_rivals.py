@@ -38,6 +38,7 @@ def killed_after(calls, case):
     def way(labels, given):
         if len(made) == calls:
             os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.06)  # a shorter call would be repeated
         made.append(sample(labels, given))
         return made[-1]
 
@@ -129,9 +130,9 @@ def test_a_process_answers_with_seconds_and_images_and_ends_with_an_error(
     monkeypatch.setattr(tempfile, "tempdir", None)
     ours, theirs = multiprocessing.Pipe()
     labels, x_T, noise = torch.tensor([1, 2]), torch.randn(2, 3), torch.randn(4, 2, 3)
-    ours.send((labels.numpy(), (x_T.numpy(), noise.numpy())))
-    ours.send((labels.numpy(), None))
-    ours.send((-labels.numpy(), None))
+    ours.send((labels.numpy(), (x_T.numpy(), noise.numpy()), False))
+    ours.send((labels.numpy(), None, True))
+    ours.send((-labels.numpy(), None, True))
     _rivals._serve(theirs, fake.echo, str(tmp_path))
     assert ours.recv() == (None, None), "it is ready"
     for images in (x_T + noise[0], labels.float()):

@@ -168,7 +168,7 @@ def test_a_model_that_cannot_be_copied_is_named():
 
 def test_a_copy_refuses_a_model_of_another_shape():
     model = make_model()
-    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16)
+    sampler = Sampler(model, make_scheduler(), dtype=torch.bfloat16, execution="eager")
     sampler([1])
     model.final_mod = nn.Linear(32, 96)
     with pytest.raises(ValueError, match="model: its parameters have other names or shapes"):
