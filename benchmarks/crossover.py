@@ -28,7 +28,7 @@ MODELS = {
     "longer": DiTConfig(hidden=128, img_size=32),
     "widest": DiTConfig(hidden=256, n_heads=8, img_size=32),
     "DiT-S/4": fastdit.PRESETS["DiT-S/4"],
-    "limit": DiTConfig(hidden=512, n_layers=12, n_heads=8, img_size=32),
+    "DiT-B/4": fastdit.PRESETS["DiT-B/4"],
 }
 ROUND_FLOP = 2e11
 

@@ -18,7 +18,10 @@ PAGE_PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "doc
 PAGES = {path.name: path.read_text() for path in PAGE_PATHS}
 README, RESULTS_PAGE = PAGES["README.md"], PAGES["results.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
-SAMPLING, TRAINING = RESULTS / "sample_throughput.json", RESULTS / "train_throughput.json"
+ON_EPYC = ROOT / "benchmarks" / "results" / "amd-epyc-2cpu"
+SAMPLING = [ON_EPYC / f"sample_{name}.json" for name in ("toy", "s4_b4", "b2", "xl2")]
+LOW = ON_EPYC / "sample_bfloat16.json"
+TRAINING = RESULTS / "train_throughput.json"
 CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
 
@@ -97,43 +100,54 @@ def test_the_readme_is_one_screen():
     assert len(README.splitlines()) <= 80
 
 
-def speed_columns_and_rows(rows):
-    """The README's table: a row for each batch, the ways that it compares beside each other.
+def speed_table(documents):
+    """The README's columns and rows: the ways that it compares beside each other.
 
     Args:
-        rows: of sample_throughput.json.
+        documents: what `sample_throughput.py` has written, in the table's order.
     """
     ways = {
         "plain loop": "reference eager",
         "plain compiled": "reference compiled",
-        "fastdit compiled": "fastdit compile",
-        "trajectory": "fastdit trajectory",
+        "ONNX Runtime": "onnxruntime",
+        "OpenVINO": "openvino",
+        "fastdit": "fastdit trajectory",
     }
-    columns = {"batch": "d", **dict.fromkeys(ways, ".1f")}
-    columns |= {"to plain": ".1f", "to plain compiled": ".1f", "error": ".1e"}
-    by_way = {(row["way"], row["batch"]): row for row in rows}
-    table_rows = []
-    for batch in sorted({row["batch"] for row in rows}):
-        own = {name: by_way[way, batch]["images/s"] for name, way in ways.items()}
-        last = by_way["fastdit trajectory", batch]
-        ratios = {"to plain": last["ratio"], "to plain compiled": last["to compiled"]}
-        table_rows.append({"batch": batch, **own, **ratios, "error": last["error"]})
-    return columns, table_rows
+    columns = {"model": "", "batch": "d", **dict.fromkeys(ways, ".1f")}
+    columns |= {"to OpenVINO": ".2f", "error": ".1e"}
+    by_case = {}
+    for document in documents:
+        for row in document["rows"]:
+            by_case.setdefault((row["preset"], row["batch"]), {})[row["way"]] = row
+    rows = []
+    for (model, batch), by_way in by_case.items():
+        if "openvino" not in by_way:
+            continue
+        own = by_way["fastdit trajectory"]
+        figures = {name: by_way[way]["images/s"] for name, way in ways.items() if way in by_way}
+        pairs = zip(by_way["openvino"]["seconds"], own["seconds"], strict=True)
+        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+        last = {"to OpenVINO": ratio, "error": own["error"]}
+        rows.append({"model": model, "batch": batch, **figures, **last})
+    return columns, rows
 
 
 def test_the_readmes_table_is_the_measured_one(benchmark_modules):
     from _harness import table
 
-    columns, rows = speed_columns_and_rows(read(SAMPLING)["rows"])
+    columns, rows = speed_table(read(path) for path in SAMPLING)
     assert table(columns, rows, markdown=True) in README
 
 
-def test_the_sampling_table_is_the_measured_one(benchmark_modules):
+@pytest.mark.parametrize("path", [*SAMPLING, LOW], ids=lambda path: path.stem)
+def test_the_sampling_tables_are_the_measured_ones(path, benchmark_modules):
     from _harness import table
     from sample_throughput import COLUMNS
 
-    document = read(SAMPLING)
-    assert table(COLUMNS, document["rows"], markdown=True) in RESULTS_PAGE
+    rows = read(path)["rows"]
+    for case in dict.fromkeys((row["preset"], row["dtype"]) for row in rows):
+        own = [row for row in rows if (row["preset"], row["dtype"]) == case]
+        assert table(COLUMNS, own, markdown=True) in RESULTS_PAGE
 
 
 def test_the_table_of_the_crossover_is_the_measured_one(benchmark_modules):
@@ -185,11 +199,13 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
 
 
 @pytest.mark.parametrize(
-    "path", [SAMPLING, CROSSOVER, KERNELS, TRAINING, TOY, BIAS], ids=lambda path: path.stem
+    "path",
+    [*SAMPLING, LOW, CROSSOVER, KERNELS, TRAINING, TOY, BIAS],
+    ids=lambda path: path.stem,
 )
 def test_results_name_their_machine_and_come_from_a_commit(path):
     machine = read(path)["machine"]
-    for page in (README, RESULTS_PAGE):
+    for page in (README, RESULTS_PAGE) if path in SAMPLING else (RESULTS_PAGE,):
         assert machine["device"] in page and f"torch {machine['torch']}" in page
     assert re.fullmatch(r"[0-9a-f]{10}", machine["commit"])
 

@@ -103,14 +103,14 @@ _IGNORED = {"training", "checkpointing", "cfg"}  # attributes that do not change
 def _signature(module: nn.Module) -> tuple[Any, ...]:
     """Return what decides a module's computation besides its weights' values.
 
-    This is, for the module and its children, the class, hooks, shapes, choices such as a GELU's,
-    and attributes that shadow a method. It recurses by itself, since `named_modules` takes longer
-    than a sampling step.
+    This is, for the module and its children, the class, hooks, weights' shapes and kinds (such as
+    quantised ones), choices such as a GELU's, and attributes that shadow a method. It recurses by
+    itself, since `named_modules` takes longer than a sampling step.
     """
     return (
         type(module),
         bool(module._forward_hooks or module._forward_pre_hooks),
-        {name: p is not None and p.shape for name, p in module._parameters.items()},
+        {name: p is not None and (type(p), p.shape) for name, p in module._parameters.items()},
         {
             name: value
             for name, value in vars(module).items()

@@ -189,7 +189,21 @@ def test_auto_takes_the_trajectory_only_for_an_unchanged_dit():
     def by_bias(model):
         model.blocks[0].mlp[0].bias = None
 
+    class Doubled(torch.Tensor):
+        """Weights of another kind, as quantised ones are."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return 2 * out if func is torch.nn.functional.linear else out
+
+    def by_kind(model):
+        proj = model.blocks[0].attn.proj
+        own = proj.weight.as_subclass(Doubled)
+        proj.weight = torch.nn.Parameter(own, requires_grad=False)
+
     changes = (by_hook, by_module, by_attribute, by_method, by_private_method, by_shape, by_bias)
+    changes += (by_kind,)
     for alter in changes:
         model = make_model()
         sampler = Sampler(model, scheduler)
