@@ -95,13 +95,13 @@ struct Loop : Network {
     // Threads share pairs of panels, and those that share a pair split the slices, then the rows
     // of a slice. The best number of columns leaves each thread least to do. Of equal ones many
     // need to exchange less, but few read weights from afar less often.
-    const bool far = p.layer_matrices() > FAR_FLOATS;
+    mine.far = p.layer_matrices() > FAR_FLOATS;
     int64_t of_slice = 0;  // threads; 0: one thread has all slices
     double least_work = 0;
     for (int64_t c = 1; c <= least(size, pairs); c++) {
       const int64_t threads = size / c / SLICES;
       const double work = (double)ceil_div(pairs, c) / larger_of(1, SLICES * threads);
-      if (c > 1 && (far ? work >= least_work : work > least_work)) continue;
+      if (c > 1 && (mine.far ? work >= least_work : work > least_work)) continue;
       least_work = work, columns = c, of_slice = threads;
     }
     const int64_t of_column = larger_of(1, SLICES * of_slice);
@@ -210,7 +210,8 @@ static void linear(const Linear& l, int64_t first_row, int64_t first_feature, in
       return v;
     });
   }
-  const Share all{0, panels, 0, SLICES, 0, 1};
+  const bool far = (last_feature - first_feature) * K > FAR_FLOATS;
+  const Share all{0, panels, 0, SLICES, 0, 1, far};
   const weight* w = (const weight*)l.weight + first_feature * K;
   product(all, w, K, last_feature - first_feature, K, in, K,
           [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {

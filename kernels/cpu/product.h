@@ -109,14 +109,15 @@ struct Share {
   int64_t first_panel, last_panel;
   int64_t first_slice, last_slice;
   int64_t part, parts;  // which part of the blocks of rows, and of how many
+  bool far;             // weights come from further than the second-level cache
 
   bool has_all_slices() const { return last_slice - first_slice == SLICES; }
   // Shares of products without slices: this thread takes all rows of its panels, or the threads of
   // its panels split the rows.
-  Share of_all_rows() const { return {first_panel, last_panel, 0, SLICES, 0, 1}; }
+  Share of_all_rows() const { return {first_panel, last_panel, 0, SLICES, 0, 1, far}; }
   Share without_slices() const {
     if (has_all_slices()) return *this;
-    return {first_panel, last_panel, 0, SLICES, first_slice * parts + part, SLICES * parts};
+    return {first_panel, last_panel, 0, SLICES, first_slice * parts + part, SLICES * parts, far};
   }
 };
 
@@ -133,8 +134,7 @@ INLINE void product(const Share& mine, const weight* w, int64_t w_stride, int64_
   K /= FEATURES, in_v /= FEATURES;
   // Take as many panels at a time as stay in the first-level cache while all rows pass; or, if the
   // rows come from so far that they should be read seldom, as stay in the second-level cache.
-  const bool far = M * K * FEATURES > FAR_FLOATS;
-  const int64_t cached = far ? NEAR_FLOATS : CACHED_FLOATS;
+  const int64_t cached = mine.far ? NEAR_FLOATS : CACHED_FLOATS;
   const int64_t most = larger_of(PAIR, cached / larger_of(1, K * WIDTH) / PAIR * PAIR);
   const int64_t panels = larger_of(1, mine.last_panel - mine.first_panel);
   const int64_t group = ceil_div(ceil_div(panels, ceil_div(panels, most)), PAIR) * PAIR;
@@ -145,7 +145,7 @@ INLINE void product(const Share& mine, const weight* w, int64_t w_stride, int64_
       for (int64_t q = g; q < end; q += PAIR) {
         vf sums[PAIR * ROWS];
         const int64_t vectors = least(PAIR, end - q);
-        const bool fetch = far && q == g && n + 1 < last;
+        const bool fetch = mine.far && q == g && n + 1 < last;
         multiply<By::ROW>(rows, vectors, w + row * w_stride, w_stride, in + q * in_v, in_v, K, sums,
                           ROWS, false, fetch ? w + below * w_stride : nullptr);
         for (int64_t v = 0; v < vectors; v++) finish(q + v, row, rows, sums + v * ROWS);

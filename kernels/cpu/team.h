@@ -56,7 +56,7 @@ class Barrier {
   std::unique_ptr<Flag[]> flags_;
 };
 
-// How many threads of a team the CPUs have time for. Other programs may keep some of them busy, and
+// How many threads the CPUs have time for, where threads share images. Other programs may keep some of them busy, and
 // a team is as slow as its slowest thread. What one call finds out holds for the next calls too,
 // for a while that doubles, up to a second, each time that more threads are tried in vain.
 class Limit {
@@ -83,6 +83,8 @@ struct Crew {
   explicit Crew(int64_t threads) : barrier(threads) {}
 
   Barrier barrier;
+  int64_t others = 0;                            // threads of the call that are in other teams
+  bool together = true;                          // threads have had no work of their own before
   alignas(64) std::atomic<int64_t> waited[2]{};  // the longest waiting of a thread in a step
   // Of the team in a step. Both arrays have a place for every second step, since the first thread
   // sets the next step's while others still read this step's.
@@ -111,6 +113,7 @@ struct Team {
     auto& longest = crew->waited[step % 2];
     if (waited > longest.load()) longest.store(waited);  // a lost update is of no consequence
     waited = crew->barrier.wait(id, size);
+    if (step == 0 && !crew->together) waited = 0;
     const int64_t now_size = step ? crew->sizes[step % 2] : size;
     if (id == 0) crew->sizes[(step + 1) % 2] = next_size(step, now_size, longest.exchange(0));
     size = now_size;
@@ -129,7 +132,7 @@ struct Team {
     crew->watch_from(now);
     if (lost < 0.55 * taken || now_size == 1) return now_size;
     const int64_t fewer = now_size - std::max<int64_t>(1, now_size / 8);
-    limit->lower(fewer);
+    limit->lower(fewer + crew->others);
     return fewer;
   }
 

@@ -122,8 +122,11 @@ void trajectory(const Problem& p, const InstructionSet& set) {
   const int64_t shared = set.team_floats(p, together), own = set.thread_floats(p, together);
   const int64_t of_thread = shared + own + set.thread_floats(p, left_over);
   const Floats memory = allocate(left_over * of_image + threads * of_thread);
-  std::vector<std::unique_ptr<Crew>> crews(threads);  // of as many teams, at most
-  for (auto& crew : crews) crew = std::make_unique<Crew>(threads);
+  std::vector<std::unique_ptr<Crew>> crews(left_over);  // of as many teams, at most
+  for (auto& crew : crews) {
+    crew = std::make_unique<Crew>(threads);
+    crew->together = p.images < threads;
+  }
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads)
   {
@@ -142,14 +145,17 @@ void trajectory(const Problem& p, const InstructionSet& set) {
     }
 
     // Teams of threads share the remaining images.
-    const int64_t rest = p.images - whole, worth = threads_of_an_image(p, set, T);
-    if (rest) {
-      const int64_t teams = std::clamp<int64_t>(T / worth, 1, rest), team = id % teams;
+    const int64_t rest = p.images - whole, some = std::min(T, in_time);
+    if (rest && id < some) {
+      const int64_t worth = threads_of_an_image(p, set, some);
+      const int64_t teams = std::clamp<int64_t>(some / worth, 1, rest), team = id % teams;
       const int64_t first = block_start(rest, teams, team);
       const int64_t count = block_start(rest, teams, team + 1) - first;
-      const int64_t size = std::min({ceil_div(T - team, teams), worth * count, in_time});
+      const int64_t size = std::min(ceil_div(some - team, teams), worth * count);
+      Crew* crew = crews[team].get();
+      if (id < teams) crew->others = some - size;  // for the team's first thread, which is this
       if (id / teams < size)
-        set.run(p, layout.weights, {id / teams, size, crews[team].get(), &limit}, whole + first, count,
+        set.run(p, layout.weights, {id / teams, size, crew, &limit}, whole + first, count,
                 memory.get() + first * of_image, mine + shared + own);
     }
   }
