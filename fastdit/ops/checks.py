@@ -92,6 +92,8 @@ def check_weights(weights: DiTWeights) -> None:
     for i, (t, shape) in enumerate(zip(tensors, shapes, strict=True)):
         if t.shape != shape:
             raise ValueError(f"weights: expected shape {list(shape)} at {i}, got {list(t.shape)}")
+        if t.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"weights: expected a float dtype, got {t.dtype}")
         if (t.dtype, t.device) != (first.dtype, first.device):
             raise ValueError(
                 f"weights: expected one dtype and device, got {first.dtype} on {first.device} and "
@@ -117,7 +119,6 @@ def check_trajectory(
     labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
     expected: dict[str, tuple[Tensor | None, list[int]]] = {
         "x": (x, state),
-        "weights": (weights.tensors[0], list(weights.tensors[0].shape)),
         "x0": (x0, state),
         "coefficients": (coefficients, [K, len(COEFFICIENTS)]),
         "modulation.by_step": (by_step, [K, labels, width]),
@@ -145,7 +146,7 @@ def check_trajectory(
     check_seeds(x, seeds, noise)
     del expected["x"]
     given = {name: value for name, (value, _) in expected.items() if value is not None}
-    check_device(x, **given)
+    check_device(x, weights=weights.tensors[0], **given)
 
 
 def check_noise(seeds: Tensor, steps: Tensor, elements: int) -> None:

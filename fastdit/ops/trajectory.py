@@ -1,4 +1,4 @@
-"""The sampling loop of a small DiT as one op: its arguments, and the loop in plain PyTorch."""
+"""The sampling loop of a DiT as one op: its arguments, and the loop in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ class DiTWeights:
 
     @functools.cached_property
     def packed(self) -> Tensor:
-        """A copy of the tensors one after another, [n], for kernels that read them so."""
+        """A copy of the tensors one after another, [n], for kernels that read them so.
+
+        It is made once; later changes of the tensors do not reach it.
+        """
         return torch.cat([t.reshape(-1) for t in self.tensors])
 
     def to(self, *args: Any) -> DiTWeights:

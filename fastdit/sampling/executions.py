@@ -71,7 +71,7 @@ def describe_automatic(cfg: DiTConfig) -> str:
         "'eager' in other dtypes"
     )
     if cfg.hidden > _PLAIN_HIDDEN:
-        on_cpu += " and without AVX2"
+        on_cpu += " or without AVX2"
     on_cuda = "'graph' on CUDA"
     if chips := sorted({win.arch for win in WINS if _covers(win, cfg)}):
         on_cuda += f", but 'trajectory' in 16 bits on {' and '.join(chips)}"

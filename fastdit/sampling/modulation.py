@@ -65,11 +65,12 @@ class Projection(ABC):
 class LayerProjection(Projection):
     """Calls the model's own layers one by one, whatever they are, such as linears with adapters."""
 
-    def __init__(self, model: DiT) -> None:
+    def __init__(self, model: DiT, dtype: torch.dtype | None = None) -> None:
+        """Take a model, and the dtype that its layers return; None is the model's."""
         super().__init__(model)
+        self._dtype = dtype or model.pos_embed.dtype
         # One layer's output stands beside the table while it is copied there.
-        width = sum(self._columns) + self._columns[0]
-        self.row_bytes = width * model.pos_embed.element_size()
+        self.row_bytes = (sum(self._columns) + self._columns[0]) * self._dtype.itemsize
 
     def _time(self, t: Tensor) -> Tensor:
         return self.model.time_conditioning(t)
@@ -85,7 +86,7 @@ class LayerProjection(Projection):
             yield part - of_zeros
 
     def _project(self, c: Tensor, bias: bool = True) -> Tensor:
-        table = c.new_empty(len(c), sum(self._columns))
+        table = c.new_empty(len(c), sum(self._columns), dtype=self._dtype)
         for part, own in zip(self._parts(c, bias), table.split(self._columns, -1), strict=True):
             own.copy_(part)
         return table
@@ -94,8 +95,8 @@ class LayerProjection(Projection):
 class PlainProjection(LayerProjection):
     """Applies the weights of plain linears by a function of one's own, such as `F.linear`."""
 
-    def __init__(self, model: DiT, linear: Linear) -> None:
-        super().__init__(model)
+    def __init__(self, model: DiT, linear: Linear, dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, dtype)
         self._linear = linear
 
     def parameters(self) -> list[nn.Parameter]:

@@ -172,10 +172,11 @@ class DiTPredictor:
     def _check_finite(self) -> None:
         """Read the weights once, and again where PyTorch's counters show a change.
 
-        They pass by a write to `p.data`. A NaN that came so is found in the images.
+        A write through `p.data` does not change them; a NaN that came so is found in the images.
         """
         parameters = dict(self.source.named_parameters())
-        if any(p.is_inference() for p in parameters.values()):  # these have no counters
+        # Tensors of inference mode have no counters, and those of other classes may have no data.
+        if any(type(p) is not nn.Parameter or p.is_inference() for p in parameters.values()):
             check_finite("model", parameters)
             return
         marks = [(p.data_ptr(), p._version) for p in parameters.values()]

@@ -65,17 +65,20 @@ class Sampler:
             steps: number of the scheduler's T steps to take; None takes all. The solver's docstring
                 says which. Heun's method calls the model twice a step, except in the last.
             guidance: classifier-free guidance; needs a DiT with `null_class`.
-            dtype: of the forward, including its residual stream; None is the model's own, or under
-                autocast autocast's dtype. A dtype that is not the model's own needs a
-                `fastdit.DiT`. The sampler's state is at least float32.
+            dtype: of the forward, including its residual stream, which in the C++ trajectory is
+                float32; None is the model's own, or under autocast autocast's dtype. A dtype that
+                is not the model's own needs a `fastdit.DiT`. The sampler's state is at least
+                float32.
             execution: how the loop runs; all ways but "eager" need a `fastdit.DiT`.
                 "eager": op by op.
                 "compile": each step is one graph of torch.compile, which pays off after some
                     hundred steps.
                 "graph": each step is a replayed CUDA graph.
-                "trajectory": many steps are one op, in C++ on a CPU (float32), or in Triton for
-                    small models. It reads only weights, and refuses hooks and exchanged modules.
-                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run; "eager" otherwise.
+                "trajectory": many steps are one op, in C++ on a CPU (float32, and bfloat16 with
+                    AVX512-BF16), or in Triton for small models. It reads only weights, and refuses
+                    hooks and exchanged modules.
+                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run, but for bfloat16 with
+                    AMX, and for hidden sizes past 512 without AVX2; "eager" otherwise.
                     `execution_for` says which.
                 "compile", "graph" and another dtype use a copy of the model, whose weights are
                 renewed at every call; hooks and exchanged modules are copied once. On CUDA

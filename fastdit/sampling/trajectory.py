@@ -25,8 +25,8 @@ class _Kept(NamedTuple):
 
     made_for: tuple[DiTConfig, tuple[int, ...], int]  # the config, the timesteps and `table_bytes`
     copies: list[Tensor]  # of the weights, to tell whether they are still the same
-    weights: DiTWeights
     tables: TableStore
+    weights: DiTWeights | None = None  # those that the op reads on CUDA
 
     def serves(self, made_for: tuple[Any, ...], present: list[Tensor]) -> bool:
         return self.made_for == made_for and all(map(torch.equal, self.copies, present))
@@ -92,26 +92,28 @@ class TrajectoryLoop(Loop):
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
-        model, bounds = self._dit.model, (self.plan.table.timesteps, self.plan.table_bytes)
-        made_for = model.cfg, tuple(bounds[0]), bounds[1]
+        model, timesteps = self._dit.model, self.plan.table.timesteps
+        table_bytes = self.plan.table_bytes
+        made_for = model.cfg, tuple(timesteps), table_bytes
         if self.device.type != "cpu":
             # In one tensor, since each comparison waits for the device.
             present = torch.cat([p.detach().reshape(-1) for p in self._dit.source.parameters()])
             if self._kept is None or not self._kept.serves(made_for, [present]):
                 self._kept = None  # what follows may fail half way
                 self._dit.refresh()
-                store = TableStore(PlainProjection(model, F.linear), *bounds)
-                self._kept = _Kept(made_for, [present], DiTWeights.of(model), store)
+                store = TableStore(PlainProjection(model, F.linear), timesteps, table_bytes)
+                self._kept = _Kept(made_for, [present], store, DiTWeights.of(model))
+            assert self._kept.weights is not None
             return self._kept.weights, self._kept.tables
         self._dit.refresh()
-        weights, projection = DiTWeights.of(model), PlainProjection(model, definitions.linear)
+        projection = PlainProjection(model, definitions.linear, torch.float32)
         if not projection.split:
-            return weights, TableStore(projection, *bounds)
+            return DiTWeights.of(model), TableStore(projection, timesteps, table_bytes)
         of_tables = [p.detach() for p in projection.parameters()]
         if self._kept is None or not self._kept.serves(made_for, of_tables):
             copies = [p.clone() for p in of_tables]
-            self._kept = _Kept(made_for, copies, weights, TableStore(projection, *bounds))
-        return weights, self._kept.tables
+            self._kept = _Kept(made_for, copies, TableStore(projection, timesteps, table_bytes))
+        return DiTWeights.of(model), self._kept.tables
 
     def _run_length(self, k: int, rows: int) -> int:
         """Return the number of steps from k on for one op: all guided, or none.

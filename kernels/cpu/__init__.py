@@ -1,10 +1,11 @@
 """C++ kernels for CPUs: the whole sampling loop of a DiT in one call, and its single ops.
 
-`structs.h` and `problem.h` declare what the parts share, `vector.h` has the mathematics,
-`product.h` the matrix products, `update.h` a solver's step, `network.h` the forward, `loop.h` the
-loop over steps, and `adaln.h` LayerNorm with modulation. `plain.cpp`, `avx2.cpp` and `avx512.cpp`
-compile these headers for one instruction set each. `trajectory.cpp` and `adaln.cpp` are the C
-interface, and distribute images and rows over threads.
+`structs.h` and `problem.h` declare what the parts share, `team.h` has the threads that share an
+image, `vector.h` the mathematics, `product.h` the matrix products, `update.h` a solver's step,
+`network.h` the forward, `loop.h` the loop over steps, and `adaln.h` LayerNorm with modulation.
+`plain.cpp`, `avx2.cpp`, `avx512.cpp` and `avx512_bf16.cpp` compile these headers for one
+instruction set each. `trajectory.cpp` and `adaln.cpp` are the C interface, and distribute images
+and rows over threads.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def trajectory(
     Args:
         x ... shape: as for `fastdit.kernels.trajectory.trajectory`, but weights are the tensors
             that `Shape` lists, and are read where they are.
-        instruction_set: "plain", "avx2" or "avx512" for float32 weights; None is the best that the
-            CPU has. "avx512_bf16" for bfloat16.
+        instruction_set: "plain", "avx2" or "avx512"; None is the best that the CPU has. bfloat16
+            weights have an instruction set of their own.
 
     Returns:
         (x, x0) after the last step, new and contiguous.
@@ -78,6 +79,8 @@ def trajectory(
     given = _float32(coefficients=coefficients, noise=noise, by_step=by_step, by_label=by_label)
     given |= dict(rows=rows.contiguous(), seeds=contiguous(seeds))
     low = weights[0].dtype == torch.bfloat16
+    if instruction_set is not None and low != (instruction_set == _BFLOAT16):
+        raise ValueError(f"instruction_set: {instruction_set} is not for {weights[0].dtype}")
     # Biases and positions are float32 in any case; `kept` lives as long as the call has addresses.
     vectors = {1, *range(3, len(weights), 2)}
     kept = [
@@ -160,7 +163,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [R, K].
-        weight: [M, K], float32 or bfloat16. x is rounded to bfloat16 too if the weight is.
+        weight: [M, K], float32; or bfloat16, where x is rounded to bfloat16 too and K is even.
         bias: [M], or None.
 
     Returns:
@@ -172,6 +175,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x.new_empty((len(x), len(weight)), dtype=torch.float32)
     sizes = dict(rows=len(x), in_features=x.shape[1], out_features=len(weight))
     low = weight.dtype == torch.bfloat16
+    if low and x.shape[1] % 2:
+        raise ValueError(f"weight: expected an even K in bfloat16, got {x.shape[1]}")
     given = _float32(x=x, bias=bias)
     given["weight"] = weight.contiguous() if low else weight.float().contiguous()
     call(library().fastdit_linear, Linear(**sizes, **given, y=y), _BFLOAT16 if low else None)
@@ -184,7 +189,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> list[str]:
-    """Return all instruction sets of this CPU, the best last."""
+    """Return all instruction sets of this CPU for float32, the best last."""
     names = ["plain", "avx2", "avx512"]
     return names[: names.index(instruction_set()) + 1]
 

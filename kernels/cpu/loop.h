@@ -93,8 +93,8 @@ struct Loop : Network {
   void take_share() {
     const int64_t pairs = ceil_div(all, PAIR), size = team.size;
     // Threads share pairs of panels, and those that share a pair split the slices, then the rows
-    // of a slice. The best number of columns leaves each thread least to do. Of equal ones many
-    // need to exchange less, but few read weights from afar less often.
+    // of a slice. The best number of columns leaves each thread least to do. Of equally good ones,
+    // more columns exchange less, and fewer read each weight fewer times.
     mine.far = p.layer_matrices() > FAR_FLOATS;
     int64_t of_slice = 0;  // threads; 0: one thread has all slices
     double least_work = 0;
@@ -149,8 +149,8 @@ static int64_t thread_floats(const Problem& p, int64_t images) {
   return (rows * panels * of_panel + of_attention + ceil_div(rows * p.width(), WIDTH)) * WIDTH;
 }
 
-static int64_t useful_threads(const Problem& p, int64_t images) {
-  const int64_t rows = p.guided ? 2 * images : images;
+static int64_t useful_threads(const Problem& p) {
+  const int64_t rows = p.guided ? 2 : 1;
   return ceil_div(rows * ceil_div(p.tokens, WIDTH), PAIR) * ceil_div(p.hidden, ROWS);
 }
 

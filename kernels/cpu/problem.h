@@ -72,7 +72,7 @@ struct InstructionSet {
   int width;  // floats of a vector
   int64_t (*team_floats)(const Problem&, int64_t images);     // memory that a team shares
   int64_t (*thread_floats)(const Problem&, int64_t images);   // memory of each of its threads
-  int64_t (*useful_threads)(const Problem&, int64_t images);  // the largest useful team
+  int64_t (*useful_threads)(const Problem&);  // the largest useful team of an image
   void (*run)(const Problem&, const Weights&, Team, int64_t first_image, int64_t images,
               float* shared, float* own);
   // Updates 4 * width elements from `element` on.

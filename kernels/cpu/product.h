@@ -40,9 +40,9 @@ template <class F> INLINE void write_features(operand* out, int64_t n, F f) {
 #endif
 }
 
-// c[v][i] (+)= sum over k of a(i, k) * b[v][k], for MR rows i and NV vectors v, which are b_v and c_v
-// vectors apart. a(i, k) is a[i * a_stride + k], or by columns a[k * a_stride + i]; of bfloat16 k
-// counts pairs. For any MR and NV an element is the same sum in the same order. `next`: rows to
+// c[v][i] (+)= sum over k of a(i, k) * b[v][k], for MR rows i and NV vectors v, which are b_v and
+// c_v vectors apart. a(i, k) is a[i * a_stride + k], or by columns a[k * a_stride + i]; of bfloat16
+// k counts pairs. For any MR and NV an element is the same sum in the same order. `next`: rows to
 // fetch into the cache meanwhile.
 enum class By { ROW, COLUMN };
 template <int MR, int NV, By BY, class A, class B>
@@ -122,8 +122,8 @@ struct Share {
 };
 
 // Multiplies w [M][K], whose rows are w_stride apart, by in [panel][K], whose panels are in_v
-// features apart, for a thread's share. Calls finish(panel, row, rows, sums) for each block of rows,
-// which begins at an even one if M is even.
+// features apart, for a thread's share; of bfloat16 K is even. Calls finish(panel, row, rows, sums)
+// for each block of rows, which begins at an even one if M is even.
 template <class Finish>
 INLINE void product(const Share& mine, const weight* w, int64_t w_stride, int64_t M, int64_t K,
                     const operand* in, int64_t in_v, Finish finish) {

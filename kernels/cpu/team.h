@@ -22,8 +22,8 @@ class Barrier {
  public:
   explicit Barrier(int64_t threads) : flags_(new Flag[threads]) {}
 
-  // Waits for the first `size` threads, of which the caller is `id`. Returns the nanoseconds that it
-  // had to wait, or 0 if it was no longer than usual.
+  // Waits for the first `size` threads, of which the caller is `id`. Returns the nanoseconds that
+  // it had to wait, or 0 if it was no longer than usual.
   int64_t wait(int64_t id, int64_t size) {
     Flag& mine = flags_[id];
     const uint32_t turn = mine.turn.load(std::memory_order_relaxed) + 1;
@@ -47,7 +47,7 @@ class Barrier {
     for (int i = 0; i < 1000 && !flag.reached(turn); i++) std::this_thread::yield();
     if (!flag.reached(turn)) {
       flag.sleepers.fetch_add(1);
-      for (uint32_t now; now = flag.turn.load(), int32_t(now - turn) < 0;) flag.turn.wait(now);
+      while (!flag.reached(turn)) flag.turn.wait(turn - 1);  // no thread is two turns behind
       flag.sleepers.fetch_sub(1);
     }
     return nanoseconds() - start;
@@ -58,19 +58,22 @@ class Barrier {
 
 // How many threads the CPUs have time for, where threads share images. Other programs may keep some of them busy, and
 // a team is as slow as its slowest thread. What one call finds out holds for the next calls too,
-// for a while that doubles, up to a second, each time that more threads are tried in vain.
+// for a pause that doubles, up to a second, each time that more threads are tried in vain.
 class Limit {
  public:
   int64_t threads(int64_t wanted) const {
     return nanoseconds() < retry_.load() ? std::min(wanted, most_.load()) : wanted;
   }
   void lower(int64_t most) {
-    const int64_t now = nanoseconds(), pause = pause_.load();
-    const bool calm = now > retry_.load() + LONGEST;  // so long more threads did well
-    const int64_t next = calm ? SHORTEST : std::min(2 * pause, LONGEST);
+    const int64_t now = nanoseconds(), retry = retry_.load();
+    int64_t pause = pause_.load();
+    if (now > retry + LONGEST)  // so long more threads did well
+      pause = SHORTEST;
+    else if (now >= retry)  // they were tried in vain
+      pause = std::min(2 * pause, LONGEST);
     most_.store(most);
-    pause_.store(next);
-    retry_.store(now + next);
+    pause_.store(pause);
+    retry_.store(now + pause);
   }
 
  private:
@@ -79,17 +82,17 @@ class Limit {
 };
 
 // What the threads of a team share besides their memory.
-struct Crew {
-  explicit Crew(int64_t threads) : barrier(threads) {}
+struct TeamState {
+  explicit TeamState(int64_t threads) : barrier(threads) {}
 
   Barrier barrier;
-  int64_t others = 0;                            // threads of the call that are in other teams
-  bool together = true;                          // threads have had no work of their own before
-  alignas(64) std::atomic<int64_t> waited[2]{};  // the longest waiting of a thread in a step
-  // Of the team in a step. Both arrays have a place for every second step, since the first thread
-  // sets the next step's while others still read this step's.
-  int64_t sizes[2]{};
-  int64_t began = 0, lost = 0;  // of the time that is watched: when it began, and how much was waited
+  int64_t others = 0;  // threads of the call that are in other teams
+  // Even steps use one element and odd steps the other, since the first thread sets the next step's
+  // while others still read this step's.
+  alignas(64) std::atomic<int64_t> waited[2]{};  // the longest that a thread waited
+  int64_t sizes[2]{};                            // of the team
+  // When the time that is watched began, and how much of it was waited.
+  int64_t began = 0, lost = 0;
 
   void watch_from(int64_t now) { began = now, lost = 0; }
 };
@@ -97,12 +100,13 @@ struct Crew {
 // The threads that share a group of images, and the calling thread's place among them.
 struct Team {
   int64_t id, size;
-  Crew* crew;
+  TeamState* state;
   Limit* limit;
+  bool fresh = true;   // the thread has done nothing else in this call, so all should be there
   int64_t waited = 0;  // since this step began
 
   void wait() {
-    if (size > 1) waited += crew->barrier.wait(id, size);
+    if (size > 1) waited += state->barrier.wait(id, size);
   }
 
   // Waits for the others between two steps. Returns whether this thread takes the next one: a team
@@ -110,12 +114,12 @@ struct Team {
   // leaves a CPU to those that kept it waiting. No sum depends on the number of threads.
   bool take_step(int64_t step) {
     if (size == 1) return true;
-    auto& longest = crew->waited[step % 2];
+    auto& longest = state->waited[step % 2];
     if (waited > longest.load()) longest.store(waited);  // a lost update is of no consequence
-    waited = crew->barrier.wait(id, size);
-    if (step == 0 && !crew->together) waited = 0;
-    const int64_t now_size = step ? crew->sizes[step % 2] : size;
-    if (id == 0) crew->sizes[(step + 1) % 2] = next_size(step, now_size, longest.exchange(0));
+    waited = state->barrier.wait(id, size);
+    if (step == 0 && !fresh) waited = 0;
+    const int64_t now_size = step ? std::min(size, state->sizes[step % 2]) : size;
+    if (id == 0) state->sizes[(step + 1) % 2] = next_size(step, now_size, longest.exchange(0));
     size = now_size;
     return id < size;
   }
@@ -125,14 +129,14 @@ struct Team {
   // a thread waited in the step that has ended.
   int64_t next_size(int64_t step, int64_t now_size, int64_t longest) {
     const int64_t now = nanoseconds();
-    if (step == 0 || now_size < size) crew->watch_from(now);
-    crew->lost += longest;
-    const int64_t taken = now - crew->began, lost = crew->lost;
+    if (step == 0 || now_size < size) state->watch_from(now);
+    state->lost += longest;
+    const int64_t taken = now - state->began, lost = state->lost;
     if (taken < WATCHED) return now_size;
-    crew->watch_from(now);
+    state->watch_from(now);
     if (lost < 0.55 * taken || now_size == 1) return now_size;
     const int64_t fewer = now_size - std::max<int64_t>(1, now_size / 8);
-    limit->lower(fewer + crew->others);
+    limit->lower(fewer + state->others);
     return fewer;
   }
 

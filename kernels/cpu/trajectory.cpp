@@ -1,5 +1,4 @@
-// The C interface. It packs weights into blocks, distributes images over threads, and chooses the
-// instruction set at run time.
+// The C interface. It distributes images over threads, and chooses the instruction set at run time.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -107,7 +106,7 @@ int64_t images_together(const Problem& p, const InstructionSet& set) {
 int64_t threads_of_an_image(const Problem& p, const InstructionSet& set, int64_t T) {
   const int64_t lanes = (p.guided ? 2 : 1) * ceil_div(p.tokens, set.width) * set.width;
   const int64_t D = p.hidden, flop = 2 * lanes * (p.layer_matrices() + 2 * p.tokens * D);
-  const int64_t most = std::min(T, set.useful_threads(p, 1));
+  const int64_t most = std::min(T, set.useful_threads(p));
   return std::clamp<int64_t>(flop / 800'000, 1, most);
 }
 
@@ -122,11 +121,8 @@ void trajectory(const Problem& p, const InstructionSet& set) {
   const int64_t shared = set.team_floats(p, together), own = set.thread_floats(p, together);
   const int64_t of_thread = shared + own + set.thread_floats(p, left_over);
   const Floats memory = allocate(left_over * of_image + threads * of_thread);
-  std::vector<std::unique_ptr<Crew>> crews(left_over);  // of as many teams, at most
-  for (auto& crew : crews) {
-    crew = std::make_unique<Crew>(threads);
-    crew->together = p.images < threads;
-  }
+  std::vector<std::unique_ptr<TeamState>> states(left_over);  // of as many teams, at most
+  for (auto& state : states) state = std::make_unique<TeamState>(threads);
   std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(threads)
   {
@@ -152,11 +148,12 @@ void trajectory(const Problem& p, const InstructionSet& set) {
       const int64_t first = block_start(rest, teams, team);
       const int64_t count = block_start(rest, teams, team + 1) - first;
       const int64_t size = std::min(ceil_div(some - team, teams), worth * count);
-      Crew* crew = crews[team].get();
-      if (id < teams) crew->others = some - size;  // for the team's first thread, which is this
-      if (id / teams < size)
-        set.run(p, layout.weights, {id / teams, size, crew, &limit}, whole + first, count,
-                memory.get() + first * of_image, mine + shared + own);
+      TeamState* state = states[team].get();
+      if (id < teams) state->others = some - size;  // read by the first thread, which is this one
+      const Team here{id / teams, size, state, &limit, whole == 0};
+      if (here.id < size)
+        set.run(p, layout.weights, here, whole + first, count, memory.get() + first * of_image,
+                mine + shared + own);
     }
   }
 }

@@ -119,7 +119,9 @@ static const float PHI[5][32] = {
 INLINE vf gelu_erf(vf x) {
   const float piece = 5.5f / 32;  // exactly
   const vf t = at_most((vf)((vi)x & 0x7fffffff), 5.5f);
-  const vf shifted = t * (1.f / piece) + (12582912.f - 0.5f);  // as in `nearest`
+  // The number of t's piece, in the last bits as in `nearest`. The factor is a little less than
+  // 1 / piece, so that no t below 5.5 is rounded up to piece 32.
+  const vf shifted = (t * 5.81818f - 0.5f) + 12582912.f;
   const vf d = t - (shifted - 12582912.f) * piece;
   auto coefficient = [&](int i) INLINED {
     const __m512 low = _mm512_loadu_ps(PHI[i]), high = _mm512_loadu_ps(PHI[i] + 16);

@@ -88,6 +88,17 @@ def test_sample_throughput_refuses_bad_arguments(arguments, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_steady_times_a_sampler_beside_a_busy_process(tmp_path):
+    path = tmp_path / "steady.json"
+    run("steady.py", *"--model toy --rounds 1 --json".split(), path)
+    rows = json.loads(path.read_text())["rows"]
+    alone, every, busy = rows[:3]  # a fourth needs ONNX Runtime
+    assert [row["beside"] for row in rows[:3]] == ["nothing", "nothing", "a busy process"]
+    assert alone["threads"] == 1 and alone["of one thread"] == every["of all threads"] == 1
+    assert all(row["images/s"] > 0 and len(row["rates"]) == 1 for row in rows)
+    assert busy["of one thread"] == pytest.approx(busy["images/s"] / alone["images/s"])
+
+
 def test_crossover_times_both_ways_side_by_side(tmp_path):
     path = tmp_path / "r.json"
     done = run("crossover.py", *"--model toy --batch 2 --rounds 1 --json".split(), path)

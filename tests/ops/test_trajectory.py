@@ -112,6 +112,46 @@ def test_every_instruction_set_obeys_the_error_rule(cfg, guidance, noise):
             check_against_oracle(own, other, exact)
 
 
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+def test_the_gelu_is_right_everywhere(gelu):
+    """The features of the MLP are the same for every token, and go through all of its range."""
+    cfg = DiTConfig(hidden=256, n_heads=4, n_layers=1, gelu=gelu)
+    given, exact = problem(cfg, 6), problem(cfg, 6, dtype=torch.float64)
+    for start in (-7, -5.6, -1, 0, 5.3):
+        for arguments in (given, exact):
+            layer = arguments["weights"].parts().layers[0]
+            layer.fc1.zero_()
+            layer.fc1_bias.copy_(torch.linspace(start, start + 1.7, 1024))
+        plain = functional.trajectory(**given, backend="reference")
+        oracle = functional.trajectory(**exact)
+        for name in cpu.instruction_sets():
+            for results in zip(launch(given, instruction_set=name), plain, oracle, strict=True):
+                check_against_oracle(*results)
+
+
+def test_weights_may_have_any_strides():
+    given = problem(DiTConfig(hidden=32, n_layers=1), 2)
+    views = tuple(
+        torch.stack([t, t], dim=-1)[..., 0] if t.dim() == 1 else t.t().contiguous().t()
+        for t in given["weights"].tensors
+    )
+    strided = given | dict(weights=DiTWeights(given["weights"].cfg, views))
+    assert not views[2].is_contiguous()
+    for a, b in zip(launch(strided), launch(given), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_instruction_set_is_for_its_dtype():
+    given = problem(DiTConfig(hidden=32, n_layers=1), 1)
+    with pytest.raises(ValueError, match="avx512_bf16 is not for torch.float32"):
+        launch(given, instruction_set="avx512_bf16")
+    low = given | dict(weights=given["weights"].to(torch.bfloat16))
+    with pytest.raises(ValueError, match="plain is not for torch.bfloat16"):
+        launch(low, instruction_set="plain")
+    with pytest.raises(ValueError, match="expected an even K in bfloat16, got 3"):
+        cpu.linear(torch.ones(2, 3), torch.ones(4, 3).bfloat16())
+
+
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="needs AVX512-BF16")
 @pytest.mark.parametrize(("cfg", "guidance"), EVEN.values(), ids=EVEN.keys())
 @pytest.mark.parametrize("noise", ["seeds", "noise"])

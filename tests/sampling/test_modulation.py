@@ -193,3 +193,18 @@ def test_rows_of_labels_that_could_not_be_made_are_made_again():
         store.serve([7])
     failing.clear()
     assert torch.equal(store.serve([5]).rows(1, 1), expected)
+
+
+@torch.no_grad()
+def test_tables_of_a_16_bit_model_count_the_dtype_that_its_linears_return():
+    model = make(CONFIGS["split"]).bfloat16()
+
+    def linear(x, weight, bias):
+        bias = None if bias is None else bias.float()
+        return torch.nn.functional.linear(x.float(), weight.float(), bias)
+
+    bound = 20 * row_bytes(dtype=torch.float32)
+    store = TableStore(PlainProjection(model, linear, torch.float32), TIMESTEPS, bound)
+    by_step, by_label, _ = store.serve([1, 3]).steps(0, 5, 2)
+    assert by_step.dtype == by_label.dtype == torch.float32
+    assert by_step.nbytes + by_label.nbytes <= bound
