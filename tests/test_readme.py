@@ -20,7 +20,7 @@ README, RESULTS_PAGE = PAGES["README.md"], PAGES["results.md"]
 RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-2cpu"
 ON_EPYC = ROOT / "benchmarks" / "results" / "amd-epyc-2cpu"
 SAMPLING = [ON_EPYC / f"sample_{name}.json" for name in ("toy", "s4_b4", "b2", "xl2")]
-LOW = ON_EPYC / "sample_bfloat16.json"
+LOW, STEADY = ON_EPYC / "sample_bfloat16.json", ON_EPYC / "steady.json"
 TRAINING = RESULTS / "train_throughput.json"
 CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
@@ -34,6 +34,10 @@ def benchmark_modules(monkeypatch):
         "_harness",
         "sample_throughput",
         "crossover",
+        "steady",
+        "_rivals",
+        "_ways",
+        "roofline",
         "train_throughput",
         "toy_recipes",
         "inductive_bias",
@@ -113,7 +117,7 @@ def speed_table(documents):
         "OpenVINO": "openvino",
         "fastdit": "fastdit trajectory",
     }
-    columns = {"model": "", "batch": "d", **dict.fromkeys(ways, ".1f")}
+    columns = {"model": "", "batch": "d", **dict.fromkeys(ways, ".3g")}
     columns |= {"to OpenVINO": ".2f", "error": ".1e"}
     by_case = {}
     for document in documents:
@@ -148,6 +152,13 @@ def test_the_sampling_tables_are_the_measured_ones(path, benchmark_modules):
     for case in dict.fromkeys((row["preset"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["preset"], row["dtype"]) == case]
         assert table(COLUMNS, own, markdown=True) in RESULTS_PAGE
+
+
+def test_the_table_beside_other_work_is_the_measured_one(benchmark_modules):
+    from _harness import table
+    from steady import COLUMNS
+
+    assert table(COLUMNS, read(STEADY)["rows"], markdown=True) in RESULTS_PAGE
 
 
 def test_the_table_of_the_crossover_is_the_measured_one(benchmark_modules):
@@ -200,7 +211,7 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
 
 @pytest.mark.parametrize(
     "path",
-    [*SAMPLING, LOW, CROSSOVER, KERNELS, TRAINING, TOY, BIAS],
+    [*SAMPLING, LOW, STEADY, CROSSOVER, KERNELS, TRAINING, TOY, BIAS],
     ids=lambda path: path.stem,
 )
 def test_results_name_their_machine_and_come_from_a_commit(path):
