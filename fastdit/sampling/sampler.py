@@ -77,8 +77,8 @@ class Sampler:
                 "trajectory": many steps are one op, in C++ on a CPU (float32, and bfloat16 with
                     AVX512-BF16), or in Triton for small models. It reads only weights, and refuses
                     hooks and exchanged modules.
-                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run, but for bfloat16 with
-                    AMX, and for hidden sizes past 512 without AVX2; "eager" otherwise.
+                "auto": "graph" on CUDA; on a CPU "trajectory" if it can run, except in bfloat16
+                    with AMX, and at hidden sizes past 512 without AVX2; "eager" otherwise.
                     `execution_for` says which.
                 "compile", "graph" and another dtype use a copy of the model, whose weights are
                 renewed at every call; hooks and exchanged modules are copied once. On CUDA
