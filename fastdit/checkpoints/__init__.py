@@ -5,7 +5,8 @@
     inspect("model.safetensors")  # config, diffusion and labels, without the weights
 
 `native` holds these three and fastdit's own file format. `translation` turns the names and rows
-of other projects into fastdit's, and `foreign_files` reads their files but runs no code in them.
+of other projects into fastdit's; `pickles` reads their files but runs no code in them, and
+`folders` reads the folders of diffusers.
 """
 
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save

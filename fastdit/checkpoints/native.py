@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from fastdit.checkpoints import foreign_files, translation
+from fastdit.checkpoints import folders, pickles, translation
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.diffusion import DiffusionScheduler
@@ -114,7 +114,7 @@ def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> Non
     path.mkdir(parents=True, exist_ok=True)
     # Old and new files are never read together, since a folder without a config is no checkpoint.
     (path / "config.json").unlink(missing_ok=True)
-    with atomic_path(path / foreign_files.FOLDER_WEIGHTS[0]) as aside:
+    with atomic_path(path / folders.FOLDER_WEIGHTS[0]) as aside:
         aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
     with atomic_path(path / "config.json") as aside:
         aside.write_text(json.dumps(config, indent=2) + "\n")
@@ -176,7 +176,7 @@ def load(
 def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dict[str, Tensor]]:
     """Return the info of a fastdit file or None, diffusers' config or None, and the tensors."""
     if Path(path).is_dir():
-        config, weights = foreign_files.read_folder(Path(path))
+        config, weights = folders.read_folder(Path(path))
         return None, config, _read(weights)[2]
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -184,7 +184,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dic
         start = file.read(9)
     # torch.save writes a zip or a pickle; the JSON of safetensors begins at the ninth byte.
     if start[:1] in (b"P", b"\x80") and start[8:] != b"{":
-        return None, None, foreign_files.pickled_tensors(path)
+        return None, None, pickles.pickled_tensors(path)
     with _open(path) as file:
         own = _HEADER in (file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # mapped, not read
@@ -215,7 +215,7 @@ def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> Chec
     if info is not None:
         return info
     config, _ = _translate(str(path), tensors, foreign_config, n_heads)
-    names = foreign_files.folder_labels(Path(path), config.num_classes)
+    names = folders.folder_labels(Path(path), config.num_classes)
     return CheckpointInfo(config, dict(_PUBLISHED_DIFFUSION), names)
 
 

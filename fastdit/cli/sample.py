@@ -16,7 +16,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdit.checkpoints.foreign_files import weight_files
+from fastdit.checkpoints.folders import weight_files
 from fastdit.checkpoints.native import CheckpointInfo, inspect, load
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import DiTConfig
