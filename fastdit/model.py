@@ -129,6 +129,9 @@ class DiT(nn.Module):
     """
 
     blocks: list[Block]  # an nn.ModuleList
+    # Options of the `DiffusionScheduler` that the model was trained with; `fastdit.load` sets them
+    # where they are known.
+    diffusion: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -246,9 +249,10 @@ class DiT(nn.Module):
             y: [B] int64 labels, or None.
 
         Returns:
-            [B, D]; without labels the null class's row [D], or None where there is no such row.
+            [B, D]; without labels the null class's row [D], or None where there is no such row, or
+            no class conditioning.
         """
-        if y is not None:
+        if y is not None and self.cfg.use_class_cond:
             return self.y_embed(y)
         return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
 
@@ -303,13 +307,14 @@ class DiT(nn.Module):
         Args:
             x: [B, C, H, W] noisy images.
             t: [B] timesteps.
-            y: [B] int64 class labels; None for no label (the null row where the model has one).
+            y: [B] int64 class labels; None for no label (the null row where the model has one). A
+                model without class conditioning ignores them, as the published toy does.
 
         Returns:
             [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
 
         Raises:
-            ValueError: a shape is wrong, or y is given to a model without class conditioning.
+            ValueError: a shape is wrong.
         """
         self._check_inputs(x, t, y)
         p = self.cfg.patch_size
@@ -324,11 +329,7 @@ class DiT(nn.Module):
             raise ValueError(f"x: expected shape [B, {C}, {H}, {W}], got {list(x.shape)}")
         if list(t.shape) != [B]:
             raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
-        if y is None:
-            return
-        if not self.cfg.use_class_cond:
-            raise ValueError("y: expected None, since the model has use_class_cond=False")
-        if list(y.shape) != [B]:
+        if y is not None and list(y.shape) != [B]:
             raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
 
 

@@ -166,7 +166,7 @@ class DiT(nn.Module):
         c = self.t_embed(embedding.to(self.pos_embed.dtype))
         if y is None and cfg.null_class:
             y = torch.full_like(t, cfg.num_classes, dtype=torch.int64)
-        if y is not None:
+        if y is not None and cfg.use_class_cond:
             c = c + self.y_embed(y)
         return F.silu(c) if cfg.modulation_act == "silu" else c
 

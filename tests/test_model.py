@@ -300,10 +300,13 @@ def test_wrong_shapes_are_value_errors(x, t, y, message):
     assert message in str(error.value)
 
 
-def test_labels_for_an_unconditional_model_are_an_error():
-    model = fastdit.DiT(use_class_cond=False)
-    with pytest.raises(ValueError, match="y: expected None.*use_class_cond=False"):
-        model(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+@pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
+def test_an_unconditional_model_ignores_labels(model_class):
+    """The published training loop passes labels to every model."""
+    model = model_class(use_class_cond=False, hidden=16, n_layers=1)
+    randomize(model)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 5])
+    assert torch.equal(model(x, t, torch.tensor([3, 99])), model(x, t))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -16,8 +16,8 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
-from fastdit.checkpoints.native import CheckpointInfo, inspect, load
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import DiTConfig
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz

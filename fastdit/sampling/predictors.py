@@ -97,7 +97,8 @@ def is_unmodified_dit(model: nn.Module) -> bool:
     return _signature(model) == _fresh_signature(model.cfg)
 
 
-_IGNORED = {"training", "checkpointing", "cfg"}  # attributes that do not change a forward
+# Attributes that do not change a forward.
+_IGNORED = {"training", "checkpointing", "cfg", "diffusion"}
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.checkpoints.native import save
+from fastdit.checkpoints import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import warn

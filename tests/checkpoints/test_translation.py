@@ -14,6 +14,7 @@ from torch import nn
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler
+from fastdit.checkpoints.inference import Told
 from fastdit.checkpoints.translation import from_facebook, to_facebook
 from fastdit.testing import randomize, relative_error
 
@@ -29,7 +30,7 @@ CFG = replace(
 
 
 def published():
-    return fastdit.load(STATE, n_heads=2)
+    return fastdit.load(STATE, n_heads=2, null_class=True)
 
 
 def test_the_config_is_inferred_from_shapes():
@@ -40,7 +41,7 @@ def test_the_config_is_inferred_from_shapes():
 def test_every_preset_is_recognised_with_its_heads(name):
     with torch.device("meta"):
         model = fastdit.DiT.from_config(fastdit.PRESETS[name])
-    told, _ = from_facebook(to_facebook(model.state_dict()), None)
+    told, _ = from_facebook(to_facebook(model.state_dict()), Told())
     assert told == fastdit.PRESETS[name]
 
 
@@ -111,7 +112,7 @@ def as_safetensors(path):
 @pytest.mark.parametrize("write", [as_bare, as_training, as_wrapped, as_legacy, as_safetensors])
 def test_files_of_every_kind_are_read(tmp_path, write):
     write(tmp_path / "checkpoint")
-    model = fastdit.load(tmp_path / "checkpoint", n_heads=2)
+    model = fastdit.load(tmp_path / "checkpoint", n_heads=2, null_class=True)
     assert all(map(torch.equal, model.state_dict().values(), published().state_dict().values()))
     os.truncate(tmp_path / "checkpoint", 0)  # the model must not map the file
     assert model.pos_embed.isfinite().all() and not model.pos_embed.requires_grad
@@ -124,7 +125,7 @@ def test_a_live_module_is_read_and_keeps_its_weights():
         def state_dict(self):
             return STATE
 
-    model = fastdit.load(Foreign())
+    model = fastdit.load(Foreign(), null_class=True)
     assert model.cfg == CFG
     own = fastdit.load(model)
     with torch.no_grad():
@@ -172,7 +173,7 @@ def without(*names):
 )
 def test_tensors_that_do_not_fit_are_named(tensors, message):
     with pytest.raises(ValueError, match=f"state dict: .*{message}"):
-        fastdit.load(tensors, n_heads=2)
+        fastdit.load(tensors, n_heads=2, null_class=True)
 
 
 def test_a_layout_refuses_a_model_that_it_cannot_hold(tmp_path):
@@ -245,7 +246,7 @@ def test_loaded_weights_are_contiguous_and_share_no_memory(tmp_path):
     state["blocks.0.attn.proj.bias"] = flat[:144]
     state["pos_embed"] = STATE["pos_embed"][:, :1].expand_as(STATE["pos_embed"])
     torch.save(state, tmp_path / "m.pt")
-    model = fastdit.load(tmp_path / "m.pt", n_heads=2)
+    model = fastdit.load(tmp_path / "m.pt", n_heads=2, null_class=True)
     with torch.no_grad():
         model.final_linear.bias.fill_(7)
     assert (model.blocks[0].attn.proj.bias == 0).all() and model.pos_embed.is_contiguous()
