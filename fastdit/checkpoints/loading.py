@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fastdit.checkpoints.native import (
     info_of,
     read_safetensors,
 )
-from fastdit.checkpoints.pickles import read_pickle
+from fastdit.checkpoints.pickles import check_records, read_pickle
 from fastdit.checkpoints.runs import locate, run_weights
 from fastdit.config import DiTConfig
 from fastdit.diffusion import PREDICTIONS, SCHEDULES
@@ -44,7 +44,7 @@ class _Source:
     labels: tuple[str, ...] | None = None
     diffusion: dict[str, Any] | None = None
     is_file: bool = True
-    options: dict[str, Any] = field(default_factory=dict)  # what a live model tells of itself
+    pickle: Path | None = None  # the file, if it is one of PyTorch's
 
 
 def load(
@@ -98,6 +98,8 @@ def load(
     found = _read(source, weights, told)
     if found.header is not None:
         check_digests(found.name, found.content, found.header)
+    elif found.pickle is not None:
+        check_records(found.pickle)
     info, tensors = _resolve(found, told, weights, diffusion)
     model = empty_model(found.name, info.config)
     if found.header is None and found.config is None:
@@ -136,12 +138,15 @@ def inspect(
 
 
 def verify(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file has digests, and raise a ValueError if its content does not fit them.
+    """Return whether a file has checksums, and raise a ValueError if its content does not fit them.
 
-    Only fastdit's own files have digests, since version 0.2.
+    fastdit's own files have digests, except those of release 0.1.0, and PyTorch's have a CRC-32
+    for each record.
     """
-    if not Path(path).is_file() or _is_pickle(path):
+    if not Path(path).is_file():
         return False
+    if _is_pickle(path):
+        return check_records(path)
     tensors, header = read_safetensors(path)
     return header is not None and check_digests(str(path), tensors, header)
 
@@ -182,7 +187,7 @@ def _read(source: Any, weights: str | None, told: Told) -> _Source:
     if _is_pickle(path):
         content = read_pickle(path)
         told.arguments = arguments_of(content)
-        return _Source(str(path), content)
+        return _Source(str(path), content, pickle=path)
     tensors, header = read_safetensors(path)
     return _Source(str(path), tensors, header)
 

@@ -14,6 +14,7 @@ import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from typing import Any
 
@@ -28,6 +29,7 @@ _HARMLESS_BUILTINS = (
     *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int"),
     *("list", "object", "range", "set", "slice", "str", "tuple"),
 )
+_BLOCK = 2**20  # bytes
 _MAX_NAMES = 1000  # a whole model names about ten classes
 
 
@@ -57,13 +59,13 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         ValueError: the file is truncated or damaged, or holds code.
     """
     known: dict[str, Any] = {"argparse.Namespace": argparse.Namespace}
-    mapped = zipfile.is_zipfile(path)
+    mapped = _is_zip(path)
     while True:
         allowed: list[Any] = [(stand_in, name) for name, stand_in in known.items()]
         try:
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (*_REFUSED, *_DAMAGED, OSError, zipfile.BadZipFile) as error:
+        except (*_REFUSED, *_DAMAGED, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a bad offset
                 raise
             if len(known) < _MAX_NAMES and _learn(known, str(error)):
@@ -73,6 +75,34 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
             if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 reason = f"it holds more than tensors ({code[1]}), which is refused and not run"
             raise ValueError(f"{path}: expected a PyTorch file of tensors; {reason}") from error
+
+
+def check_records(path: str | os.PathLike[str]) -> bool:
+    """Return whether a PyTorch file has checksums, and raise a ValueError if its bytes do not fit.
+
+    PyTorch writes a CRC-32 for every record of its zip format, unless it is told not to, and does
+    not read them.
+    """
+    if not _is_zip(path):
+        return False
+    record = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checked = [info for info in archive.infolist() if info.CRC]
+            for info in checked:
+                record = info.filename
+                with archive.open(info) as file:  # compares the checksum at the end
+                    while file.read(_BLOCK):
+                        pass
+    except (zipfile.BadZipFile, NotImplementedError, *_REFUSED, *_DAMAGED, zlib.error) as error:
+        where = f"its record {record} does not fit its checksum" if record else str(error)
+        raise ValueError(f"{path}: truncated or damaged ({where}); copy it again") from error
+    return bool(checked)
+
+
+def _is_zip(path: str | os.PathLike[str]) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _learn(known: dict[str, Any], message: str) -> bool:

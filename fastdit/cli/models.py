@@ -78,7 +78,7 @@ def info(
         _print_found(found)
         if model not in PRESETS:
             file = locate(model, weights)
-            checked = "no digests" if not verify(file) else "every tensor fits its digest"
+            checked = "every tensor fits its checksum" if verify(file) else "without checksums"
             print(f"{'file':16} {file}: {checked}")
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())

@@ -48,7 +48,7 @@ def test_a_published_checkpoint_is_converted_sampled_and_converted_back(run, tmp
     assert done.exit_code == 0 and not done.stderr, done.output
     done = run("info", own)
     assert "diffusion        T 50, schedule linear, prediction epsilon\n" in done.stdout
-    assert "every tensor fits its digest" in done.stdout
+    assert "every tensor fits its checksum" in done.stdout
 
 
 def test_info_says_what_is_assumed_and_convert_keeps_saying_it(run, tmp_path):
