@@ -182,7 +182,7 @@ def _digest(checkpoint: Path) -> str:
 def _write(out: Path, images: Tensor, columns: int) -> None:
     """Write a grid, or an NPZ of pixels or, where the images have other channels, of latents."""
     if out.suffix == ".png":
-        write_grid(out, to_pixels(images), columns, zoom=max(1, 64 // images.shape[-1]))
+        write_grid(out, to_pixels(images), columns, zoom=max(1, 64 // max(images.shape[-2:])))
     elif images.shape[1] in PIXEL_CHANNELS:
         write_npz(out, to_pixels(images))
     else:
