@@ -140,6 +140,9 @@ def to_diffusers(
     Raises:
         ValueError: diffusers' model cannot express the config or the position embedding.
     """
+    if not isinstance(cfg.img_size, int):
+        square = "a square image, the only shape that diffusers' DiT has"
+        raise ValueError(f"img_size: expected {square}, got {cfg.img_size}")
     config = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": cfg.n_heads,
@@ -263,6 +266,9 @@ def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTCo
     if [len(shape) for shape in shapes.values()] != list(dims.values()):
         raise ValueError(f"tensors that tell the config have unexpected dimensions: {shapes}")
     D, C, p, _ = shapes["patch_embed.proj.weight"]
+    tokens = shapes["pos_embed"][1]
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"pos_embed: expected the tokens of a square image, got {tokens} tokens")
     layers = _count_layers(state)
     known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
     heads = known.get((layers, D)) if n_heads is None else n_heads
@@ -271,7 +277,7 @@ def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTCo
         raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
     return replace(
         PRESETS["DiT-XL/2"],
-        img_size=math.isqrt(state["pos_embed"].shape[1]) * p,
+        img_size=math.isqrt(tokens) * p,
         patch_size=p,
         in_channels=C,
         hidden=D,
