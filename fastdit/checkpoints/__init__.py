@@ -6,7 +6,7 @@
 
 `native` holds these three and fastdit's own file format. `translation` turns the names and rows
 of other projects into fastdit's; `pickles` reads their files but runs no code in them, and
-`folders` reads the folders of diffusers.
+`folders` reads the folders of diffusers. `adaptation` fits a loaded model to other data.
 """
 
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
