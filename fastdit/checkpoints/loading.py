@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints.adaptation import adapted
 from fastdit.checkpoints.digests import check_digests
 from fastdit.checkpoints.entries import arguments_of, find_weights, pickled_attribute
 from fastdit.checkpoints.inference import Told, bare_config
@@ -113,8 +114,13 @@ def load(
         tensors[key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(info.config.pos_embed == "learned")
-    model.diffusion = None if "diffusion" in info.assumed else info.diffusion
     _say_assumed(found.name, info)
+    model, made = adapted(
+        model, num_classes=num_classes, img_size=img_size, in_channels=in_channels
+    )
+    if made:
+        warn(f"{found.name}: made anew for other data: {', '.join(made)}")
+    model.diffusion = None if "diffusion" in info.assumed else info.diffusion
     return model
 
 
@@ -134,6 +140,8 @@ def inspect(
     """
     told = _told(n_heads, null_class, img_size)
     info, _ = _resolve(_read(path, weights, told), told, weights, diffusion)
+    if told.img_size not in (None, info.config.img_size):
+        raise ValueError(f"img_size: {path} says {info.config.img_size}, got {img_size}")
     return info
 
 

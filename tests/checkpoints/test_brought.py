@@ -341,3 +341,19 @@ def test_a_run_and_its_checkpoints_are_read(tmp_path):
         fastdit.load(tmp_path / "model.safetensors", weights="ema")
     with pytest.raises(ValueError, match="has model and ema, got 'optimizer'"):
         fastdit.load(file, weights="optimizer")
+
+
+def test_a_model_is_fitted_to_other_data_as_it_is_loaded(tmp_path):
+    model = made(PUBLISHED)
+    fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
+    message = "made anew for other data: the 5 class rows, the positions of 2 x 8 patches"
+    with pytest.warns(UserWarning, match=message):
+        fitted = fastdit.load(tmp_path / "m.pt", num_classes=5, img_size=(4, 16))
+    assert fitted.cfg == replace(PUBLISHED, num_classes=5, img_size=(4, 16))
+    assert torch.equal(fitted.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    assert torch.equal(fitted.y_embed.weight[5], model.y_embed.weight[10])  # the null row
+    with torch.no_grad():
+        out = fitted(torch.randn(2, 4, 4, 16), torch.tensor([1, 2]), torch.tensor([0, 4]))
+    assert out.shape == (2, 8, 4, 16) and out.isfinite().all()
+    with pytest.raises(ValueError, match=r"img_size: .* says 8, got \(4, 16\)"):
+        inspect(tmp_path / "m.pt", img_size=(4, 16))

@@ -1,6 +1,7 @@
 """The training sets: their images and identities, and the models that fit them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -102,11 +103,14 @@ def test_labels_are_of_the_classes(latents, labels):
         Latents(latents[0])
 
 
-def test_images_that_are_not_square_are_refused():
+def test_images_that_are_not_square_need_a_model_of_their_shape():
     source = Shapes(1)
     source.sample_shape = (3, 16, 8)
-    with pytest.raises(ValueError, match="data: expected square images, got 16 x 8"):
-        check_fits(DiTConfig(), source)
+    check_fits(DiTConfig(img_size=(16, 8)), source)
+    for size in (16, (8, 16)):
+        message = "data are 3 x 16 x 8, expected in_channels=3, img_size=(16, 8), got in_channels"
+        with pytest.raises(ValueError, match=re.escape(message) + ".*" + re.escape(str(size))):
+            check_fits(DiTConfig(img_size=size), source)
 
 
 def test_a_model_without_classes_takes_any():
