@@ -46,7 +46,7 @@ def evaluate(
     The network, its resize and the formulas are those of the evaluator of ADM, with which the
     papers on DiT, SiT and their successors report these numbers.
     """
-    with plain_errors():
+    with plain_errors("interrupted; nothing was written"):
         if json_file is not None and json_file.is_dir():
             raise ValueError(f"--json: expected a file's name, got the folder {json_file}")
         where = device_of(device)

@@ -254,16 +254,20 @@ def load_inception(
         stored = pickled_tensors(path)
     except ValueError as error:
         raise ValueError(f"weights: {error}; it should be {WEIGHTS_URL}") from error
-    network = Inception()
-    counters = "num_batches_tracked"  # of the training, which the published file leaves out
-    wanted = {name: t for name, t in network.state_dict().items() if not name.endswith(counters)}
-    for name, t in wanted.items():
+    with torch.device("meta"):  # no random weights, which would take a second
+        network = Inception()
+    complete = {}
+    for name, t in network.state_dict().items():
+        if name.endswith("num_batches_tracked"):  # of the training; the published file has none
+            complete[name] = torch.zeros((), dtype=torch.int64)
+            continue
         shape, found = list(t.shape), stored.get(name)
         if found is None or list(found.shape) != shape:
             got = "none" if found is None else f"shape {list(found.shape)}"
             raise ValueError(f"{unlike}, where {name} has shape {shape}, got {got}")
-    check_finite(f"weights: {path}", {name: stored[name] for name in wanted})
-    network.load_state_dict({name: stored[name] for name in wanted}, strict=False)
+        complete[name] = found.float()
+    check_finite(f"weights: {path}", complete)
+    network.load_state_dict(complete, assign=True)
     return network.requires_grad_(False).to(device)
 
 
