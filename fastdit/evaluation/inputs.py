@@ -18,14 +18,14 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 from fastdit.data.latents import images_below, read_image, stored_size
-from fastdit.evaluation.metrics import Moments
+from fastdit.evaluation.metrics import Moments, check_moments
 
 IMAGES = "arr_0"  # the array of an NPZ that holds images, as np.savez names the first one
 # The names of mean and covariance of these features, as in ADM's reference batches.
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 _DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, OSError)
-_AS_PIXELS = "fastdit.data.images.to_pixels makes them of [B, C, H, W] in [-1, 1]"
+_AS_PIXELS = "fastdit.data.images.to_pixels converts [N, C, H, W] from -1 to 1"
 
 
 class Images(Protocol):
@@ -230,4 +230,6 @@ def _read_statistics(path: Path, names: list[str], mean: str, covariance: str) -
         got = f"{list(mu.shape)} and {list(sigma.shape)}"
         raise ValueError(f"{path}: expected {mean} [D] and {covariance} [D, D], got {got}")
     values = torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64))
-    return Moments(*values, rounding=float(np.finfo(sigma.dtype).eps))
+    found = Moments(*values, rounding=float(np.finfo(sigma.dtype).eps))
+    check_moments(f"{path}: {mean} and {covariance}", found)
+    return found

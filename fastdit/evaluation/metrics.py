@@ -43,7 +43,7 @@ def moments(features: Tensor) -> Moments:
         centred = rows.double() - mean
         total.addmm_(centred.T, centred)
     found = Moments(mean, total / (len(features) - 1))
-    _check_moments("features", found)
+    check_moments("features", found)
     return found
 
 
@@ -71,8 +71,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     if first.covariance.shape != second.covariance.shape:
         sizes = f"{len(first.mean)} and {len(second.mean)}"
         raise ValueError(f"statistics: expected the same number of features, got {sizes}")
-    _check_moments("the first statistics", first)
-    _check_moments("the second statistics", second)
+    check_moments("the first statistics", first)
+    check_moments("the second statistics", second)
     root = _square_root(first)
     product = root @ second.covariance @ root
     values = _eigenvalues((product + product.T) / 2)
@@ -85,7 +85,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     return max(float(between), 0.0)  # equal distributions are apart by a rounding of either sign
 
 
-def _check_moments(what: str, found: Moments) -> None:
+def check_moments(what: str, found: Moments) -> None:
     """Raise a ValueError unless the values are finite and the covariance is symmetric."""
     if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
         raise ValueError(f"{what}: expected finite numbers, got NaN or Inf")

@@ -196,6 +196,8 @@ BAD_STATISTICS = {
         {"mean": GOOD["mu"]},
         r"images \(arr_0\) or statistics \(mu and sigma\), got .* mean",
     ),
+    "nan": (GOOD | {"mu": GOOD["mu"] * np.nan}, "a.npz: mu and sigma: expected finite numbers"),
+    "asymmetric": (GOOD | {"sigma": np.triu(GOOD["sigma"])}, "expected a symmetric covariance"),
     "images": (GOOD | {"arr_0": IMAGES / 255}, "from 0 to 255, got float64"),
 }
 
