@@ -230,6 +230,8 @@ def _read_statistics(path: Path, names: list[str], mean: str, covariance: str) -
         got = f"{list(mu.shape)} and {list(sigma.shape)}"
         raise ValueError(f"{path}: expected {mean} [D] and {covariance} [D, D], got {got}")
     values = torch.from_numpy(mu.astype(np.float64)), torch.from_numpy(sigma.astype(np.float64))
-    found = Moments(*values, rounding=float(np.finfo(sigma.dtype).eps))
+    # A float64 array may hold what was computed in float32.
+    single = np.array_equal(sigma.astype(np.float32), sigma)
+    found = Moments(*values, float(np.finfo(np.float32 if single else np.float64).eps))
     check_moments(f"{path}: {mean} and {covariance}", found)
     return found

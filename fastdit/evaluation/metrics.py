@@ -13,6 +13,7 @@ SPLIT = 5000  # images of one Inception Score, of which the mean is reported
 
 _ROWS = 8192  # features that are converted to float64 at once
 _DISTANCES = 2**26  # distances between images that are in memory at once
+_ASYMMETRY = 1e-10  # relative, of covariances that were summed in float64 over millions of images
 _EPS = torch.finfo(torch.float64).eps
 
 
@@ -78,7 +79,7 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     values = _eigenvalues((product + product.T) / 2)
     scale = float(first.covariance.norm() * second.covariance.norm())
     if float(values.min()) < -_tolerance(first, second) * scale:
-        _refuse(f"their product has the eigenvalue {float(values.min()):.3g}")
+        _refuse(f"the product has the eigenvalue {float(values.min()):.3g}")
     traces = first.covariance.trace() + second.covariance.trace()
     difference = first.mean - second.mean
     between = difference.dot(difference) + traces - 2 * values.clamp(min=0).sqrt().sum()
@@ -90,7 +91,7 @@ def check_moments(what: str, found: Moments) -> None:
     if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
         raise ValueError(f"{what}: expected finite numbers, got NaN or Inf")
     apart = float((found.covariance - found.covariance.T).abs().max())
-    if apart > 100 * found.rounding * float(found.covariance.abs().max()):
+    if apart > max(_ASYMMETRY, 100 * found.rounding) * float(found.covariance.abs().max()):
         raise ValueError(f"{what}: expected a symmetric covariance, got entries {apart:.3g} apart")
 
 
@@ -122,14 +123,20 @@ def _eigenvalues(matrix: Tensor) -> Tensor:
         values = torch.linalg.eigvalsh(matrix)
     except RuntimeError as error:  # torch.linalg.LinAlgError
         _refuse(str(error))
-    if not values.isfinite().all():
-        _refuse("eigenvalues are NaN or Inf")
+    # The sum of the eigenvalues is the trace, that of their squares the square of the norm.
+    allowed = max(len(values), 100) * _EPS * float(matrix.norm()) * len(values) ** 0.5
+    for found, expected in (
+        (values.sum(), matrix.trace()),
+        (values.norm(), matrix.norm()),
+    ):
+        if not abs(float(found - expected)) <= allowed:
+            _refuse(f"the product has eigenvalues that are off by {float(found - expected):.3g}")
     return values
 
 
 def _refuse(reason: str) -> NoReturn:
-    advice = "the statistics are damaged, or this machine's LAPACK computes wrong eigenvalues"
-    raise ValueError(f"covariances: expected two that have square roots, but {reason}; {advice}")
+    causes = "they are damaged or of low precision, or this machine's LAPACK is wrong"
+    raise ValueError(f"covariances: expected two that have square roots, but {reason}; {causes}")
 
 
 class InceptionScore(NamedTuple):

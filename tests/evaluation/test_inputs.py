@@ -90,6 +90,9 @@ def test_a_reference_brings_images_statistics_or_both(tmp_path):
     assert reference.images.count == 3 and set(reference.statistics) == {"pool", "spatial"}
     assert reference.statistics["pool"].rounding == np.finfo(np.float64).eps
     assert reference.statistics["spatial"].rounding == np.finfo(np.float32).eps
+    widened = {name: value.astype(np.float64) for name, value in spatial.items()}
+    np.savez(path, **widened)
+    assert open_reference(path).statistics["spatial"].rounding == np.finfo(np.float32).eps
 
 
 IMAGES = pixels(4)

@@ -120,9 +120,26 @@ def test_wrong_eigenvalues_are_noticed(monkeypatch):
     with pytest.raises(ValueError, match="square of a root is off by nan"):
         frechet_distance(found, found)
     monkeypatch.undo()
-    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda m: torch.full((8,), math.nan))
-    with pytest.raises(ValueError, match="eigenvalues are NaN or Inf"):
-        frechet_distance(found, found)
+    eigvalsh = torch.linalg.eigvalsh
+    for wrong in (
+        lambda m: eigvalsh(m) * math.nan,
+        lambda m: eigvalsh(m) * 1.001,
+        lambda m: eigvalsh(m).mean().expand(8),
+    ):
+        monkeypatch.setattr(torch.linalg, "eigvalsh", wrong)
+        with pytest.raises(ValueError, match="eigenvalues that are off by .* LAPACK is wrong"):
+            frechet_distance(found, found)
+
+
+def test_a_solver_that_fails_is_no_traceback(monkeypatch):
+    def fail(matrix):
+        raise torch._C._LinAlgError("it did not converge")
+
+    found = centred(covariance(8, 0))
+    for name in ("eigvalsh", "eigh"):
+        monkeypatch.setattr(torch.linalg, name, fail)
+        with pytest.raises(ValueError, match="square roots, but it did not converge"):
+            frechet_distance(found, found)
 
 
 def test_moments_need_two_finite_rows():
