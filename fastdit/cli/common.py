@@ -25,7 +25,7 @@ Device = Annotated[str | None, option("Such as cpu or cuda:1.  [the GPU, if any]
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(interrupted: str = "interrupted; finished batches are kept") -> Iterator[None]:
     """Print errors and warnings that a user can act on as one line each, without a traceback."""
 
     with warnings.catch_warnings():
@@ -37,7 +37,7 @@ def plain_errors() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
-            print("interrupted; finished batches are kept", file=sys.stderr)
+            print(interrupted, file=sys.stderr)
             raise typer.Exit(130) from None
 
 

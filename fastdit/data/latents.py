@@ -133,11 +133,9 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
         ValueError: the image has more than 8 bits per channel, or one side is more than 100 times
             the other, which would take much memory to resize.
     """
-    if image.mode not in _MODES:
-        raise ValueError(f"expected 8 bits per channel, got PIL's mode {image.mode}")
     if max(image.size) > 100 * min(image.size):
         raise ValueError(f"expected sides of similar length, got {image.width} x {image.height}")
-    image = image.convert("RGB")
+    image = _in_colour(image)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -145,6 +143,42 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     pixels = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
     top, left = ((n - size) // 2 for n in pixels.shape[:2])
     return pixels[top : top + size, left : left + size]
+
+
+def _in_colour(image: Image.Image) -> Image.Image:
+    if image.mode not in _MODES:
+        raise ValueError(f"expected 8 bits per channel, got PIL's mode {image.mode}")
+    return image.convert("RGB")
+
+
+def read_image(path: Path, size: int | None = None) -> np.ndarray:
+    """Return an image file as [H, W, 3] uint8, or its `centre_crop` to a size.
+
+    Raises:
+        ValueError: it cannot be read as an image, or not be cropped.
+    """
+    try:
+        with Image.open(path) as image:
+            if size is not None:
+                return centre_crop(image, size)
+            return np.asarray(_in_colour(image))
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: expected an image ({error})") from error
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """Return an image file's height and width; a ValueError if it is none."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: expected an image ({error})") from error
+
+
+def images_below(folder: Path) -> list[Path]:
+    """List the image files in a folder and the folders in it, in the order of their paths."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES)
+    return sorted(p for p in found if p.name[0] != "." and p.is_file())
 
 
 def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
@@ -158,8 +192,7 @@ def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = (p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
-        own = sorted(p for p in found if p.name[0] != "." and p.is_file())
+        own = images_below(folder / name)
         if not own:
             raise ValueError(f"{folder / name}: expected images of a class, found none")
         files += own
@@ -195,15 +228,8 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
         raise ValueError(f"out: expected a folder that is not in {source}, got {out}")
     files, labels, classes = image_files(source)
 
-    def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return centre_crop(image, image_size)
-        except _DAMAGED as error:
-            raise ValueError(f"{path}: expected an image ({error})") from error
-
     def make(first: int) -> np.ndarray:
-        batch = [read(path) for path in files[first : first + shard]]
+        batch = [read_image(path, image_size) for path in files[first : first + shard]]
         pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
         return encode(vae, pixels.float() / 127.5 - 1).numpy()
 
