@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdit.checkpoints.pickles import pickled_tensors
+from fastdit.checkpoints.pickles import read_pickle
 from fastdit.data.files import atomic_path
 from fastdit.errors import check_finite
 
@@ -251,9 +251,11 @@ def load_inception(
         raise ValueError(f"weights: {path}: no such file; it is {WEIGHTS_URL}")
     unlike = f"weights: {path}: expected the Inception weights of {WEIGHTS_URL}"
     try:
-        stored = pickled_tensors(path)
+        stored = read_pickle(path)
     except ValueError as error:
         raise ValueError(f"weights: {error}; it should be {WEIGHTS_URL}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{unlike}, got {type(stored).__name__}")
     with torch.device("meta"):  # no random weights, which would take a second
         network = Inception()
     complete = {}
@@ -262,8 +264,8 @@ def load_inception(
             complete[name] = torch.zeros((), dtype=torch.int64)
             continue
         shape, found = list(t.shape), stored.get(name)
-        if found is None or list(found.shape) != shape:
-            got = "none" if found is None else f"shape {list(found.shape)}"
+        if not isinstance(found, Tensor) or list(found.shape) != shape:
+            got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else "none"
             raise ValueError(f"{unlike}, where {name} has shape {shape}, got {got}")
         complete[name] = found.float()
     check_finite(f"weights: {path}", complete)
