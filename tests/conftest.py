@@ -59,3 +59,15 @@ def latents(tmp_path):
         rows = slice(4 * i, 4 * i + 4)
         np.save(folder / f"{i:08d}.npy", np.concatenate([means[rows], stds[rows]], axis=1))
     return folder, means, stds
+
+
+@pytest.fixture
+def flipped_latents(latents):
+    """The shards of `latents` with flips; each flipped latent is the plain one, negated."""
+    folder, means, stds = latents
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"flip": True}))
+    for path in folder.glob("*.npy"):
+        plain = np.load(path)
+        np.save(path, np.stack([plain, -plain], axis=1))
+    return folder, means, stds

@@ -90,10 +90,13 @@ def encode(
     ] = Path("latents"),
     image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
     batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
+    flip: Annotated[
+        bool, option("Encode mirror images too, as the published recipes train.", "--flip")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Encode images into latents to train a DiT on."""
     with plain_errors():
         autoencoder = load_vae(vae, device_of(device))
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size)
-        print(f"wrote the latents of {count} images to {out}")
+        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip)
+        print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)

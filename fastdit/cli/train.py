@@ -25,7 +25,7 @@ from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.train.run_folder import RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, shapes_sampler
-from fastdit.train.sources import Latents, Shapes, Source
+from fastdit.train.sources import Latents, Shapes, Source, variants_of
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
@@ -103,6 +103,8 @@ def train(
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
+            if world.rank == 0 and (found := describe_flips(trainer.source, trainer.recipe)):
+                print(f"data: {found}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
                 result = trainer.run(monitor)
             if world.rank == 0:
@@ -130,6 +132,16 @@ def _start(
     else:
         source = Latents(data)
     return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
+
+
+def describe_flips(source: Source, recipe: Recipe) -> str | None:
+    """Return what to say about the mirror images of a set of latents; None for other sets."""
+    if not isinstance(source, Latents):
+        return None
+    if variants_of(source) > 1:
+        return "latents with flips"
+    advice = ", which the published recipe has: fastdit encode --flip"
+    return "latents without flips" + advice * (recipe.name == "dit")
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:

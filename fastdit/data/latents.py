@@ -169,7 +169,14 @@ def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     return files, labels, classes
 
 
-def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shard: int = 64) -> int:
+def encode_folder(
+    vae: Any,
+    source: Path,
+    out: Path,
+    image_size: int = 256,
+    shard: int = 64,
+    flip: bool = False,
+) -> int:
     """Encode a folder of images to shards that `LatentShards` reads.
 
     A call that was interrupted can be repeated; it keeps the shards that are finished.
@@ -180,6 +187,8 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
         out: the folder to write.
         image_size: side of the central square that each image is cropped and scaled to.
         shard: images encoded together and written to one file.
+        flip: whether to encode each image's mirror image too. Its latent is not the mirror image
+            of the latent, so a flip in training needs both.
 
     Returns:
         The number of images.
@@ -205,9 +214,13 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
     def make(first: int) -> np.ndarray:
         batch = [read(path) for path in files[first : first + shard]]
         pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-        return encode(vae, pixels.float() / 127.5 - 1).numpy()
+        pixels = pixels.float() / 127.5 - 1
+        plain = encode(vae, pixels)
+        if not flip:
+            return plain.numpy()
+        return torch.stack([plain, encode(vae, pixels.flip(3))], dim=1).numpy()
 
-    plan = {
+    plan: dict[str, Any] = {
         "num": len(files),
         "batch_size": shard,
         "image_size": image_size,
@@ -216,12 +229,21 @@ def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shar
         "labels": labels,
         "classes": classes,
     }
+    if flip:  # plans without flips stay as they were, since runs compare a hash of them
+        plan["flip"] = True
     write_shards(out, make, plan)
     return len(files)
 
 
 class LatentShards:
-    """The latents that `encode_folder` wrote, memory-mapped: `mean, std, label = shards[i]`."""
+    """The latents that `encode_folder` wrote, memory-mapped: `mean, std, label = shards[i]`.
+
+    Attributes:
+        plan: what the shards hold, and how it was made.
+        labels: the label of each image.
+        classes: names of the classes.
+        variants: 2 if the images' mirror images were encoded too, else 1.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open a folder of shards; it is a ValueError if there are none, or some are missing."""
@@ -233,6 +255,7 @@ class LatentShards:
         self._size: int = plan["batch_size"]
         self.labels: list[int] = plan["labels"]
         self.classes: list[str] = plan["classes"]
+        self.variants = 2 if plan.get("flip") else 1
         if len(self.labels) != plan["num"] or not set(self.labels) <= set(range(len(self.classes))):
             raise ValueError(f"{path / PLAN}: expected {plan['num']} labels of its classes")
         self._parts = [path / f"{i:08d}.npy" for i in range(-(-plan["num"] // self._size))]
@@ -251,7 +274,8 @@ class LatentShards:
             raise ValueError(f"{path}: it is damaged; remove it and encode again") from error
         rows = min(self._size, len(self) - i * self._size)
         shape = (rows, *(shard if i == 0 else self._shard(0)).shape[1:])
-        if len(shape) != 4 or shard.shape != shape or shard.dtype != np.float32:
+        dims = 4 if self.variants == 1 else 5
+        if len(shape) != dims or shard.shape != shape or shard.dtype != np.float32:
             got = f"{shard.dtype} of {list(shard.shape)}; remove it and encode again"
             raise ValueError(f"{path}: expected float32 of shape {list(shape)}, got {got}")
         return shard
@@ -261,11 +285,19 @@ class LatentShards:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
         """Return mean and standard deviation, [C, h, w] float32 each, and the label of image i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"expected an index in [0, {len(self)}), got {i}")
         mean, std = torch.from_numpy(np.array(self.row(i))).chunk(2)
         return mean, std, self.labels[i]
 
     def row(self, i: int) -> np.ndarray:
-        """Return image i as stored: [2C, h, w], the mean before the standard deviation."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected an index in [0, {len(self)}), got {i}")
-        return self._shard(i // self._size)[i % self._size]
+        """Return row i as stored: [2C, h, w], the mean before the standard deviation.
+
+        Row r + k * len(self) is variant k of image r; variant 1 is its mirror image.
+        """
+        rows = self.variants * len(self)
+        if not 0 <= i < rows:
+            raise IndexError(f"expected an index in [0, {rows}), got {i}")
+        variant, image = divmod(i, len(self))
+        stored = self._shard(image // self._size)[image % self._size]
+        return stored if self.variants == 1 else stored[variant]

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdit.config import DiTConfig
 from fastdit.data.latents import LatentShards
 from fastdit.data.shapes import IMG_SIZE, LABEL_NAMES, coloured_shapes
+from fastdit.errors import check_positive
 
 
 class ImageBatch(NamedTuple):
@@ -31,6 +32,9 @@ class Source(Protocol):
         sample_shape: [C, H, W] of one image.
         label_names: names of the classes.
         identity: JSON values that identify the set, from which `open_source` opens it again.
+        variants: versions of each image, such as 2 if the set has mirror images, of which training
+            draws one for each sample. A source without this attribute has one. Row
+            `r + k * len(source)` is variant k of image r.
     """
 
     sample_shape: tuple[int, int, int]
@@ -72,6 +76,7 @@ class Latents:
         self._shards = LatentShards(folder)
         self._labels = torch.tensor(self._shards.labels)
         self.label_names = tuple(self._shards.classes)
+        self.variants = self._shards.variants
         C, H, W = self._shards[0][0].shape
         self.sample_shape = (C, H, W)
         plan = json.dumps(self._shards.plan, sort_keys=True).encode()
@@ -87,11 +92,22 @@ class Latents:
     def take(self, rows: Tensor) -> ImageBatch:
         both = torch.from_numpy(np.stack([self._shards.row(i) for i in rows.tolist()]))
         if not both.isfinite().all():
-            row = int(rows[(~both.flatten(1).isfinite()).any(1)][0])
+            row = int(rows[(~both.flatten(1).isfinite()).any(1)][0]) % len(self)
             raise ValueError(f"{self.identity['folder']}: the latent of image {row} is not finite")
         # Contiguous copies, which can be pinned.
         mean, std = (part.contiguous() for part in both.chunk(2, dim=1))
-        return ImageBatch(mean, std, self._labels[rows])
+        return ImageBatch(mean, std, self._labels[rows % len(self)])
+
+
+def variants_of(source: Source) -> int:
+    """Return the number of versions of each image of a source.
+
+    Raises:
+        ValueError: the source's attribute is no positive integer.
+    """
+    variants = getattr(source, "variants", 1)
+    check_positive("variants", variants)
+    return variants
 
 
 def open_source(identity: Any) -> Source:

@@ -17,7 +17,14 @@ import fastdit
 from fastdit import DiffusionScheduler
 from fastdit.cli.app import app
 from fastdit.data.images import to_pixels
-from fastdit.data.latents import LatentShards, centre_crop, decode, encode_folder, load_vae
+from fastdit.data.latents import (
+    LatentShards,
+    centre_crop,
+    decode,
+    encode,
+    encode_folder,
+    load_vae,
+)
 from fastdit.testing import randomize
 
 
@@ -142,6 +149,30 @@ def test_shards_hold_each_images_distribution(vae_folder, images, tmp_path):
     assert back.shape == (1, 3, 16, 16)
     with pytest.raises(IndexError, match=r"expected an index in \[0, 7\), got 7"):
         shards[7]
+
+
+def test_flipped_images_are_encoded_beside_the_plain_ones(vae_folder, images, tmp_path):
+    """The latent of a mirror image is not the mirror image of the latent."""
+    vae = load_vae(vae_folder)
+    encode_folder(vae, images, tmp_path / "plain", 16, shard=3)
+    arguments = ["encode", str(images), "--vae", str(vae_folder), "--out", str(tmp_path / "both")]
+    arguments += ["--image-size", "16", "--batch-size", "3", "--flip"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "7 images to" in done.stdout and "with flips" in done.stdout
+    plain, both = LatentShards(tmp_path / "plain"), LatentShards(tmp_path / "both")
+    assert (plain.variants, both.variants, len(both)) == (1, 2, 7)
+    for i, name in enumerate(both.plan["files"]):
+        with Image.open(images / name) as image:
+            mirrored = torch.from_numpy(centre_crop(image, 16)[:, ::-1].copy()).permute(2, 0, 1)
+        expected = encode(vae, mirrored[None] / 127.5 - 1)[0].numpy()
+        assert np.allclose(both.row(7 + i), expected, atol=1e-5)
+        assert np.array_equal(both.row(i), plain.row(i))
+        assert not np.allclose(both.row(7 + i), plain.row(i)[:, :, ::-1], atol=1e-2)
+        assert torch.equal(both[i][0], plain[i][0]) and both[i][2] == plain[i][2]
+    with pytest.raises(IndexError, match=r"expected an index in \[0, 14\), got 14"):
+        both.row(14)
+    with pytest.raises(IndexError, match=r"expected an index in \[0, 7\), got 7"):
+        both[7]
 
 
 def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path):

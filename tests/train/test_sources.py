@@ -8,7 +8,14 @@ import torch
 
 from fastdit import DiTConfig
 from fastdit.data.shapes import coloured_shapes
-from fastdit.train.sources import Latents, Shapes, check_fits, check_same_data, open_source
+from fastdit.train.sources import (
+    Latents,
+    Shapes,
+    check_fits,
+    check_same_data,
+    open_source,
+    variants_of,
+)
 
 
 def test_shapes_are_the_coloured_shapes():
@@ -30,6 +37,21 @@ def test_latents_are_the_shards_rows(latents):
     assert torch.equal(std, torch.from_numpy(stds[[9, 0, 4]]))
     assert mean.is_contiguous() and std.is_contiguous(), "as pinned memory must be"
     assert labels.tolist() == [2, 0, 1] and labels.dtype == torch.int64
+
+
+def test_the_second_half_of_the_rows_are_the_flips(flipped_latents):
+    folder, means, _ = flipped_latents
+    source = Latents(folder)
+    assert (len(source), variants_of(source), source.sample_shape) == (10, 2, (4, 8, 8))
+    mean, std, labels = source.take(torch.tensor([4, 14, 19]))
+    assert torch.equal(mean, torch.from_numpy(np.stack([means[4], -means[4], -means[9]])))
+    assert labels.tolist() == [1, 1, 2]
+    change(folder, 1, lambda s: np.where(s == s[1, 1, 0, 0, 0], np.nan, s))
+    with pytest.raises(ValueError, match="the latent of image 5 is not finite"):
+        source.take(torch.tensor([15]))
+    change(folder, 0, lambda s: s[:, 0])
+    with pytest.raises(ValueError, match=r"expected float32 of shape \[4, 8, 8, 8\]"):
+        Latents(folder)
 
 
 def test_a_source_is_opened_again_from_its_identity(latents):
