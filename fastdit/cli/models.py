@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
+from fastdit.train.distributed import processes
 
 HeadsOption = Annotated[
     int | None, option("Attention heads; shapes tell them for published sizes only.", min=1)
@@ -93,10 +95,20 @@ def encode(
     flip: Annotated[
         bool, option("Encode mirror images too, as the published recipes train.", "--flip")
     ] = False,
+    skip_bad: Annotated[
+        bool, option("Leave out images that cannot be read.", "--skip-bad")
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Encode images into latents to train a DiT on."""
-    with plain_errors():
+    """Encode images into latents to train a DiT on.
+
+    Every new or changed image is read once before the work begins, to find those that cannot be.
+    To share the work between processes: torchrun -m fastdit encode.
+    """
+    # After a stop one process may have most of its shards left while the others wait for it.
+    with plain_errors(), processes(timeout=timedelta(days=7)) as world:
         autoencoder = load_vae(vae, device_of(device))
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip)
-        print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)
+        shared = dict(skip_bad=skip_bad, rank=world.rank, world=world.size)
+        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip, **shared)
+        if world.rank == 0:
+            print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)
