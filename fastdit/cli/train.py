@@ -24,8 +24,16 @@ from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.train.run_folder import RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
-from fastdit.train.samples import latents_sampler, shapes_sampler
-from fastdit.train.sources import Latents, Shapes, Source, variants_of
+from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
+from fastdit.train.sources import (
+    Images,
+    Latents,
+    Shapes,
+    Source,
+    is_shards,
+    open_data,
+    variants_of,
+)
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
@@ -50,7 +58,25 @@ def train(
     name: Annotated[
         str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]", "--recipe")
     ] = None,
-    data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
+    data: Annotated[
+        Path | None,
+        option(
+            "Latents of `fastdit encode`; or pictures: a folder with one sub-folder per class, an "
+            "NPZ file of uint8 arr_0, or a folder of Hugging Face's datasets.  [coloured shapes]"
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, option("Side to which the pictures of --data are cropped and scaled.", min=1)
+    ] = None,
+    flip: Annotated[
+        bool | None, option("Mirror pictures at random.  [flip]", "--flip/--no-flip")
+    ] = None,
+    skip_bad: Annotated[
+        bool, option("Leave out pictures that cannot be read.", "--skip-bad")
+    ] = False,
+    cache: Annotated[
+        Path | None, option("Folder for the pixels of pictures.  [images, in --out]")
+    ] = None,
     model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
     per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
     steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
@@ -91,19 +117,21 @@ def train(
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
             runtime = Runtime(where, world=world, **{key: arguments[key] for key in how})
             options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
+            pictures: dict = dict(image_size=image_size, flip=flip, skip_bad=skip_bad)
+            pictures |= dict(cache=cache or out / "images", rank=world.rank, world=world.size)
             saved = _find_saved(resume, out)
             resumed = saved is not None
             if saved is None:
-                trainer = _start(data, per_class, model, given, options)
+                trainer = _start(data, pictures, per_class, model, given, options)
             else:
-                source = None if data is None else Latents(data)
+                source = _reopen(saved.header, data, pictures)
                 trainer = Trainer.resume(saved, source=source, **options)
                 _check_same_options(trainer, per_class, model, given)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
-            if world.rank == 0 and (found := describe_flips(trainer.source, trainer.recipe)):
+            if world.rank == 0 and (found := describe_data(trainer.source, trainer.recipe)):
                 print(f"data: {found}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
                 result = trainer.run(monitor)
@@ -114,7 +142,12 @@ def train(
 
 
 def _start(
-    data: Path | None, per_class: int | None, model: str | None, given: dict, options: dict
+    data: Path | None,
+    pictures: dict,
+    per_class: int | None,
+    model: str | None,
+    given: dict,
+    options: dict,
 ) -> Trainer:
     """Return the trainer of a new run; a given clip or ema of 0 means None."""
     name = given["name"] or "seed"
@@ -126,16 +159,46 @@ def _start(
         changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
     recipe = replace(RECIPES[name], **changes)
     if data is None:
+        _check_no_pictures(pictures)
         source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
     elif per_class is not None:
         raise ValueError("--per-class: expected none beside --data")
     else:
-        source = Latents(data)
+        RunFolder(options["out"]).check_unused()  # before an earlier run's pixels are replaced
+        source = open_data(data, **pictures)
     return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
 
 
-def describe_flips(source: Source, recipe: Recipe) -> str | None:
-    """Return what to say about the mirror images of a set of latents; None for other sets."""
+def _check_no_pictures(pictures: dict) -> None:
+    """Raise a ValueError if an option of pictures is given, but no pictures."""
+    for name, default in (("image_size", None), ("flip", None), ("skip_bad", False)):
+        if pictures[name] is not default:
+            raise ValueError(f"--{name.replace('_', '-')}: expected --data beside it, got none")
+
+
+def _reopen(header: dict, data: Path | None, pictures: dict) -> Source | None:
+    """Return the set of a run that goes on, or None to open it from where it was."""
+    then, cache = header["data"], pictures["cache"]
+    of_images = isinstance(then, dict) and {"flip", "folder"} <= then.keys()
+    if data is None:
+        _check_no_pictures(pictures)
+        if of_images and not is_shards(Path(then["folder"])) and is_shards(cache):
+            return Images(cache, then["flip"])  # the run's folder was moved, and the pixels in it
+        return None
+    if of_images:
+        size, asked = header["config"]["img_size"], pictures["image_size"]
+        if asked not in (None, size):
+            raise ValueError(f"--image-size: the run was started with {size}, got {asked}")
+        started = {"image_size": None if is_shards(data) else size, "flip": then["flip"]}
+        pictures |= {name: value for name, value in started.items() if pictures[name] is None}
+    return open_data(data, **pictures, update=False)
+
+
+def describe_data(source: Source, recipe: Recipe) -> str | None:
+    """Return what to say about the mirror images of a set; None for the coloured shapes."""
+    if isinstance(source, Images):
+        flips = "mirrored at random" if variants_of(source) > 1 else "never mirrored"
+        return f"{len(source)} pictures of {len(source.label_names)} classes, {flips}"
     if not isinstance(source, Latents):
         return None
     if variants_of(source) > 1:
@@ -196,6 +259,10 @@ def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_ever
         if vae is not None:
             raise ValueError("--vae: expected none, since the coloured shapes are pixels")
         sample = shapes_sampler(trainer.config, trainer.scheduler, showing)
+    elif isinstance(trainer.source, Images):
+        if vae is not None:
+            raise ValueError("--vae: expected none, since the pictures of --data are pixels")
+        sample = pixels_sampler(trainer.config, trainer.scheduler, showing)
     elif vae is not None:
         decoder, channels = load_vae(vae, runtime.device), trainer.config.in_channels
         takes = latent_channels(decoder)

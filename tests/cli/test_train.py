@@ -175,7 +175,10 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
     [
         (("--recipe", "sahrp"), "--recipe: expected one of seed, sharp, dit; got 'sahrp'; did you"),
         (("--model", "DiT-S/3"), "--model: expected one of toy, DiT-S/2"),
-        (("--data", "nowhere"), "nowhere: expected the shards of `fastdit encode`, found none"),
+        (("--data", "nowhere", "--image-size", 8), "nowhere: no such folder"),
+        (("--data", "nowhere"), "nowhere: no such folder"),
+        (("--image-size", 8), "--image-size: expected --data beside it, got none"),
+        (("--no-flip",), "--flip: expected --data beside it, got none"),
         (("--compile", "yes"), "compile: expected one of none, block, whole; got 'yes'"),
         (("--precision", "fp16"), "precision: expected one of float32, bfloat16; got 'fp16'"),
         (("--resume", "last.pt"), "--resume: expected auto, no, or a checkpoint's file, got last"),

@@ -9,10 +9,12 @@ import torch
 from fastdit import DiTConfig
 from fastdit.data.shapes import coloured_shapes
 from fastdit.train.sources import (
+    Images,
     Latents,
     Shapes,
     check_fits,
     check_same_data,
+    open_data,
     open_source,
     variants_of,
 )
@@ -63,6 +65,26 @@ def test_a_source_is_opened_again_from_its_identity(latents):
         assert again.identity == source.identity
 
 
+def test_pictures_are_opened_again_with_their_flips(pictures, tmp_path):
+    for flip in (None, True, False):
+        source = open_data(pictures, tmp_path / "cache", 8, flip)
+        assert (len(source), source.sample_shape) == (6, (3, 8, 8))
+        assert variants_of(source) == (1 if flip is False else 2)
+        again = open_source(json.loads(json.dumps(source.identity)))
+        assert again.identity == source.identity
+        rows = torch.arange(6 * variants_of(again))
+        batch = source.take(rows)
+        assert torch.equal(again.take(rows).mean, batch.mean) and batch.labels[:6].tolist() == (
+            [0, 0, 0, 1, 1, 1]
+        )
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    check_same_data(Images(tmp_path / "moved", False).identity, source.identity)
+    with pytest.raises(ValueError, match="data: the run was started on"):
+        check_same_data(Images(tmp_path / "moved", True).identity, source.identity)
+    with pytest.raises(ValueError, match="cache: expected a folder for the pixels of"):
+        open_data(pictures, image_size=8)
+
+
 def test_other_data_are_refused_and_a_moved_folder_is_not(latents, tmp_path):
     folder = latents[0]
     before = Latents(folder).identity
@@ -74,7 +96,7 @@ def test_other_data_are_refused_and_a_moved_folder_is_not(latents, tmp_path):
     (moved / "plan.json").write_text(json.dumps(plan | {"labels": [0] * 10}))
     with pytest.raises(ValueError, match="data: the run was started on"):
         check_same_data(Latents(moved).identity, before)
-    with pytest.raises(ValueError, match="expected the identity of shapes or latents, got"):
+    with pytest.raises(ValueError, match="expected the identity of shapes, latents or images"):
         open_source({"kind": "movies"})
 
 
