@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.data import check_no_pictures, describe_data, reopen_data
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
@@ -25,15 +26,7 @@ from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.train.run_folder import RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
-from fastdit.train.sources import (
-    Images,
-    Latents,
-    Shapes,
-    Source,
-    is_shards,
-    open_data,
-    variants_of,
-)
+from fastdit.train.sources import Images, Shapes, Source, open_data
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
@@ -124,7 +117,7 @@ def train(
             if saved is None:
                 trainer = _start(data, pictures, per_class, model, given, options)
             else:
-                source = _reopen(saved.header, data, pictures)
+                source = reopen_data(saved.header, data, pictures)
                 trainer = Trainer.resume(saved, source=source, **options)
                 _check_same_options(trainer, per_class, model, given)
             del saved  # it maps its file, which would stay mapped during the run
@@ -159,7 +152,7 @@ def _start(
         changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
     recipe = replace(RECIPES[name], **changes)
     if data is None:
-        _check_no_pictures(pictures)
+        check_no_pictures(pictures)
         source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
     elif per_class is not None:
         raise ValueError("--per-class: expected none beside --data")
@@ -167,44 +160,6 @@ def _start(
         RunFolder(options["out"]).check_unused()  # before an earlier run's pixels are replaced
         source = open_data(data, **pictures)
     return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
-
-
-def _check_no_pictures(pictures: dict) -> None:
-    """Raise a ValueError if an option of pictures is given, but no pictures."""
-    for name, default in (("image_size", None), ("flip", None), ("skip_bad", False)):
-        if pictures[name] is not default:
-            raise ValueError(f"--{name.replace('_', '-')}: expected --data beside it, got none")
-
-
-def _reopen(header: dict, data: Path | None, pictures: dict) -> Source | None:
-    """Return the set of a run that goes on, or None to open it from where it was."""
-    then, cache = header["data"], pictures["cache"]
-    of_images = isinstance(then, dict) and {"flip", "folder"} <= then.keys()
-    if data is None:
-        _check_no_pictures(pictures)
-        if of_images and not is_shards(Path(then["folder"])) and is_shards(cache):
-            return Images(cache, then["flip"])  # the run's folder was moved, and the pixels in it
-        return None
-    if of_images:
-        size, asked = header["config"]["img_size"], pictures["image_size"]
-        if asked not in (None, size):
-            raise ValueError(f"--image-size: the run was started with {size}, got {asked}")
-        started = {"image_size": None if is_shards(data) else size, "flip": then["flip"]}
-        pictures |= {name: value for name, value in started.items() if pictures[name] is None}
-    return open_data(data, **pictures, update=False)
-
-
-def describe_data(source: Source, recipe: Recipe) -> str | None:
-    """Return what to say about the mirror images of a set; None for the coloured shapes."""
-    if isinstance(source, Images):
-        flips = "mirrored at random" if variants_of(source) > 1 else "never mirrored"
-        return f"{len(source)} pictures of {len(source.label_names)} classes, {flips}"
-    if not isinstance(source, Latents):
-        return None
-    if variants_of(source) > 1:
-        return "latents with flips"
-    advice = ", which the published recipe has: fastdit encode --flip"
-    return "latents without flips" + advice * (recipe.name == "dit")
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
