@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from fastdit.data.latents import encode_folder, load_vae
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
+from fastdit.train.distributed import processes
 
 _SHOWN_LABELS = 8
 
@@ -114,10 +116,23 @@ def encode(
     ] = Path("latents"),
     image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
     batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
+    flip: Annotated[
+        bool, option("Encode mirror images too, as the published recipes train.", "--flip")
+    ] = False,
+    skip_bad: Annotated[
+        bool, option("Leave out images that cannot be read.", "--skip-bad")
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Encode images into latents to train a DiT on."""
-    with plain_errors():
+    """Encode images into latents to train a DiT on.
+
+    Every new or changed image is read once before the work begins, to find those that cannot be.
+    To share the work between processes: torchrun -m fastdit encode.
+    """
+    # After a stop one process may have most of its shards left while the others wait for it.
+    with plain_errors(), processes(timeout=timedelta(days=7)) as world:
         autoencoder = load_vae(vae, device_of(device))
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size)
-        print(f"wrote the latents of {count} images to {out}")
+        shared = dict(skip_bad=skip_bad, rank=world.rank, world=world.size)
+        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip, **shared)
+        if world.rank == 0:
+            print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.data import check_no_pictures, describe_data, reopen_data
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
@@ -24,8 +25,8 @@ from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
 from fastdit.train.run_folder import RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
-from fastdit.train.samples import latents_sampler, shapes_sampler
-from fastdit.train.sources import Latents, Shapes, Source
+from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
+from fastdit.train.sources import Images, Shapes, Source, open_data
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
@@ -50,7 +51,25 @@ def train(
     name: Annotated[
         str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]", "--recipe")
     ] = None,
-    data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
+    data: Annotated[
+        Path | None,
+        option(
+            "Latents of `fastdit encode`; or pictures: a folder with one sub-folder per class, an "
+            "NPZ file of uint8 arr_0, or a folder of Hugging Face's datasets.  [coloured shapes]"
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, option("Side to which the pictures of --data are cropped and scaled.", min=1)
+    ] = None,
+    flip: Annotated[
+        bool | None, option("Mirror pictures at random.  [flip]", "--flip/--no-flip")
+    ] = None,
+    skip_bad: Annotated[
+        bool, option("Leave out pictures that cannot be read.", "--skip-bad")
+    ] = False,
+    cache: Annotated[
+        Path | None, option("Folder for the pixels of pictures.  [images, in --out]")
+    ] = None,
     model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
     per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
     steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
@@ -91,18 +110,22 @@ def train(
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
             runtime = Runtime(where, world=world, **{key: arguments[key] for key in how})
             options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
+            pictures: dict = dict(image_size=image_size, flip=flip, skip_bad=skip_bad)
+            pictures |= dict(cache=cache or out / "images", rank=world.rank, world=world.size)
             saved = _find_saved(resume, out)
             resumed = saved is not None
             if saved is None:
-                trainer = _start(data, per_class, model, given, options)
+                trainer = _start(data, pictures, per_class, model, given, options)
             else:
-                source = None if data is None else Latents(data)
+                source = reopen_data(saved.header, data, pictures)
                 trainer = Trainer.resume(saved, source=source, **options)
                 _check_same_options(trainer, per_class, model, given)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
+            if world.rank == 0 and (found := describe_data(trainer.source, trainer.recipe)):
+                print(f"data: {found}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
                 result = trainer.run(monitor)
             if world.rank == 0:
@@ -112,7 +135,12 @@ def train(
 
 
 def _start(
-    data: Path | None, per_class: int | None, model: str | None, given: dict, options: dict
+    data: Path | None,
+    pictures: dict,
+    per_class: int | None,
+    model: str | None,
+    given: dict,
+    options: dict,
 ) -> Trainer:
     """Return the trainer of a new run; a given clip or ema of 0 means None."""
     name = given["name"] or "seed"
@@ -124,11 +152,13 @@ def _start(
         changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
     recipe = replace(RECIPES[name], **changes)
     if data is None:
+        check_no_pictures(pictures)
         source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
     elif per_class is not None:
         raise ValueError("--per-class: expected none beside --data")
     else:
-        source = Latents(data)
+        RunFolder(options["out"]).check_unused()  # before an earlier run's pixels are replaced
+        source = open_data(data, **pictures)
     return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
 
 
@@ -184,6 +214,10 @@ def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_ever
         if vae is not None:
             raise ValueError("--vae: expected none, since the coloured shapes are pixels")
         sample = shapes_sampler(trainer.config, trainer.scheduler, showing)
+    elif isinstance(trainer.source, Images):
+        if vae is not None:
+            raise ValueError("--vae: expected none, since the pictures of --data are pixels")
+        sample = pixels_sampler(trainer.config, trainer.scheduler, showing)
     elif vae is not None:
         decoder, channels = load_vae(vae, runtime.device), trainer.config.in_channels
         takes = latent_channels(decoder)

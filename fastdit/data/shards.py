@@ -67,8 +67,27 @@ def write_shards(
 ) -> list[Path]:
     """Write the shards of `write_sharded_npz` to a folder, and return them once all are there."""
     _check_plan(folder, plan)
+    compute_shards(folder, make, plan, rank, world)
+    if world > 1:
+        dist.barrier()
+    return shard_paths(folder, plan)
+
+
+def shard_paths(folder: Path, plan: dict[str, Any]) -> list[Path]:
+    """Return the files of a plan's shards, in order."""
+    return [folder / f"{i:08d}.npy" for i in range(-(-plan["num"] // plan["batch_size"]))]
+
+
+def compute_shards(
+    folder: Path,
+    make: Callable[[int], np.ndarray],
+    plan: dict[str, Any],
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Write this process's part of the shards that are not there, or damaged."""
     num, size = plan["num"], plan["batch_size"]
-    shards = [folder / f"{i:08d}.npy" for i in range(-(-num // size))]
+    shards = shard_paths(folder, plan)
     own = range(rank, len(shards), world)
     with tqdm(total=len(own), unit="batch", desc=f"rank {rank}", disable=rank > 0) as bar:
         for i in own:
@@ -78,9 +97,6 @@ def write_shards(
                 with atomic_path(shards[i]) as aside:
                     aside.write_bytes(content.getbuffer())
             bar.update()
-    if world > 1:
-        dist.barrier()
-    return shards
 
 
 def _images_in(shard: Path) -> int:
@@ -103,8 +119,13 @@ def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
         return
     plan = json.loads(wanted)
     if other := sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n)):
-        advice = f"{', '.join(other)}; remove the folder, or write elsewhere"
-        raise ValueError(f"{folder}: it holds shards of another call, which differ in {advice}")
+        raise other_plan(folder, other)
+
+
+def other_plan(folder: Path, differing: list[str]) -> ValueError:
+    """Return the error for a folder whose plan has other values for some names."""
+    advice = f"{', '.join(differing)}; remove the folder, or write elsewhere"
+    return ValueError(f"{folder}: it holds shards of another call, which differ in {advice}")
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:

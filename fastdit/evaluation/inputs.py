@@ -17,7 +17,7 @@ import torch
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from fastdit.data.latents import images_below, read_image, stored_size
+from fastdit.data.pictures import images_below, read_image, stored_size
 from fastdit.evaluation.metrics import Moments, check_moments
 
 IMAGES = "arr_0"  # the array of an NPZ that holds images, as np.savez names the first one

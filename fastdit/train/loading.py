@@ -8,9 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from fastdit.noise import philox4x32
+from fastdit.train.objective import random_key
 from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import Runtime
-from fastdit.train.sources import ImageBatch, Source
+from fastdit.train.sources import ImageBatch, Source, variants_of
 
 
 class BatchLoader:
@@ -33,6 +35,7 @@ class BatchLoader:
         self._source, self._recipe, self._runtime = source, recipe, runtime
         self._prefetch = runtime.device.type != "cpu" if prefetch is None else prefetch
         self._order = ShuffledOrder(len(source), recipe.seed)
+        self._variants, self._key = variants_of(source), random_key(recipe.seed, "variants")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastdit-data")
         self._next: tuple[tuple[int, int], Future[ImageBatch]] | None = None
 
@@ -61,11 +64,26 @@ class BatchLoader:
         return range(first, first + size)
 
     def _take(self, numbers: range) -> ImageBatch:
-        images = self._source.take(self._order.rows(numbers.start, len(numbers)))
+        rows = self._order.rows(numbers.start, len(numbers))
+        if self._variants > 1:
+            drawn = draw_variants(self._key, numbers, self._variants)
+            rows = rows + drawn * len(self._source)
+        images = self._source.take(rows)
         if self._runtime.device.type != "cuda":
             return images
         pinned = (None if t is None else t.pin_memory() for t in images)
         return ImageBatch(*pinned)  # type: ignore[arg-type]
+
+
+def draw_variants(key: int, numbers: range, variants: int) -> Tensor:
+    """Return which variant of its image each sample shows, [len(numbers)] int64 on the host.
+
+    It follows from the key and the sample's number alone, as a word of Philox (`fastdit.noise`).
+    """
+    n = torch.arange(numbers.start, numbers.stop)
+    zero = torch.zeros_like(n)
+    word = philox4x32((n, zero, zero, zero), torch.full_like(n, key))[0]
+    return (word * variants) >> 32
 
 
 class ShuffledOrder:

@@ -120,6 +120,32 @@ def test_latents_train_any_preset(run, latents, tmp_path, monkeypatch):
     assert resumed.exit_code == 0 and "resuming at step 30 of 30" in resumed.stderr
 
 
+def test_a_run_says_whether_its_latents_have_flips(run, flipped_latents, tmp_path):
+    arguments = ["--data", flipped_latents[0], "--diffusion-steps", 25, "--schedule", "cosine"]
+    brief = ["--batch-size", 4, "--save-every", 1]
+    out = tmp_path / "a"
+    done = run("train", *arguments, *brief, "--steps", 3, "--recipe", "dit", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "data: latents with flips\n" in done.stderr
+    # A resumed run draws the same variants.
+    middle = out / "checkpoints" / "step-00000002.safetensors"
+    done = run("train", "--resume", middle, "--out", tmp_path / "b")
+    assert done.exit_code == 0, done.output
+    whole, resumed = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
+    assert whole == resumed
+
+
+@pytest.mark.parametrize("recipe", ["seed", "dit"])
+def test_missing_flips_are_named_where_the_recipe_has_them(run, latents, tmp_path, recipe):
+    arguments = ["--data", latents[0], "--diffusion-steps", 25, "--schedule", "cosine"]
+    brief = ["--steps", 1, "--batch-size", 4, "--recipe", recipe, "--out", tmp_path / "run"]
+    done = run("train", *arguments, *brief)
+    assert done.exit_code == 0, done.output
+    advice = "data: latents without flips, which the published recipe has: fastdit encode --flip\n"
+    assert (advice in done.stderr) == (recipe == "dit")
+    assert "data: latents without flips" in done.stderr
+
+
 def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
     class Doubles(torch.nn.Module):
         """A stand-in for an autoencoder: pixels are the first three channels, doubled in size."""
@@ -149,7 +175,10 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
     [
         (("--recipe", "sahrp"), "--recipe: expected one of seed, sharp, dit; got 'sahrp'; did you"),
         (("--model", "DiT-S/3"), "--model: expected one of toy, DiT-S/2"),
-        (("--data", "nowhere"), "nowhere: expected the shards of `fastdit encode`, found none"),
+        (("--data", "nowhere", "--image-size", 8), "nowhere: no such folder"),
+        (("--data", "nowhere"), "nowhere: no such folder"),
+        (("--image-size", 8), "--image-size: expected --data beside it, got none"),
+        (("--no-flip",), "--flip: expected --data beside it, got none"),
         (("--compile", "yes"), "compile: expected one of none, block, whole; got 'yes'"),
         (("--precision", "fp16"), "precision: expected one of float32, bfloat16; got 'fp16'"),
         (("--resume", "last.pt"), "--resume: expected auto, no, or a checkpoint's file, got last"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdit.data.latents import centre_crop
+from fastdit.data.pictures import centre_crop
 from fastdit.evaluation.inputs import open_images, open_reference
 
 
