@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from fastdit.checkpoints.folders import weight_files
 from fastdit.checkpoints.native import CheckpointInfo, inspect, load
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
-from fastdit.config import DiTConfig
+from fastdit.cli.labels import parse_labels
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import decode, digest, latent_channels, load_vae
 from fastdit.data.shards import write_sharded_npz
@@ -41,7 +40,7 @@ def sample(
         Path, typer.Argument(help="A checkpoint that fastdit.load reads, or a run's weights.")
     ] = DEFAULT_OUT / WEIGHTS_FILE,
     labels: Annotated[
-        str | None, option("Names or numbers, comma-separated.  [every class]")
+        str | None, option("Names, or numbers from 0, comma-separated.  [every class]")
     ] = None,
     count: Annotated[int, option("Images per label.", min=1)] = 4,
     seed: Annotated[int, option("The same seed, label and index always give the same image.")] = 0,
@@ -209,38 +208,3 @@ def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo
         advice = "expected --vae to decode them, or a name that ends in .npz"
         raise ValueError(f"--out: a PNG shows 1 or 3 channels, the model makes {makes}; {advice}")
     return found, found.diffusion
-
-
-def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfig) -> list[int]:
-    """Return class numbers for comma-separated names and numbers; None means every class.
-
-    An unconditional model has one class, 0, which cannot be named.
-
-    Raises:
-        ValueError: a name is unknown, a number is out of range, or the model has no classes.
-    """
-    if not config.use_class_cond:
-        if text is not None:
-            raise ValueError("--labels: expected none, since the model is unconditional")
-        return [0]
-    if text is None:
-        return list(range(config.num_classes))
-    # ImageNet has several names for a class ("tench, Tinca tinca"), and some names twice; a name
-    # stands for the first class that has it.
-    by_name: dict[str, int] = {}
-    for i, name in enumerate(names or ()):
-        for word in name.split(","):
-            by_name.setdefault(word.strip().lower(), i)
-    parsed = []
-    for word in text.split(","):
-        word = word.strip().lower()
-        if word.isdecimal() and int(word) < config.num_classes:
-            parsed.append(int(word))
-        elif word in by_name:
-            parsed.append(by_name[word])
-        elif by_name and not word.lstrip("-").isdecimal():
-            raise unknown_name("--labels", word, by_name)
-        else:
-            expected = f"a number in [0, {config.num_classes})" + " or a name" * bool(by_name)
-            raise ValueError(f"--labels: expected {expected}, got {word!r}")
-    return parsed

@@ -9,7 +9,6 @@ import torch
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
-from fastdit.cli.sample import parse_labels
 from fastdit.data.images import to_pixels
 from fastdit.solvers import DPMSolverPP
 from fastdit.testing import randomize
@@ -93,13 +92,6 @@ def test_a_checkpoint_without_schedule_says_so(run, tmp_path):
     assert done.exit_code == 1 and "fastdit.save(model, path, scheduler=...)" in done.stderr
 
 
-def test_labels_without_names_are_numbers():
-    assert parse_labels("3, 0", None, SMALL) == [3, 0]
-    assert parse_labels(None, None, SMALL) == list(range(16))
-    with pytest.raises(ValueError, match=r"expected a number in \[0, 16\), got 'cat'"):
-        parse_labels("cat", None, SMALL)
-
-
 def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
     model = fastdit.DiT(hidden=16, n_layers=1, n_heads=1, null_class=True)
     randomize(model)
@@ -141,14 +133,6 @@ def test_bad_sampling_options_are_one_line(run, checkpoint, arguments, message):
     done = run("sample", checkpoint, *arguments)
     assert done.exit_code == 1 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_class_may_have_several_names_as_in_imagenet():
-    names = ("tench, Tinca tinca", "goldfish", "drake", "drake, mallard")
-    cfg = DiTConfig(num_classes=4)
-    assert parse_labels("tinca TINCA, goldfish,mallard, drake, 3", names, cfg) == [0, 1, 3, 2, 3]
-    with pytest.raises(ValueError, match="--labels: .*did you mean 'goldfish'"):
-        parse_labels("goldfsh", names, cfg)
 
 
 def test_a_pipelines_folder_is_sampled_by_name(run, tmp_path):
