@@ -101,6 +101,7 @@ class Trainer:
         self.config, self.recipe, self.source = config, recipe, source
         self.save_every = save_every
         self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
+        self.scheduler.warn_of_signal()  # here too, since compiled calls of q_sample cannot warn
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
