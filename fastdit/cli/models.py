@@ -10,7 +10,7 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.cli.common import Device, device_of, option, plain_errors
+from fastdit.cli.common import Device, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import encode_folder, load_vae
 from fastdit.diffusion import DiffusionScheduler
@@ -24,6 +24,7 @@ HeadsOption = Annotated[
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(help="A checkpoint of fastdit, facebookresearch/DiT or diffusers.")
     ],
@@ -32,7 +33,7 @@ def convert(
     n_heads: HeadsOption = None,
 ) -> None:
     """Rewrite a checkpoint in another layout; no weight changes a bit."""
-    with plain_errors():
+    with plain_errors(context):
         info, model = inspect(source, n_heads=n_heads), load(source, n_heads=n_heads)
         cfg = model.cfg
         if layout == SAVED_LAYOUTS[0]:
@@ -48,6 +49,7 @@ def convert(
 
 
 def info(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as DiT-XL/2.")],
     n_heads: HeadsOption = None,
     tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
@@ -57,7 +59,7 @@ def info(
 
     The default rates were measured on an H200.
     """
-    with plain_errors():
+    with plain_errors(context):
         if model in PRESETS:
             found = CheckpointInfo(PRESETS[model])
         elif Path(model).exists():
@@ -83,6 +85,7 @@ def info(
 
 
 def encode(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
     vae: Annotated[str, option("Folder or name of the AutoencoderKL.")],
     out: Annotated[
@@ -93,7 +96,8 @@ def encode(
     device: Device = None,
 ) -> None:
     """Encode images into latents to train a DiT on."""
-    with plain_errors():
+    less = "a smaller --batch-size needs less"
+    with plain_errors(context, kept=lambda: kept_shards(out), less_memory=less):
         autoencoder = load_vae(vae, device_of(device))
         count = encode_folder(autoencoder, folder, out, image_size, batch_size)
         print(f"wrote the latents of {count} images to {out}")

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from fastdit.checkpoints.folders import weight_files
 from fastdit.checkpoints.native import CheckpointInfo, inspect, load
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.batches import Noise, parse_noise, sample_batch
+from fastdit.cli.common import DEFAULT_OUT, Device, device_of, kept_shards, option, plain_errors
 from fastdit.cli.labels import parse_labels
+from fastdit.data.files import check_writable
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import decode, digest, latent_channels, load_vae
-from fastdit.data.shards import write_sharded_npz
+from fastdit.data.shards import parts_of, write_sharded_npz
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.sampling.executions import EXECUTIONS
@@ -33,17 +35,38 @@ from fastdit.update import Guidance
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIXEL_CHANNELS = (1, 3)
+COUNT = 4
+_FLAGS = {
+    "guidance": "--guidance-scale",
+    "guidance.channels": "--guidance-channels",
+    "scale": "--guidance-scale",
+    "channels": "--guidance-channels",
+}
 
 
 def sample(
+    context: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="A checkpoint that fastdit.load reads, or a run's weights.")
     ] = DEFAULT_OUT / WEIGHTS_FILE,
     labels: Annotated[
         str | None, option("Names, or numbers from 0, comma-separated.  [every class]")
     ] = None,
-    count: Annotated[int, option("Images per label.", min=1)] = 4,
-    seed: Annotated[int, option("The same seed, label and index always give the same image.")] = 0,
+    count: Annotated[int | None, option(f"Images per label.  [{COUNT}]", min=1)] = None,
+    seed: Annotated[
+        int, option("Seed of the noise; image i of a call, from 0, has the seed's stream i.")
+    ] = 0,
+    first_index: Annotated[
+        int,
+        option("Index of the first image, so that an image of a larger call is made again.", min=0),
+    ] = 0,
+    seeds: Annotated[
+        str | None,
+        option(
+            "Seeds, comma-separated, in place of --seed and --count: an image of each label for "
+            "each of them, which depends on these two alone."
+        ),
+    ] = None,
     out: Annotated[
         Path, option("A .png grid, or an .npz of uint8 NHWC pixels or of latents.")
     ] = Path("samples.png"),
@@ -76,7 +99,14 @@ def sample(
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
-    with plain_errors():
+    with plain_errors(
+        context,
+        flags=_FLAGS,
+        kept=lambda: _kept(out, num_images),
+        less_memory="a smaller --batch-size needs less, and --num-images keeps one batch",
+    ):
+        _check_out(out, num_images)
+        noise = parse_noise(seed, first_index, seeds, count, num_images)
         found, diffusion = _inspect(checkpoint, out, decoded=vae is not None)
         wanted = parse_labels(labels, found.labels, found.config)
         where = device_of(device)
@@ -102,61 +132,65 @@ def sample(
         takes, makes = decoder and latent_channels(decoder), found.config.in_channels
         if takes not in (None, makes):
             raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {makes}")
-        if num_images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--num-images: expected with several processes, which share it")
-        if num_images is not None:
-            options = dict(
-                num=num_images,
-                batch_size=batch_size,
-                labels=wanted,
-                seed=seed,
-                solver=solver,
-                steps=steps,
-                clip=clip,
-                guidance=guidance and asdict(guidance),
-                dtype=dtype,
-                execution=sampler.execution_for(),
-                vae=decoder and digest(decoder),
-                checkpoint=_digest(checkpoint),
-            )
-            _sample_many(out, sampler, decoder, options)
+        if num_images is None:
+            _sample_grid(out, sampler, decoder, wanted, noise, count, batch_size)
             return
-        rows = [label for label in wanted for _ in range(count)]
-        batches = []
-        with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
-            for i in range(0, len(rows), batch_size):
-                batch = rows[i : i + batch_size]
-                batches.append(_sample_batch(sampler, batch, seed, i, progress=True).cpu())
-                bar.update(len(batch))
-        images = torch.cat(batches)
-        if decoder is not None:
-            images = decode(decoder, images)
-        _write(out, images, columns=count)
-        print(f"wrote {len(rows)} images to {out}")
+        plan = dict(
+            num=num_images,
+            batch_size=batch_size,
+            labels=wanted,
+            seed=seed,
+            solver=solver,
+            steps=steps,
+            clip=clip,
+            guidance=guidance and asdict(guidance),
+            dtype=dtype,
+            execution=sampler.execution_for(),
+            vae=decoder and digest(decoder),
+            checkpoint=_digest(checkpoint),
+        )
+        if first_index:  # an older release's shards have no such entry
+            plan["first_index"] = first_index
+        _sample_many(out, sampler, decoder, noise, plan)
 
 
-def _sample_batch(
-    sampler: Sampler, labels: list[int], seed: int, first: int, progress: bool = False
-) -> Tensor:
-    """Sample images `first`, first + 1, ...: image i has stream i of the seed, or key seed + i."""
-    if sampler.config is None or sampler.config.use_class_cond:
-        return sampler(labels, seed, first_index=first, progress=progress)
-    keys = range(seed + first, seed + first + len(labels))
-    return sampler(None, seeds=keys, progress=progress)
+def _sample_grid(
+    out: Path,
+    sampler: Sampler,
+    decoder: nn.Module | None,
+    labels: list[int],
+    noise: Noise,
+    count: int | None,
+    size: int,
+) -> None:
+    """Sample `count` images of each label, or one for each of the seeds, and write them."""
+    per_label = len(noise.seeds) or count or COUNT
+    total = len(labels) * per_label
+    noise.check(total)
+    batches = []
+    with tqdm(total=total, unit="image", disable=total <= size) as bar:
+        for i in range(0, total, size):
+            rows = [labels[j // per_label] for j in range(i, min(i + size, total))]
+            batches.append(sample_batch(sampler, rows, noise, i, progress=True).cpu())
+            bar.update(len(rows))
+    images = torch.cat(batches)
+    if decoder is not None:
+        images = decode(decoder, images)
+    _write(out, images, columns=per_label)
+    print(f"wrote {total} images to {out}")
 
 
 def _sample_many(
-    out: Path, sampler: Sampler, decoder: nn.Module | None, plan: dict[str, Any]
+    out: Path, sampler: Sampler, decoder: nn.Module | None, noise: Noise, plan: dict[str, Any]
 ) -> None:
     """Sample `plan["num"]` images into one NPZ, on all processes together."""
-    if out.suffix != ".npz":
-        raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
-    labels, size, seed = plan["labels"], plan["batch_size"], plan["seed"]
+    labels, size = plan["labels"], plan["batch_size"]
+    noise.check(-(-plan["num"] // size) * size)
     pixels = decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
 
     def make(first: int) -> np.ndarray:
-        rows = [labels[(first + i) % len(labels)] for i in range(size)]
-        images = _sample_batch(sampler, rows, seed, first)
+        rows = [labels[(noise.first + first + i) % len(labels)] for i in range(size)]
+        images = sample_batch(sampler, rows, noise, first)
         if decoder is not None:
             images = decode(decoder, images)
         return to_pixels(images) if pixels else images.cpu().numpy()
@@ -166,6 +200,13 @@ def _sample_many(
         write_sharded_npz(out, make, plan, "arr_0" if pixels else "latents", world.rank, world.size)
         if world.rank == 0:
             print(f"wrote {plan['num']} images to {out}")
+
+
+def _kept(out: Path, num_images: int | None) -> str:
+    """Say what an interrupted call has kept, and how to go on."""
+    if num_images is None:
+        return f"{out} was not written; with --num-images and an .npz, finished batches are kept"
+    return kept_shards(parts_of(out))
 
 
 def _digest(checkpoint: Path) -> str:
@@ -188,12 +229,26 @@ def _write(out: Path, images: Tensor, columns: int) -> None:
         write_latents(out, images)
 
 
-def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """Return what the checkpoint holds and its diffusion, once its samples can be written."""
+def _check_out(out: Path, num_images: int | None) -> None:
+    """Raise a ValueError for a file that could not be written in the end."""
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
     if out.is_dir():
         raise ValueError(f"--out: expected a file's name, got the folder {out}")
+    if num_images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--num-images: expected with several processes, which share it")
+    if num_images is not None and out.suffix != ".npz":
+        raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
+    try:
+        check_writable(out)
+    except OSError as error:
+        raise ValueError(
+            f"--out: expected a file that can be written, got {out} ({error})"
+        ) from error
+
+
+def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """Return what the checkpoint holds and its diffusion, once its samples can be written."""
     if not checkpoint.exists():
         advice = f"(a minute or two on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
         raise ValueError(

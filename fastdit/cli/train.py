@@ -39,6 +39,7 @@ def _recipe_option(text: str, *names: str) -> Any:
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, option("Folder of the weights, checkpoints and samples.")] = DEFAULT_OUT,
     resume: Annotated[
         str,
@@ -85,7 +86,13 @@ def train(
     """
     arguments = locals()  # the recipe's options are named like its fields
     given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Recipe)}
-    with plain_errors():
+    with plain_errors(
+        context,
+        flags={"model": None},  # which is the trained one, where the trainer speaks of it
+        kept=lambda: _kept(out),
+        less_memory=f"--accumulate {2 * accumulate} computes a step's batch in smaller parts, and "
+        "--checkpointing keeps less of each",
+    ):
         where = device_of(device)
         with processes(where) as world:
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
@@ -233,6 +240,14 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+def _kept(out: Path) -> str:
+    """Say what a run that could not save any more has kept, and how to continue it."""
+    saved = RunFolder(out).checkpoints()
+    if not saved:
+        return "no checkpoint was written"
+    return f"{saved[-1][1]} is kept; continue with fastdit train --resume auto --out {out}"
 
 
 def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) -> None:

@@ -209,7 +209,7 @@ class Sampler:
             )
         if guidance.channels is not None and guidance.channels > cfg.in_channels:
             raise ValueError(
-                f"guidance: expected at most the model's {cfg.in_channels} channels, got "
+                f"guidance.channels: expected at most the model's {cfg.in_channels}, got "
                 f"{guidance.channels}"
             )
 

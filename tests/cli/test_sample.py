@@ -51,7 +51,7 @@ def test_sample_without_a_checkpoint_says_how_to_make_one(run, tmp_path, monkeyp
         (("--labels", "16"), "--labels: expected a number in [0, 16) or a name, got '16'"),
         (("--labels", "-1"), "--labels: expected a number in [0, 16) or a name, got '-1'"),
         (("--out", "s.jpg"), "--out: expected a name that ends in .png or .npz, got s.jpg"),
-        (("--seed", "-3"), "seed: expected an integer in [0, 2^63), got -3"),
+        (("--seed", "-3"), "error: --seed: expected an integer in [0, 2^63), got -3"),
         (("--device", "tpu9000"), "--device: expected one that is here, got tpu9000"),
         (("--device", "meta"), "--device: expected one that computes, got meta"),
         (("--device", "cuda:99"), "--device: expected one that is here, got cuda:99"),
@@ -119,14 +119,14 @@ def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--guidance-scale", 2), "error: guidance: expected None, since the model is not a DiT"),
+        (("--guidance-scale", 2), "error: --guidance-scale: expected None, since the model is not"),
         (("--guidance-channels", 2), "error: --guidance-channels: expected --guidance-scale besi"),
         (("--solver", "dimm"), "error: --solver: expected one of ddpm, ddim, dpm++, heun; got"),
-        (("--steps", 6), "error: steps: expected an integer from 1 to T = 5, got 6"),
-        (("--clip", 0), "error: clip: expected a positive number, or None, got 0.0"),
+        (("--steps", 6), "error: --steps: expected an integer from 1 to T = 5, got 6"),
+        (("--clip", 0), "error: --clip: expected a positive number, or None, got 0.0"),
         (("--dtype", "bf16"), "error: --dtype: expected one of float32, bfloat16, float16; got"),
         (("--execution", "grahp"), "did you mean 'graph'?"),
-        (("--execution", "graph", "--device", "cpu"), "error: execution: 'graph' needs a model on"),
+        (("--execution", "graph", "--device", "cpu"), "error: --execution: 'graph' needs a mode"),
     ],
 )
 def test_bad_sampling_options_are_one_line(run, checkpoint, arguments, message):
