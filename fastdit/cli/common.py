@@ -75,7 +75,8 @@ def kept_shards(folder: Path) -> str:
     count = count_shards(folder)
     if not count:
         return "no batch was finished"
-    return f"{count} finished batches are kept in {folder}; the same command goes on from them"
+    what = "1 finished batch is" if count == 1 else f"{count} finished batches are"
+    return f"{what} kept in {folder}; the same command goes on from there"
 
 
 def _with_flag(

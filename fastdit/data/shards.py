@@ -110,12 +110,12 @@ def _images_in(shard: Path) -> int:
 
 
 def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Check that the shards in a folder are of this plan, or write the plan to an empty folder."""
+    """Check that the shards in a folder are of this plan; where there are none, write the plan."""
     if plan["num"] < 1 or plan["batch_size"] < 1:
         raise ValueError(f"expected at least 1 image, and 1 per batch, got {plan}")
     wanted = json.dumps(plan, indent=1, sort_keys=True)
     before = read_plan(folder)
-    if before is None:
+    if before is None or not count_shards(folder):
         with atomic_path(folder / PLAN) as aside:
             aside.write_text(wanted)
         return
