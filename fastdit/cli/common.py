@@ -15,6 +15,7 @@ import torch
 import typer
 
 from fastdit.cli.memory import bytes_asked_for, is_out_of_memory
+from fastdit.data.files import check_writable
 from fastdit.data.shards import count_shards
 
 DEFAULT_OUT = Path("runs/toy")
@@ -77,6 +78,20 @@ def kept_shards(folder: Path) -> str:
         return "no batch was finished"
     what = "1 finished batch is" if count == 1 else f"{count} finished batches are"
     return f"{what} kept in {folder}; the same command goes on from there"
+
+
+def check_out(out: Path, file: str | None = None) -> None:
+    """Raise a ValueError, before any work, if a file could not be written in the end.
+
+    Args:
+        out: the file, or the folder that `file` names a file in.
+    """
+    try:
+        check_writable(out if file is None else out / file)
+    except OSError as error:
+        what = "file" if file is None else "folder"
+        reason = f"expected a {what} that can be written, got {out} ({error})"
+        raise ValueError(f"--out: {reason}") from error
 
 
 def _with_flag(

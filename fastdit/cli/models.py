@@ -10,9 +10,10 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
-from fastdit.cli.common import Device, device_of, kept_shards, option, plain_errors
+from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import encode_folder, load_vae
+from fastdit.data.shards import PLAN
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
@@ -98,6 +99,7 @@ def encode(
     """Encode images into latents to train a DiT on."""
     less = "a smaller --batch-size needs less"
     with plain_errors(context, kept=lambda: kept_shards(out), less_memory=less):
+        check_out(out, PLAN)
         autoencoder = load_vae(vae, device_of(device))
         count = encode_folder(autoencoder, folder, out, image_size, batch_size)
         print(f"wrote the latents of {count} images to {out}")

@@ -18,9 +18,16 @@ from tqdm import tqdm
 from fastdit.checkpoints.folders import weight_files
 from fastdit.checkpoints.native import CheckpointInfo, inspect, load
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, kept_shards, option, plain_errors
+from fastdit.cli.common import (
+    DEFAULT_OUT,
+    Device,
+    check_out,
+    device_of,
+    kept_shards,
+    option,
+    plain_errors,
+)
 from fastdit.cli.labels import parse_labels
-from fastdit.data.files import check_writable
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
@@ -239,12 +246,7 @@ def _check_out(out: Path, num_images: int | None) -> None:
         raise ValueError("--num-images: expected with several processes, which share it")
     if num_images is not None and out.suffix != ".npz":
         raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
-    try:
-        check_writable(out)
-    except OSError as error:
-        raise ValueError(
-            f"--out: expected a file that can be written, got {out} ({error})"
-        ) from error
+    check_out(out)
 
 
 def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:

@@ -15,14 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.run_folder import RunFolder, Saved, read
+from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, shapes_sampler
 from fastdit.train.sources import Latents, Shapes, Source
@@ -93,6 +93,7 @@ def train(
         less_memory=f"--accumulate {2 * accumulate} computes a step's batch in smaller parts, and "
         "--checkpointing keeps less of each",
     ):
+        check_out(out, WEIGHTS_FILE)
         where = device_of(device)
         with processes(where) as world:
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")

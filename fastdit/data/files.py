@@ -59,21 +59,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise an OSError now if `atomic_path` could not write this file later; leave nothing behind.
 
-    A temporary file is made in the file's folder, which is made too if it is missing.
+    A temporary file is made in the file's folder, or in the one in which that has to be made.
     """
     target, aside = _target_and_aside(path)
-    made = [folder for folder in target.parents if not folder.exists()]
-    nearest = target.parents[len(made)]
+    nearest = next(folder for folder in target.parents if _is_there(folder))
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is not a folder")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        aside.unlink()
-    finally:
-        for folder in made:
-            with suppress(OSError):  # it could not be made, or another process uses it by now
-                folder.rmdir()
+        (nearest / aside.name).touch()
+        (nearest / aside.name).unlink()
+    except OSError as error:
+        raise OSError(f"no file can be made in {nearest}: {error.strerror}") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a path exists; it is an OSError if it cannot, as where a name is too long."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _target_and_aside(path: str | os.PathLike[str]) -> tuple[Path, Path]:

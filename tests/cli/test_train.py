@@ -160,6 +160,7 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
         (("--accumulate", 3), "error: --batch-size: expected a multiple of 3"),
         (("--label-dropout", 1.5), "error: --label-dropout: expected a share below 1, got 1.5"),
         (("--vae", "x"), "--vae: expected none, since the coloured shapes are pixels"),
+        (("--out", __file__), "error: --out: expected a folder that can be written, got"),
         (
             ("--diffusion-steps", 10, "--schedule", "linear-scaled"),
             "error: --diffusion-steps: schedule='line",

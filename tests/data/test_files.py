@@ -93,7 +93,7 @@ def test_what_can_be_written_is_known_before_and_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["file/s.png", "file/a/b/s.png", "x" * 300 + "/s.png"])
 def test_what_cannot_be_written_is_known_before(tmp_path, name):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="is not a folder|name too long"):
+    with pytest.raises(OSError, match="is not a folder$|(?i:name too long)"):
         check_writable(tmp_path / name)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -101,5 +101,5 @@ def test_what_cannot_be_written_is_known_before(tmp_path, name):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="only Linux has /proc")
 @pytest.mark.parametrize("name", ["s.png", "new/s.png"])
 def test_a_folder_that_takes_no_files_is_known_before(name):
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no file can be made in /proc: "):
         check_writable(Path("/proc") / name)
