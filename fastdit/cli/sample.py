@@ -110,7 +110,7 @@ def sample(
         context,
         flags=_FLAGS,
         kept=lambda: _kept(out, num_images),
-        less_memory="a smaller --batch-size needs less, and --num-images keeps one batch",
+        less_memory="a smaller --batch-size needs less, and --num-images holds one batch at a time",
     ):
         _check_out(out, num_images)
         noise = parse_noise(seed, first_index, seeds, count, num_images)
