@@ -22,6 +22,7 @@ PUBLISHED_REFERENCE = 10_000  # the images in ADM's reference batches of ImageNe
 
 
 def evaluate(
+    context: typer.Context,
     samples: Annotated[
         Path, typer.Argument(help="An .npz of images, as `fastdit sample` writes it, or a folder.")
     ],
@@ -46,7 +47,7 @@ def evaluate(
     The network, its resize and the formulas are those of the evaluator of ADM, with which the
     papers on DiT, SiT and their successors report these numbers.
     """
-    with plain_errors("interrupted; nothing was written"):
+    with plain_errors(context):
         if json_file is not None and json_file.is_dir():
             raise ValueError(f"--json: expected a file's name, got the folder {json_file}")
         where = device_of(device)

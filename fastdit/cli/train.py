@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
 from fastdit.cli.data import check_no_pictures, describe_data, reopen_data
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
@@ -23,7 +23,7 @@ from fastdit.errors import unknown_name
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.run_folder import RunFolder, Saved, read
+from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder, Saved, read
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
 from fastdit.train.sources import Images, Shapes, Source, open_data
@@ -40,6 +40,7 @@ def _recipe_option(text: str, *names: str) -> Any:
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, option("Folder of the weights, checkpoints and samples.")] = DEFAULT_OUT,
     resume: Annotated[
         str,
@@ -104,7 +105,14 @@ def train(
     """
     arguments = locals()  # the recipe's options are named like its fields
     given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Recipe)}
-    with plain_errors():
+    with plain_errors(
+        context,
+        flags={"model": None},  # which is the trained one, where the trainer speaks of it
+        kept=lambda: _kept(out),
+        less_memory=f"--accumulate {2 * accumulate} computes a step's batch in smaller parts, and "
+        "--checkpointing keeps less of each",
+    ):
+        check_out(out, WEIGHTS_FILE)
         where = device_of(device)
         with processes(where) as world:
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
@@ -267,6 +275,14 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+def _kept(out: Path) -> str:
+    """Say what a run that could not save any more has kept, and how to continue it."""
+    saved = RunFolder(out).checkpoints()
+    if not saved:
+        return "no checkpoint was written"
+    return f"{saved[-1][1]} is kept; continue with fastdit train --resume auto --out {out}"
 
 
 def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) -> None:

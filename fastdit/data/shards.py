@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from fastdit.data.files import atomic_path
+from fastdit.data.files import LOCK, atomic_path, locked
 
 PLAN = "plan.json"
 
@@ -36,7 +36,8 @@ def write_sharded_npz(
 ) -> None:
     """Compute `plan["num"]` images in batches and write them to one NPZ.
 
-    Finished shards stay in a folder beside `out`, for a repeated call, until the file is whole.
+    Finished shards stay in a folder beside `out`, `parts_of(out)`, for a repeated call, until the
+    file is whole. The folder is locked meanwhile, so that two calls never mix their shards.
 
     Args:
         out: the file.
@@ -49,13 +50,25 @@ def write_sharded_npz(
 
     Raises:
         ValueError: the folder holds shards of another plan.
+        FileExistsError: another call is writing to the folder.
         OSError: a file cannot be written.
     """
-    folder = out.with_name(f"{out.name}.parts")
-    shards = write_shards(folder, make, plan, rank, world)
-    if rank == 0:
-        _join(shards, out, key, plan["num"])
-        shutil.rmtree(folder)
+    folder = parts_of(out)
+    # The other processes write nothing until the first one has locked the folder for all of them.
+    with locked(folder, "sampling", remove=True) if rank == 0 else nullcontext():
+        if world > 1:
+            dist.barrier()
+        shards = write_shards(folder, make, plan, rank, world)
+        if rank == 0:
+            _join(shards, out, key, plan["num"])
+            for path in folder.iterdir():
+                if path.name != LOCK and path.is_file():
+                    path.unlink()
+
+
+def parts_of(out: Path) -> Path:
+    """Return the folder in which `write_sharded_npz` keeps the shards of a file."""
+    return out.with_name(f"{out.name}.parts")
 
 
 def write_shards(
@@ -99,6 +112,11 @@ def compute_shards(
             bar.update()
 
 
+def count_shards(folder: Path) -> int:
+    """Return how many shards a folder holds by now."""
+    return len(list(folder.glob("*.npy")))
+
+
 def _images_in(shard: Path) -> int:
     """Return the number of images in a shard; 0 if it is missing or damaged."""
     try:
@@ -108,12 +126,12 @@ def _images_in(shard: Path) -> int:
 
 
 def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Check that the shards in a folder are of this plan, or write the plan to an empty folder."""
+    """Check that the shards in a folder are of this plan; where there are none, write the plan."""
     if plan["num"] < 1 or plan["batch_size"] < 1:
         raise ValueError(f"expected at least 1 image, and 1 per batch, got {plan}")
     wanted = json.dumps(plan, indent=1, sort_keys=True)
     before = read_plan(folder)
-    if before is None:
+    if before is None or not count_shards(folder):
         with atomic_path(folder / PLAN) as aside:
             aside.write_text(wanted)
         return

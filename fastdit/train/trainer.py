@@ -101,6 +101,7 @@ class Trainer:
         self.config, self.recipe, self.source = config, recipe, source
         self.save_every = save_every
         self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
+        self.scheduler.warn_of_signal()  # here too, since compiled calls of q_sample cannot warn
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config)
@@ -281,17 +282,19 @@ class Trainer:
         """Write a checkpoint and the model to sample from; all processes call this together."""
         if self.folder is None:
             return
+        names = self.source.label_names if self.config.use_class_cond else None
         header = {
             "config": self.config.to_dict(),
             "recipe": asdict(self.recipe),
             "data": self.source.identity,
             "environment": self.runtime.environment(),
+            "labels": names and list(names),
         }
         gathered = gather(self._tensors(), self.runtime.world)
         if gathered:
             self.folder.write(self.step, gathered, header)
-            names = self.source.label_names if self.config.use_class_cond else None
-            save(model_from(self.config, gathered), self.folder.weights, self.scheduler, names)
+            model = model_from(self.config, gathered)
+            save(model, self.folder.weights, self.scheduler, names)
         self._saved_at = self.step
         self.runtime.world.wait()
 

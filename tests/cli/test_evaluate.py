@@ -75,7 +75,10 @@ ERRORS = {
     "samples": (["gone.npz", "reference.npz"], "gone.npz: no such file or folder"),
     "reference": (["samples.npz", "gone"], "gone: no such file or folder"),
     "json": (["samples.npz", "reference.npz", "--json", "."], "--json: expected a file's name"),
-    "size": (["samples.npz", "reference.npz", "--image-size", 8], "image_size: expected a folder"),
+    "size": (
+        ["samples.npz", "reference.npz", "--image-size", 8],
+        "--image-size: expected a folder",
+    ),
     "device": (["samples.npz", "reference.npz", "--device", "gpu"], "--device: expected one that"),
     "weights": (["samples.npz", "reference.npz", "--weights", "w.pth"], "weights: w.pth: no such"),
 }

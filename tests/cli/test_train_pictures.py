@@ -36,7 +36,7 @@ def test_a_folder_of_pictures_is_trained_on_shown_and_sampled_by_name(run, train
     done = train("--sample-every", 1)
     assert done.exit_code == 0, done.output
     assert "data: 6 pictures of 2 classes, mirrored at random" in done.stderr
-    info = fastdit.checkpoints.native.inspect(tmp_path / "run" / "model.safetensors")
+    info = fastdit.checkpoints.inspect(tmp_path / "run" / "model.safetensors")
     assert info.config.sample_shape == (3, 8, 8) and info.labels == ("cat", "dog")
     with Image.open(tmp_path / "run" / "samples" / "step-00000002.png") as grid:
         assert grid.size == ((4 * 9 - 1) * 6, (2 * 9 - 1) * 6), "four of each class, in rows"
@@ -139,13 +139,13 @@ def test_options_that_pictures_do_not_have_are_refused(train, tmp_path, argument
 
 def test_pictures_and_latents_are_told_apart(run, train, pictures, latents, tmp_path):
     done = run("train", "--data", pictures, "--out", tmp_path / "run")
-    assert done.exit_code == 1 and "image_size: expected a side to which" in done.stderr
+    assert done.exit_code == 1 and "--image-size: expected a side to which" in done.stderr
     done = train(data=latents[0])
-    assert done.exit_code == 1 and "image_size: expected none, since" in done.stderr
+    assert done.exit_code == 1 and "--image-size: expected none, since" in done.stderr
     done = run("train", "--data", latents[0], "--flip", "--out", tmp_path / "run")
     assert done.exit_code == 1 and "flip: expected none, since latents" in done.stderr
     assert train().exit_code == 0
     done = train("--image-size", 8, data=tmp_path / "run" / "images", out="other", new=False)
-    assert done.exit_code == 1 and "image_size: expected none, since" in done.stderr
+    assert done.exit_code == 1 and "--image-size: expected none, since" in done.stderr
     with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found pixels"):
         Latents(tmp_path / "run" / "images")

@@ -376,7 +376,7 @@ def test_guidance_needs_labels():
 
 
 def test_guidance_of_more_channels_than_the_model_has_is_an_error():
-    with pytest.raises(ValueError, match="guidance: expected at most the model's 4 channels, got"):
+    with pytest.raises(ValueError, match="guidance.channels: expected at most the model's 4, got"):
         Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0, channels=5))
 
 
