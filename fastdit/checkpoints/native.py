@@ -40,7 +40,7 @@ class CheckpointInfo:
         config: the model's config.
         diffusion: keyword arguments of the `DiffusionScheduler` that the model was trained with, or
             None if they are not stored. For other projects' checkpoints they are the published
-            ones, 1000 linear steps.
+            ones, 1000 linear steps; a pipeline's folder of diffusers has its own.
         labels: the names of the classes, or None if they are not stored.
     """
 
@@ -114,7 +114,9 @@ def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> Non
     path.mkdir(parents=True, exist_ok=True)
     # Old and new files are never read together, since a folder without a config is no checkpoint.
     (path / "config.json").unlink(missing_ok=True)
-    with atomic_path(path / folders.FOLDER_WEIGHTS[0]) as aside:
+    for index in folders.indices(path):
+        index.unlink()
+    with atomic_path(path / folders.FOLDER_WEIGHTS) as aside:
         aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
     with atomic_path(path / "config.json") as aside:
         aside.write_text(json.dumps(config, indent=2) + "\n")
@@ -177,7 +179,15 @@ def _read(path: str | os.PathLike[str]) -> tuple[CheckpointInfo | None, Any, dic
     """Return the info of a fastdit file or None, diffusers' config or None, and the tensors."""
     if Path(path).is_dir():
         config, weights = folders.read_folder(Path(path))
-        return None, config, _read(weights)[2]
+        whole: dict[str, Tensor] = {}
+        for part in weights:
+            tensors = _read(part)[2]
+            if twice := _first_few([name for name in tensors if name in whole]):
+                raise ValueError(
+                    f"{part}: expected other tensors than before it, got {twice} again"
+                )
+            whole |= tensors
+        return None, config, whole
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, "rb") as file:
@@ -216,7 +226,8 @@ def inspect(path: str | os.PathLike[str], *, n_heads: int | None = None) -> Chec
         return info
     config, _ = _translate(str(path), tensors, foreign_config, n_heads)
     names = folders.folder_labels(Path(path), config.num_classes)
-    return CheckpointInfo(config, dict(_PUBLISHED_DIFFUSION), names)
+    diffusion = folders.folder_diffusion(Path(path)) or dict(_PUBLISHED_DIFFUSION)
+    return CheckpointInfo(config, diffusion, names)
 
 
 def write_tensors(
