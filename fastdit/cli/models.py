@@ -12,7 +12,7 @@ from fastdit import flops
 from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
 from fastdit.cli.common import Device, device_of, option, plain_errors
 from fastdit.config import PRESETS
-from fastdit.data.latents import encode_folder, load_vae
+from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
@@ -84,7 +84,7 @@ def info(
 
 def encode(
     folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
-    vae: Annotated[str, option("Folder or name of the AutoencoderKL.")],
+    vae: Annotated[str, option(f"The AutoencoderKL: {VAE_HELP}.")],
     out: Annotated[
         Path, option("Folder for the shards; a call that was stopped continues there.")
     ] = Path("latents"),

@@ -21,7 +21,7 @@ from fastdit.checkpoints.native import CheckpointInfo, inspect, load
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import DiTConfig
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.data.latents import decode, digest, latent_channels, load_vae
+from fastdit.data.latents import VAE_HELP, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import write_sharded_npz
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
@@ -73,7 +73,7 @@ def sample(
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
-    vae: Annotated[str | None, option("Folder or name of an AutoencoderKL to decode by.")] = None,
+    vae: Annotated[str | None, option(f"The AutoencoderKL to decode by: {VAE_HELP}.")] = None,
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
