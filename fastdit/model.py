@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdit import functional, reference
 from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
 from fastdit.diffusion import timestep_embedding
-from fastdit.errors import unknown_name
+from fastdit.errors import check_range, unknown_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -250,9 +250,19 @@ class DiT(nn.Module):
 
         Returns:
             [B, D]; without labels the null class's row [D], or None where there is no such row.
+
+        Raises:
+            ValueError: a label on the CPU is out of range. On an accelerator nothing checks it
+                but the kernel, which leaves the device unusable: reading labels would stall the
+                stream at every forward. `Sampler`, the command line and the data check labels on
+                the host.
         """
         if y is not None:
-            return self.y_embed(y)
+            try:
+                return self.y_embed(y)
+            except IndexError:  # a CPU finds it without a cost, and it may not be the label's
+                check_range("y", y, self.cfg.class_rows)
+                raise
         return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
 
     def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
@@ -312,7 +322,9 @@ class DiT(nn.Module):
             [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
 
         Raises:
-            ValueError: a shape is wrong, or y is given to a model without class conditioning.
+            ValueError: a shape is wrong, y is given to a model without class conditioning, or a
+                label is out of range on a CPU. On an accelerator check labels before they go
+                there, since a wrong one leaves the device unusable (see `label_conditioning`).
         """
         self._check_inputs(x, t, y)
         p = self.cfg.patch_size

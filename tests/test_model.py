@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdit.data
 from fastdit import PRESETS, DiTConfig, functional, reference
@@ -323,3 +324,30 @@ def test_forward_traces_as_one_graph_with_a_dynamic_batch():
         x, t, y = make_inputs(model.cfg, batch, torch.float32)
         assert torch.equal(compiled(x, t, y), model(x, t, y))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("label", [-1, 10, 11])
+def test_a_label_out_of_range_is_a_value_error_on_a_cpu(label):
+    model = fastdit.DiT(n_layers=1, num_classes=10, null_class=label == 11)
+    x, t, y = torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, label])
+    rows = model.cfg.class_rows
+    with pytest.raises(ValueError, match=rf"y: expected values in \[0, {rows}\), got"):
+        model(x, t, y)
+
+
+def test_the_check_of_labels_reads_no_values_that_are_not_there():
+    """Exporting, tracing and mapping over labels all see labels without values."""
+    _, model = make_pair(DiTConfig(n_layers=1), torch.float32)
+    x, t, y = make_inputs(model.cfg, 2, torch.float32)
+    expected = model(x, t, y)
+    exported = torch.export.export(model, (x, t, y))
+    assert torch.equal(exported.module()(x, t, y), expected)
+    weights = dict(model.named_parameters())
+
+    def call(weights, *given):
+        return torch.func.functional_call(model, weights, given)
+
+    traced = make_fx(call, tracing_mode="fake")(weights, x, t, y)
+    assert torch.equal(traced(weights, x, t, y), expected)
+    mapped = torch.vmap(lambda label: model.label_conditioning(label[None]))(y)
+    assert torch.equal(mapped[:, 0], model.y_embed(y))
