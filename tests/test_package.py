@@ -143,8 +143,8 @@ LAYERS = [
     {"ops"},
     {"functional"},
     {"model"},
-    {"checkpoints", "pipeline"},
-    {"sampling"},
+    {"checkpoints"},
+    {"sampling", "pipeline"},
     {"train"},
     {"cli", "_moved"},
 ]

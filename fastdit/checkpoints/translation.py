@@ -104,7 +104,7 @@ def from_diffusers(
         ValueError: the config is another model's or does not fit the tensors, or the blocks'
             embedders differ.
     """
-    cfg = _diffusers_config(config)
+    cfg = _config_from_diffusers(config)
     # Checked before anything is allocated by the config, whose sizes cannot be trusted.
     patch = tensors.get("pos_embed.proj.weight")
     wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
@@ -140,23 +140,8 @@ def to_diffusers(
     Raises:
         ValueError: diffusers' model cannot express the config or the position embedding.
     """
-    config = {
-        "_class_name": "DiTTransformer2DModel",
-        "num_attention_heads": cfg.n_heads,
-        "attention_head_dim": cfg.head_dim,
-        "in_channels": cfg.in_channels,
-        "out_channels": cfg.out_channels,
-        "num_layers": cfg.n_layers,
-        "sample_size": cfg.img_size,
-        "patch_size": cfg.patch_size,
-        "activation_fn": "gelu-approximate" if cfg.gelu == "tanh" else "gelu",
-        "attention_bias": True,
-        "num_embeds_ada_norm": cfg.num_classes,
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
-        "norm_eps": cfg.mlp_ln_eps or cfg.ln_eps,
-    }
-    stored = replace(_diffusers_config(config), init=cfg.init)
+    config = diffusers_config(cfg)
+    stored = replace(_config_from_diffusers(config), init=cfg.init)
     if stored != cfg:
         raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
     out: dict[str, Tensor] = {}
@@ -179,7 +164,27 @@ def to_diffusers(
     return config, out
 
 
-def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
+def diffusers_config(cfg: DiTConfig) -> dict[str, Any]:
+    """Return the content of `config.json` for a config, whether diffusers can express it or not."""
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": cfg.n_heads,
+        "attention_head_dim": cfg.head_dim,
+        "in_channels": cfg.in_channels,
+        "out_channels": cfg.out_channels,
+        "num_layers": cfg.n_layers,
+        "sample_size": cfg.img_size,
+        "patch_size": cfg.patch_size,
+        "activation_fn": "gelu-approximate" if cfg.gelu == "tanh" else "gelu",
+        "attention_bias": True,
+        "num_embeds_ada_norm": cfg.num_classes,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": cfg.mlp_ln_eps or cfg.ln_eps,
+    }
+
+
+def _config_from_diffusers(config: Mapping[str, Any]) -> DiTConfig:
     """Return the config of a DiT of diffusers; choices that its code fixes are filled in."""
     expected = {
         "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
