@@ -33,6 +33,8 @@ CONFIGS = {
     "t-width-257-silu": DiTConfig(t_embed_width=257, t_embed_act="silu", n_layers=2),
     "learn-sigma": DiTConfig(learn_sigma=True, n_layers=2),
     "published": PUBLISHED_SMALL,
+    "block-embedders": DiTConfig(embedders="block", hidden=32, n_layers=2, n_heads=2),
+    "published-block": replace(PUBLISHED_SMALL, embedders="block"),
 }
 by_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -117,7 +119,7 @@ def test_float64_forward_and_gradients_equal_the_reference(cfg, labelled):
     assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-12
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         if a.grad is None:
-            unused = not a.requires_grad or (name == "y_embed.weight" and y is None)
+            unused = not a.requires_grad or (name.endswith("y_embed.weight") and y is None)
             assert unused and b.grad is None, name
         else:
             assert a.grad.norm() > 0, name
@@ -324,6 +326,31 @@ def test_forward_traces_as_one_graph_with_a_dynamic_batch():
         x, t, y = make_inputs(model.cfg, batch, torch.float32)
         assert torch.equal(compiled(x, t, y), model(x, t, y))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("cfg", [PUBLISHED_SMALL, CONFIGS["published-block"]], ids=str)
+def test_fresh_weights_are_the_references(cfg):
+    drawn = []
+    for model_class in (fastdit.DiT, reference.DiT):
+        torch.manual_seed(3)
+        drawn.append(model_class.from_config(cfg).state_dict())
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(t, drawn[1][name]) for name, t in drawn[0].items())
+
+
+def test_each_block_has_embedders_of_its_own():
+    """A change of one block's embedders changes its modulation and, of the first, the final one."""
+    _, model = make_pair(CONFIGS["published-block"])
+    assert not [name for name in model.state_dict() if name.startswith(("t_embed", "y_embed"))]
+    _, t, y = make_inputs(model.cfg)
+    width = 6 * model.cfg.hidden
+    for owner, changed in ((0, [True, False, True]), (1, [False, True, False])):
+        for embedder in (model.blocks[owner].t_embed[2].bias, model.blocks[owner].y_embed.weight):
+            with torch.no_grad():
+                before = model.modulation(t, y).split(width, dim=-1)
+                embedder.add_(1)
+                after = model.modulation(t, y).split(width, dim=-1)
+            assert [not torch.equal(*pair) for pair in zip(before, after, strict=True)] == changed
 
 
 @pytest.mark.parametrize("label", [-1, 10, 11])
