@@ -16,20 +16,6 @@ from fastdit.testing import randomize, relative_error
 FEW = 10  # classes
 
 
-@pytest.fixture(scope="module")
-def vae():
-    AutoencoderKL = pytest.importorskip("diffusers").AutoencoderKL
-    torch.manual_seed(3)
-    return AutoencoderKL(
-        block_out_channels=(8,),
-        norm_num_groups=4,
-        latent_channels=4,
-        layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-    ).eval()
-
-
 def make_pipeline(transformer, vae):
     from diffusers import DDIMScheduler, DiTPipeline
 
