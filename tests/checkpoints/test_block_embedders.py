@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fastdit
+from fastdit.cli.app import app
 from fastdit.pipeline import PipelineTransformer
 from fastdit.testing import relative_error
 
@@ -74,6 +76,14 @@ def test_a_block_without_an_embedder_is_an_error(from_scratch):
 def test_facebooks_layout_cannot_hold_it(from_scratch, tmp_path):
     with pytest.raises(ValueError, match="layout: that of facebookresearch/DiT has no embedders="):
         fastdit.save(fastdit.load(from_scratch), tmp_path / "m.pt", layout="facebookresearch/DiT")
+
+
+def test_info_counts_every_embedder(from_scratch, tmp_path):
+    from_scratch.save_pretrained(tmp_path)
+    said = CliRunner().invoke(app, ["info", str(tmp_path)]).stdout
+    parameters = fastdit.load(from_scratch).state_dict().values()
+    assert "embedders        block" in said
+    assert f"parameters       {sum(p.numel() for p in parameters):,}" in said
 
 
 def make_pipeline(transformer, vae, scheduler):

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fastdit
 from fastdit.checkpoints import inspect
 from fastdit.checkpoints.folders import read_folder, weight_files
+from fastdit.cli.app import app
 
 SMALL = 40_000  # bytes; the tests' weights take some ten times as much
 
@@ -212,3 +214,14 @@ def test_flow_matching_is_an_error(transformer, tmp_path):
     folder = pipeline_folder(transformer, FlowMatchEulerDiscreteScheduler(), tmp_path)
     with pytest.raises(ValueError, match="got FlowMatchEulerDiscreteScheduler without betas"):
         inspect(folder)
+
+
+def test_converting_a_pipeline_keeps_its_diffusion(transformer, tmp_path):
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(num_train_timesteps=200, prediction_type="v_prediction")
+    folder, out = pipeline_folder(transformer, scheduler, tmp_path), tmp_path / "m.safetensors"
+    done = CliRunner().invoke(app, ["convert", str(folder), str(out)])
+    assert done.exit_code == 0, done.stderr
+    expected = {"T": 200, "schedule": "linear", "prediction": "v_prediction"}
+    assert inspect(out).diffusion == expected
