@@ -11,8 +11,8 @@ MLP_RATIO = 4
 
 
 # Fields that files from earlier releases lack, with the values that those releases computed with.
-# mlp_ln_eps and t_freq_shift came with the support for diffusers' checkpoints.
-_LATER_OPTIONS: dict[str, Any] = {"mlp_ln_eps": None, "t_freq_shift": 0}
+# All came with the support for diffusers' checkpoints.
+_LATER_OPTIONS: dict[str, Any] = {"mlp_ln_eps": None, "t_freq_shift": 0, "embedders": "shared"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class DiTConfig:
         t_embed_width: width of the sinusoidal timestep embedding; None means hidden.
         t_freq_shift: as `freq_shift` of `fastdit.timestep_embedding`: 0, or 1 as in diffusers.
         t_embed_act: activation inside the timestep MLP; "gelu" is the exact one.
+        embedders: "shared": one timestep MLP and one class embedding for all modulations; or
+            "block": each block has its own, as diffusers trains them, and the final layer takes
+            those of the first block.
         learn_sigma: whether the model returns 2C channels, the noise and the interpolation of the
             variance, instead of C.
         init: how fresh weights are drawn. "torch" is each layer's own default; "xavier" is the
@@ -67,6 +70,7 @@ class DiTConfig:
     t_embed_width: int | None = None
     t_freq_shift: Literal[0, 1] = 0
     t_embed_act: Literal["gelu", "silu"] = "gelu"
+    embedders: Literal["shared", "block"] = "shared"
     learn_sigma: bool = False
     init: Literal["torch", "xavier"] = "torch"
 

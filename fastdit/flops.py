@@ -95,7 +95,9 @@ def training_flop(cfg: DiTConfig, images: int) -> int:
     Source: Chowdhery et al. 2022 (PaLM), appendix B, model FLOPs utilisation.
     """
     D, width = cfg.hidden, cfg.t_embed_width or cfg.hidden
-    conditioning = 2 * images * (width * D + D * D + D * (6 * cfg.n_layers + 2) * D)
+    embedders = cfg.n_layers if cfg.embedders == "block" else 1
+    embedding = embedders * (width * D + D * D)
+    conditioning = 2 * images * (embedding + D * (6 * cfg.n_layers + 2) * D)
     return 3 * (flop(cfg, images) + conditioning)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdit import functional, reference
 from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
 from fastdit.diffusion import timestep_embedding
-from fastdit.errors import height_and_width, unknown_name
+from fastdit.errors import check_range, height_and_width, unknown_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,22 @@ class MLP(nn.Sequential):
         return super().forward(x)
 
 
-class Block(nn.Module):
+class Conditioned(nn.Module):
+    """A module with the embedders of the conditioning: the model, or each of its blocks."""
+
+    t_embed: nn.Sequential
+    y_embed: nn.Embedding
+
+    def add_embedders(self, cfg: DiTConfig) -> None:
+        """Make the timestep's MLP and, for a class-conditional model, the class embedding."""
+        D = cfg.hidden
+        act = nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU()
+        self.t_embed = nn.Sequential(nn.Linear(cfg.t_embed_width or D, D), act, nn.Linear(D, D))
+        if cfg.use_class_cond:
+            self.y_embed = nn.Embedding(cfg.class_rows, D)
+
+
+class Block(Conditioned):
     """An adaLN-Zero block, cut so that each residual sum and the LayerNorm after it are one op.
 
     A block begins after its first LayerNorm and ends after the first LayerNorm of the next block.
@@ -87,6 +102,8 @@ class Block(nn.Module):
         gelu = nn.GELU(approximate="tanh" if cfg.gelu == "tanh" else "none")
         self.mlp = MLP(nn.Linear(D, MLP_RATIO * D), gelu, nn.Linear(MLP_RATIO * D, D))
         self.adaLN_modulation = nn.Linear(D, 6 * D)
+        if cfg.embedders == "block":
+            self.add_embedders(cfg)
 
     def forward(
         self, residual: Tensor, h: Tensor, modulation: Sequence[Tensor]
@@ -118,7 +135,7 @@ class Block(nn.Module):
         )
 
 
-class DiT(nn.Module):
+class DiT(Conditioned):
     """Diffusion Transformer with adaLN-Zero conditioning (Peebles & Xie 2023).
 
     A forward is `denoise(patchify(x), modulation(t, y))`. What depends on (t, y) alone stands
@@ -171,10 +188,8 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(
             torch.empty(1, cfg.n_tokens, D), requires_grad=cfg.pos_embed == "learned"
         )
-        act = nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU()
-        self.t_embed = nn.Sequential(nn.Linear(cfg.t_embed_width or D, D), act, nn.Linear(D, D))
-        if cfg.use_class_cond:
-            self.y_embed = nn.Embedding(cfg.class_rows, D)
+        if cfg.embedders == "shared":
+            self.add_embedders(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))  # type: ignore[assignment]
         self.final_mod = nn.Linear(D, 2 * D)
         self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
@@ -215,11 +230,12 @@ class DiT(nn.Module):
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     nn.init.xavier_uniform_(module.weight.flatten(1))
                     _zero_(module.bias)
-            for layer in self.t_embed:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=_INIT_STD)
-            if cfg.use_class_cond:
-                nn.init.normal_(self.y_embed.weight, std=_INIT_STD)
+            for owner in self.embedders():
+                for layer in owner.t_embed:
+                    if isinstance(layer, nn.Linear):
+                        nn.init.normal_(layer.weight, std=_INIT_STD)
+                if cfg.use_class_cond:
+                    nn.init.normal_(owner.y_embed.weight, std=_INIT_STD)
         if cfg.pos_embed == "sincos":
             self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
         else:
@@ -231,16 +247,36 @@ class DiT(nn.Module):
         """Return the linears that make modulation: one a block, [D, 6D], and the final [D, 2D]."""
         return [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
 
+    def embedders(self) -> Sequence[Conditioned]:
+        """Return the modules that have embedders: the model, or with embedders="block" its blocks.
+
+        Those of the first block serve the final layer too.
+        """
+        return self.blocks if self.cfg.embedders == "block" else [self]
+
+    def by_embedders(self, embed: Callable[[Conditioned], Tensor]) -> Tensor:
+        """Return what `embed` makes of each module with embedders.
+
+        Returns:
+            Its result; with embedders="block" the blocks' results, stacked in a new first dim.
+        """
+        parts = [embed(owner) for owner in self.embedders()]
+        return torch.stack(parts) if self.cfg.embedders == "block" else parts[0]
+
     def time_embedding(self, t: Tensor) -> Tensor:
-        """Return what the timestep's MLP `t_embed` is applied to: t [B] -> [B, width]."""
-        first = self.t_embed[0]
+        """Return what the timestep's MLPs `t_embed` are applied to: t [B] -> [B, width]."""
+        first = self.embedders()[0].t_embed[0]
         assert isinstance(first, nn.Linear)
         embedding = timestep_embedding(t, first.in_features, freq_shift=self.cfg.t_freq_shift)
         return embedding.to(first.weight.dtype)
 
     def time_conditioning(self, t: Tensor) -> Tensor:
-        """Return the timestep's part of the conditioning: t [B] -> [B, D]."""
-        return self.t_embed(self.time_embedding(t))
+        """Return the timestep's part of the conditioning: t [B] -> [B, D].
+
+        With embedders="block" it is [n_layers, B, D].
+        """
+        embedding = self.time_embedding(t)
+        return self.by_embedders(lambda owner: owner.t_embed(embedding))
 
     def label_conditioning(self, y: Tensor | None) -> Tensor | None:
         """Return the label's part of the conditioning.
@@ -250,26 +286,55 @@ class DiT(nn.Module):
 
         Returns:
             [B, D]; without labels the null class's row [D], or None where there is no such row, or
-            no class conditioning.
+            no class conditioning. With embedders="block" [n_layers, B, D], or the null rows
+            [n_layers, 1, D].
+
+        Raises:
+            ValueError: a label on the CPU is out of range. On an accelerator nothing checks it
+                but the kernel, which leaves the device unusable: reading labels would stall the
+                stream at every forward. `Sampler`, the command line and the data check labels on
+                the host.
         """
-        if y is not None and self.cfg.use_class_cond:
-            return self.y_embed(y)
-        return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
+        cfg = self.cfg
+        if y is None or not cfg.use_class_cond:
+            if not cfg.null_class:
+                return None
+            if cfg.embedders == "shared":
+                return self.y_embed.weight[cfg.num_classes]
+            y = torch.full((1,), cfg.num_classes, device=self.pos_embed.device)
+        labels = y
+        try:
+            return self.by_embedders(lambda owner: owner.y_embed(labels))
+        except IndexError:  # a CPU finds it without a cost, and it may not be the label's
+            check_range("y", y, cfg.class_rows)
+            raise
 
     def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """Return the vector that every modulation is made from: t [B], y [B] or None -> [B, D]."""
+        """Return the vector that every modulation is made from: t [B], y [B] or None -> [B, D].
+
+        With embedders="block" it is [n_layers, B, D], one vector for each block.
+        """
         c, of_label = self.time_conditioning(t), self.label_conditioning(y)
         if of_label is not None:
             c = c + of_label
         return F.silu(c) if self.cfg.modulation_act == "silu" else c
 
+    def conditioning_by_layer(self, c: Tensor) -> list[Tensor]:
+        """Return the conditioning [R, D] of each of `modulation_layers`, views of c.
+
+        Args:
+            c: as `conditioning` returns it.
+        """
+        return [c] * (self.cfg.n_layers + 1) if self.cfg.embedders == "shared" else [*c, c[0]]
+
     def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
         """Yield the modulation of conditioning c [R, D]: [R, 6D] for each block, then [R, 2D].
 
-        Each layer runs when its part is asked for, so that a caller can hold one part at a time.
+        With embedders="block" c is [n_layers, R, D]. Each layer runs when its part is asked for, so
+        that a caller can hold one part at a time.
         """
-        for layer in self.modulation_layers():
-            yield layer(c)
+        for layer, own in zip(self.modulation_layers(), self.conditioning_by_layer(c), strict=True):
+            yield layer(own)
 
     def modulation(self, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Return all that the conditioning contributes to a forward.
@@ -314,7 +379,9 @@ class DiT(nn.Module):
             [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
 
         Raises:
-            ValueError: a shape is wrong.
+            ValueError: a shape is wrong, or a label is out of range on a CPU. On an accelerator
+                check labels before they go there, since a wrong one leaves the device unusable
+                (see `label_conditioning`).
         """
         self._check_inputs(x, t, y)
         p = self.cfg.patch_size

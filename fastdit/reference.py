@@ -12,6 +12,7 @@ Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C chann
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -83,6 +84,18 @@ class Attention(nn.Module):
         return self.proj(attention(self.qkv(x), self.n_heads))  # [B, N, D]
 
 
+def add_embedders(owner: nn.Module, cfg: DiTConfig) -> None:
+    """Section 3.2: give the model, or a block, its timestep MLP and its class embedding."""
+    D = cfg.hidden
+    owner.t_embed = nn.Sequential(
+        nn.Linear(cfg.t_embed_width or D, D),
+        nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU(),
+        nn.Linear(D, D),
+    )
+    if cfg.use_class_cond:
+        owner.y_embed = nn.Embedding(cfg.class_rows, D)
+
+
 class Block(nn.Module):
     """Section 3.2, "adaLN-Zero block" (figure 3)."""
 
@@ -97,6 +110,8 @@ class Block(nn.Module):
             nn.Linear(MLP_RATIO * D, D),
         )
         self.adaLN_modulation = nn.Linear(D, 6 * D)
+        if cfg.embedders == "block":
+            add_embedders(self, cfg)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(c)  # [B, 6D]
@@ -117,13 +132,8 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(
             torch.empty(1, cfg.n_tokens, D), requires_grad=cfg.pos_embed == "learned"
         )
-        self.t_embed = nn.Sequential(
-            nn.Linear(cfg.t_embed_width or D, D),
-            nn.SiLU() if cfg.t_embed_act == "silu" else nn.GELU(),
-            nn.Linear(D, D),
-        )
-        if cfg.use_class_cond:
-            self.y_embed = nn.Embedding(cfg.class_rows, D)
+        if cfg.embedders == "shared":
+            add_embedders(self, cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.final_mod = nn.Linear(D, 2 * D)
         self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
@@ -141,10 +151,10 @@ class DiT(nn.Module):
             for name, p in self.named_parameters():
                 if name.endswith(".bias"):
                     nn.init.zeros_(p)
-                elif name.endswith(".weight") and name != "y_embed.weight":
+                elif name.endswith(".weight") and not name.endswith("y_embed.weight"):
                     nn.init.xavier_uniform_(p.flatten(1))
             for name, p in self.named_parameters():
-                if name in ("t_embed.0.weight", "t_embed.2.weight", "y_embed.weight"):
+                if name.endswith(("t_embed.0.weight", "t_embed.2.weight", "y_embed.weight")):
                     nn.init.normal_(p, std=0.02)
         if cfg.pos_embed == "sincos":
             self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
@@ -154,30 +164,33 @@ class DiT(nn.Module):
             if "adaLN_modulation" in name or name.startswith(("final_mod", "final_linear")):
                 nn.init.zeros_(p)
 
-    def conditioning(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """The vector that every modulation is made from: t [B], y [B] or None -> [B, D].
+    def conditioning(self, t: Tensor, y: Tensor | None, owner: Any = None) -> Tensor:
+        """The vector that modulation is made from: t [B], y [B] or None -> [B, D].
 
-        Without labels a model with a null class uses its row, and others add nothing.
+        `owner` is the block whose embedders make it; None is the model, whose embedders serve all
+        blocks. Without labels a model with a null class uses its row, and others add nothing.
         """
         cfg = self.cfg
         embedding = timestep_embedding(
             t, cfg.t_embed_width or cfg.hidden, freq_shift=cfg.t_freq_shift
         )
-        c = self.t_embed(embedding.to(self.pos_embed.dtype))
+        owner = self if owner is None else owner
+        c = owner.t_embed(embedding.to(self.pos_embed.dtype))
         if y is None and cfg.null_class:
             y = torch.full_like(t, cfg.num_classes, dtype=torch.int64)
         if y is not None and cfg.use_class_cond:
-            c = c + self.y_embed(y)
+            c = c + owner.y_embed(y)
         return F.silu(c) if cfg.modulation_act == "silu" else c
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict the noise: x [B, C, H, W], t [B], y [B] or None -> [B, C or 2C, H, W]."""
         cfg = self.cfg
-        c = self.conditioning(t, y)
+        owners = self.blocks if cfg.embedders == "block" else [self]
+        each = [self.conditioning(t, y, owner) for owner in owners]
         h = self.patch_embed(x) + self.pos_embed  # [B, N, D]
-        for block in self.blocks:
+        for block, c in zip(self.blocks, cycle(each), strict=False):
             h = block(h, c)
-        scale, shift = self.final_mod(c).chunk(2, dim=-1)
+        scale, shift = self.final_mod(each[0]).chunk(2, dim=-1)
         h = self.final_linear(layer_norm_modulate(h, scale, shift, cfg.ln_eps))
         B, (rows, columns), p, C = len(h), cfg.grid, cfg.patch_size, cfg.out_channels
         image = torch.einsum("nhwpqc->nchpwq", h.view(B, rows, columns, p, p, C))

@@ -26,7 +26,9 @@ def test_flop_are_the_published_ones():
         DiTConfig(),
         DiTConfig(learn_sigma=True, hidden=96, n_heads=3),
         DiTConfig(img_size=(8, 20), n_layers=1),
+        DiTConfig(embedders="block"),
     ],
+    ids=["toy", "learn-sigma", "oblong", "block"],
 )
 def test_flop_are_those_of_a_real_forward(cfg):
     model, rows = fastdit.DiT.from_config(cfg), 3
@@ -36,6 +38,10 @@ def test_flop_are_those_of_a_real_forward(cfg):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.denoise(tokens, modulation)
     assert counter.get_total_flops() == flops.flop(cfg, rows)
+    with FlopCounterMode(display=False) as counter:
+        model.modulation(torch.zeros(rows))
+    conditioning = counter.get_total_flops()
+    assert flops.training_flop(cfg, rows) == 3 * (flops.flop(cfg, rows) + conditioning)
 
 
 def test_the_least_time_is_set_by_weights_for_few_rows_and_by_products_for_many():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdit.data
 from fastdit import PRESETS, DiTConfig, functional, reference
@@ -35,6 +36,8 @@ CONFIGS = {
     "published": PUBLISHED_SMALL,
     "wide-published": replace(PUBLISHED_SMALL, img_size=(4, 16)),  # 2 x 8 patches
     "high": DiTConfig(img_size=(12, 8), n_layers=1),
+    "block-embedders": DiTConfig(embedders="block", hidden=32, n_layers=2, n_heads=2),
+    "published-block": replace(PUBLISHED_SMALL, embedders="block"),
 }
 by_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -119,7 +122,7 @@ def test_float64_forward_and_gradients_equal_the_reference(cfg, labelled):
     assert relative_error(inputs[1].grad, inputs[0].grad) < 1e-12
     for (name, a), b in zip(plain.named_parameters(), model.parameters(), strict=True):
         if a.grad is None:
-            unused = not a.requires_grad or (name == "y_embed.weight" and y is None)
+            unused = not a.requires_grad or (name.endswith("y_embed.weight") and y is None)
             assert unused and b.grad is None, name
         else:
             assert a.grad.norm() > 0, name
@@ -350,3 +353,55 @@ def test_forward_traces_as_one_graph_with_a_dynamic_batch():
         x, t, y = make_inputs(model.cfg, batch, torch.float32)
         assert torch.equal(compiled(x, t, y), model(x, t, y))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("cfg", [PUBLISHED_SMALL, CONFIGS["published-block"]], ids=str)
+def test_fresh_weights_are_the_references(cfg):
+    drawn = []
+    for model_class in (fastdit.DiT, reference.DiT):
+        torch.manual_seed(3)
+        drawn.append(model_class.from_config(cfg).state_dict())
+    assert drawn[0].keys() == drawn[1].keys()
+    assert all(torch.equal(t, drawn[1][name]) for name, t in drawn[0].items())
+
+
+def test_each_block_has_embedders_of_its_own():
+    """A change of one block's embedders changes its modulation and, of the first, the final one."""
+    _, model = make_pair(CONFIGS["published-block"])
+    assert not [name for name in model.state_dict() if name.startswith(("t_embed", "y_embed"))]
+    _, t, y = make_inputs(model.cfg)
+    width = 6 * model.cfg.hidden
+    for owner, changed in ((0, [True, False, True]), (1, [False, True, False])):
+        for embedder in (model.blocks[owner].t_embed[2].bias, model.blocks[owner].y_embed.weight):
+            with torch.no_grad():
+                before = model.modulation(t, y).split(width, dim=-1)
+                embedder.add_(1)
+                after = model.modulation(t, y).split(width, dim=-1)
+            assert [not torch.equal(*pair) for pair in zip(before, after, strict=True)] == changed
+
+
+@pytest.mark.parametrize("label", [-1, 10, 11])
+def test_a_label_out_of_range_is_a_value_error_on_a_cpu(label):
+    model = fastdit.DiT(n_layers=1, num_classes=10, null_class=label == 11)
+    x, t, y = torch.zeros(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, label])
+    rows = model.cfg.class_rows
+    with pytest.raises(ValueError, match=rf"y: expected values in \[0, {rows}\), got"):
+        model(x, t, y)
+
+
+def test_the_check_of_labels_reads_no_values_that_are_not_there():
+    """Exporting, tracing and mapping over labels all see labels without values."""
+    _, model = make_pair(DiTConfig(n_layers=1), torch.float32)
+    x, t, y = make_inputs(model.cfg, 2, torch.float32)
+    expected = model(x, t, y)
+    exported = torch.export.export(model, (x, t, y))
+    assert torch.equal(exported.module()(x, t, y), expected)
+    weights = dict(model.named_parameters())
+
+    def call(weights, *given):
+        return torch.func.functional_call(model, weights, given)
+
+    traced = make_fx(call, tracing_mode="fake")(weights, x, t, y)
+    assert torch.equal(traced(weights, x, t, y), expected)
+    mapped = torch.vmap(lambda label: model.label_conditioning(label[None]))(y)
+    assert torch.equal(mapped[:, 0], model.y_embed(y))

@@ -143,8 +143,8 @@ LAYERS = [
     {"ops"},
     {"functional"},
     {"model"},
-    {"checkpoints", "pipeline"},
-    {"sampling", "evaluation"},
+    {"checkpoints"},
+    {"sampling", "evaluation", "pipeline"},
     {"train"},
     {"cli", "_moved"},
 ]

@@ -43,7 +43,7 @@ class _Source:
     header: dict[str, Any] | None = None  # fastdit's
     config: Any = None  # fastdit's of a live model, or diffusers'
     labels: tuple[str, ...] | None = None
-    diffusion: dict[str, Any] | None = None
+    folder: Path | None = None  # of diffusers
     is_file: bool = True
     pickle: Path | None = None  # the file, if it is one of PyTorch's
 
@@ -186,10 +186,7 @@ def _read(source: Any, weights: str | None, told: Told) -> _Source:
         return _Source("state dict", source, is_file=False)
     path = locate(source, weights)
     if path.is_dir():
-        config, file = folders.read_folder(path)
-        found = _read(file, weights, told)
-        labels = folders.folder_labels(path, config.get("num_embeds_ada_norm", 0))
-        return replace(found, name=str(path), config=config, labels=labels)
+        return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if _is_pickle(path):
@@ -198,6 +195,26 @@ def _read(source: Any, weights: str | None, told: Told) -> _Source:
         return _Source(str(path), content, pickle=path)
     tensors, header = read_safetensors(path)
     return _Source(str(path), tensors, header)
+
+
+def _read_folder(path: Path) -> _Source:
+    """Read a folder of diffusers, whose weights may be in several files."""
+    config, files = folders.read_folder(path)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if _is_pickle(file):
+            check_records(file)
+            part = read_pickle(file)
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{file}: expected tensors by name, got {type(part).__name__}")
+        else:
+            part, _ = read_safetensors(file)
+        if twice := [name for name in part if name in tensors]:
+            raise ValueError(f"{file}: expected other tensors than before it, got {twice[0]} again")
+        tensors |= part
+    classes = config.get("num_embeds_ada_norm")
+    labels = folders.folder_labels(path, classes if isinstance(classes, int) else 0)
+    return _Source(str(path), tensors, config=config, labels=labels, folder=path)
 
 
 def _is_pickle(path: str | os.PathLike[str]) -> bool:
@@ -219,10 +236,14 @@ def _resolve(
         info, tensors = CheckpointInfo(found.config), dict(found.content)
     else:
         info, tensors = _translate(found, told, weights)
+        if found.folder is not None and diffusion is None:  # which could not be one of fastdit's
+            stored = folders.folder_diffusion(found.folder)
+            if stored is not None:
+                info = replace(info, diffusion=stored, assumed=())
     for name in ("n_heads", "null_class"):
-        given, stored = getattr(told, name), getattr(info.config, name)
-        if given not in (None, stored):
-            raise ValueError(f"{name}: {found.name} says {stored}, got {given}")
+        given, own = getattr(told, name), getattr(info.config, name)
+        if given not in (None, own):
+            raise ValueError(f"{name}: {found.name} says {own}, got {given}")
     if diffusion is not None:
         info = replace(
             info,
@@ -267,9 +288,7 @@ def _translate(
             raise ValueError(f"expected a fastdit header, got none; {describe_layout(tensors)}")
     except ValueError as error:
         raise ValueError(f"{found.name}: {error}") from error
-    if found.diffusion is not None:
-        diffusion = found.diffusion
-    elif not found.is_file:
+    if not found.is_file:
         diffusion = None
     elif diffusion is not None:
         told.assumed.append("diffusion")

@@ -109,7 +109,9 @@ def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> Non
     path.mkdir(parents=True, exist_ok=True)
     # Old and new files are never read together, since a folder without a config is no checkpoint.
     (path / "config.json").unlink(missing_ok=True)
-    with atomic_path(path / folders.FOLDER_WEIGHTS[0]) as aside:
+    for index in folders.indices(path):
+        index.unlink()
+    with atomic_path(path / folders.FOLDER_WEIGHTS) as aside:
         aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
     with atomic_path(path / "config.json") as aside:
         aside.write_text(json.dumps(config, indent=2) + "\n")

@@ -4,10 +4,10 @@ The other projects store modulation as (shift, scale, gate) and fastdit as (scal
 The rows are permuted here, so that the model needs to know one order only. No value of a weight
 changes, and translating back gives the same bits.
 
-diffusers stores queries, keys and values separately, computes its position embedding, and has a
-copy of the embedders in every block. Its network also differs from the published one in numbers:
-the timestep frequencies' exponents are divided by half the width less one, and the LayerNorms
-before the MLPs have an epsilon of their own.
+diffusers stores queries, keys and values separately, computes its position embedding, and has
+embedders in every block; those of a model that was trained elsewhere are copies. Its network also
+differs from the published one in numbers: the timestep frequencies' exponents are divided by half
+the width less one, and the LayerNorms before the MLPs have an epsilon of their own.
 """
 
 from __future__ import annotations
@@ -84,7 +84,13 @@ def from_facebook(tensors: Mapping[str, Tensor], told: Told) -> tuple[DiTConfig,
 
 
 def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict in facebookresearch/DiT's layout; the inverse of `from_facebook`."""
+    """Return the state dict in facebookresearch/DiT's layout; the inverse of `from_facebook`.
+
+    Raises:
+        ValueError: the blocks have embedders of their own.
+    """
+    if "t_embed.0.weight" not in state:
+        raise ValueError("layout: that of facebookresearch/DiT has no embedders='block'")
     return {_renamed_back(name, _FACEBOOK): _swapped(name, t) for name, t in state.items()}
 
 
@@ -98,10 +104,9 @@ def from_diffusers(
         config: the content of its `config.json`, or a live model's `config`.
 
     Raises:
-        ValueError: the config is another model's or does not fit the tensors, or the blocks'
-            embedders differ.
+        ValueError: the config is another model's or does not fit the tensors.
     """
-    cfg = _diffusers_config(config)
+    cfg = _config_from_diffusers(config)
     # Checked before anything is allocated by the config, whose sizes cannot be trusted.
     patch = tensors.get("pos_embed.proj.weight")
     wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
@@ -111,15 +116,21 @@ def from_diffusers(
         got = f"{count_layers(tensors)} blocks and {shape}"
         raise ValueError(f"config: says {says}, but the tensors have {got}")
     state: dict[str, Tensor] = {}
+    embedders: dict[str, dict[str, Tensor]] = {}  # the tensors of each name, by their block
     for name, t in tensors.items():
         name = _renamed(name, _DIFFUSERS)
-        if (embedder := re.sub(r"^blocks\.\d+\.norm1\.emb\.", "", name)) != name:
-            name = _renamed(embedder, _DIFFUSERS_EMBEDDER)
-            if name in state and not torch.equal(state[name], t):
-                raise ValueError(f"the embedders of its blocks differ ({name}); a DiT has only one")
-            state[name] = t
+        if own := re.fullmatch(r"(blocks\.\d+)\.norm1\.emb\.(.+)", name):
+            embedders.setdefault(_renamed(own[2], _DIFFUSERS_EMBEDDER), {})[own[1]] = t
         else:
             _add(state, name, t)
+    firsts = {name: next(iter(of_blocks.values())) for name, of_blocks in embedders.items()}
+    for name, of_blocks in embedders.items():
+        if not all(torch.equal(firsts[name], t) for t in of_blocks.values()):
+            cfg = replace(cfg, embedders="block")
+    if cfg.embedders == "shared":
+        state |= firsts
+    else:
+        state |= {f"{at}.{name}": t for name, own in embedders.items() for at, t in own.items()}
     for i in range(cfg.n_layers):
         for kind in ("weight", "bias"):
             parts = [f"blocks.{i}.attn1.to_{n}.{kind}" for n in "qkv"]
@@ -140,7 +151,33 @@ def to_diffusers(
     if not isinstance(cfg.img_size, int):
         square = "a square image, the only shape that diffusers' DiT has"
         raise ValueError(f"img_size: expected {square}, got {cfg.img_size}")
-    config = {
+    config = diffusers_config(cfg)
+    stored = replace(_config_from_diffusers(config), init=cfg.init, embedders=cfg.embedders)
+    if stored != cfg:
+        raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
+    out: dict[str, Tensor] = {}
+    for name, t in state.items():
+        t = _swapped(name, t)
+        if name == "pos_embed":
+            if not torch.equal(t.cpu(), sincos_pos_embed(cfg.hidden, cfg.grid).to(t.dtype)):
+                raise ValueError("pos_embed: expected the one that diffusers computes")
+            continue
+        if own := re.fullmatch(r"(?:blocks\.(\d+)\.)?([ty]_embed\..+)", name):
+            theirs = _renamed_back(own[2], _DIFFUSERS_EMBEDDER)
+            for i in range(cfg.n_layers) if own[1] is None else [own[1]]:
+                out[f"transformer_blocks.{i}.norm1.emb.{theirs}"] = t.clone()
+        elif ".attn.qkv." in name:
+            block, _, kind = name.partition(".attn.qkv.")
+            for n, part in zip("qkv", t.chunk(3), strict=True):
+                out[f"transformer_{block}.attn1.to_{n}.{kind}"] = part.clone()
+        else:
+            out[_renamed_back(name, _DIFFUSERS)] = t
+    return config, out
+
+
+def diffusers_config(cfg: DiTConfig) -> dict[str, Any]:
+    """Return the content of `config.json` for a config, whether diffusers can express it or not."""
+    return {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": cfg.n_heads,
         "attention_head_dim": cfg.head_dim,
@@ -156,30 +193,9 @@ def to_diffusers(
         "norm_elementwise_affine": False,
         "norm_eps": cfg.mlp_ln_eps or cfg.ln_eps,
     }
-    stored = replace(_diffusers_config(config), init=cfg.init)
-    if stored != cfg:
-        raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
-    out: dict[str, Tensor] = {}
-    for name, t in state.items():
-        t = _swapped(name, t)
-        if name == "pos_embed":
-            if not torch.equal(t.cpu(), sincos_pos_embed(cfg.hidden, cfg.grid).to(t.dtype)):
-                raise ValueError("pos_embed: expected the one that diffusers computes")
-            continue
-        if name.startswith(("t_embed.", "y_embed.")):
-            theirs = _renamed_back(name, _DIFFUSERS_EMBEDDER)
-            for i in range(cfg.n_layers):
-                out[f"transformer_blocks.{i}.norm1.emb.{theirs}"] = t.clone()
-        elif ".attn.qkv." in name:
-            block, _, kind = name.partition(".attn.qkv.")
-            for n, part in zip("qkv", t.chunk(3), strict=True):
-                out[f"transformer_{block}.attn1.to_{n}.{kind}"] = part.clone()
-        else:
-            out[_renamed_back(name, _DIFFUSERS)] = t
-    return config, out
 
 
-def _diffusers_config(config: Mapping[str, Any]) -> DiTConfig:
+def _config_from_diffusers(config: Mapping[str, Any]) -> DiTConfig:
     """Return the config of a DiT of diffusers; choices that its code fixes are filled in."""
     expected = {
         "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),

@@ -15,7 +15,7 @@ from fastdit.checkpoints.runs import locate
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
-from fastdit.data.latents import encode_folder, load_vae
+from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
 from fastdit.data.shards import PLAN
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
@@ -114,7 +114,7 @@ def _print_found(found: CheckpointInfo) -> None:
 def encode(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
-    vae: Annotated[str, option("Folder or name of the AutoencoderKL.")],
+    vae: Annotated[str, option(f"The AutoencoderKL: {VAE_HELP}.")],
     out: Annotated[
         Path, option("Folder for the shards; a call that was stopped continues there.")
     ] = Path("latents"),

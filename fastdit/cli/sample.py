@@ -31,7 +31,7 @@ from fastdit.cli.common import (
 )
 from fastdit.cli.labels import parse_labels
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.data.latents import decode, digest, latent_channels, load_vae
+from fastdit.data.latents import VAE_HELP, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
@@ -104,7 +104,7 @@ def sample(
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
-    vae: Annotated[str | None, option("Folder or name of an AutoencoderKL to decode by.")] = None,
+    vae: Annotated[str | None, option(f"The AutoencoderKL to decode by: {VAE_HELP}.")] = None,
     n_heads: Heads = None,
     null_class: NullClass = None,
     img_size: ImageSize = None,

@@ -18,7 +18,7 @@ import typer
 from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
 from fastdit.cli.data import check_no_pictures, describe_data, reopen_data
 from fastdit.config import PRESETS, DiTConfig
-from fastdit.data.latents import latent_channels, load_vae
+from fastdit.data.latents import VAE_HELP, latent_channels, load_vae
 from fastdit.errors import unknown_name
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
@@ -96,7 +96,9 @@ def train(
     keep: Annotated[int, option("Number of checkpoints to keep.", min=1)] = 2,
     log_every: Annotated[int, option("Steps between measurements.", min=1)] = 10,
     sample_every: Annotated[int, option("Steps between sample grids; 0: at the end.", min=0)] = 0,
-    vae: Annotated[str | None, option("Autoencoder that decodes the samples of latents.")] = None,
+    vae: Annotated[
+        str | None, option(f"The AutoencoderKL that decodes samples of latents: {VAE_HELP}.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Train a DiT: the toy on coloured shapes, or any preset on latents.

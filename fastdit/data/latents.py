@@ -19,22 +19,30 @@ from fastdit.data.pictures import image_files as image_files
 from fastdit.data.pictures import open_pictures
 from fastdit.data.shards import read_plan
 
+# The autoencoders of the published DiTs, by the names that their papers and code use.
+VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
+VAE_HELP = f"a folder, {' or '.join(VAES)}, or another repository of Hugging Face"
+
 AT_ONCE = 8  # decoding one 512-pixel image takes about a gigabyte
 
 
 def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
     """Load diffusers' `AutoencoderKL` from a folder, or by a name that diffusers can download.
 
-    In the folder of a pipeline the sub-folder `vae` is taken.
+    In the folder of a pipeline the sub-folder `vae` is taken. The names in `VAES` are short for the
+    repositories of the published DiTs' autoencoders.
 
     Raises:
-        ValueError: diffusers is not installed, or finds no such autoencoder.
+        ValueError: diffusers is not installed, finds no such autoencoder, or cannot download it.
     """
     try:
         import diffusers
     except ImportError as error:
         message = "vae: needs the package diffusers; pip install 'fastdit[latents]'"
         raise ValueError(message) from error
+    is_folder = os.path.exists(source)
+    if not is_folder:
+        source = VAES.get(str(source), source)
     inner = {"subfolder": "vae"} if os.path.isdir(os.path.join(source, "vae")) else {}
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # its warnings are errors below
@@ -43,7 +51,12 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
             source, low_cpu_mem_usage=False, output_loading_info=True, **inner
         )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, OSError) and not is_folder:
+            reason = _first_line(_first_cause(error))  # diffusers' own words blame the repository
+            advice = "pass the folder of an AutoencoderKL, or go online"
+            message = f"vae: {source} is not a folder and could not be downloaded ({reason})"
+            raise ValueError(f"{message}; {advice}") from error
+        reason = _first_line(error)
         raise ValueError(f"vae: expected an AutoencoderKL in {source} ({reason})") from error
     finally:
         diffusers.utils.logging.set_verbosity(level)
@@ -56,6 +69,15 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
     if getattr(vae.config, "shift_factor", None):
         raise ValueError(f"vae: {source} shifts its latents, which published DiTs do not expect")
     return vae.to(device).eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    earlier = error.__cause__ or error.__context__
+    return error if earlier is None else _first_cause(earlier)
 
 
 def digest(vae: nn.Module) -> str:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.model import DiT
+from fastdit.model import Conditioned, DiT
 from fastdit.ops.trajectory import Modulation
 
 Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -41,25 +41,32 @@ class Projection(ABC):
 
     @abstractmethod
     def _time(self, t: Tensor) -> Tensor:
-        """Return the timesteps' part of the conditioning: t [S] -> [S, D]."""
+        """Return the timesteps' part of the conditioning: t [S] -> [S, D], or [L, S, D].
+
+        Where each of L blocks embeds for itself, conditioning has a first dim of L here and below.
+        """
 
     @abstractmethod
     def _project(self, c: Tensor, bias: bool = True) -> Tensor:
         """Return the modulation of c [R, D], with the layers' biases or without: [R, width]."""
 
+    def _label(self, labels: Tensor | None) -> Tensor | None:
+        """Return the labels' part of the conditioning: [R, D], or None where nothing is added."""
+        e_y = self.model.label_conditioning(labels)
+        return e_y[None] if e_y is not None and e_y.dim() == 1 else e_y  # the null class alone
+
     def by_step(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return the rows of timesteps t [S]: [S, 1, width], or unless split [S, R, width]."""
-        c = self._time(t)[:, None]
+        c = self._time(t).unsqueeze(-2)
         if not self.split:
-            e_y = self.model.label_conditioning(labels)  # [R, D], [D] or None
-            c = F.silu(c if e_y is None else c + e_y)
-        return self._project(c.flatten(0, 1)).view(*c.shape[:2], -1)
+            e_y = self._label(labels)
+            c = F.silu(c if e_y is None else c + e_y.unsqueeze(-3))
+        return self._project(c.flatten(-3, -2)).view(*c.shape[-3:-1], -1)
 
     def by_label(self, labels: Tensor | None) -> Tensor | None:
         """Return the labels' rows `W e_y`, [R, width], or None where nothing is added."""
-        e_y = self.model.label_conditioning(labels) if self.split else None
-        # The null class alone is [D].
-        return None if e_y is None else self._project(e_y.view(-1, e_y.shape[-1]), bias=False)
+        e_y = self._label(labels) if self.split else None
+        return None if e_y is None else self._project(e_y, bias=False)
 
 
 class LayerProjection(Projection):
@@ -69,8 +76,10 @@ class LayerProjection(Projection):
         """Take a model, and the dtype that its layers return; None is the model's."""
         super().__init__(model)
         self._dtype = dtype or model.pos_embed.dtype
-        # One layer's output stands beside the table while it is copied there.
-        self.row_bytes = (sum(self._columns) + self._columns[0]) * self._dtype.itemsize
+        # One layer's output stands beside the table while it is copied there, and beside both the
+        # conditioning, before and after its SiLU, which counts where there is one for each block.
+        beside = self._columns[0] + 2 * model.cfg.hidden * (len(model.embedders()) - 1)
+        self.row_bytes = (sum(self._columns) + beside) * self._dtype.itemsize
 
     def _time(self, t: Tensor) -> Tensor:
         return self.model.time_conditioning(t)
@@ -81,12 +90,12 @@ class LayerProjection(Projection):
             yield from self.model.modulation_parts(c)
             return
         # For zeros a layer returns its bias, including an adapter's.
-        biases = self.model.modulation_parts(torch.zeros_like(c[:1]))
+        biases = self.model.modulation_parts(torch.zeros_like(c[..., :1, :]))
         for part, of_zeros in zip(self.model.modulation_parts(c), biases, strict=True):
             yield part - of_zeros
 
     def _project(self, c: Tensor, bias: bool = True) -> Tensor:
-        table = c.new_empty(len(c), sum(self._columns), dtype=self._dtype)
+        table = c.new_empty(c.shape[-2], sum(self._columns), dtype=self._dtype)
         for part, own in zip(self._parts(c, bias), table.split(self._columns, -1), strict=True):
             own.copy_(part)
         return table
@@ -102,23 +111,29 @@ class PlainProjection(LayerProjection):
     def parameters(self) -> list[nn.Parameter]:
         """Return the weights on which modulation depends."""
         model = self.model
-        modules = [model.t_embed, *model.modulation_layers()]
+        modules = [*(owner.t_embed for owner in model.embedders()), *model.modulation_layers()]
         if model.cfg.use_class_cond:
-            modules.append(model.y_embed)
+            modules += [owner.y_embed for owner in model.embedders()]
         return [p for module in modules for p in module.parameters()]
 
     def _time(self, t: Tensor) -> Tensor:
-        h = self.model.time_embedding(t)
-        for layer in self.model.t_embed:
-            if isinstance(layer, nn.Linear):
-                h = self._linear(h, layer.weight, layer.bias)
-            else:
-                h = layer(h)
-        return h
+        embedding = self.model.time_embedding(t)
+
+        def embed(owner: Conditioned) -> Tensor:
+            h = embedding
+            for layer in owner.t_embed:
+                if isinstance(layer, nn.Linear):
+                    h = self._linear(h, layer.weight, layer.bias)
+                else:
+                    h = layer(h)
+            return h
+
+        return self.model.by_embedders(embed)
 
     def _parts(self, c: Tensor, bias: bool) -> Iterator[Tensor]:
-        for layer in self.model.modulation_layers():
-            yield self._linear(c, layer.weight, layer.bias if bias else None)
+        layers = self.model.modulation_layers()
+        for layer, own in zip(layers, self.model.conditioning_by_layer(c), strict=True):
+            yield self._linear(own, layer.weight, layer.bias if bias else None)
 
 
 class Tables:

@@ -95,8 +95,8 @@ def processes(
 def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Split a model's weights, gradients and optimizer state over the processes, in place.
 
-    A block's weights are gathered when it runs. Its modulation is gathered separately, since all
-    modulations are computed before the first block runs.
+    A block's weights are gathered when it runs. Its modulation is gathered separately, and so are
+    embedders of its own, since all modulations are computed before the first block runs.
 
     Args:
         model: the model on the host, the same in every process.
@@ -113,6 +113,11 @@ def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) ->
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False
     )
+    if model.cfg.embedders == "block":
+        for block in model.blocks:
+            fully_shard(block.t_embed, mesh=mesh)
+            if model.cfg.use_class_cond:
+                fully_shard(block.y_embed, mesh=mesh)
     for block in model.blocks:
         fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -245,6 +245,27 @@ def test_a_vae_with_other_weights_than_its_own_is_refused(vae_folder, tmp_path):
         load_vae(tmp_path / "vae")
 
 
+@pytest.mark.parametrize("name", ["sd-vae-ft-ema", "sd-vae-ft-mse", "some/other"])
+def test_a_name_that_cannot_be_downloaded_is_an_error(tmp_path, monkeypatch, name):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    asked = name if "/" in name else f"stabilityai/{name}"
+    message = f"vae: {asked} is not a folder and could not be downloaded .*; pass the folder of an"
+    with pytest.raises(ValueError, match=message):
+        load_vae(name)
+
+
+def test_a_folder_may_have_the_name_of_a_published_autoencoder(vae_folder, tmp_path, monkeypatch):
+    shutil.copytree(vae_folder / "vae", tmp_path / "sd-vae-ft-ema")
+    monkeypatch.chdir(tmp_path)
+    assert load_vae("sd-vae-ft-ema").config.scaling_factor == 0.25
+    (tmp_path / "sd-vae-ft-ema" / "config.json").unlink()
+    with pytest.raises(ValueError, match="vae: expected an AutoencoderKL in sd-vae-ft-ema"):
+        load_vae("sd-vae-ft-ema")
+
+
 def test_more_shards_than_files_may_be_open_are_read(vae_folder, images, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     encode_folder(load_vae(vae_folder), images, tmp_path / "out", 16, shard=1)

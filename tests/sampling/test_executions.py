@@ -147,6 +147,28 @@ def test_every_execution_obeys_the_error_rule(cfg, guidance, dtype, solver, exec
 
 
 @by_execution
+@torch.no_grad()
+def test_every_execution_runs_embedders_of_blocks(execution):
+    cfg = replace(PUBLISHED, embedders="block")
+    device, guidance, scheduler = device_of(execution), Guidance(3.0, channels=3), make_scheduler()
+    labels = torch.tensor([3, 0, 9, 3, 5, 1, 2], device=device)
+    x_T, noise = (z.to(device) for z in recorded(7, cfg))
+    plain, exact = (
+        reference.sample(
+            PlainModel(cfg, dtype, device),
+            scheduler,
+            x_T.to(dtype),
+            labels,
+            noise.to(dtype),
+            guidance,
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    sampler = Sampler(make_model(cfg, device), scheduler, guidance=guidance, execution=execution)
+    check_against_oracle(sampler(labels, x_T=x_T, noise=noise), plain, exact)
+
+
+@by_execution
 @pytest.mark.parametrize(
     ("cfg", "guidance"), [CASES["seed"], CASES["published-interval"]], ids=["seed", "interval"]
 )

@@ -20,6 +20,12 @@ CONFIGS = {
     "silu": DiTConfig(**SMALL, modulation_act="silu"),
     "silu-null": DiTConfig(**SMALL, modulation_act="silu", null_class=True),
     "unconditional": DiTConfig(**SMALL, use_class_cond=False),
+    "block": DiTConfig(**SMALL, embedders="block"),
+    "block-null": DiTConfig(**SMALL, embedders="block", null_class=True),
+    "block-silu-null": DiTConfig(
+        **SMALL, embedders="block", null_class=True, modulation_act="silu"
+    ),
+    "block-unconditional": DiTConfig(**SMALL, embedders="block", use_class_cond=False),
 }
 TIMESTEPS = [900, 500, 499, 7, 0]
 WIDTH = (6 * 2 + 2) * 16
@@ -97,6 +103,18 @@ def test_a_bound_below_one_step_is_an_error():
     model = make(CONFIGS["split"])
     with pytest.raises(ValueError, match=f"takes {row_bytes(3)} bytes, got 100"):
         make_tables(model, [1, 2, 2], 100)
+
+
+@torch.no_grad()
+def test_embedders_of_blocks_run_once_for_all_steps_and_distinct_labels():
+    model, seen = make(CONFIGS["block-silu-null"]), []
+    for block in model.blocks:
+        for module in (block.t_embed, block.y_embed):
+            module.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    tables = make_tables(model, [4, 9, 4, 4, 9, 9])
+    for k in range(5):
+        tables.rows(k, 6)
+    assert seen == [5, 5, 2, 2]
 
 
 @torch.no_grad()

@@ -187,7 +187,11 @@ def test_a_trajectory_takes_inference_mode():
     assert torch.equal(sampler([3, 1]), inside)
 
 
-@pytest.mark.parametrize("cfg", [DiTConfig(), GUIDED], ids=["split", "silu"])
+@pytest.mark.parametrize(
+    "cfg",
+    [DiTConfig(), GUIDED, DiTConfig(hidden=16, n_layers=2, n_heads=2, embedders="block")],
+    ids=["split", "silu", "block"],
+)
 def test_the_cache_follows_every_weight(cfg):
     """The changes go through `p.data`, so PyTorch's version counters do not show them."""
     model, scheduler = make_model(cfg), DiffusionScheduler(3, schedule="cosine")

@@ -113,6 +113,7 @@ GRADIENT_CONFIGS = {
         t_embed_act="silu",
         learn_sigma=True,
     ),
+    "block": DiTConfig(hidden=32, n_layers=2, n_heads=2, null_class=True, embedders="block"),
 }
 
 
@@ -137,6 +138,7 @@ CROSS = [
     ("toy", None, "whole", True),
     ("toy", torch.bfloat16, "block", True),
     ("toy", torch.bfloat16, "whole", False),
+    ("block", None, "none", False),
     ("published", None, "none", True),
     ("published", torch.bfloat16, "none", False),
     ("published", torch.bfloat16, "whole", True),
