@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,8 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from fastdit.data.files import atomic_path
-from fastdit.data.mapped_shards import PLACE, plan_digest
+from fastdit.data.files import atomic_path, locked
+from fastdit.data.mapped_shards import PLACE, SCALING, plan_digest
 from fastdit.data.pictures import Listing, Pictures, read_square
 from fastdit.data.shards import PLAN, compute_shards, other_plan, read_plan, shard_paths
 from fastdit.errors import warn
@@ -67,11 +67,15 @@ def write_image_shards(
         The plan.
 
     Raises:
+        FileExistsError: another process writes to the folder.
         ValueError: pictures cannot be read, or `out` holds shards that were made in another way or
             from another set, or that must not be replaced.
     """
-    with _team(rank, world) as team:
-        listing, before = team.first(lambda: (_listing(out, pictures), _checked(out, settings)))
+    with _team(rank, world) as team, ExitStack() as stack:
+        listing = team.first(lambda: _listing(out, pictures))
+        # One lock for all processes; a folder in which nothing was written is removed.
+        team.first(lambda: stack.enter_context(locked(out, "encoding", remove=True)))
+        before = team.first(lambda: _checked(out, settings))
         if before is not None and "contents" not in before:
             _check_old(out, before, listing)
             plan = before
@@ -143,6 +147,7 @@ def _checked(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     before = read_plan(out)
     if before is not None:
         names = {*settings, *before} - set(_LISTED)
+        names |= settings.keys() & before.keys() & {SCALING}  # earlier releases did not write it
         if differing := sorted(n for n in names if settings.get(n) != before.get(n)):
             raise other_plan(out, differing)
     return before
@@ -315,4 +320,9 @@ def _batch(
         if contents is not None and contents[i] != content:
             path = pictures.path / plan["files"][i]
             raise ValueError(f"{path}: it was changed while it was encoded; run it again")
-    return make(np.stack([pixels for pixels, _ in squares]))
+    made = make(np.stack([pixels for pixels, _ in squares]))
+    for i, one in zip(rows, made, strict=True):
+        if not np.isfinite(one).all():
+            path = pictures.path / plan["files"][i]
+            raise ValueError(f"{path}: its latent holds NaN or Inf; try the VAE in float32")
+    return made

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdit.data.image_shards import write_image_shards
-from fastdit.data.mapped_shards import ImageShards
+from fastdit.data.mapped_shards import SCALING, ImageShards
 from fastdit.data.pictures import centre_crop as centre_crop  # an earlier release had them here
 from fastdit.data.pictures import image_files as image_files
 from fastdit.data.pictures import open_pictures
@@ -40,6 +40,9 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
     except ImportError as error:
         message = "vae: needs the package diffusers; pip install 'fastdit[latents]'"
         raise ValueError(message) from error
+    if os.path.isfile(source):
+        advice = "expected its folder, which has a config.json"
+        raise ValueError(f"vae: {source} is a file; {advice}")
     is_folder = os.path.exists(source)
     if not is_folder:
         source = VAES.get(str(source), source)
@@ -66,8 +69,10 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
             kind = what.replace("_", " ")
             has = f"it has {len(names)} {kind}, such as {names[0]}"
             raise ValueError(f"vae: expected an AutoencoderKL in {source}, but {has}")
-    if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"vae: {source} shifts its latents, which published DiTs do not expect")
+    for option in ("shift_factor", "latents_mean", "latents_std"):
+        if getattr(vae.config, option, None):
+            reason = f"its config has a {option}, which published DiTs do not expect"
+            raise ValueError(f"vae: {source} normalises its latents in another way ({reason})")
     return vae.to(device).eval()
 
 
@@ -189,6 +194,7 @@ def encode_folder(
         return torch.stack([plain, encode(vae, pixels.flip(3))], dim=1).numpy()
 
     settings = {"batch_size": shard, "image_size": image_size, "vae": digest(vae)}
+    settings[SCALING] = float(vae.config.scaling_factor)
     if flip:  # plans without flips stay as they were, since runs compare a hash of them
         settings["flip"] = True
     plan = write_image_shards(out, open_pictures(source), make, settings, **options)

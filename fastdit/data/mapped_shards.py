@@ -12,8 +12,10 @@ import numpy as np
 
 from fastdit.data.shards import PLAN, read_plan, shard_paths
 
-# What a plan says of where its pictures lie and when they were written, not of what they are.
-PLACE = ("source", "stamps")
+SCALING = "scaling_factor"  # by which latents are multiplied
+# What a plan says of where its pictures lie and when they were written, not of what they are. The
+# scaling factor is that of the autoencoder, which the plan has a hash of.
+PLACE = ("source", "stamps", SCALING)
 
 
 def plan_digest(plan: dict[str, Any]) -> str:

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.model import Conditioned, DiT
+from fastdit.blocks import Conditioned
+from fastdit.model import DiT
 from fastdit.ops.trajectory import Modulation
 
 Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -6,11 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import fastdit
 from fastdit import PRESETS, DiTConfig
-from fastdit.checkpoints import adaptation
 from fastdit.checkpoints.adaptation import adapted
 from fastdit.testing import randomize
 
@@ -208,22 +206,14 @@ def test_draws_are_the_same_in_every_call_and_leave_the_callers_alone():
     assert len({row.sum().item() for row in classes_only.y_embed.weight}) == 3
 
 
-def test_the_class_tables_of_all_blocks_are_drawn(monkeypatch):
+def test_the_class_tables_of_all_blocks_are_drawn():
     """Each block may have an embedding of its own, as diffusers trains them."""
-
-    class PerBlock(fastdit.DiT):
-        def __init__(self, **options):
-            super().__init__(**options)
-            del self.y_embed
-            for block in self.blocks:
-                block.y_embed = nn.Embedding(self.cfg.class_rows, self.cfg.hidden)
-
-    monkeypatch.setattr(adaptation, "DiT", PerBlock)
-    model = PerBlock.from_config(PUBLISHED)
-    randomize(model)
+    model = make_model(replace(PUBLISHED, embedders="block"))
     fitted, made = adapted(model, num_classes=4)
     assert changed(model, fitted) == {f"blocks.{i}.y_embed.weight" for i in range(2)}
     assert made == ["the 4 class rows of every block"]
+    assert all(block.y_embed.weight[:4].std() < 0.04 for block in fitted.blocks), "as published"
+    forward(fitted)
     tables = [block.y_embed.weight for block in fitted.blocks]
     rows = torch.cat([table[:4] for table in tables])
     assert len({row.sum().item() for row in rows}) == 8, "no row is drawn twice"

@@ -204,10 +204,10 @@ def test_without_update_changed_pictures_are_refused(write, pictures, draw, tmp_
     draw(pictures / "cat" / "a.png", 20)
     draw(pictures / "cat" / "x.png", 21)
     (pictures / "dog" / "e.png").unlink()
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("[!.]*")}
     with pytest.raises(ValueError, match="1 pictures were added, 1 removed and 1 changed; name"):
         write(update=False)
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("[!.]*")} == before
 
 
 def test_plans_of_an_earlier_release_stay_as_they_are(write, pictures, draw, tmp_path):
@@ -291,5 +291,5 @@ def test_processes_share_the_work_and_its_errors(write, pictures, tmp_path):
     assert done.stdout.count("which differ in image_size; remove the folder") == 2
     with pytest.warns(UserWarning, match="left out"):
         write(skip_bad=True)
-    for path in (tmp_path / "out").iterdir():
+    for path in (tmp_path / "out").glob("[!.]*"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name

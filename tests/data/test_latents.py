@@ -181,14 +181,14 @@ def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path)
     arguments += ["--image-size", "16", "--batch-size", "3"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0 and "wrote the latents of 7 images" in done.stdout
-    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("[!.]*")}
     (out / "00000001.npy").unlink()
     with pytest.raises(ValueError, match="00000001.npy is not there; run it again"):
         LatentShards(out)
     with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found none"):
         LatentShards(images)
     assert CliRunner().invoke(app, arguments).exit_code == 0
-    after = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    after = {p.name: p.stat().st_mtime_ns for p in out.glob("[!.]*")}
     assert after.keys() == before.keys()
     assert [n for n in after if after[n] != before[n]] == ["00000001.npy"]
 
@@ -197,7 +197,7 @@ def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path)
     assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
     done = CliRunner().invoke(app, [*arguments, "--skip-bad"])
     assert done.exit_code == 0 and "z.png: expected an image" in done.stderr
-    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == after
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("[!.]*")} == after
     (images / "dog" / "z.png").unlink()
     (images / "fox").mkdir()
     (images / ".cache").mkdir()
