@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from fastdit.train.batches import BatchChecker
 from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import Runtime
 from fastdit.train.sources import ImageBatch, Source
@@ -17,7 +18,13 @@ class BatchLoader:
     """Loads this process's micro-batches of every step, the next one in a background thread."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, runtime: Runtime, prefetch: bool | None = None
+        self,
+        source: Source,
+        recipe: Recipe,
+        runtime: Runtime,
+        prefetch: bool | None = None,
+        *,
+        num_classes: int | None = None,
     ) -> None:
         """Prepare to load the batches of a recipe, whose size must divide into micro-batches.
 
@@ -29,10 +36,18 @@ class BatchLoader:
                 computes. On a CPU it costs more than it saves: every thread that runs PyTorch ops
                 has its own OpenMP pool, and two pools that share the CPUs wait for each other at
                 every op (measured on two CPUs: 62 ms per step of the toy instead of 33 ms).
+            num_classes: number of the model's classes, for the labels' range; None does not look
+                at labels, which suits a model without classes.
         """
         self._source, self._recipe, self._runtime = source, recipe, runtime
         self._prefetch = runtime.device.type != "cpu" if prefetch is None else prefetch
         self._order = ShuffledOrder(len(source), recipe.seed)
+        self._checker = BatchChecker(
+            source.sample_shape,
+            num_classes,
+            halves=runtime.precision != "float32",
+            warns=runtime.world.rank == 0,
+        )
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastdit-data")
         self._next: tuple[tuple[int, int], Future[ImageBatch]] | None = None
 
@@ -61,7 +76,8 @@ class BatchLoader:
         return range(first, first + size)
 
     def _take(self, numbers: range) -> ImageBatch:
-        images = self._source.take(self._order.rows(numbers.start, len(numbers)))
+        rows = self._order.rows(numbers.start, len(numbers))
+        images = self._checker.check(self._source.take(rows), rows)
         if self._runtime.device.type != "cuda":
             return images
         pinned = (None if t is None else t.pin_memory() for t in images)

@@ -110,7 +110,8 @@ class Trainer:
             [p for _, p in trained], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         self.ema = None if recipe.ema is None else EMA(trained)
-        self.loader = BatchLoader(source, recipe, runtime)
+        classes = config.num_classes if config.use_class_cond else None
+        self.loader = BatchLoader(source, recipe, runtime, num_classes=classes)
         self.step = 0
         # Loss and gradient norm of every step. Losses are averaged over the processes at each
         # reading only.
