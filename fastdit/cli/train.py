@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_err
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
+from fastdit.train.changes import Numbering, describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
@@ -44,13 +45,17 @@ def train(
         str,
         option(
             "auto: continue from the newest whole checkpoint in --out, or start a run if "
-            "there is none; a file: continue from it; no: start a run."
+            "there is none; a file: continue from it; no: start a run. Options of the recipe that "
+            "differ hold from there on."
         ),
     ] = "no",
     name: Annotated[
         str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]", "--recipe")
     ] = None,
     data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
+    new_data: Annotated[
+        bool, option("Resume on other --data or --per-class than the run's.", "--new-data")
+    ] = False,
     model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
     per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
     steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
@@ -93,16 +98,20 @@ def train(
             options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
             saved = _find_saved(resume, out)
             resumed = saved is not None
+            if new_data and (resume == "no" or data is None and per_class is None):
+                raise ValueError(
+                    "--new-data: expected --resume, and --data or --per-class, got none"
+                )
             if saved is None:
                 trainer = _start(data, per_class, model, given, options)
             else:
-                source = None if data is None else Latents(data)
-                trainer = Trainer.resume(saved, source=source, **options)
-                _check_same_options(trainer, per_class, model, given)
+                trainer = _continue(saved, (data, per_class, new_data), model, given, options)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
+                for change in trainer.changes:
+                    print(describe(change), file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
                 result = trainer.run(monitor)
             if world.rank == 0:
@@ -114,22 +123,31 @@ def train(
 def _start(
     data: Path | None, per_class: int | None, model: str | None, given: dict, options: dict
 ) -> Trainer:
-    """Return the trainer of a new run; a given clip or ema of 0 means None."""
+    """Return the trainer of a new run."""
     name = given["name"] or "seed"
     if name not in RECIPES:
         raise unknown_name("--recipe", name, RECIPES)
-    changes = {field: value for field, value in given.items() if value is not None}
-    changes |= {field: None for field in ("clip", "ema") if given[field] == 0}
+    changes = _changes(given)
     if "steps" in changes and "warmup" not in changes:
         changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
     recipe = replace(RECIPES[name], **changes)
-    if data is None:
-        source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
-    elif per_class is not None:
-        raise ValueError("--per-class: expected none beside --data")
-    else:
-        source = Latents(data)
+    source = _open(data, per_class, recipe.seed)
     return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
+
+
+def _open(data: Path | None, per_class: int | None, seed: int) -> Source:
+    """Return the images that the options ask for."""
+    if data is None:
+        return Shapes(200 if per_class is None else per_class, seed)
+    if per_class is not None:
+        raise ValueError("--per-class: expected none beside --data")
+    return Latents(data)
+
+
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the recipe that options set; a clip or ema of 0 means None."""
+    changes = {field: value for field, value in given.items() if value is not None}
+    return changes | {field: None for field in ("clip", "ema") if given[field] == 0}
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
@@ -155,26 +173,51 @@ def _find_saved(resume: str, out: Path) -> Saved | None:
     if Path(resume).resolve().parent != (out / "checkpoints").resolve():
         folder.check_unused()
     if later := [path.name for at, path in folder.checkpoints() if at > saved.header["step"]]:
-        advice = "move it away, or name another --out"
-        raise ValueError(f"--resume: {out} holds a later checkpoint, {later[-1]}; {advice}")
+        holds = "a later checkpoint" if len(later) == 1 else "later checkpoints"
+        advice = f"move {'it' if len(later) == 1 else 'them'} away, or name another --out"
+        raise ValueError(f"--resume: {out} holds {holds}, {', '.join(later)}; {advice}")
     return saved
 
 
-def _check_same_options(
-    trainer: Trainer, per_class: int | None, model: str | None, given: dict
-) -> None:
-    """Raise a ValueError if the run was started with other options."""
-    for name, value in given.items():
-        started = getattr(trainer.recipe, name)
-        if value is not None and value != started and (value, started) != (0, None):
-            option = {"T": "diffusion-steps", "name": "recipe"}.get(name, name.replace("_", "-"))
-            raise ValueError(f"--{option}: the run was started with {started}, got {value}")
+def _continue(
+    saved: Saved,
+    images: tuple[Path | None, int | None, bool],
+    model: str | None,
+    given: dict[str, Any],
+    options: dict[str, Any],
+) -> Trainer:
+    """Return the trainer of a saved run, from now on with the options that differ.
+
+    `images` are the values of --data, --per-class and --new-data.
+    """
+    data, per_class, new_data = images
+    source = None
+    if data is not None or new_data:
+        seed = Recipe.from_dict(saved.header["recipe"], complete=True).seed
+        source = _open(data, per_class, seed)
+    try:
+        trainer = Trainer.resume(
+            saved, source=source, changes=_changes(given), new_data=new_data, **options
+        )
+    except ValueError as error:
+        name, colon, rest = str(error).partition(":")
+        if name not in given:
+            raise
+        raise ValueError(f"{_flag(name)}{colon}{rest}") from error
     fitted = None if model is None else _fitted_config(model, trainer.recipe, trainer.source)
     if fitted not in (None, trainer.config):
-        raise ValueError(f"--model: the run was started with another one, got {model}")
+        why = "a run keeps its model's shape"
+        raise ValueError(f"--model: the run was started with another one, got {model}; {why}")
     started = trainer.source.identity.get("per_class")
     if per_class not in (None, started):
-        raise ValueError(f"--per-class: the run was started with {started}, got {per_class}")
+        why = "--new-data goes on with other images"
+        raise ValueError(f"--per-class: the run was started with {started}, got {per_class}; {why}")
+    return trainer
+
+
+def _flag(field: str) -> str:
+    """Return the option that sets a field of the recipe."""
+    return "--" + {"T": "diffusion-steps", "name": "recipe"}.get(field, field.replace("_", "-"))
 
 
 def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
@@ -245,23 +288,34 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
             file=sys.stderr,
         )
         return
-    print_losses(result, recipe, trainer.source)
+    print_losses(result, recipe, trainer.source, trainer.changes)
     if monitor.shown is not None and monitor.shown.measured:
         measured = ", ".join(f"{n} accuracy {v:.3f}" for n, v in monitor.shown.measured.items())
         print(f"{monitor.shown.number} samples: {measured}")
     print(f"wrote {RunFolder(out).weights}" + (f" and {monitor.grid}" if monitor.grid else ""))
 
 
-def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
-    """Print the mean loss of some passes, beside the published losses if they are comparable."""
+def print_losses(
+    result: TrainResult, recipe: Recipe, source: Source, changes: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Print the mean loss of some passes, beside the published losses if they are comparable.
+
+    Where the batch size or the data changed, these are the steps and passes since then.
+    """
+    at = Numbering.after(changes, recipe.batch_size)
     published = source.identity == Shapes(seed=recipe.seed).identity
-    comparable = published and replace(recipe, seed=0) == Recipe()
+    comparable = published and replace(recipe, seed=0) == Recipe() and not changes
     print("pass    step   loss" + "     published for this recipe, on another drawing" * comparable)
-    passes = math.ceil(recipe.steps * recipe.batch_size / len(source))
+
+    def step_of(turn: int) -> int:
+        """Return the number of steps after which a number of passes are complete."""
+        taken = at.data_sample + turn * len(source) - at.sample
+        return min(max(at.step + taken // recipe.batch_size, at.step), recipe.steps)
+
+    passes = math.ceil((at.first(recipe.steps) - at.data_sample) / len(source))
     for number in sorted({*(n for n in PUBLISHED_LOSS if n < passes), passes}):
-        first, last = ((number - i) * len(source) // recipe.batch_size for i in (1, 0))
-        last = min(last, recipe.steps)
-        if last <= first:  # a step spans several passes
+        first, last = step_of(number - 1), step_of(number)
+        if last <= first:  # a step spans several passes, or these passes were before the change
             continue
         loss = result.losses[first:last].mean().item()
         beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""

@@ -107,13 +107,22 @@ def open_source(identity: Any) -> Source:
             source = Latents(folder)
             check_same_data(source.identity, identity)
             return source
-    raise ValueError(f"data: expected the identity of shapes or latents, got {identity!r}")
+    raise ValueError(
+        f"data: expected the identity of shapes or latents, got {identity!r}; pass a source of "
+        "your own as `source`"
+    )
 
 
-def check_same_data(now: dict[str, Any], then: dict[str, Any]) -> None:
+def same_data(now: dict[str, Any], then: Any) -> bool:
+    """Return whether two identities are of the same images, in whatever folder."""
+    return isinstance(then, dict) and {**now, "folder": None} == {**then, "folder": None}
+
+
+def check_same_data(now: dict[str, Any], then: Any) -> None:
     """Raise a ValueError unless two identities are of the same images, in whatever folder."""
-    if {**now, "folder": None} != {**then, "folder": None}:
-        raise ValueError(f"data: the run was started on {then}, got {now}")
+    if not same_data(now, then):
+        advice = "to go on with other data, say so (--new-data, in Python new_data=True)"
+        raise ValueError(f"data: the run was started on {then}, got {now}; {advice}")
 
 
 def check_fits(config: DiTConfig, source: Source) -> None:

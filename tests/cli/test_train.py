@@ -57,7 +57,7 @@ def test_train_then_resume_then_sample(run, tmp_path):
     assert "nan" not in resumed.stdout
     other = run("train", "--resume", "auto", "--out", out, "--steps", 3)
     assert other.exit_code == 1
-    assert "--steps: the run was started with 4, got 3" in other.stderr
+    assert "--steps: expected more than the 4 that the run has taken, got 3" in other.stderr
 
     sampled = run("sample", out / "model.safetensors", "--out", tmp_path / "s.png", "--count", 1)
     assert sampled.exit_code == 0, sampled.output
