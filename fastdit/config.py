@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from fastdit.errors import check_fields, from_options
+from fastdit.errors import check_fields, from_options, height_and_width
 
 MLP_RATIO = 4
 
@@ -20,8 +20,9 @@ class DiTConfig:
     """The shape and choices of a DiT. The defaults are the 323,696-parameter toy.
 
     Attributes:
-        img_size: height and width of the input, in pixels or latent cells.
-        patch_size: side p of a patch; must divide img_size.
+        img_size: height and width of the input, in pixels or latent cells: an integer for a
+            square, which it stays, else (height, width).
+        patch_size: side p of a patch; must divide height and width.
         in_channels: channels C of the input.
         hidden: width D of the residual stream; must be a multiple of n_heads.
         n_layers: number of transformer blocks.
@@ -49,7 +50,7 @@ class DiTConfig:
         ValueError: a value is out of range or contradicts another; the message names both.
     """
 
-    img_size: int = 16
+    img_size: int | tuple[int, int] = 16
     patch_size: int = 4
     in_channels: int = 3
     hidden: int = 64
@@ -71,9 +72,12 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        height, width = height_and_width("img_size", self.img_size)
+        # One form for each size, so that equal configs compare equal and can be hashed.
+        object.__setattr__(self, "img_size", height if height == width else (height, width))
         for part, whole in (("patch_size", "img_size"), ("n_heads", "hidden")):
             divisor, size = getattr(self, part), getattr(self, whole)
-            if size % divisor:
+            if any(n % divisor for n in (size if isinstance(size, tuple) else (size,))):
                 raise ValueError(f"{part}: expected a divisor of {whole}={size}, got {divisor}")
         if self.pos_embed == "sincos" and self.hidden % 4:
             raise ValueError(f"hidden: pos_embed='sincos' needs a multiple of 4, got {self.hidden}")
@@ -100,13 +104,15 @@ class DiTConfig:
         return asdict(self)
 
     @property
-    def grid(self) -> int:
-        """Number of patches along one side."""
-        return self.img_size // self.patch_size
+    def grid(self) -> tuple[int, int]:
+        """Number of patches: (rows, columns)."""
+        _, height, width = self.sample_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def n_tokens(self) -> int:
-        return self.grid**2
+        rows, columns = self.grid
+        return rows * columns
 
     @property
     def head_dim(self) -> int:
@@ -124,7 +130,9 @@ class DiTConfig:
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """[C, H, W] of one image."""
-        return self.in_channels, self.img_size, self.img_size
+        size = self.img_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        return self.in_channels, height, width
 
 
 # Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), table 1; each size comes with

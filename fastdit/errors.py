@@ -60,11 +60,28 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
+def height_and_width(name: str, size: Any, unit: int = 1) -> tuple[int, int]:
+    """Return a size as (height, width): it is an integer for a square, or already a pair.
+
+    Raises:
+        ValueError: it is neither, or a side is not a positive multiple of `unit`.
+    """
+    pair = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    integers = all(isinstance(side, int) and not isinstance(side, bool) for side in pair)
+    if integers and len(pair) == 2 and all(side > 0 and side % unit == 0 for side in pair):
+        return pair
+    kind = "positive integer" if unit == 1 else f"multiple of {unit}"
+    expected = f"a {kind}"
+    if isinstance(size, tuple | list):
+        expected = f"(height, width), each a {kind}"
+    raise ValueError(f"{name}: expected {expected}, got {size!r}")
+
+
 def check_fields(options: Any, *names: str) -> None:
     """Check the named fields of a dataclass, or all of them, against their annotations.
 
-    Integers and floats must be positive. Only bool, int, float and Literal are known, and None
-    beside int and float.
+    Integers and floats must be positive. Only bool, int, float, Literal and sizes are known, and
+    None beside int and float.
     """
     hints = get_type_hints(type(options))
     for name in names or hints:
@@ -79,6 +96,8 @@ def check_fields(options: Any, *names: str) -> None:
                 raise ValueError(f"{name}: expected a positive float, got {value!r}")
         elif hint in (int, int | None):
             check_positive(name, value)
+        elif hint == int | tuple[int, int]:
+            height_and_width(name, value)
         elif value not in get_args(hint) or type(value) not in map(type, get_args(hint)):
             raise unknown_name(name, value, get_args(hint))
 

@@ -34,13 +34,27 @@ def patchify(x: Tensor, p: int) -> Tensor:
     return x.reshape(B, (H // p) * (W // p), p * p * C)
 
 
-def unpatchify(x: Tensor, p: int) -> Tensor:
-    """Join the tokens of square images: [B, N, p*p*C] -> [B, C, H, W]; inverts `patchify`."""
+def unpatchify(x: Tensor, p: int, grid: tuple[int, int] | None = None) -> Tensor:
+    """Join tokens to images; inverts `patchify`.
+
+    Args:
+        x: [B, h*w, p*p*C].
+        p: side of a patch.
+        grid: (h, w), the rows and columns of patches; None is a square of them.
+
+    Returns:
+        [B, C, h*p, w*p].
+
+    Raises:
+        ValueError: the grid has another number of tokens than x.
+    """
     B, N, F_ = x.shape
-    h = int(N**0.5)
+    h, w = grid or (int(N**0.5),) * 2
+    if h * w != N:
+        raise ValueError(f"grid: expected (rows, columns) of {N} tokens, got {grid or 'a square'}")
     C = F_ // (p * p)
-    x = x.view(B, h, h, p, p, C).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
-    return x.reshape(B, C, h * p, h * p)
+    x = x.view(B, h, w, p, p, C).permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, p]
+    return x.reshape(B, C, h * p, w * p)
 
 
 def layer_norm_modulate(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fastdit import functional, reference
 from fastdit.config import MLP_RATIO, PRESETS, DiTConfig
 from fastdit.diffusion import timestep_embedding
-from fastdit.errors import unknown_name
+from fastdit.errors import height_and_width, unknown_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,10 +129,13 @@ class DiT(nn.Module):
     """
 
     blocks: list[Block]  # an nn.ModuleList
+    # Options of the `DiffusionScheduler` that the model was trained with; `fastdit.load` sets them
+    # where they are known.
+    diffusion: dict[str, Any] | None = None
 
     def __init__(
         self,
-        img_size: int = 16,
+        img_size: int | tuple[int, int] = 16,
         patch_size: int = 4,
         in_channels: int = 3,
         hidden: int = 64,
@@ -183,13 +186,13 @@ class DiT(nn.Module):
         return cls(**cfg.to_dict())
 
     @classmethod
-    def from_preset(cls, name: str, image_size: int | None = None) -> Self:
+    def from_preset(cls, name: str, image_size: int | tuple[int, int] | None = None) -> Self:
         """Build a model of a published size with fresh weights.
 
         Args:
             name: a key of `fastdit.PRESETS`, such as "DiT-XL/2".
-            image_size: side of the images in pixels; None is the preset's, 256 or the toy's 16. A
-                published model works on their latents, an eighth of that size.
+            image_size: side of the images in pixels, or (height, width); None is the preset's, 256
+                or the toy's 16. A published model works on their latents, an eighth of that size.
 
         Raises:
             ValueError: the name is unknown, or the size is not a multiple of what it must be.
@@ -199,11 +202,8 @@ class DiT(nn.Module):
         cfg = PRESETS[name]
         if image_size is not None:
             scale = 1 if name == "toy" else _LATENT_SCALE
-            if image_size < 1 or image_size % (scale * cfg.patch_size):
-                raise ValueError(
-                    f"image_size: expected a multiple of {scale * cfg.patch_size}, got {image_size}"
-                )
-            cfg = replace(cfg, img_size=image_size // scale)
+            height, width = height_and_width("image_size", image_size, scale * cfg.patch_size)
+            cfg = replace(cfg, img_size=(height // scale, width // scale))
         return cls.from_config(cfg)
 
     @torch.no_grad()
@@ -249,9 +249,10 @@ class DiT(nn.Module):
             y: [B] int64 labels, or None.
 
         Returns:
-            [B, D]; without labels the null class's row [D], or None where there is no such row.
+            [B, D]; without labels the null class's row [D], or None where there is no such row, or
+            no class conditioning.
         """
-        if y is not None:
+        if y is not None and self.cfg.use_class_cond:
             return self.y_embed(y)
         return self.y_embed.weight[self.cfg.num_classes] if self.cfg.null_class else None
 
@@ -306,18 +307,19 @@ class DiT(nn.Module):
         Args:
             x: [B, C, H, W] noisy images.
             t: [B] timesteps.
-            y: [B] int64 class labels; None for no label (the null row where the model has one).
+            y: [B] int64 class labels; None for no label (the null row where the model has one). A
+                model without class conditioning ignores them, as the published toy does.
 
         Returns:
             [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
 
         Raises:
-            ValueError: a shape is wrong, or y is given to a model without class conditioning.
+            ValueError: a shape is wrong.
         """
         self._check_inputs(x, t, y)
         p = self.cfg.patch_size
         tokens = self.denoise(functional.patchify(x, p), self.modulation(t, y))
-        return functional.unpatchify(tokens, p)
+        return functional.unpatchify(tokens, p, self.cfg.grid)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         """Check shapes only: reading values would cost a device sync, and would not trace."""
@@ -327,28 +329,32 @@ class DiT(nn.Module):
             raise ValueError(f"x: expected shape [B, {C}, {H}, {W}], got {list(x.shape)}")
         if list(t.shape) != [B]:
             raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
-        if y is None:
-            return
-        if not self.cfg.use_class_cond:
-            raise ValueError("y: expected None, since the model has use_class_cond=False")
-        if list(y.shape) != [B]:
+        if y is not None and list(y.shape) != [B]:
             raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
 
 
-def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
-    """Return fixed two-dimensional positions, [1, grid*grid, hidden] float64.
+def sincos_pos_embed(hidden: int, grid: int | tuple[int, int]) -> Tensor:
+    """Return fixed two-dimensional positions, row by row.
 
     The first half of the channels encodes the column, the second half the row, each as
     `[sin | cos]` of `position / 10000^(i / (hidden / 4))`.
 
+    Args:
+        hidden: number of channels, a multiple of 4.
+        grid: (rows, columns) of patches; an integer is a square of them.
+
+    Returns:
+        [1, rows*columns, hidden] float64.
+
     Source: `get_2d_sincos_pos_embed` in the code of MAE (He et al. 2022) and of DiT.
     """
+    rows, columns = height_and_width("grid", grid)
     omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [grid, D/2]
-    column = axis[None].expand(grid, -1, -1)
-    row = axis[:, None].expand(-1, grid, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, grid * grid, hidden)
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [positions, D/2]
+    column = axis[None, :columns].expand(rows, -1, -1)
+    row = axis[:rows, None].expand(-1, columns, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, rows * columns, hidden)
 
 
 def config_of(model: nn.Module) -> DiTConfig | None:

@@ -24,7 +24,8 @@ class PipelineTransformer(nn.Module):
         pipe.transformer = PipelineTransformer(fastdit.load(pipe.transformer))
 
     This is for code that is built around a pipeline. `fastdit.Sampler` is faster than any pipeline,
-    since a pipeline runs the whole model, its conditioning included, at every step.
+    since a pipeline runs the whole model, its conditioning included, at every step. `DiTPipeline`
+    itself makes square latents only; for other shapes `config.sample_size` is (height, width).
     """
 
     def __init__(self, model: DiT) -> None:

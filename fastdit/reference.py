@@ -36,14 +36,14 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # [B, N, D]
 
 
-def sincos_pos_embed(hidden: int, grid: int) -> Tensor:
-    """Fixed two-dimensional positions: [1, grid*grid, hidden] float64.
+def sincos_pos_embed(hidden: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed two-dimensional positions of (rows, columns) of patches: [1, N, hidden] float64.
 
     The first half of the channels encodes the column, the second half the row, each as
     `[sin | cos]` of `position / 10000^(i / (hidden / 4))` (`pos_embed` of MAE's and DiT's code).
     """
     omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
-    row, column = torch.meshgrid(*[torch.arange(grid).double()] * 2, indexing="ij")
+    row, column = torch.meshgrid(*[torch.arange(side).double() for side in grid], indexing="ij")
     angles = [position.flatten()[:, None] * omega for position in (column, row)]
     parts = [wave for angle in angles for wave in (angle.sin(), angle.cos())]
     return torch.cat(parts, dim=1)[None]
@@ -166,7 +166,7 @@ class DiT(nn.Module):
         c = self.t_embed(embedding.to(self.pos_embed.dtype))
         if y is None and cfg.null_class:
             y = torch.full_like(t, cfg.num_classes, dtype=torch.int64)
-        if y is not None:
+        if y is not None and cfg.use_class_cond:
             c = c + self.y_embed(y)
         return F.silu(c) if cfg.modulation_act == "silu" else c
 
@@ -179,9 +179,9 @@ class DiT(nn.Module):
             h = block(h, c)
         scale, shift = self.final_mod(c).chunk(2, dim=-1)
         h = self.final_linear(layer_norm_modulate(h, scale, shift, cfg.ln_eps))
-        B, g, p, C = len(h), cfg.grid, cfg.patch_size, cfg.out_channels
-        image = torch.einsum("nhwpqc->nchpwq", h.view(B, g, g, p, p, C))
-        return image.reshape(B, C, cfg.img_size, cfg.img_size)
+        B, (rows, columns), p, C = len(h), cfg.grid, cfg.patch_size, cfg.out_channels
+        image = torch.einsum("nhwpqc->nchpwq", h.view(B, rows, columns, p, p, C))
+        return image.reshape(B, C, rows * p, columns * p)
 
 
 def sampler_update(

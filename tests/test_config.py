@@ -1,6 +1,8 @@
 """Every option is checked when a config is built, and the presets have the published sizes."""
 
 import dataclasses
+import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,12 @@ from fastdit import PRESETS, DiTConfig
         ({"hidden": 64.0}, "hidden: expected a positive integer, got 64.0"),
         ({"n_layers": True}, "n_layers: expected a positive integer, got True"),
         ({"patch_size": 5}, "patch_size: expected a divisor of img_size=16, got 5"),
+        ({"img_size": (16, 30)}, "patch_size: expected a divisor of img_size=(16, 30), got 4"),
+        ({"img_size": (30, 16)}, "patch_size: expected a divisor of img_size=(30, 16), got 4"),
+        ({"img_size": (16, 0)}, "img_size: expected (height, width), each a positive integer, got"),
+        ({"img_size": (8, 16, 4)}, "img_size: expected (height, width), each a positive integer"),
+        ({"img_size": [True, 4]}, "img_size: expected (height, width), each a positive integer"),
+        ({"img_size": "16"}, "img_size: expected a positive integer, got '16'"),
         ({"n_heads": 5}, "n_heads: expected a divisor of hidden=64, got 5"),
         ({"t_freq_shift": True}, "t_freq_shift: expected one of 0, 1; got True"),
         ({"mlp_ln_eps": 0.0}, "mlp_ln_eps: expected a positive float, got 0.0"),
@@ -49,6 +57,29 @@ def test_bad_options_are_value_errors_that_name_them(options, message, build):
 def test_config_survives_a_round_trip_through_a_dict():
     for cfg in PRESETS.values():
         assert DiTConfig.from_dict(cfg.to_dict()) == cfg
+
+
+@pytest.mark.parametrize(
+    ("given", "kept", "grid"),
+    [
+        (16, 16, (4, 4)),
+        ((16, 16), 16, (4, 4)),
+        ([16, 16], 16, (4, 4)),
+        ((8, 32), (8, 32), (2, 8)),
+        ([32, 8], (32, 8), (8, 2)),
+    ],
+    ids=str,
+)
+def test_an_image_size_has_one_form_in_configs_and_files(given, kept, grid):
+    """A square is an integer and any other size a tuple, which JSON makes a list."""
+    cfg = DiTConfig(img_size=given)
+    assert cfg.img_size == kept and type(cfg.img_size) is type(kept)
+    assert (cfg.grid, cfg.n_tokens) == (grid, 16)
+    assert cfg.sample_shape == (3, 4 * grid[0], 4 * grid[1])
+    saved = json.loads(json.dumps(cfg.to_dict()))
+    assert saved["img_size"] == (kept if isinstance(kept, int) else list(kept))
+    again = DiTConfig.from_saved(saved)
+    assert again == cfg and hash(again) == hash(cfg)
 
 
 def test_a_saved_config_is_completed_as_its_release_meant_it():
@@ -105,6 +136,10 @@ def test_a_preset_takes_an_image_size():
         assert fastdit.DiT.from_preset("DiT-XL/2").cfg.img_size == 32
         assert fastdit.DiT.from_preset("DiT-S/4", image_size=512).cfg.img_size == 64
         assert fastdit.DiT.from_preset("toy", image_size=24).cfg.img_size == 24
+        wide = fastdit.DiT.from_preset("DiT-S/2", image_size=(256, 512))
+        assert wide.cfg == replace(PRESETS["DiT-S/2"], img_size=(32, 64))
+        assert wide.cfg.grid == (16, 32)
+        assert fastdit.DiT.from_preset("DiT-S/2", image_size=[512, 512]).cfg.img_size == 64
 
 
 @pytest.mark.parametrize(
@@ -113,6 +148,8 @@ def test_a_preset_takes_an_image_size():
         ("DiT-XL/3", None, "did you mean 'DiT-XL/"),
         ("DiT-XL/2", 250, "image_size: expected a multiple of 16, got 250"),
         ("toy", 0, "image_size: expected a multiple of 4, got 0"),
+        ("DiT-XL/2", (256, 250), "expected (height, width), each a multiple of 16, got (256, 250)"),
+        ("DiT-XL/2", 256.0, "image_size: expected a multiple of 16, got 256.0"),
     ],
 )
 def test_a_bad_preset_or_image_size_is_an_error(name, size, message):

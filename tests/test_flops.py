@@ -20,7 +20,14 @@ def test_flop_are_the_published_ones():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cfg", [DiTConfig(), DiTConfig(learn_sigma=True, hidden=96, n_heads=3)])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        DiTConfig(),
+        DiTConfig(learn_sigma=True, hidden=96, n_heads=3),
+        DiTConfig(img_size=(8, 20), n_layers=1),
+    ],
+)
 def test_flop_are_those_of_a_real_forward(cfg):
     model, rows = fastdit.DiT.from_config(cfg), 3
     tokens = torch.randn(rows, cfg.n_tokens, cfg.patch_size**2 * cfg.in_channels)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounter
 
@@ -32,6 +33,8 @@ CONFIGS = {
     "t-width-257-silu": DiTConfig(t_embed_width=257, t_embed_act="silu", n_layers=2),
     "learn-sigma": DiTConfig(learn_sigma=True, n_layers=2),
     "published": PUBLISHED_SMALL,
+    "wide-published": replace(PUBLISHED_SMALL, img_size=(4, 16)),  # 2 x 8 patches
+    "high": DiTConfig(img_size=(12, 8), n_layers=1),
 }
 by_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -96,7 +99,7 @@ def test_state_dicts_are_interchangeable(cfg):
 def test_a_fresh_model_returns_zeros(cfg):
     x, t, y = make_inputs(cfg, dtype=torch.float32)
     out = fastdit.DiT.from_config(cfg)(x, t, y)
-    assert out.shape == (3, cfg.out_channels, cfg.img_size, cfg.img_size)
+    assert out.shape == (3, cfg.out_channels, *cfg.sample_shape[1:])
     assert not out.any()
 
 
@@ -125,8 +128,13 @@ def test_float64_forward_and_gradients_equal_the_reference(cfg, labelled):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 3], ids=["B1", "B3"])
-def test_low_precision_forward_meets_the_error_rule(dtype, batch):
-    cfg = DiTConfig(img_size=32)  # 3 * 32 * 32 elements an image; two seeds make over 4096 at B1
+@pytest.mark.parametrize(
+    "cfg",
+    [DiTConfig(img_size=32), DiTConfig(img_size=(16, 64), n_layers=1, pos_embed="sincos")],
+    ids=["square", "wide"],
+)
+def test_low_precision_forward_meets_the_error_rule(cfg, dtype, batch):
+    # 3 * 32 * 32 elements an image; two seeds make over 4096 at B1
     oracle_model, _ = make_pair(cfg)
     plain_model, model = make_pair(cfg, dtype)
     oracle, plain, actual = [], [], []
@@ -259,6 +267,22 @@ def test_patchify_inverts_unpatchify():
     assert torch.equal(tokens[1, 1 * 3 + 2], first)
 
 
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (1, 5)], ids=str)
+def test_tokens_of_any_grid_are_joined_as_torch_folds_them(grid):
+    rows, columns = grid
+    tokens = torch.randn(2, rows * columns, 4 * 4 * 3)
+    channel_slowest = tokens.unflatten(2, (16, 3)).permute(0, 3, 2, 1).flatten(1, 2)
+    expected = F.fold(channel_slowest, (4 * rows, 4 * columns), kernel_size=4, stride=4)
+    assert torch.equal(functional.unpatchify(tokens, 4, grid), expected)
+    assert torch.equal(functional.patchify(expected, 4), tokens)
+
+
+@pytest.mark.parametrize("grid", [None, (2, 3)])
+def test_tokens_of_another_grid_are_an_error(grid):
+    with pytest.raises(ValueError, match=r"grid: expected \(rows, columns\) of 8 tokens, got "):
+        functional.unpatchify(torch.zeros(1, 8, 48), 4, grid)
+
+
 @pytest.mark.parametrize(
     ("x", "t", "y", "message"),
     [
@@ -276,10 +300,13 @@ def test_wrong_shapes_are_value_errors(x, t, y, message):
     assert message in str(error.value)
 
 
-def test_labels_for_an_unconditional_model_are_an_error():
-    model = fastdit.DiT(use_class_cond=False)
-    with pytest.raises(ValueError, match="y: expected None.*use_class_cond=False"):
-        model(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+@pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
+def test_an_unconditional_model_ignores_labels(model_class):
+    """The published training loop passes labels to every model."""
+    model = model_class(use_class_cond=False, hidden=16, n_layers=1)
+    randomize(model)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 5])
+    assert torch.equal(model(x, t, torch.tensor([3, 99])), model(x, t))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -51,7 +51,7 @@ class PlainDiT(nn.Module):
         self.final_mod = nn.Linear(D, 2 * D)
         self.final_linear = nn.Linear(D, p * p * cfg.in_channels * (1 + published))
         if published:
-            self.draw_as_published(D, cfg.img_size // p)
+            self.draw_as_published(D, *cfg.grid)
         else:
             nn.init.normal_(self.pos_embed, std=0.02)
         zeroed = [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
@@ -60,7 +60,7 @@ class PlainDiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     @torch.no_grad()
-    def draw_as_published(self, D, grid):
+    def draw_as_published(self, D, rows, columns):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
@@ -68,20 +68,23 @@ class PlainDiT(nn.Module):
         nn.init.normal_(self.t_embed[0].weight, std=0.02)
         nn.init.normal_(self.t_embed[2].weight, std=0.02)
         nn.init.normal_(self.y_embed.weight, std=0.02)
-        for n in range(grid * grid):
+        for n in range(rows * columns):
             for i in range(D // 4):
                 omega = 10000 ** (-i / (D // 4))
-                column, row = n % grid * omega, n // grid * omega
+                column, row = n % columns * omega, n // columns * omega
                 values = math.sin(column), math.cos(column), math.sin(row), math.cos(row)
                 for part, value in enumerate(values):
                     self.pos_embed[0, n, part * (D // 4) + i] = value
 
 
 @by_model
-@pytest.mark.parametrize("published", [False, True], ids=["seed", "published"])
-def test_fresh_weights_have_the_published_names_and_draws(model_class, published):
+@pytest.mark.parametrize(
+    ("cfg", "published"),
+    [(DiTConfig(), False), (PUBLISHED, True), (replace(PUBLISHED, img_size=(4, 16)), True)],
+    ids=["seed", "published", "wide"],
+)
+def test_fresh_weights_have_the_published_names_and_draws(model_class, cfg, published):
     """Draws of one seed are equal bit for bit; computed positions agree to a rounding."""
-    cfg = PUBLISHED if published else DiTConfig()
     torch.manual_seed(7)
     expected = PlainDiT(cfg, published)
     torch.manual_seed(7)
@@ -161,6 +164,29 @@ def test_a_forward_equals_the_formulas_of_the_toys_author(model_class):
     expected = toy_forward(model.state_dict(), x, t, y, heads=4)
     # The timestep's embedding is computed in float32 in any dtype.
     assert relative_error(model(x, t, y), expected) < 1e-6
+
+
+@by_model
+@pytest.mark.parametrize("size", [(8, 24), (24, 8)], ids=str)
+@torch.no_grad()
+def test_a_patch_has_its_own_pixels_and_position(model_class, size):
+    """A model whose gates are zero computes each patch by itself, from pixels and a position."""
+    model = model_class(img_size=size, hidden=8, n_layers=1, n_heads=1).double()
+    randomize(model)
+    for name, p in model.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_mod"):
+            p.zero_()
+    x = torch.randn(2, 3, *size).double()
+    out = model(x, torch.tensor([3, 5]), torch.tensor([0, 1]))
+    assert out.shape == x.shape
+    patch, final = model.patch_embed.proj, model.final_linear
+    for row in range(size[0] // 4):
+        for column in range(size[1] // 4):
+            own = (..., slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
+            h = torch.einsum("bcij,dcij->bd", x[own], patch.weight) + patch.bias
+            h = F.layer_norm(h + model.pos_embed[0, row * (size[1] // 4) + column], [8])
+            expected = (h @ final.weight.T + final.bias).view(2, 4, 4, 3).permute(0, 3, 1, 2)
+            assert relative_error(out[own], expected) < 1e-12
 
 
 @by_model

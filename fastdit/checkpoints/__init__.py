@@ -4,11 +4,15 @@
     save(model, "model.safetensors", scheduler, labels)
     inspect("model.safetensors")  # config, diffusion and labels, without the weights
 
-`native` holds these three and fastdit's own file format. `translation` turns the names and rows
-of other projects into fastdit's; `pickles` reads their files but runs no code in them, and
-`folders` reads the folders of diffusers.
+`loading` and `saving` hold these three. `native` is fastdit's own file format, with the digests of
+`digests`, and `runs` finds the checkpoints of a training run. Other projects' files are read by
+`pickles`, which runs no code in them, and `folders`, for those of diffusers. `entries` finds the
+weights in what a file holds, `inference` the config that they belong to, and `translation` turns
+the names and rows of other projects into fastdit's. `matching` compares them with a model.
 """
 
-from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
+from fastdit.checkpoints.loading import inspect, load, verify
+from fastdit.checkpoints.native import CheckpointInfo
+from fastdit.checkpoints.saving import SAVED_LAYOUTS, save
 
-__all__ = ["SAVED_LAYOUTS", "CheckpointInfo", "inspect", "load", "save"]
+__all__ = ["SAVED_LAYOUTS", "CheckpointInfo", "inspect", "load", "save", "verify"]

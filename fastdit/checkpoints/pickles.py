@@ -1,4 +1,9 @@
-"""PyTorch's pickles (.pt, .pth, .ckpt, .bin), read without running anything in them."""
+"""PyTorch's pickles (.pt, .pth, .ckpt, .bin), read without running anything in them.
+
+PyTorch's restricted unpickler builds tensors, numbers, strings and containers. Whatever else a file
+names (a `Path`, a numpy scalar, a class of the project that wrote it) becomes a placeholder, which
+takes any arguments and ignores them. No function or class that a file names is ever imported.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +13,117 @@ import os
 import pickle
 import re
 import struct
+import zipfile
+import zlib
+from collections import OrderedDict
+from typing import Any
 
 import torch
-from torch import Tensor
 
 # What torch.load raises for a file that is truncated, of another kind, or would run code.
 _REFUSED = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError)
-_DAMAGED = (LookupError, TypeError, AttributeError, OverflowError, AssertionError)
+_DAMAGED = (LookupError, TypeError, AttributeError, OverflowError, AssertionError, MemoryError)
+# Only a module that calls the operating system is named in a file to do harm.
+_REFUSED_MODULES = ("os", "posix", "nt", "sys", "subprocess", "builtins", "__builtin__")
+_HARMLESS_BUILTINS = (
+    *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int"),
+    *("list", "object", "range", "set", "slice", "str", "tuple"),
+)
+_BLOCK = 2**20  # bytes
+_MAX_NAMES = 1000  # a whole model names about ten classes
 
 
-def pickled_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights in a .pt file without running anything in it.
+class Placeholder:
+    """Stands for an object of a class that is not imported; `state` is what it was pickled with."""
 
-    Where the file is a training checkpoint, the weights are its "ema", or else its "model" or
-    "state_dict". The prefix of a data parallel wrapper is removed from the names.
+    def __new__(cls, *_: Any, **__: Any) -> Placeholder:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class DictPlaceholder:
+    """Stands for a subclass of dict, such as a defaultdict; its instances are plain dicts."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+def read_pickle(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a PyTorch file, with placeholders for all that is not plain data.
+
+    The tensors of a file that is not of PyTorch's legacy format are mapped, not read.
 
     Raises:
-        ValueError: the file is truncated, is not a dict, or holds code.
+        ValueError: the file is truncated or damaged, or holds code.
     """
-    # The published training code stores its command line beside the weights, as a Namespace.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    known: dict[str, Any] = {"argparse.Namespace": argparse.Namespace}
+    mapped = _is_zip(path)
+    while True:
+        allowed: list[Any] = [(stand_in, name) for name, stand_in in known.items()]
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except (*_REFUSED, *_DAMAGED, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a bad offset
                 raise
+            if len(known) < _MAX_NAMES and _learn(known, str(error)):
+                continue
             # PyTorch's own message is not passed on, since it advises to run the file.
             reason = "it is truncated or damaged, or holds more than tensors, which is not run"
             if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 reason = f"it holds more than tensors ({code[1]}), which is refused and not run"
             raise ValueError(f"{path}: expected a PyTorch file of tensors; {reason}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content.get(key), dict) and content[key]:
-            content = content[key]
-            break
-    return {str(k).removeprefix("module."): t for k, t in content.items() if isinstance(t, Tensor)}
+
+
+def check_records(path: str | os.PathLike[str]) -> bool:
+    """Return whether a PyTorch file has checksums, and raise a ValueError if its bytes do not fit.
+
+    PyTorch writes a CRC-32 for every record of its zip format, unless it is told not to, and does
+    not read them.
+    """
+    if not _is_zip(path):
+        return False
+    record = ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checked = [info for info in archive.infolist() if info.CRC]
+            for info in checked:
+                record = info.filename
+                with archive.open(info) as file:  # compares the checksum at the end
+                    while file.read(_BLOCK):
+                        pass
+    except (zipfile.BadZipFile, NotImplementedError, *_REFUSED, *_DAMAGED, zlib.error) as error:
+        where = f"its record {record} does not fit its checksum" if record else str(error)
+        raise ValueError(f"{path}: truncated or damaged ({where}); copy it again") from error
+    return bool(checked)
+
+
+def _is_zip(path: str | os.PathLike[str]) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _learn(known: dict[str, Any], message: str) -> bool:
+    """Add a placeholder for the name that PyTorch refused; return whether there is a new one."""
+    if refused := re.search(r"Unsupported global: GLOBAL ([\w.]+) was not", message):
+        name = refused[1]
+        module, _, attribute = name.rpartition(".")
+        # PyTorch leaves out the module "builtins" in its message.
+        if not module or module.partition(".")[0] in _REFUSED_MODULES:
+            if attribute not in _HARMLESS_BUILTINS:
+                return False
+            name = name if module else f"builtins.{name}"
+        if name in known:
+            return False
+        known[name] = type(name, (Placeholder,), {})
+        return True
+    # A placeholder that gets items stands for a dict.
+    if target := re.search(r"Can only SETITEMS? for .*got <class '[\w.]+?pickles\.(.+)'>", message):
+        name = target[1]
+        if name not in known or known[name] is DictPlaceholder:
+            return False
+        known[name] = DictPlaceholder
+        return True
+    return False

@@ -12,7 +12,6 @@ before the MLPs have an epsilon of their own.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.checkpoints.inference import Told, count_layers, published_config
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.model import sincos_pos_embed
 
@@ -66,24 +66,21 @@ def layout_of(keys: Iterable[str]) -> str | None:
     return next(found, None)
 
 
-def from_facebook(
-    tensors: Mapping[str, Tensor], n_heads: int | None
-) -> tuple[DiTConfig, dict[str, Tensor]]:
+def from_facebook(tensors: Mapping[str, Tensor], told: Told) -> tuple[DiTConfig, dict[str, Tensor]]:
     """Return the config and fastdit's state dict for a state dict of facebookresearch/DiT.
 
     Args:
         tensors: the state dict.
-        n_heads: number of attention heads; None takes that of the published model of this depth
-            and width.
+        told: what is known of the model besides its tensors; it gets what was assumed.
 
     Raises:
-        ValueError: a tensor that the config is inferred from is missing, or n_heads is None and
-            no published model fits.
+        ValueError: a tensor that the config is inferred from is missing, or an option of the
+            config is open.
     """
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
         _add(state, _renamed(name, _FACEBOOK), t)
-    return _published_config(state, n_heads), state
+    return published_config(state, told), state
 
 
 def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,10 +105,10 @@ def from_diffusers(
     # Checked before anything is allocated by the config, whose sizes cannot be trusted.
     patch = tensors.get("pos_embed.proj.weight")
     wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
-    if patch is None or list(patch.shape) != wanted or _count_layers(tensors) != cfg.n_layers:
+    if patch is None or list(patch.shape) != wanted or count_layers(tensors) != cfg.n_layers:
         says = f"{cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}"
         shape = "none" if patch is None else list(patch.shape)
-        got = f"{_count_layers(tensors)} blocks and {shape}"
+        got = f"{count_layers(tensors)} blocks and {shape}"
         raise ValueError(f"config: says {says}, but the tensors have {got}")
     state: dict[str, Tensor] = {}
     for name, t in tensors.items():
@@ -140,6 +137,9 @@ def to_diffusers(
     Raises:
         ValueError: diffusers' model cannot express the config or the position embedding.
     """
+    if not isinstance(cfg.img_size, int):
+        square = "a square image, the only shape that diffusers' DiT has"
+        raise ValueError(f"img_size: expected {square}, got {cfg.img_size}")
     config = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": cfg.n_heads,
@@ -245,39 +245,3 @@ def _swapped(name: str, rows: Tensor) -> Tensor:
         return rows  # a wrong shape is reported where shapes are compared
     pieces = rows.chunk(parts)
     return torch.cat([pieces[i] for i in (1, 0, 2, 4, 3, 5)[:parts]])
-
-
-def _count_layers(names: Iterable[str]) -> int:
-    found = (re.match(r"(?:transformer_)?blocks\.(\d{1,6})\.", name) for name in names)
-    return len({m[1] for m in found if m})
-
-
-def _published_config(state: Mapping[str, Tensor], n_heads: int | None) -> DiTConfig:
-    """Return the config of a published DiT as shapes tell it, with the presets' other choices."""
-    matrices = ("t_embed.0.weight", "y_embed.weight", "final_linear.weight")
-    dims = {"pos_embed": 3, "patch_embed.proj.weight": 4} | dict.fromkeys(matrices, 2)
-    missing = [name for name in dims if name not in state]
-    if missing:
-        raise ValueError(f"tensors that tell the config are missing: {', '.join(missing)}")
-    shapes = {name: list(state[name].shape) for name in dims}
-    if [len(shape) for shape in shapes.values()] != list(dims.values()):
-        raise ValueError(f"tensors that tell the config have unexpected dimensions: {shapes}")
-    D, C, p, _ = shapes["patch_embed.proj.weight"]
-    layers = _count_layers(state)
-    known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
-    heads = known.get((layers, D)) if n_heads is None else n_heads
-    if heads is None:
-        size = f"{layers} layers of width {D}; pass n_heads= (fastdit convert --n-heads)"
-        raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
-    return replace(
-        PRESETS["DiT-XL/2"],
-        img_size=math.isqrt(state["pos_embed"].shape[1]) * p,
-        patch_size=p,
-        in_channels=C,
-        hidden=D,
-        n_layers=layers,
-        n_heads=heads,
-        num_classes=len(state["y_embed.weight"]) - 1,
-        t_embed_width=state["t_embed.0.weight"].shape[1],
-        learn_sigma=len(state["final_linear.weight"]) == 2 * C * p * p,
-    )

@@ -9,35 +9,40 @@ import torch
 import typer
 
 from fastdit import flops
-from fastdit.checkpoints.native import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save
+from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
+from fastdit.checkpoints.runs import locate
+from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
 from fastdit.cli.common import Device, device_of, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import encode_folder, load_vae
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
 
-HeadsOption = Annotated[
-    int | None, option("Attention heads; shapes tell them for published sizes only.", min=1)
-]
+_SHOWN_LABELS = 8
 
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint of fastdit, facebookresearch/DiT or diffusers.")
+        Path,
+        typer.Argument(help="A run, or a checkpoint of any layout that fastdit.load reads."),
     ],
     out: Annotated[Path, typer.Argument(help="File to write; for diffusers, a folder.")],
     layout: Annotated[str, option(f"{' or '.join(SAVED_LAYOUTS)}.")] = SAVED_LAYOUTS[0],
-    n_heads: HeadsOption = None,
+    n_heads: Heads = None,
+    null_class: NullClass = None,
+    img_size: ImageSize = None,
+    diffusion: Diffusion = None,
+    weights: Weights = None,
 ) -> None:
     """Rewrite a checkpoint in another layout; no weight changes a bit."""
     with plain_errors():
-        info, model = inspect(source, n_heads=n_heads), load(source, n_heads=n_heads)
+        told = answers(n_heads, null_class, img_size, diffusion, weights)
+        info, model = inspect(source, **told), load(source, **told)
         cfg = model.cfg
         if layout == SAVED_LAYOUTS[0]:
-            scheduler = DiffusionScheduler(**info.diffusion) if info.diffusion else None
-            save(model, out, scheduler, info.labels)
+            model.diffusion = info.diffusion
+            save(model, out, labels=info.labels, assumed=info.assumed)
         else:
             save(model, out, layout=layout)
         print(
@@ -48,8 +53,12 @@ def convert(
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as DiT-XL/2.")],
-    n_heads: HeadsOption = None,
+    model: Annotated[str, typer.Argument(help="A checkpoint, a run, or a preset like DiT-XL/2.")],
+    n_heads: Heads = None,
+    null_class: NullClass = None,
+    img_size: ImageSize = None,
+    diffusion: Diffusion = None,
+    weights: Weights = None,
     tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
     gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
@@ -61,14 +70,16 @@ def info(
         if model in PRESETS:
             found = CheckpointInfo(PRESETS[model])
         elif Path(model).exists():
-            found = inspect(Path(model), n_heads=n_heads)
+            told = answers(n_heads, null_class, img_size, diffusion, weights)
+            found = inspect(Path(model), **told)
         else:
             raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
         cfg = found.config
-        for field, value in cfg.to_dict().items():
-            print(f"{field:16} {value}")
-        if found.diffusion is not None:
-            print(f"{'diffusion':16} {', '.join(f'{k} {v}' for k, v in found.diffusion.items())}")
+        _print_found(found)
+        if model not in PRESETS:
+            file = locate(model, weights)
+            checked = "every tensor fits its checksum" if verify(file) else "without checksums"
+            print(f"{'file':16} {file}: {checked}")
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
         print(f"{'parameters':16} {parameters:,}")
@@ -80,6 +91,19 @@ def info(
         for rows in (1, 2, 8, 32, 128):
             seconds = flops.floor_seconds(cfg, rows, 2, tflops * 1e12, gbps * 1e9)
             print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
+
+
+def _print_found(found: CheckpointInfo) -> None:
+    """Print what a checkpoint tells, and mark what was assumed."""
+    values = found.config.to_dict()
+    if found.diffusion is not None:
+        values["diffusion"] = ", ".join(f"{k} {v}" for k, v in found.diffusion.items())
+    if found.labels is not None:
+        values["labels"] = ", ".join(found.labels[:_SHOWN_LABELS])
+        if len(found.labels) > _SHOWN_LABELS:
+            values["labels"] += f" and {len(found.labels) - _SHOWN_LABELS} more"
+    for name, value in values.items():
+        print(f"{name:16} {value}" + "  (assumed)" * (name in found.assumed))
 
 
 def encode(

@@ -16,8 +16,8 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
-from fastdit.checkpoints.native import CheckpointInfo, inspect, load
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
 from fastdit.config import DiTConfig
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
@@ -182,7 +182,7 @@ def _digest(checkpoint: Path) -> str:
 def _write(out: Path, images: Tensor, columns: int) -> None:
     """Write a grid, or an NPZ of pixels or, where the images have other channels, of latents."""
     if out.suffix == ".png":
-        write_grid(out, to_pixels(images), columns, zoom=max(1, 64 // images.shape[-1]))
+        write_grid(out, to_pixels(images), columns, zoom=max(1, 64 // max(images.shape[-2:])))
     elif images.shape[1] in PIXEL_CHANNELS:
         write_npz(out, to_pixels(images))
     else:

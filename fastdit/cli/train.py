@@ -154,10 +154,10 @@ def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
     """Return a preset with the data's shape and classes, and a null class if labels are dropped."""
     if model not in PRESETS:
         raise unknown_name("--model", model, PRESETS)
-    C, H, _ = source.sample_shape
+    C, H, W = source.sample_shape
     classes, preset = len(source.label_names), PRESETS[model]
     null = preset.null_class or recipe.label_dropout > 0
-    return replace(preset, in_channels=C, img_size=H, num_classes=classes, null_class=null)
+    return replace(preset, in_channels=C, img_size=(H, W), num_classes=classes, null_class=null)
 
 
 def _find_saved(resume: str, out: Path) -> Saved | None:

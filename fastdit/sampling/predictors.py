@@ -63,7 +63,7 @@ class TokenLayout:
     """The state is [B, H*W, C], all pixels in the order in which patch tokens hold them."""
 
     def __init__(self, cfg: DiTConfig) -> None:
-        self.shape = torch.Size((cfg.img_size**2, cfg.in_channels))
+        self.shape = torch.Size((cfg.n_tokens * cfg.patch_size**2, cfg.in_channels))
         self._cfg = cfg
 
     def to_state(self, images: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class TokenLayout:
 
     def to_images(self, x: Tensor) -> Tensor:
         tokens = x.view(len(x), self._cfg.n_tokens, -1)
-        return functional.unpatchify(tokens, self._cfg.patch_size)
+        return functional.unpatchify(tokens, self._cfg.patch_size, self._cfg.grid)
 
 
 def is_standard_dit(model: nn.Module) -> TypeGuard[DiT]:
@@ -97,7 +97,8 @@ def is_unmodified_dit(model: nn.Module) -> bool:
     return _signature(model) == _fresh_signature(model.cfg)
 
 
-_IGNORED = {"training", "checkpointing", "cfg"}  # attributes that do not change a forward
+# Attributes that do not change a forward.
+_IGNORED = {"training", "checkpointing", "cfg", "diffusion"}
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:

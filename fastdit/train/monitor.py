@@ -107,7 +107,7 @@ class Monitor:
         self._bar.set_description("training")
         if self.folder is not None:
             self.grid = self.folder.samples / f"step-{step:08d}.png"
-            zoom = max(1, 48 // shown.images.shape[-1])
+            zoom = max(1, 48 // max(shown.images.shape[-2:]))
             write_grid(self.grid, to_pixels(shown.images), shown.columns, zoom)
         if shown.measured:
             self.log(step, shown.measured)

@@ -128,10 +128,8 @@ def check_same_data(now: dict[str, Any], then: Any) -> None:
 def check_fits(config: DiTConfig, source: Source) -> None:
     """Raise a ValueError unless a model accepts a set's images and labels."""
     C, H, W = source.sample_shape
-    if H != W:
-        raise ValueError(f"data: expected square images, got {H} x {W}")
     if config.sample_shape != source.sample_shape:
-        expected = f"in_channels={C}, img_size={H}"
+        expected = f"in_channels={C}, img_size={H if H == W else (H, W)}"
         got = f"in_channels={config.in_channels}, img_size={config.img_size}"
         raise ValueError(f"config: the data are {C} x {H} x {W}, expected {expected}, got {got}")
     classes = len(source.label_names)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastdit.checkpoints.native import check_keys
+from fastdit.checkpoints.matching import check_keys
 from fastdit.config import DiTConfig
 from fastdit.model import DiT
 from fastdit.train.distributed import World, copy_full_tensor, full_tensor

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.checkpoints.native import save
+from fastdit.checkpoints import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.model import DiT

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 
 import fastdit
@@ -40,8 +41,42 @@ def test_a_published_checkpoint_is_converted_sampled_and_converted_back(run, tmp
     pair = (torch.load(path, weights_only=True) for path in (theirs, tmp_path / "back.pt"))
     first, second = pair
     assert first.keys() == second.keys() and all(map(torch.equal, first.values(), second.values()))
+    torch.save(dict(first), theirs)  # without the config that fastdit writes beside the tensors
     done = run("convert", theirs, own)
     assert done.exit_code == 1 and "n_heads: shapes do not tell it" in done.stderr
+    done = run("convert", theirs, own, "--n-heads", 2, "--null-class", "--diffusion", "T=50")
+    assert done.exit_code == 0 and not done.stderr, done.output
+    done = run("info", own)
+    assert "diffusion        T 50, schedule linear, prediction epsilon\n" in done.stdout
+    assert "every tensor fits its checksum" in done.stdout
+
+
+def test_info_says_what_is_assumed_and_convert_keeps_saying_it(run, tmp_path):
+    """A diffusion that was assumed once does not turn into one that is known."""
+    torch.save(fastdit.DiT(hidden=16, n_layers=1).state_dict(), tmp_path / "bare.pt")
+    assert run("convert", tmp_path / "bare.pt", tmp_path / "own.safetensors").exit_code == 0
+    for name in ("bare.pt", "own.safetensors"):
+        printed = run("info", tmp_path / name).stdout
+        assert "n_heads          4  (assumed)" in printed, printed
+        assert "prediction epsilon  (assumed)" in printed, printed
+        assert "hidden           16\n" in printed, printed
+    printed = run("info", tmp_path / "bare.pt", "--n-heads", 8, "--diffusion", "T=200").stdout
+    assert "n_heads          8\n" in printed and "prediction epsilon\n" in printed, printed
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--diffusion", "T"), "--diffusion: expected name=value"),
+        (("--diffusion", "steps=3"), "--diffusion: expected one of T, schedule, prediction"),
+        (("--diffusion", "T=x"), "--diffusion: expected T to be a number of steps"),
+        (("--img-size", "4x4x4"), "--img-size: expected a size such as 32 or 16x64"),
+        (("--weights", "ema"), "weights: "),
+    ],
+)
+def test_bad_answers_are_one_line(run, checkpoint, option, message):
+    done = run("info", checkpoint, *option)
+    assert done.exit_code == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_convert_keeps_the_header(run, checkpoint, tmp_path):

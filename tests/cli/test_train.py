@@ -72,7 +72,7 @@ def test_the_sharp_recipe_trains_with_all_its_options(run, tmp_path):
     assert Recipe.from_dict(header["recipe"]) == replace(
         RECIPES["sharp"], steps=4, batch_size=16, T=25, warmup=3
     )
-    info = fastdit.checkpoints.native.inspect(out / "model.safetensors")
+    info = fastdit.checkpoints.inspect(out / "model.safetensors")
     assert info.config.null_class and info.diffusion["schedule"] == "cosine"
 
 
@@ -109,7 +109,7 @@ def test_latents_train_any_preset(run, latents, tmp_path, monkeypatch):
     brief = ["--steps", 30, "--batch-size", 8, "--diffusion-steps", 50]
     done = run("train", *arguments, *brief, "--log-every", 1, "--out", out)
     assert done.exit_code == 0, done.output
-    info = fastdit.checkpoints.native.inspect(out / "model.safetensors")
+    info = fastdit.checkpoints.inspect(out / "model.safetensors")
     assert info.config.sample_shape == (4, 8, 8) and info.config.num_classes == 3
     assert info.config.learn_sigma and info.labels == ("cat", "dog", "eel")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 import functools
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, reference
+from fastdit.noise import normal
+from fastdit.ops.trajectory import kernel_shape
 from fastdit.sampling import steps
 from fastdit.solvers import SOLVERS
 from fastdit.testing import check_against_oracle, randomize, relative_error
@@ -160,6 +163,38 @@ def test_an_image_does_not_depend_on_batch_order_or_execution(cfg, guidance, exe
     eager = Sampler(model, scheduler, guidance=guidance, execution="eager")
     assert relative_error(together, eager(labels, seeds=keys)) < 1e-5
     assert relative_error(together[4], together[5]) > 0.1  # the same label, two seeds
+
+
+@by_execution
+@pytest.mark.parametrize("img_size", [(8, 32), (32, 8)], ids=str)
+@torch.no_grad()
+def test_images_of_any_shape_are_those_of_the_plain_loop(img_size, execution):
+    """With brought noise, which is images, and with a seed's, which is counted in tokens."""
+    cfg = replace(NULL, img_size=img_size)  # compiled steps of a square image serve it too
+    device, scheduler = device_of(execution), DiffusionScheduler(3, schedule="cosine")
+    guidance, labels = Guidance(2.0), torch.tensor([3, 0])
+    predicted = []
+    sampler = Sampler(make_model(cfg, device), scheduler, guidance=guidance, execution=execution)
+    plain = PlainModel(cfg, torch.float64, "cpu")
+    x_T, noise = (z.double() for z in recorded(2, cfg, 3))
+    exact = reference.sample(plain, scheduler, x_T, labels, noise, guidance)
+    brought = dict(x_T=x_T.float(), noise=noise.float())
+    images = sampler(labels, **brought, progress=lambda k, x0: predicted.append(x0))
+    assert images.shape == (2, 3, *img_size) == predicted[0].shape
+    assert relative_error(images, exact) < 1e-5
+
+    z = normal(torch.tensor([[7, 0], [7, 1]]), torch.arange(4), 3 * 8 * 32).double()
+    rows, columns = cfg.grid
+    z = z.view(4, 2, rows, columns, 4, 4, 3).permute(0, 1, 6, 2, 4, 3, 5)
+    z = z.reshape(4, 2, 3, *img_size)
+    exact = reference.sample(plain, scheduler, z[0], labels, z[1:], guidance)
+    assert relative_error(sampler(labels, seed=7), exact) < 1e-5
+
+
+def test_kernels_see_tokens_and_not_the_grid():
+    """A model of 2 x 8 patches can be sampled by each kernel that takes one of 4 x 4."""
+    wide, square = DiTConfig(img_size=(8, 32)), DiTConfig(img_size=16)
+    assert kernel_shape(wide) == kernel_shape(square)
 
 
 def test_compile_makes_two_graphs_for_all_steps_batches_and_samplers(monkeypatch):

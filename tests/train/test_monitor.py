@@ -65,4 +65,4 @@ def test_a_model_without_classes_is_trained_and_shown(tmp_path):
     shows = monitor.Monitor(trainer.folder, sample=sample)
     trainer.run(shows)
     assert shows.grid.exists() and shows.shown.measured == {}
-    assert fastdit.checkpoints.native.inspect(tmp_path / "model.safetensors").labels is None
+    assert fastdit.checkpoints.inspect(tmp_path / "model.safetensors").labels is None

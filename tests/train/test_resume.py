@@ -59,7 +59,7 @@ def test_files_are_whole_and_load(tmp_path):
     }
     loaded = fastdit.load(tmp_path / WEIGHTS_FILE)
     assert same_tensors(loaded.state_dict(), ours.sampling_model().state_dict())
-    info = fastdit.checkpoints.native.inspect(tmp_path / WEIGHTS_FILE)
+    info = fastdit.checkpoints.inspect(tmp_path / WEIGHTS_FILE)
     assert (
         info.labels == LABEL_NAMES
         and info.diffusion == DiffusionScheduler(200, schedule="cosine").options

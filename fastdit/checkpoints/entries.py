@@ -1,0 +1,150 @@
+"""Finding a model's tensors in what a file holds: nested entries, prefixes of wrappers.
+
+A training checkpoint holds its weights under a name ("model", "state_dict"), often with averaged
+ones beside them ("ema"). Wrappers of PyTorch add parts to every tensor's name ("module.", for
+example), and frameworks a prefix ("model."). Both are removed here, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fastdit.checkpoints.pickles import Placeholder
+
+# Data parallelism, torch.compile, FSDP and activation checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# A part of a name that every model of one layout has, and none of another one.
+_MARKERS = ("patch_embed", "x_embedder", "transformer_blocks")
+_AVERAGED = ("ema", "average", "shadow")
+_PREFERRED = ("model", "state_dict", "")  # where several weights are not averaged
+OWN = "fastdit"  # the entry of a state dict's metadata that holds the config
+_MAX_DEPTH = 5
+_SHOWN = 8
+
+
+class Entry(NamedTuple):
+    """The weights of one model."""
+
+    names: tuple[str, ...]  # the entries and the prefix that lead to the tensors
+    tensors: dict[str, Tensor]
+
+    @property
+    def averaged(self) -> bool:
+        return any(word in name.lower() for name in self.names for word in _AVERAGED)
+
+    @property
+    def label(self) -> str:
+        return ".".join(self.names)
+
+
+def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -> dict[str, Tensor]:
+    """Return the tensors of the model in a file's content, under the names that the model has.
+
+    Args:
+        content: what the file holds.
+        wanted: the name of an entry or prefix, or several joined by dots; None prefers averaged
+            weights, then "model", then "state_dict".
+
+    Raises:
+        ValueError: there is no DiT in the content, `wanted` is not in it, or the choice is open.
+    """
+    found = list(_entries(content, (), 0))
+    if not found:
+        raise ValueError(f"expected the weights of a DiT; {_describe(content)}")
+    labels = ", ".join(dict.fromkeys(entry.label or "(the file itself)" for entry in found))
+    if wanted is not None:
+        chosen = [e for e in found if wanted == e.label or wanted in e.names]
+        if not chosen and wanted == "ema":
+            chosen = [entry for entry in found if entry.averaged]
+        if not chosen:
+            raise ValueError(f"weights: expected one of {labels}; got {wanted!r}")
+    else:
+        chosen = [entry for entry in found if entry.averaged] or found
+        by_name = ([e for e in chosen if name in (*e.names[-1:], e.label)] for name in _PREFERRED)
+        if len(chosen) > 1 and not chosen[0].averaged:
+            chosen = next((some for some in by_name if some), chosen)
+    if len(chosen) > 1:
+        these = ", ".join(entry.label for entry in chosen)
+        raise ValueError(f"weights: several fit; pass weights= with one of {these}")
+    return chosen[0].tensors
+
+
+def arguments_of(content: Any) -> dict[str, Any]:
+    """Return what a file says of its model besides the tensors, if anything.
+
+    This is the config that `fastdit.save` writes to other layouts, or the command line or the
+    hyperparameters of a training run.
+    """
+    if not isinstance(content, Mapping):
+        return {}
+    metadata = getattr(content, "_metadata", None)
+    if isinstance(metadata, Mapping) and isinstance(metadata.get(OWN), Mapping):
+        return dict(metadata[OWN])
+    for key in ("args", "hyper_parameters", "config", "cfg"):
+        value = content.get(key)
+        if isinstance(value, Placeholder):
+            value = getattr(value, "state", None)
+        if not isinstance(value, Mapping):
+            value = getattr(value, "__dict__", None)
+        if isinstance(value, Mapping):
+            return {str(name): setting for name, setting in value.items()}
+    return {}
+
+
+def _entries(content: Any, path: tuple[str, ...], depth: int) -> Iterator[Entry]:
+    """Yield the models in a content and in the entries below it."""
+    if isinstance(content, Placeholder):
+        content = _module_state(content)
+    if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
+        return
+    by_prefix: dict[str, None] = {}
+    renamed: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(key, str):
+            continue
+        if not isinstance(value, Tensor):
+            yield from _entries(value, (*path, key), depth + 1)
+            continue
+        parts = [part for part in key.split(".") if part not in _WRAPPERS]
+        name = ".".join(parts)
+        if name in renamed:
+            raise ValueError(f"two tensors have the name {name}")
+        renamed[name] = value
+        marks = [i for i, part in enumerate(parts[:-1]) if part in _MARKERS]
+        if marks:
+            by_prefix[".".join(parts[: marks[0]])] = None
+    for prefix in by_prefix:
+        start = prefix + "." if prefix else ""
+        own = {n.removeprefix(start): t for n, t in renamed.items() if n.startswith(start)}
+        yield Entry((*path, prefix) if prefix else path, own)
+
+
+def _module_state(module: Placeholder) -> dict[str, Tensor]:
+    """Return the state dict of a module that was pickled whole, or an empty dict."""
+    state = getattr(module, "state", None)
+    if not isinstance(state, Mapping):
+        return {}
+    tensors: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        own = state.get(kind)
+        if isinstance(own, Mapping):
+            tensors |= {str(n): t for n, t in own.items() if isinstance(t, Tensor)}
+    children = state.get("_modules")
+    if isinstance(children, Mapping):
+        for child, inner in children.items():
+            if isinstance(inner, Placeholder):
+                below = _module_state(inner)
+                tensors |= {f"{child}.{name}": tensor for name, tensor in below.items()}
+    return tensors
+
+
+def _describe(content: Any) -> str:
+    """Say what a file holds in which no DiT was found."""
+    if isinstance(content, Placeholder):
+        content = _module_state(content)
+    names = [str(name)[:80] for name in content]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"the keys ({', '.join(names[:_SHOWN])}{more}) are not of a known layout"

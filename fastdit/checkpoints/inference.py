@@ -1,0 +1,201 @@
+"""The config of a model whose file does not store one: what its tensors tell, and what they do not.
+
+Shapes tell every size. They do not tell the number of heads, whether the last class row is the null
+row, or the sides of a grid that is not square. Those come from the caller or from the training
+arguments beside the weights. What is left is the published models' choice, and is returned as
+assumed, or is a question in an error.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.config import PRESETS, DiTConfig
+from fastdit.errors import height_and_width
+from fastdit.model import sincos_pos_embed
+
+_PUBLISHED_CLASSES = 1000  # of ImageNet
+_MATRICES = ("t_embed.0.weight", "final_linear.weight")
+_DIMENSIONS = {"pos_embed": 3, "patch_embed.proj.weight": 4} | dict.fromkeys(_MATRICES, 2)
+
+
+@dataclass
+class Told:
+    """What is known of a model besides its tensors.
+
+    Attributes:
+        n_heads, null_class, img_size: options of the config, from the caller; None is unknown.
+        arguments: the training run's arguments, where the file has them.
+        assumed: gets the names of the options that nothing told.
+    """
+
+    n_heads: int | None = None
+    null_class: bool | None = None
+    img_size: int | tuple[int, int] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    assumed: list[str] = field(default_factory=list)
+
+
+def published_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
+    """Return the config of a DiT of facebookresearch/DiT, whose tensors have fastdit's names.
+
+    Raises:
+        ValueError: a tensor that tells the config is missing, or an option is open.
+    """
+    D, C, p, layers = _sizes(state, "y_embed.weight")
+    heads = told.n_heads or _integer(told.arguments.get("n_heads"))
+    if heads is None:
+        known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
+        heads = known.get((layers, D))
+    if heads is None:
+        size = f"{layers} layers of width {D}; pass n_heads= (fastdit convert --n-heads)"
+        raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
+    rows = len(state["y_embed.weight"])
+    null = _null_class(rows, told)
+    return replace(
+        PRESETS["DiT-XL/2"],
+        img_size=_image_size(state["pos_embed"], p, told),
+        patch_size=p,
+        in_channels=C,
+        hidden=D,
+        n_layers=layers,
+        n_heads=heads,
+        num_classes=rows - null,
+        null_class=null,
+        t_embed_width=state["t_embed.0.weight"].shape[1],
+        learn_sigma=_learns_sigma(state, C, p),
+    )
+
+
+def toy_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
+    """Return the config of a state dict with fastdit's own names, as the published toy has it.
+
+    Raises:
+        ValueError: a tensor that tells the config is missing, or an option is open.
+    """
+    D, C, p, layers = _sizes(state)
+    toy = PRESETS["toy"]
+    heads = told.n_heads
+    if heads is None:
+        heads = toy.n_heads
+        if D % heads:
+            raise ValueError(
+                f"n_heads: shapes do not tell it, and {heads}, the toy's, does not "
+                f"divide the width {D}; pass n_heads="
+            )
+        told.assumed.append("n_heads")
+    rows = len(state["y_embed.weight"]) if "y_embed.weight" in state else 0
+    null = bool(told.null_class)
+    if rows and told.null_class is None:
+        told.assumed.append("null_class")
+    if null and rows < 2:
+        raise ValueError(f"null_class: expected False, since there are {rows} class rows, got True")
+    width = state["t_embed.0.weight"].shape[1]
+    fixed = _grid_of_sincos(state["pos_embed"]) is not None
+    return replace(
+        toy,
+        img_size=_image_size(state["pos_embed"], p, told),
+        patch_size=p,
+        in_channels=C,
+        hidden=D,
+        n_layers=layers,
+        n_heads=heads,
+        num_classes=(rows or toy.num_classes) - null,
+        use_class_cond=rows > 0,
+        null_class=null,
+        pos_embed="sincos" if fixed else "learned",
+        t_embed_width=None if width == D else width,
+        learn_sigma=_learns_sigma(state, C, p),
+    )
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Return the number of different blocks among the names of tensors."""
+    found = (re.match(r"(?:transformer_)?blocks\.(\d{1,6})\.", name) for name in names)
+    return len({m[1] for m in found if m})
+
+
+def _integer(value: Any) -> int | None:
+    """Return a training argument if it can be a size."""
+    return value if type(value) is int and value > 0 else None
+
+
+def _sizes(state: Mapping[str, Tensor], *more: str) -> tuple[int, int, int, int]:
+    """Return width, channels, patch size and layers, once the tensors that tell them are there."""
+    dims = _DIMENSIONS | dict.fromkeys(more, 2)
+    missing = [name for name in dims if name not in state]
+    if missing:
+        raise ValueError(f"tensors that tell the config are missing: {', '.join(missing)}")
+    shapes = {name: list(state[name].shape) for name in dims}
+    if [len(shape) for shape in shapes.values()] != list(dims.values()):
+        raise ValueError(f"tensors that tell the config have unexpected dimensions: {shapes}")
+    D, C, p, _ = shapes["patch_embed.proj.weight"]
+    if 0 in (D, C, p, *shapes["pos_embed"]):
+        raise ValueError(f"tensors that tell the config are empty: {shapes}")
+    return D, C, p, count_layers(state)
+
+
+def _null_class(rows: int, told: Told) -> bool:
+    """Return whether the last of the class rows is the null row."""
+    if told.null_class is not None:
+        return told.null_class
+    classes = _integer(told.arguments.get("num_classes"))
+    if classes in (rows, rows - 1):
+        return classes == rows - 1
+    if rows in (_PUBLISHED_CLASSES, _PUBLISHED_CLASSES + 1):
+        return rows > _PUBLISHED_CLASSES
+    raise ValueError(
+        f"null_class: the class embedding has {rows} rows, which are {rows - 1} classes and a null "
+        f"row if labels were dropped in training, and {rows} classes if not; pass null_class=True "
+        "or False (--null-class or --no-null-class)"
+    )
+
+
+def _learns_sigma(state: Mapping[str, Tensor], channels: int, patch: int) -> bool:
+    """Return whether the final linear has rows for a variance too."""
+    return len(state["final_linear.weight"]) == 2 * channels * patch**2
+
+
+def _image_size(pos_embed: Tensor, patch: int, told: Told) -> int | tuple[int, int]:
+    """Return the size of the images whose patches have these positions."""
+    tokens = pos_embed.shape[1]
+    grid = _grid_of_sincos(pos_embed)
+    if grid is not None:
+        return grid[0] * patch, grid[1] * patch
+    for size in (told.img_size, told.arguments.get("img_size")):
+        try:
+            height, width = height_and_width("img_size", size, patch)
+        except ValueError:
+            continue  # a training argument may be anything, and the caller's is checked later
+        if (height // patch) * (width // patch) == tokens:
+            return height, width
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise ValueError(
+            f"img_size: shapes do not tell it, and {tokens} patches are no square; pass "
+            "img_size=(height, width) (--img-size HEIGHTxWIDTH)"
+        )
+    told.assumed.append("img_size")
+    return side * patch
+
+
+def _grid_of_sincos(pos_embed: Tensor) -> tuple[int, int] | None:
+    """Return the grid (rows, columns) whose sine-cosine positions these are, or None."""
+    _, tokens, width = pos_embed.shape
+    if pos_embed.is_meta or pos_embed.layout != torch.strided or width % 4:
+        return None
+    stored = pos_embed.detach().to("cpu", torch.float64)
+    # The square first, since it is the usual one. A bfloat16 value near 1 is off by 0.004 at most.
+    divisors = [r for r in range(1, tokens + 1) if tokens % r == 0]
+    for rows in sorted(divisors, key=lambda r: abs(math.log(r * r / tokens))):
+        grid = rows, tokens // rows
+        if (sincos_pos_embed(width, grid) - stored).abs().max() < 0.01:
+            return grid
+    return None

@@ -1,0 +1,295 @@
+"""Loading models from fastdit's files, from training runs, and from other projects' checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints.digests import check_digests
+from fastdit.checkpoints.entries import arguments_of, find_weights
+from fastdit.checkpoints.inference import Told, toy_config
+from fastdit.checkpoints.matching import check_keys, describe_layout, empty_model, without_extras
+from fastdit.checkpoints.native import (
+    PUBLISHED_DIFFUSION,
+    CheckpointInfo,
+    info_of,
+    read_safetensors,
+)
+from fastdit.checkpoints.pickles import check_records, read_pickle
+from fastdit.checkpoints.runs import locate, run_weights
+from fastdit.config import DiTConfig
+from fastdit.diffusion import PREDICTIONS, SCHEDULES
+from fastdit.errors import FLOAT_DTYPES, check_positive, unknown_name, warn
+from fastdit.model import DiT, config_of, unwrap
+
+# The toy was published with 200 linear steps.
+_TOY_DIFFUSION = PUBLISHED_DIFFUSION | {"T": 200}
+
+
+@dataclass
+class _Source:
+    """What was read, before it is known what it is."""
+
+    name: str
+    content: Any  # tensors by name, or entries that hold them
+    header: dict[str, Any] | None = None  # fastdit's
+    config: Any = None  # fastdit's of a live model, or diffusers'
+    labels: tuple[str, ...] | None = None
+    diffusion: dict[str, Any] | None = None
+    is_file: bool = True
+    pickle: Path | None = None  # the file, if it is one of PyTorch's
+
+
+def load(
+    source: str | os.PathLike[str] | Mapping[str, Any] | nn.Module,
+    *,
+    n_heads: int | None = None,
+    null_class: bool | None = None,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_channels: int | None = None,
+    diffusion: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+) -> DiT:
+    """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
+
+    What a checkpoint does not tell is answered by `n_heads`, `null_class`, `img_size` and
+    `diffusion`. To fine-tune a model on other data, `num_classes`, `img_size` and `in_channels` fit
+    it to them (`fastdit.checkpoints.adaptation`): the parts that depend on them are made anew, and
+    a warning names them.
+
+    Args:
+        source: a file that `fastdit.save` wrote; the folder of a run of `fastdit train`, or one of
+            its checkpoints; a checkpoint of facebookresearch/DiT or a project with the same
+            tensors, which is a .pt, .ckpt or safetensors file, or what it holds; a bare state dict
+            of a `fastdit.DiT`; a folder of diffusers' DiT or of a pipeline with one; or a live
+            module of any of these projects. Prefixes of wrappers ("module.", "_orig_mod.") and
+            entries that hold the weights are removed in all of them.
+        n_heads: number of attention heads, where the file does not tell it.
+        null_class: whether the last class row is that of "no label", where shapes do not tell it.
+        num_classes: number of classes to fit the model to.
+        img_size: size of the images, or (height, width); for a grid of patches that the file does
+            not tell, or else to fit the model to.
+        in_channels: number of channels to fit the model to.
+        diffusion: options of the `DiffusionScheduler` that the model was trained with, such as
+            `{"T": 1000, "schedule": "linear"}`; they override what is stored or assumed.
+        weights: the entry of a training checkpoint to take: "ema", "model" or another name, or
+            several joined by dots. None prefers averaged weights.
+
+    Returns:
+        A fastdit.DiT with its own copy of the weights. `model.cfg` is the config that was read or
+        inferred, `model.diffusion` the diffusion that is stored or given, or None.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the source is truncated or damaged, holds code, is not a DiT of a known layout,
+            or leaves a question open; the message says what it looks like, or how to answer.
+    Warns:
+        UserWarning: something was assumed, left out or made anew; the message says what.
+    """
+    told = _told(n_heads, null_class, img_size)
+    found = _read(source, weights, told)
+    if found.header is not None:
+        check_digests(found.name, found.content, found.header)
+    elif found.pickle is not None:
+        check_records(found.pickle)
+    info, tensors = _resolve(found, told, weights, diffusion)
+    model = empty_model(found.name, info.config)
+    if found.header is None and found.config is None:
+        tensors = without_extras(found.name, model.state_dict(), tensors)
+    check_keys(found.name, model.state_dict(), tensors)
+    for key, t in tensors.items():
+        if t.dtype not in FLOAT_DTYPES or t.layout != torch.strided or t.is_meta:
+            kind = "a meta tensor" if t.is_meta else f"{t.dtype}, {t.layout}"
+            raise ValueError(f"{found.name}: expected float weights, but {key} is {kind}")
+        # Copied, since the file may change, tensors may share a storage, and a live model goes on.
+        tensors[key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
+    model.load_state_dict(tensors, assign=True)
+    model.pos_embed.requires_grad_(info.config.pos_embed == "learned")
+    model.diffusion = None if "diffusion" in info.assumed else info.diffusion
+    _say_assumed(found.name, info)
+    return model
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    n_heads: int | None = None,
+    null_class: bool | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    diffusion: Mapping[str, Any] | None = None,
+    weights: str | None = None,
+) -> CheckpointInfo:
+    """Return what a checkpoint holds besides its weights, stored or inferred from its tensors.
+
+    The path is of a file or a folder that `load` reads. The options and errors are as for `load`;
+    digests are not checked.
+    """
+    told = _told(n_heads, null_class, img_size)
+    info, _ = _resolve(_read(path, weights, told), told, weights, diffusion)
+    return info
+
+
+def verify(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file has checksums, and raise a ValueError if its content does not fit them.
+
+    fastdit's own files have digests, except those of release 0.1.0, and PyTorch's have a CRC-32
+    for each record.
+    """
+    if not Path(path).is_file():
+        return False
+    if _is_pickle(path):
+        return check_records(path)
+    tensors, header = read_safetensors(path)
+    return header is not None and check_digests(str(path), tensors, header)
+
+
+def _told(n_heads: int | None, null_class: bool | None, img_size: Any) -> Told:
+    if n_heads is not None:
+        check_positive("n_heads", n_heads)
+    if null_class is not None and not isinstance(null_class, bool):
+        raise ValueError(f"null_class: expected True or False, got {null_class!r}")
+    if img_size is not None:
+        img_size = DiTConfig(img_size=img_size, patch_size=1).img_size
+    return Told(n_heads, null_class, img_size)
+
+
+def _read(source: Any, weights: str | None, told: Told) -> _Source:
+    """Read a source; a live module and training arguments add to what is told."""
+    if isinstance(source, nn.Module):
+        inner = unwrap(source)
+        if told.n_heads is None:
+            told.n_heads = getattr(inner, "num_heads", None)
+        embedder = getattr(inner, "y_embedder", None)
+        told.arguments = {"num_classes": getattr(embedder, "num_classes", None)}
+        config = config_of(inner)
+        config = getattr(inner, "config", None) if config is None else config
+        name = type(inner).__name__
+        return _Source(name, inner.state_dict(), config=config, is_file=False)
+    if isinstance(source, Mapping):
+        told.arguments = arguments_of(source)
+        return _Source("state dict", source, is_file=False)
+    path = locate(source, weights)
+    if path.is_dir():
+        config, file = folders.read_folder(path)
+        found = _read(file, weights, told)
+        labels = folders.folder_labels(path, config.get("num_embeds_ada_norm", 0))
+        return replace(found, name=str(path), config=config, labels=labels)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if _is_pickle(path):
+        content = read_pickle(path)
+        told.arguments = arguments_of(content)
+        return _Source(str(path), content, pickle=path)
+    tensors, header = read_safetensors(path)
+    return _Source(str(path), tensors, header)
+
+
+def _is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins as torch.save writes it, a zip or a pickle."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # The JSON of safetensors begins at the ninth byte.
+    return start[:1] in (b"P", b"\x80") and start[8:] != b"{"
+
+
+def _resolve(
+    found: _Source, told: Told, weights: str | None, diffusion: Mapping[str, Any] | None
+) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Return what a source is, and its tensors under fastdit's names."""
+    if found.header is not None:
+        info = info_of(found.name, found.header)
+        tensors = _own_tensors(found, weights)
+    elif isinstance(found.config, DiTConfig):
+        info, tensors = CheckpointInfo(found.config), dict(found.content)
+    else:
+        info, tensors = _translate(found, told, weights)
+    for name in ("n_heads", "null_class"):
+        given, stored = getattr(told, name), getattr(info.config, name)
+        if given not in (None, stored):
+            raise ValueError(f"{name}: {found.name} says {stored}, got {given}")
+    if diffusion is not None:
+        info = replace(
+            info,
+            diffusion=_checked_diffusion(diffusion, info.diffusion),
+            assumed=tuple(name for name in info.assumed if name != "diffusion"),
+        )
+    return info, tensors
+
+
+def _own_tensors(found: _Source, weights: str | None) -> dict[str, Tensor]:
+    """Return the tensors of a model's file, or the chosen ones of a run's checkpoint."""
+    assert found.header is not None
+    if "recipe" in found.header:
+        return run_weights(found.name, found.content, weights)
+    if weights is not None:
+        raise ValueError(
+            f"weights: {found.name} holds one set of weights, got {weights!r}; the checkpoints of "
+            "a run hold raw and averaged ones"
+        )
+    return dict(found.content)
+
+
+def _translate(
+    found: _Source, told: Told, weights: str | None
+) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Return what another project's tensors are, and fastdit's state dict for them."""
+    diffusion: dict[str, Any] | None = dict(PUBLISHED_DIFFUSION)
+    try:
+        tensors = find_weights(found.content, weights)
+        layout = translation.layout_of(tensors)
+        if layout == "facebookresearch/DiT":
+            config, state = translation.from_facebook(tensors, told)
+            if _is_flow(told.arguments):
+                diffusion = None
+        elif layout == "diffusers" and isinstance(found.config, Mapping):
+            config, state = translation.from_diffusers(tensors, found.config)
+        elif layout == "fastdit":
+            config, state = toy_config(tensors, told), dict(tensors)
+            diffusion = dict(_TOY_DIFFUSION)
+        else:
+            raise ValueError(f"expected a fastdit header, got none; {describe_layout(tensors)}")
+    except ValueError as error:
+        raise ValueError(f"{found.name}: {error}") from error
+    if found.diffusion is not None:
+        diffusion = found.diffusion
+    elif not found.is_file:
+        diffusion = None
+    elif diffusion is not None:
+        told.assumed.append("diffusion")
+    return CheckpointInfo(config, diffusion, found.labels, tuple(told.assumed)), state
+
+
+def _is_flow(arguments: Mapping[str, Any]) -> bool:
+    """Return whether a run's arguments name a SiT, whose tensors are a DiT's."""
+    return str(arguments.get("model", "")).startswith("SiT")
+
+
+def _checked_diffusion(given: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a diffusion's options, those that are not given as they are known or published."""
+    for name in given:
+        if name not in PUBLISHED_DIFFUSION:
+            raise unknown_name("diffusion", name, PUBLISHED_DIFFUSION)
+    options = {**(known or PUBLISHED_DIFFUSION), **given}
+    check_positive("diffusion: T", options["T"])
+    for name, known_names in (("schedule", SCHEDULES), ("prediction", PREDICTIONS)):
+        if options[name] not in list(known_names):
+            raise unknown_name(f"diffusion: {name}", options[name], known_names)
+    return options
+
+
+def _say_assumed(name: str, info: CheckpointInfo) -> None:
+    """Warn of what a checkpoint does not tell."""
+    if not info.assumed:
+        return
+    values = {**info.config.to_dict(), "diffusion": info.diffusion}
+    said = ", ".join(f"{option}={values.get(option)}" for option in info.assumed)
+    hint = " (a SiT has the same tensors)" if "diffusion" in info.assumed else ""
+    warn(f"{name}: it does not tell all, and {said} is assumed{hint}; pass what differs to load")

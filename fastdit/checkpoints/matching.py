@@ -1,0 +1,81 @@
+"""Comparing a file's tensors with those that a model has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.checkpoints import translation
+from fastdit.config import DiTConfig
+from fastdit.errors import warn
+from fastdit.model import DiT
+
+_SHOWN_KEYS = 4
+# Top-level names of tensors that take part in a forward that a DiT does not have.
+_OTHER_NETWORK = ("rope", "freqs", "norm", "embed", "blocks", "final", "context", "token")
+
+
+def empty_model(source: str, config: DiTConfig) -> DiT:
+    """Build the config's model without allocating memory or drawing random numbers."""
+    try:
+        with torch.device("meta"):
+            return DiT.from_config(config)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
+
+
+def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names missing, unexpected and misshapen tensors, if there are any."""
+    problems = []
+    if missing := [name for name in expected if name not in tensors]:
+        problems.append(f"missing {first_few(missing)}")
+    if unexpected := [name for name in tensors if name not in expected]:
+        problems.append(f"unexpected {first_few(unexpected)}")
+    for name, tensor in expected.items():
+        if name in tensors and tensors[name].shape != tensor.shape:
+            want, got = list(tensor.shape), list(tensors[name].shape)
+            problems.append(f"{name}: expected shape {want}, got {got}")
+    if problems:
+        said = problems[:_SHOWN_KEYS]
+        if translation.layout_of(tensors) != "fastdit":
+            said.append(describe_layout(tensors))
+        what = "the tensors do not fit the config (in fastdit's names)"
+        raise ValueError(f"{source}: {what}: {'; '.join(said)}")
+
+
+def without_extras(
+    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Leave out what a training run kept beside its model, such as REPA's projectors.
+
+    Tensors whose names say that the network computes with them stay, and so become errors.
+
+    Warns:
+        UserWarning: names the parts that were left out.
+    """
+    extra = [name for name in tensors if name not in expected]
+    extra = [n for n in extra if not any(word in n.partition(".")[0] for word in _OTHER_NETWORK)]
+    if extra:
+        parts = first_few(list(dict.fromkeys(name.rpartition(".")[0] or name for name in extra)))
+        warn(f"{source}: left out {len(extra)} tensors that a DiT does not have ({parts})")
+    left = set(extra)
+    return {name: t for name, t in tensors.items() if name not in left}
+
+
+def describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
+    """Say what tensors with these names look like."""
+    layout = translation.layout_of(keys)
+    if layout is None:
+        return f"the keys ({first_few(list(keys))}) are not of a known layout"
+    if layout == "diffusers":
+        return f"the keys look like those of {layout}: pass the folder, which has a config.json"
+    return f"the keys look like those of {layout}"
+
+
+def first_few(keys: list[str]) -> str:
+    """Return the first keys as text, and how many more there are."""
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return ", ".join(keys[:_SHOWN_KEYS]) + more

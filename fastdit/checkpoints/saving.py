@@ -1,0 +1,115 @@
+"""Saving models, in fastdit's layout and in those of other projects."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints.entries import OWN
+from fastdit.checkpoints.inference import Told
+from fastdit.checkpoints.matching import check_keys, empty_model
+from fastdit.checkpoints.native import check_labels, write_tensors
+from fastdit.config import DiTConfig
+from fastdit.data.files import atomic_path
+from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import unknown_name
+from fastdit.model import config_of, unwrap
+
+SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    scheduler: DiffusionScheduler | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    layout: str = "fastdit",
+    assumed: Sequence[str] = (),
+) -> None:
+    """Write a model to a file, atomically.
+
+    Args:
+        model: a `fastdit.DiT`, which may be compiled or wrapped; its state dict and config are
+            stored.
+        path: the file to write; an older file is replaced once the new one is whole on disk. In a
+            diffusers folder this holds for each file, and the config is missing in between.
+        scheduler: the diffusion that the model was trained with, for sampling from the file; None
+            takes the model's `diffusion`, which `load` sets where it is known.
+        labels: names of the classes, `num_classes` of them.
+        layout: "fastdit", a safetensors file; "facebookresearch/DiT", a .pt file of the state dict
+            that its code loads; or "diffusers", a folder for its `from_pretrained`. The latter two
+            store neither scheduler nor labels, and only models that their projects can express.
+
+        assumed: names of what was assumed and not known, as in `CheckpointInfo`, to be said again
+            by whoever reads the file.
+
+    Raises:
+        ValueError: the model is not a DiT, its weights do not fit its config, the labels are not
+            num_classes strings, or the layout cannot hold the model.
+        OSError: the file cannot be written; an older file is left as it was.
+    """
+    if layout not in SAVED_LAYOUTS:
+        raise unknown_name("layout", layout, SAVED_LAYOUTS)
+    inner = unwrap(model)
+    cfg = config_of(inner)
+    if cfg is None:
+        raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
+    check_labels("labels", labels, cfg)
+    state = inner.state_dict()
+    check_keys("model", empty_model("model", cfg).state_dict(), state)
+    if layout == "fastdit":
+        diffusion = scheduler.options if scheduler else inner.diffusion
+        header: dict[str, Any] = {
+            "config": cfg.to_dict(),
+            "diffusion": diffusion,
+            "labels": labels and list(labels),
+        }
+        if assumed:
+            header["assumed"] = list(assumed)
+        write_tensors(path, state, header)
+        return
+    if scheduler or labels:
+        raise ValueError(f"layout: {layout!r} stores neither scheduler nor labels")
+    if layout == "diffusers":
+        _save_folder(cfg, state, Path(path))
+        return
+    theirs = translation.to_facebook(state)
+    told = Told(cfg.n_heads, cfg.null_class, cfg.img_size)
+    stored, _ = translation.from_facebook(theirs, told)
+    if replace(stored, init=cfg.init) != cfg:
+        raise ValueError(f"layout: {layout!r} can store such a DiT only as {stored}, got {cfg}")
+    # Modules look up their own names only in the metadata of a state dict.
+    written = OrderedDict((name, t.detach().cpu()) for name, t in theirs.items())
+    written._metadata = {OWN: cfg.to_dict()}  # type: ignore[attr-defined]
+    content = io.BytesIO()  # torch.save reports a full disk as an error of its own
+    torch.save(written, content)
+    with atomic_path(path) as aside:
+        aside.write_bytes(content.getbuffer())
+
+
+def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
+    """Write the two files that diffusers' from_pretrained reads."""
+    config, tensors = translation.to_diffusers(cfg, state)
+    if (path / "model_index.json").exists():
+        raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: not written, since it exists and is not a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    # Old and new files are never read together, since a folder without a config is no checkpoint.
+    (path / "config.json").unlink(missing_ok=True)
+    with atomic_path(path / folders.FOLDER_WEIGHTS[0]) as aside:
+        aside.write_bytes(serialize({n: t.detach().contiguous() for n, t in tensors.items()}))
+    with atomic_path(path / "config.json") as aside:
+        aside.write_text(json.dumps(config, indent=2) + "\n")
