@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,11 +15,14 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit.checkpoints import inspect, load
 from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.losses import print_losses
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import latent_channels, load_vae
 from fastdit.errors import unknown_name
-from fastdit.train.changes import Numbering, describe
+from fastdit.model import DiT
+from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
@@ -30,9 +33,6 @@ from fastdit.train.sources import Latents, Shapes, Source
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
-# The mean squared error by pass over the set that the toy's author published for the seed recipe;
-# that set differs from `fastdit.data.shapes` in detail.
-PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
 def _recipe_option(text: str, *names: str) -> Any:
@@ -57,6 +57,10 @@ def train(
         bool, option("Resume on other --data or --per-class than the run's.", "--new-data")
     ] = False,
     model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
+    origin: Annotated[
+        Path | None,
+        option("A checkpoint to fine-tune: start from its weights, fitted to the data.", "--from"),
+    ] = None,
     per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
     steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
     batch_size: Annotated[int | None, _recipe_option("Images per step, on all processes.")] = None,
@@ -103,9 +107,10 @@ def train(
                     "--new-data: expected --resume, and --data or --per-class, got none"
                 )
             if saved is None:
-                trainer = _start(data, per_class, model, given, options)
+                trainer = _start(data, per_class, model, origin, given, options)
             else:
                 trainer = _continue(saved, (data, per_class, new_data), model, given, options)
+                _check_same_origin(trainer, origin)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
@@ -121,7 +126,12 @@ def train(
 
 
 def _start(
-    data: Path | None, per_class: int | None, model: str | None, given: dict, options: dict
+    data: Path | None,
+    per_class: int | None,
+    model: str | None,
+    origin: Path | None,
+    given: dict[str, Any],
+    options: dict[str, Any],
 ) -> Trainer:
     """Return the trainer of a new run."""
     name = given["name"] or "seed"
@@ -132,7 +142,55 @@ def _start(
         changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
     recipe = replace(RECIPES[name], **changes)
     source = _open(data, per_class, recipe.seed)
-    return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
+    if origin is None:
+        return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
+    if model is not None:
+        raise ValueError("--model: expected none beside --from, which has a config of its own")
+    RunFolder(options["out"]).check_unused()  # before a large file is read
+    initial = _load_initial(origin, source)
+    if recipe.label_dropout and not initial.cfg.null_class:
+        got = f"{recipe.label_dropout}, but {origin} has no null class to learn from them"
+        raise ValueError(f"--label-dropout: expected 0, got {got}")
+    recipe = replace(recipe, **_diffusion_of(initial, origin, given))
+    trainer = Trainer(initial.cfg, recipe, source, initial=initial, **options)
+    assert trainer.origin is not None
+    trainer.origin["path"] = str(origin.resolve())
+    return trainer
+
+
+def _load_initial(origin: Path, source: Source) -> DiT:
+    """Return the model of --from, fitted to the data; load warns of what it made anew."""
+    C, H, W = source.sample_shape
+    conditional = inspect(origin).config.use_class_cond
+    classes = len(source.label_names) if conditional else None
+    return load(origin, num_classes=classes, img_size=H if H == W else (H, W), in_channels=C)
+
+
+def _diffusion_of(model: DiT, origin: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Return T and schedule, as far as no option gives them, of the model's own diffusion.
+
+    Raises:
+        ValueError: the checkpoint does not tell them, or the model predicts no noise.
+    """
+    diffusion = model.diffusion or inspect(origin).diffusion or {}
+    if (prediction := diffusion.get("prediction", "epsilon")) != "epsilon":
+        why = "fastdit train trains models that predict the noise"
+        raise ValueError(f"--from: {origin} predicts {prediction!r}; {why}")
+    missing = [name for name in ("T", "schedule") if given[name] is None]
+    if missing and not diffusion:
+        flags = " and ".join(map(_flag, missing))
+        raise ValueError(f"--from: {origin} does not tell its diffusion; pass {flags}")
+    return {name: diffusion[name] for name in missing}
+
+
+def _check_same_origin(trainer: Trainer, origin: Path | None) -> None:
+    """Raise a ValueError if --from names another checkpoint than the run was started from."""
+    if origin is None:
+        return
+    started = (trainer.origin or {}).get("path", "no checkpoint")
+    if str(origin.resolve()) != started:
+        why = "a run that goes on has weights of its own"
+        raise ValueError(f"--from: the run was started from {started}, got {origin}; {why}")
 
 
 def _open(data: Path | None, per_class: int | None, seed: int) -> Source:
@@ -293,33 +351,3 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
         measured = ", ".join(f"{n} accuracy {v:.3f}" for n, v in monitor.shown.measured.items())
         print(f"{monitor.shown.number} samples: {measured}")
     print(f"wrote {RunFolder(out).weights}" + (f" and {monitor.grid}" if monitor.grid else ""))
-
-
-def print_losses(
-    result: TrainResult, recipe: Recipe, source: Source, changes: Sequence[dict[str, Any]] = ()
-) -> None:
-    """Print the mean loss of some passes, beside the published losses if they are comparable.
-
-    Where the batch size or the data changed, these are the steps and passes since then.
-    """
-    at = Numbering.after(changes, recipe.batch_size)
-    published = source.identity == Shapes(seed=recipe.seed).identity
-    comparable = published and replace(recipe, seed=0) == Recipe() and not changes
-    print("pass    step   loss" + "     published for this recipe, on another drawing" * comparable)
-
-    def step_of(turn: int) -> int:
-        """Return the number of steps after which a number of passes are complete."""
-        taken = at.data_sample + turn * len(source) - at.sample
-        return min(max(at.step + taken // recipe.batch_size, at.step), recipe.steps)
-
-    passes = math.ceil((at.first(recipe.steps) - at.data_sample) / len(source))
-    for number in sorted({*(n for n in PUBLISHED_LOSS if n < passes), passes}):
-        first, last = step_of(number - 1), step_of(number)
-        if last <= first:  # a step spans several passes, or these passes were before the change
-            continue
-        loss = result.losses[first:last].mean().item()
-        beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""
-        print(f"{number:4d} {last:7d}   {loss:.4f}{beside}")
-    rate, first_step = result.images_per_second, result.first_step_seconds
-    if not math.isnan(rate):
-        print(f"{rate:.0f} images/s after a first step of {first_step:.1f} s")

@@ -33,7 +33,14 @@ from fastdit.train.recipe import Recipe
 from fastdit.train.run_folder import RunFolder, Saved
 from fastdit.train.runtime import PRECISIONS, Runtime
 from fastdit.train.sources import Source, check_fits
-from fastdit.train.state import create_optimizer_state, gather, model_from, restore, run_tensors
+from fastdit.train.state import (
+    copy_weights,
+    create_optimizer_state,
+    gather,
+    model_from,
+    restore,
+    run_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Trainer:
         *,
         save_every: int = 100,
         keep: int = 2,
+        initial: DiT | None = None,
     ) -> None:
         """Set up a run at step 0.
 
@@ -78,6 +86,9 @@ class Trainer:
             runtime: how to compute the run; None is float32 on the CPU.
             save_every: steps between two checkpoints, besides those at the start and at the end.
             keep: number of checkpoints to keep.
+            initial: a model of this config, such as `fastdit.load` fits to the data, from whose
+                weights to start; they are trained in float32 whatever their dtype is. None draws
+                fresh ones.
 
         Raises:
             ValueError: config, recipe, data and runtime do not fit each other.
@@ -102,7 +113,9 @@ class Trainer:
         self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            self.model = DiT.from_config(config)
+            self.model = DiT.from_config(config).float()
+        # What is kept of the initial model: the digest of its weights, and what a caller adds.
+        self.origin = None if initial is None else copy_weights(self.model, initial)
         self.objective = self._place()
         trained = [p for _, p in self._trained()]
         self.optimizer = torch.optim.AdamW(
@@ -134,7 +147,7 @@ class Trainer:
 
     def _place(self) -> nn.Module:
         """Move, split and compile the model as the runtime says; return the loss that trains it."""
-        model, recipe, runtime = self.model.float(), self.recipe, self.runtime
+        model, recipe, runtime = self.model, self.recipe, self.runtime
         precision = PRECISIONS[runtime.precision]
         if not runtime.split:
             model.to(runtime.device)
@@ -306,6 +319,7 @@ class Trainer:
             "labels": names and list(names),
             "environment": self.runtime.environment(),
             "changes": self.changes,
+            "origin": self.origin,
         }
         gathered = gather(self._tensors(), self.runtime.world)
         if gathered:
@@ -355,7 +369,7 @@ class Trainer:
         """
         run = continue_saved(saved, source, changes or {}, new_data)
         trainer = cls(run.config, run.recipe, run.source, None, runtime, save_every=save_every)
-        trainer.folder = RunFolder(out, keep)
+        trainer.folder, trainer.origin = RunFolder(out, keep), saved.header.get("origin")
         trainer._set_changes(run.changes)
         trainer.step = trainer._read_to = trainer._saved_at = run.step
         trainer._changed = bool(run.changed)
