@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import sys
 import time
@@ -226,7 +227,9 @@ def _find_saved(resume: str, out: Path) -> Saved | None:
     if resume == "auto":
         return folder.newest()
     if not Path(resume).is_file():
-        raise ValueError(f"--resume: expected auto, no, or a checkpoint's file, got {resume}")
+        hint = f"; a run's folder is continued by --resume auto --out {resume}"
+        hint *= Path(resume).is_dir()
+        raise ValueError(f"--resume: expected auto, no, or a checkpoint's file, got {resume}{hint}")
     saved = read(resume)
     if Path(resume).resolve().parent != (out / "checkpoints").resolve():
         folder.check_unused()
@@ -342,7 +345,7 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
     if not result.finished:
         print(
             f"stopped at step {trainer.step} of {recipe.steps}, and saved; continue with fastdit "
-            f"train --resume auto --out {out}",
+            f"train --resume auto --out {shlex.quote(str(out))}",
             file=sys.stderr,
         )
         return

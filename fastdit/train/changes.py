@@ -95,6 +95,11 @@ def continue_saved(
     changes = _recorded(header.get("changes", []), path, step)
     recipe, entry = _changed_recipe(before, options, config)
     if source is None:
+        match header["data"]:
+            case {"folder": str(folder)} if not Path(folder).is_dir():
+                raise ValueError(
+                    f"data: {folder} is gone; name the folder where it is now (--data)"
+                )
         source = open_source(header["data"])
     elif new_data and not same_data(source.identity, header["data"]):
         _check_same_classes(source, header.get("labels"), config)

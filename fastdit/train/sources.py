@@ -121,7 +121,7 @@ def same_data(now: dict[str, Any], then: Any) -> bool:
 def check_same_data(now: dict[str, Any], then: Any) -> None:
     """Raise a ValueError unless two identities are of the same images, in whatever folder."""
     if not same_data(now, then):
-        advice = "to go on with other data, say so (--new-data, in Python new_data=True)"
+        advice = "to go on with other data, name them (--data) and say so (--new-data)"
         raise ValueError(f"data: the run was started on {then}, got {now}; {advice}")
 
 

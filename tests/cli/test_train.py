@@ -157,6 +157,10 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
         (("--label-dropout", 1.5), "label_dropout: expected a share below 1, got 1.5"),
         (("--vae", "x"), "--vae: expected none, since the coloured shapes are pixels"),
         (("--diffusion-steps", 10, "--schedule", "linear-scaled"), "needs more than 20 steps"),
+        (
+            ("--recipe", "dit", "--diffusion-steps", 75),
+            "T: expected a multiple of 50, since samples",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(run, tmp_path, monkeypatch, arguments, message):

@@ -1,5 +1,6 @@
 """`fastdit train`: how a run is stopped, and how it is resumed."""
 
+import json
 import os
 import shlex
 import signal
@@ -63,6 +64,34 @@ def test_a_finished_run_goes_on_with_other_options(run, tiny, tmp_path):
     assert len(RunFolder(out).newest().header["changes"]) == 1
 
 
+def test_a_run_whose_data_have_moved_or_grown_says_what_to_name(run, latents, tmp_path):
+    out, folder = tmp_path / "run", latents[0]
+    brief = ["--steps", 1, "--batch-size", 2, "--out", out]
+    assert run("train", "--data", folder, *brief).exit_code == 0
+    moved = folder.rename(tmp_path / "moved")
+    again = ("train", "--resume", "auto", "--out", out)
+    done = run(*again)
+    assert done.exit_code == 1 and f"data: {folder} is gone; name the folder that" in done.stderr
+    assert run(*again, "--data", moved).exit_code == 0
+    plan = json.loads((moved / "plan.json").read_text())
+    (moved / "plan.json").write_text(json.dumps(plan | {"labels": [0, *plan["labels"][:-1]]}))
+    done = run(*again, "--data", moved, "--steps", 2)
+    assert done.exit_code == 1 and "name them (--data) and say so (--new-data)" in done.stderr
+    done = run(*again, "--data", moved, "--new-data", "--steps", 2)
+    assert done.exit_code == 0, done.output
+
+
+def test_what_is_no_checkpoint_of_a_run_says_where_they_are(run, tiny, tmp_path):
+    out = tmp_path / "run"
+    assert run("train", *TINY, "--out", out).exit_code == 0
+    done = run("train", "--resume", out / "model.safetensors", "--out", tmp_path / "other")
+    assert done.exit_code == 1
+    assert "a run's checkpoints are in its folder's checkpoints/" in done.stderr
+    done = run("train", "--resume", out, "--out", tmp_path / "other")
+    assert done.exit_code == 1
+    assert f"a run's folder is continued by --resume auto --out {out}" in done.stderr
+
+
 def test_a_run_goes_on_with_more_data_if_that_is_said(run, tiny, latents, tmp_path):
     out = tmp_path / "run"
     assert run("train", *TINY, "--out", out).exit_code == 0
@@ -77,7 +106,7 @@ def test_a_run_goes_on_with_more_data_if_that_is_said(run, tiny, latents, tmp_pa
     assert again.exit_code == 0 and "resuming at step 4 of 4" in again.stderr
     others = ("--resume", "auto", "--out", out, "--steps", 6, "--data", latents[0])
     refused = run("train", *others)
-    assert refused.exit_code == 1 and "(--new-data, in Python new_data=True)" in refused.stderr
+    assert refused.exit_code == 1 and "(--data) and say so (--new-data)" in refused.stderr
     refused = run("train", *others, "--new-data")
     assert refused.exit_code == 1 and "expected 16 classes as before, got 3" in refused.stderr
     for arguments in (("--resume", "auto"), ("--per-class", 2)):
