@@ -71,8 +71,8 @@ def _checked(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing)
     try:
         showing.solver.spacing(scheduler.T, steps)
     except ValueError as error:
-        why = f"since samples are shown in {steps} steps of the solver"
-        raise ValueError(f"T: expected a multiple of {steps}, {why}, got {scheduler.T}") from error
+        got = f"since samples take {steps} steps of the solver, got {scheduler.T}"
+        raise ValueError(f"T: expected a multiple of {steps}, {got} ({error})") from error
     return showing if config.null_class else replace(showing, guidance=None)
 
 
