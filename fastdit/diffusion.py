@@ -156,9 +156,6 @@ class DiffusionScheduler:
         Raises:
             ValueError: T is not a positive integer or is too small for the schedule, or a name is
                 unknown.
-
-        Warns:
-            TerminalSNRWarning: x_T keeps signal, which sampling does not start from.
         """
         check_positive("T", T)
         if schedule not in SCHEDULES:
@@ -182,7 +179,22 @@ class DiffusionScheduler:
         }  # float64, on the host
         for name, table in self.tables.items():
             setattr(self, name, table.to(self.device, torch.float32))
-        left = alpha_bars[-1].item()
+        self._warned = False
+
+    @property
+    def options(self) -> dict[str, int | str]:
+        """The arguments that build this diffusion again, on any device."""
+        return {"T": self.T, "schedule": self.schedule, "prediction": self.prediction}
+
+    def warn_of_signal(self) -> None:
+        """Warn in the first call if x_T keeps signal, which sampling does not start from.
+
+        It concerns those who train a model, and not those who sample one: `q_sample` calls it.
+        """
+        if self._warned:
+            return
+        self._warned = True
+        left = self.tables["alpha_bars"][-1].item()
         snr = left / (1 - left)
         if snr > TERMINAL_SNR_LIMIT:
             warn(
@@ -192,11 +204,6 @@ class DiffusionScheduler:
                 "schedule='linear-scaled' ends near zero",
                 TerminalSNRWarning,
             )
-
-    @property
-    def options(self) -> dict[str, int | str]:
-        """The arguments that build this diffusion again, on any device."""
-        return {"T": self.T, "schedule": self.schedule, "prediction": self.prediction}
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Noise images to timestep t: `sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps`.
@@ -214,8 +221,13 @@ class DiffusionScheduler:
             ValueError: the shapes differ, x0 is not of a float dtype, or t is not of an integer
                 dtype or out of range.
 
+        Warns:
+            TerminalSNRWarning: in the first call, as `warn_of_signal` does.
+
         Source: Ho et al. 2020, equation 4.
         """
+        if not torch.compiler.is_compiling():
+            self.warn_of_signal()
         if not x0.is_floating_point():
             raise ValueError(f"x0: expected a float dtype, got {x0.dtype}")
         if eps.shape != x0.shape:

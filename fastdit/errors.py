@@ -18,12 +18,18 @@ T = TypeVar("T")
 # The dtypes in which weights are stored and ops compute; float8 is not among them.
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_NAMES_SHOWN = 40  # of those that are known, such as ImageNet's two thousand
+
 
 def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError:
     """Return the error for an unknown name: what was expected, what came, and the closest name."""
     names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    by_lower = {k.lower(): k for k in reversed(names)}
+    close = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    hint = f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+    more = len(names) - _NAMES_SHOWN
+    if more > 1:
+        names = [*names[:_NAMES_SHOWN], f"{more} more"]
     return ValueError(f"{what}: expected one of {', '.join(names)}; got {name!r}{hint}")
 
 

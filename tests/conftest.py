@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 
@@ -59,3 +60,38 @@ def latents(tmp_path):
         rows = slice(4 * i, 4 * i + 4)
         np.save(folder / f"{i:08d}.npy", np.concatenate([means[rows], stds[rows]], axis=1))
     return folder, means, stds
+
+
+@pytest.fixture
+def flipped_latents(latents):
+    """The shards of `latents` with flips; each flipped latent is the plain one, negated."""
+    folder, means, stds = latents
+    plan = json.loads((folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(plan | {"flip": True}))
+    for path in folder.glob("*.npy"):
+        plain = np.load(path)
+        np.save(path, np.stack([plain, -plain], axis=1))
+    return folder, means, stds
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of six pictures, of several sizes and kinds, in the classes cat and dog."""
+    folder = tmp_path / "pictures"
+    for i, name in enumerate(["cat/a.png", "cat/b.jpg", "cat/c.webp", "dog/d.png", "dog/e.png"]):
+        draw_picture(folder / name, i, (12 + i, 10))
+    draw_picture(folder / "dog" / "grey.png", 5, (9, 9), "L")
+    return folder
+
+
+def draw_picture(path, seed, size=(12, 10), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (size[1], size[0], 3)
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+
+
+@pytest.fixture
+def draw():
+    """Write a picture of noise to a path: `draw(path, seed)`."""
+    return draw_picture

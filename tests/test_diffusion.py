@@ -8,6 +8,7 @@ import torch
 
 from fastdit import DiffusionScheduler, timestep_embedding
 from fastdit.diffusion import TerminalSNRWarning
+from fastdit.solvers import DDPM
 
 ATTRIBUTES = [
     "betas",
@@ -74,9 +75,19 @@ def test_every_table_is_finite_and_alpha_bars_fall(schedule, T):
 
 def test_terminal_snr_warns_and_says_what_it_does_to_samples():
     said = r"0\.152.*36% .*samples drift.*linear-scaled"
+    scheduler, x = DiffusionScheduler(T=200), torch.zeros(1, 4)
     with pytest.warns(TerminalSNRWarning, match=said) as caught:
-        DiffusionScheduler(T=200)
-    assert caught[0].filename == __file__  # the caller's
+        for _ in range(2):
+            scheduler.q_sample(x, torch.tensor([3]), x)
+    assert len(caught) == 1 and caught[0].filename == __file__  # the caller's
+
+
+def test_terminal_snr_concerns_training_only():
+    """Who samples a model cannot change the schedule that it was trained on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler = DiffusionScheduler(T=200)
+        DDPM().table(scheduler, 5)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,8 @@ def test_terminal_snr_warns_and_says_what_it_does_to_samples():
 def test_schedules_that_end_in_noise_do_not_warn(T, schedule):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        DiffusionScheduler(T, schedule=schedule)
+        scheduler, x = DiffusionScheduler(T, schedule=schedule), torch.zeros(1, 4)
+        scheduler.q_sample(x, torch.tensor([3]), x)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ LAYERS = [
     {"functional"},
     {"model"},
     {"checkpoints", "pipeline"},
-    {"sampling"},
+    {"sampling", "evaluation"},
     {"train"},
     {"cli", "_moved"},
 ]

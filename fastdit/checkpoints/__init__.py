@@ -8,7 +8,8 @@
 `digests`, and `runs` finds the checkpoints of a training run. Other projects' files are read by
 `pickles`, which runs no code in them, and `folders`, for those of diffusers. `entries` finds the
 weights in what a file holds, `inference` the config that they belong to, and `translation` turns
-the names and rows of other projects into fastdit's. `matching` compares them with a model.
+the names and rows of other projects into fastdit's. `matching` compares them with a model, and
+`adaptation` fits a loaded model to other data.
 """
 
 from fastdit.checkpoints.loading import inspect, load, verify

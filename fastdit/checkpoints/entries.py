@@ -94,6 +94,14 @@ def arguments_of(content: Any) -> dict[str, Any]:
     return {}
 
 
+def pickled_attribute(content: Any, name: str) -> dict[str, Any] | None:
+    """Return an attribute of a module that was pickled whole, as a dict of its own attributes."""
+    state = getattr(content, "state", None) if isinstance(content, Placeholder) else None
+    value = state.get(name) if isinstance(state, Mapping) else None
+    own = getattr(value, "state", None) if isinstance(value, Placeholder) else None
+    return {str(key): v for key, v in own.items()} if isinstance(own, Mapping) else None
+
+
 def _entries(content: Any, path: tuple[str, ...], depth: int) -> Iterator[Entry]:
     """Yield the models in a content and in the entries below it."""
     if isinstance(content, Placeholder):

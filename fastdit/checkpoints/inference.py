@@ -50,13 +50,7 @@ def published_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
         ValueError: a tensor that tells the config is missing, or an option is open.
     """
     D, C, p, layers = _sizes(state, "y_embed.weight")
-    heads = told.n_heads or _integer(told.arguments.get("n_heads"))
-    if heads is None:
-        known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
-        heads = known.get((layers, D))
-    if heads is None:
-        size = f"{layers} layers of width {D}; pass n_heads= (fastdit convert --n-heads)"
-        raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
+    heads = _heads(layers, D, PRESETS["DiT-XL/2"], told)
     rows = len(state["y_embed.weight"])
     null = _null_class(rows, told)
     return replace(
@@ -74,46 +68,61 @@ def published_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
     )
 
 
-def toy_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
-    """Return the config of a state dict with fastdit's own names, as the published toy has it.
+def bare_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
+    """Return the config of a bare state dict of a `fastdit.DiT`.
+
+    Activations and epsilons leave no trace in the tensors. They are assumed to be the published
+    toy's, or where positions are fixed those of the published DiTs.
 
     Raises:
         ValueError: a tensor that tells the config is missing, or an option is open.
     """
     D, C, p, layers = _sizes(state)
-    toy = PRESETS["toy"]
-    heads = told.n_heads
-    if heads is None:
-        heads = toy.n_heads
-        if D % heads:
-            raise ValueError(
-                f"n_heads: shapes do not tell it, and {heads}, the toy's, does not "
-                f"divide the width {D}; pass n_heads="
-            )
-        told.assumed.append("n_heads")
-    rows = len(state["y_embed.weight"]) if "y_embed.weight" in state else 0
-    null = bool(told.null_class)
-    if rows and told.null_class is None:
-        told.assumed.append("null_class")
-    if null and rows < 2:
-        raise ValueError(f"null_class: expected False, since there are {rows} class rows, got True")
-    width = state["t_embed.0.weight"].shape[1]
     fixed = _grid_of_sincos(state["pos_embed"]) is not None
+    like = PRESETS["DiT-XL/2" if fixed else "toy"]
+    told.assumed += ["modulation_act", "gelu", "t_embed_act", "ln_eps"]
+    rows = len(state["y_embed.weight"]) if "y_embed.weight" in state else 0
+    null = False
+    if rows and (fixed or told.null_class is not None):
+        null = _null_class(rows, told)
+    elif rows:
+        told.assumed.append("null_class")
+    width = state["t_embed.0.weight"].shape[1]
     return replace(
-        toy,
+        like,
         img_size=_image_size(state["pos_embed"], p, told),
         patch_size=p,
         in_channels=C,
         hidden=D,
         n_layers=layers,
-        n_heads=heads,
-        num_classes=(rows or toy.num_classes) - null,
+        n_heads=_heads(layers, D, like, told),
+        num_classes=(rows or like.num_classes) - null,
         use_class_cond=rows > 0,
         null_class=null,
-        pos_embed="sincos" if fixed else "learned",
         t_embed_width=None if width == D else width,
         learn_sigma=_learns_sigma(state, C, p),
     )
+
+
+def _heads(layers: int, width: int, like: DiTConfig, told: Told) -> int:
+    """Return the number of heads: as told, as of the published size, or as of the toy."""
+    heads = told.n_heads or _integer(told.arguments.get("n_heads"))
+    if heads is not None:
+        return heads
+    known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
+    heads = known.get((layers, width))
+    if heads is None and like.null_class:
+        size = f"{layers} layers of width {width}; pass n_heads= (fastdit convert --n-heads)"
+        raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
+    heads = heads or like.n_heads
+    if width % heads:
+        raise ValueError(
+            f"n_heads: shapes do not tell it, and {heads}, the toy's, does not divide the width "
+            f"{width}; pass n_heads="
+        )
+    if not like.null_class:
+        told.assumed.append("n_heads")
+    return heads
 
 
 def count_layers(names: Iterable[str]) -> int:

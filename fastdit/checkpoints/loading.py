@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints.adaptation import adapted
 from fastdit.checkpoints.digests import check_digests
-from fastdit.checkpoints.entries import arguments_of, find_weights
-from fastdit.checkpoints.inference import Told, toy_config
+from fastdit.checkpoints.entries import arguments_of, find_weights, pickled_attribute
+from fastdit.checkpoints.inference import Told, bare_config
 from fastdit.checkpoints.matching import check_keys, describe_layout, empty_model, without_extras
 from fastdit.checkpoints.native import (
     PUBLISHED_DIFFUSION,
@@ -113,8 +114,13 @@ def load(
         tensors[key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(info.config.pos_embed == "learned")
-    model.diffusion = None if "diffusion" in info.assumed else info.diffusion
     _say_assumed(found.name, info)
+    model, made = adapted(
+        model, num_classes=num_classes, img_size=img_size, in_channels=in_channels
+    )
+    if made:
+        warn(f"{found.name}: made anew for other data: {', '.join(made)}")
+    model.diffusion = None if "diffusion" in info.assumed else info.diffusion
     return model
 
 
@@ -134,6 +140,8 @@ def inspect(
     """
     told = _told(n_heads, null_class, img_size)
     info, _ = _resolve(_read(path, weights, told), told, weights, diffusion)
+    if told.img_size not in (None, info.config.img_size):
+        raise ValueError(f"img_size: {path} says {info.config.img_size}, got {img_size}")
     return info
 
 
@@ -252,8 +260,9 @@ def _translate(
         elif layout == "diffusers" and isinstance(found.config, Mapping):
             config, state = translation.from_diffusers(tensors, found.config)
         elif layout == "fastdit":
-            config, state = toy_config(tensors, told), dict(tensors)
-            diffusion = dict(_TOY_DIFFUSION)
+            config, state = _own_config(found, tensors, told), dict(tensors)
+            if config.pos_embed == "learned":
+                diffusion = dict(_TOY_DIFFUSION)
         else:
             raise ValueError(f"expected a fastdit header, got none; {describe_layout(tensors)}")
     except ValueError as error:
@@ -265,6 +274,12 @@ def _translate(
     elif diffusion is not None:
         told.assumed.append("diffusion")
     return CheckpointInfo(config, diffusion, found.labels, tuple(told.assumed)), state
+
+
+def _own_config(found: _Source, tensors: Mapping[str, Tensor], told: Told) -> DiTConfig:
+    """Return the config of a `fastdit.DiT` that was not saved by `fastdit.save`."""
+    stored = pickled_attribute(found.content, "cfg")  # of a model that was pickled whole
+    return bare_config(tensors, told) if stored is None else DiTConfig.from_saved(stored)
 
 
 def _is_flow(arguments: Mapping[str, Any]) -> bool:
@@ -292,4 +307,7 @@ def _say_assumed(name: str, info: CheckpointInfo) -> None:
     values = {**info.config.to_dict(), "diffusion": info.diffusion}
     said = ", ".join(f"{option}={values.get(option)}" for option in info.assumed)
     hint = " (a SiT has the same tensors)" if "diffusion" in info.assumed else ""
-    warn(f"{name}: it does not tell all, and {said} is assumed{hint}; pass what differs to load")
+    advice = "pass what differs to load"
+    if "gelu" in info.assumed:
+        advice += ", or build fastdit.DiT with its options, call load_state_dict and fastdit.save"
+    warn(f"{name}: it does not tell all, and {said} is assumed{hint}; {advice}")

@@ -50,7 +50,8 @@ def write_tensors(
 ) -> None:
     """Write tensors and a JSON header, with digests of both, to a safetensors file, atomically."""
     contiguous = {name: t.detach().contiguous() for name, t in tensors.items()}
-    header = header | {"digest": digests_of(contiguous, header)}
+    header = {name: value for name, value in header.items() if name != "digest"}
+    header["digest"] = digests_of(contiguous, header)
     try:
         # The header is a single entry, since the order of two, and so the file's bytes, would vary.
         content = serialize(contiguous, {_HEADER: json.dumps(header)})

@@ -2,6 +2,7 @@
 
 import typer
 
+from fastdit.cli.evaluate import evaluate
 from fastdit.cli.models import convert, encode, info
 from fastdit.cli.sample import sample
 from fastdit.cli.train import train
@@ -13,5 +14,5 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, convert, info, encode, sample):
+for command in (train, convert, info, encode, sample, evaluate):
     app.command()(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +13,20 @@ from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
 from fastdit.checkpoints.runs import locate
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
-from fastdit.cli.common import Device, device_of, option, plain_errors
+from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import encode_folder, load_vae
+from fastdit.data.shards import PLAN
 from fastdit.errors import unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
+from fastdit.train.distributed import processes
 
 _SHOWN_LABELS = 8
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(help="A run, or a checkpoint of any layout that fastdit.load reads."),
@@ -36,7 +40,7 @@ def convert(
     weights: Weights = None,
 ) -> None:
     """Rewrite a checkpoint in another layout; no weight changes a bit."""
-    with plain_errors():
+    with plain_errors(context):
         told = answers(n_heads, null_class, img_size, diffusion, weights)
         info, model = inspect(source, **told), load(source, **told)
         cfg = model.cfg
@@ -53,6 +57,7 @@ def convert(
 
 
 def info(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A checkpoint, a run, or a preset like DiT-XL/2.")],
     n_heads: Heads = None,
     null_class: NullClass = None,
@@ -66,7 +71,7 @@ def info(
 
     The default rates were measured on an H200.
     """
-    with plain_errors():
+    with plain_errors(context):
         if model in PRESETS:
             found = CheckpointInfo(PRESETS[model])
         elif Path(model).exists():
@@ -107,6 +112,7 @@ def _print_found(found: CheckpointInfo) -> None:
 
 
 def encode(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
     vae: Annotated[str, option("Folder or name of the AutoencoderKL.")],
     out: Annotated[
@@ -114,10 +120,28 @@ def encode(
     ] = Path("latents"),
     image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
     batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
+    flip: Annotated[
+        bool, option("Encode mirror images too, as the published recipes train.", "--flip")
+    ] = False,
+    skip_bad: Annotated[
+        bool, option("Leave out images that cannot be read.", "--skip-bad")
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Encode images into latents to train a DiT on."""
-    with plain_errors():
+    """Encode images into latents to train a DiT on.
+
+    Every new or changed image is read once before the work begins, to find those that cannot be.
+    To share the work between processes: torchrun -m fastdit encode.
+    """
+    # After a stop one process may have most of its shards left while the others wait for it.
+    less = "a smaller --batch-size needs less"
+    with (
+        plain_errors(context, kept=lambda: kept_shards(out), less_memory=less),
+        processes(timeout=timedelta(days=7)) as world,
+    ):
+        check_out(out, PLAN)
         autoencoder = load_vae(vae, device_of(device))
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size)
-        print(f"wrote the latents of {count} images to {out}")
+        shared = dict(skip_bad=skip_bad, rank=world.rank, world=world.size)
+        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip, **shared)
+        if world.rank == 0:
+            print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)

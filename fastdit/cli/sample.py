@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +17,22 @@ from tqdm import tqdm
 
 from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
-from fastdit.config import DiTConfig
+from fastdit.checkpoints.runs import locate
+from fastdit.cli.batches import Noise, parse_noise, sample_batch
+from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
+from fastdit.cli.common import (
+    DEFAULT_OUT,
+    Device,
+    check_out,
+    device_of,
+    kept_shards,
+    option,
+    plain_errors,
+)
+from fastdit.cli.labels import parse_labels
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import decode, digest, latent_channels, load_vae
-from fastdit.data.shards import write_sharded_npz
+from fastdit.data.shards import parts_of, write_sharded_npz
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
 from fastdit.sampling.executions import EXECUTIONS
@@ -34,17 +44,38 @@ from fastdit.update import Guidance
 
 DTYPES = ("float32", "bfloat16", "float16")
 PIXEL_CHANNELS = (1, 3)
+COUNT = 4
+_FLAGS = {
+    "guidance": "--guidance-scale",
+    "guidance.channels": "--guidance-channels",
+    "scale": "--guidance-scale",
+    "channels": "--guidance-channels",
+}
 
 
 def sample(
+    context: typer.Context,
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint that fastdit.load reads, or a run's weights.")
+        Path, typer.Argument(help="A run's folder, or a checkpoint that fastdit.load reads.")
     ] = DEFAULT_OUT / WEIGHTS_FILE,
     labels: Annotated[
-        str | None, option("Names or numbers, comma-separated.  [every class]")
+        str | None, option("Names, or numbers from 0, comma-separated.  [every class]")
     ] = None,
-    count: Annotated[int, option("Images per label.", min=1)] = 4,
-    seed: Annotated[int, option("The same seed, label and index always give the same image.")] = 0,
+    count: Annotated[int | None, option(f"Images per label.  [{COUNT}]", min=1)] = None,
+    seed: Annotated[
+        int, option("Seed of the noise; image i of a call, from 0, has the seed's stream i.")
+    ] = 0,
+    first_index: Annotated[
+        int,
+        option("Index of the first image, so that an image of a larger call is made again.", min=0),
+    ] = 0,
+    seeds: Annotated[
+        str | None,
+        option(
+            "Seeds, comma-separated, in place of --seed and --count: an image of each label for "
+            "each of them, which depends on these two alone."
+        ),
+    ] = None,
     out: Annotated[
         Path, option("A .png grid, or an .npz of uint8 NHWC pixels or of latents.")
     ] = Path("samples.png"),
@@ -74,11 +105,24 @@ def sample(
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
     vae: Annotated[str | None, option("Folder or name of an AutoencoderKL to decode by.")] = None,
+    n_heads: Heads = None,
+    null_class: NullClass = None,
+    img_size: ImageSize = None,
+    diffusion: Diffusion = None,
+    weights: Weights = None,
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
-    with plain_errors():
-        found, diffusion = _inspect(checkpoint, out, decoded=vae is not None)
+    with plain_errors(
+        context,
+        flags=_FLAGS,
+        kept=lambda: _kept(out, num_images),
+        less_memory="a smaller --batch-size needs less, and --num-images holds one batch at a time",
+    ):
+        _check_out(out, num_images)
+        noise = parse_noise(seed, first_index, seeds, count, num_images)
+        told = answers(n_heads, null_class, img_size, diffusion, weights)
+        found, trained_on = _inspect(checkpoint, out, told, decoded=vae is not None)
         wanted = parse_labels(labels, found.labels, found.config)
         where = device_of(device)
         if dtype is not None and dtype not in DTYPES:
@@ -91,8 +135,8 @@ def sample(
         elif guidance_channels is not None:
             raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
         sampler = Sampler(
-            load(checkpoint).to(where),
-            DiffusionScheduler(**diffusion),
+            load(checkpoint, **told).to(where),
+            DiffusionScheduler(**trained_on),
             replace(SOLVERS[solver], clip=clip),
             steps,
             guidance=guidance,
@@ -103,61 +147,68 @@ def sample(
         takes, makes = decoder and latent_channels(decoder), found.config.in_channels
         if takes not in (None, makes):
             raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {makes}")
-        if num_images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError("--num-images: expected with several processes, which share it")
-        if num_images is not None:
-            options = dict(
-                num=num_images,
-                batch_size=batch_size,
-                labels=wanted,
-                seed=seed,
-                solver=solver,
-                steps=steps,
-                clip=clip,
-                guidance=guidance and asdict(guidance),
-                dtype=dtype,
-                execution=sampler.execution_for(),
-                vae=decoder and digest(decoder),
-                checkpoint=_digest(checkpoint),
-            )
-            _sample_many(out, sampler, decoder, options)
+        if num_images is None:
+            _sample_grid(out, sampler, decoder, wanted, noise, count, batch_size)
             return
-        rows = [label for label in wanted for _ in range(count)]
-        batches = []
-        with tqdm(total=len(rows), unit="image", disable=len(rows) <= batch_size) as bar:
-            for i in range(0, len(rows), batch_size):
-                batch = rows[i : i + batch_size]
-                batches.append(_sample_batch(sampler, batch, seed, i, progress=True).cpu())
-                bar.update(len(batch))
-        images = torch.cat(batches)
-        if decoder is not None:
-            images = decode(decoder, images)
-        _write(out, images, columns=count)
-        print(f"wrote {len(rows)} images to {out}")
+        plan = dict(
+            num=num_images,
+            batch_size=batch_size,
+            labels=wanted,
+            seed=seed,
+            solver=solver,
+            steps=steps,
+            clip=clip,
+            guidance=guidance and asdict(guidance),
+            dtype=dtype,
+            execution=sampler.execution_for(),
+            vae=decoder and digest(decoder),
+            checkpoint=_digest(locate(checkpoint, weights)),
+        )
+        for name in ("weights", "diffusion"):  # an older release's shards have no such entries
+            if told[name] is not None:
+                plan[name] = told[name]
+        if first_index:
+            plan["first_index"] = first_index
+        _sample_many(out, sampler, decoder, noise, plan)
 
 
-def _sample_batch(
-    sampler: Sampler, labels: list[int], seed: int, first: int, progress: bool = False
-) -> Tensor:
-    """Sample images `first`, first + 1, ...: image i has stream i of the seed, or key seed + i."""
-    if sampler.config is None or sampler.config.use_class_cond:
-        return sampler(labels, seed, first_index=first, progress=progress)
-    keys = range(seed + first, seed + first + len(labels))
-    return sampler(None, seeds=keys, progress=progress)
+def _sample_grid(
+    out: Path,
+    sampler: Sampler,
+    decoder: nn.Module | None,
+    labels: list[int],
+    noise: Noise,
+    count: int | None,
+    size: int,
+) -> None:
+    """Sample `count` images of each label, or one for each of the seeds, and write them."""
+    per_label = len(noise.seeds) or count or COUNT
+    total = len(labels) * per_label
+    noise.check(total)
+    batches = []
+    with tqdm(total=total, unit="image", disable=total <= size) as bar:
+        for i in range(0, total, size):
+            rows = [labels[j // per_label] for j in range(i, min(i + size, total))]
+            batches.append(sample_batch(sampler, rows, noise, i, progress=True).cpu())
+            bar.update(len(rows))
+    images = torch.cat(batches)
+    if decoder is not None:
+        images = decode(decoder, images)
+    _write(out, images, columns=per_label)
+    print(f"wrote {total} images to {out}")
 
 
 def _sample_many(
-    out: Path, sampler: Sampler, decoder: nn.Module | None, plan: dict[str, Any]
+    out: Path, sampler: Sampler, decoder: nn.Module | None, noise: Noise, plan: dict[str, Any]
 ) -> None:
     """Sample `plan["num"]` images into one NPZ, on all processes together."""
-    if out.suffix != ".npz":
-        raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
-    labels, size, seed = plan["labels"], plan["batch_size"], plan["seed"]
+    labels, size = plan["labels"], plan["batch_size"]
+    noise.check(-(-plan["num"] // size) * size)
     pixels = decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
 
     def make(first: int) -> np.ndarray:
-        rows = [labels[(first + i) % len(labels)] for i in range(size)]
-        images = _sample_batch(sampler, rows, seed, first)
+        rows = [labels[(noise.first + first + i) % len(labels)] for i in range(size)]
+        images = sample_batch(sampler, rows, noise, first)
         if decoder is not None:
             images = decode(decoder, images)
         return to_pixels(images) if pixels else images.cpu().numpy()
@@ -167,6 +218,13 @@ def _sample_many(
         write_sharded_npz(out, make, plan, "arr_0" if pixels else "latents", world.rank, world.size)
         if world.rank == 0:
             print(f"wrote {plan['num']} images to {out}")
+
+
+def _kept(out: Path, num_images: int | None) -> str:
+    """Say what an interrupted call has kept, and how to go on."""
+    if num_images is None:
+        return f"{out} was not written; with --num-images and an .npz, finished batches are kept"
+    return kept_shards(parts_of(out))
 
 
 def _digest(checkpoint: Path) -> str:
@@ -189,58 +247,34 @@ def _write(out: Path, images: Tensor, columns: int) -> None:
         write_latents(out, images)
 
 
-def _inspect(checkpoint: Path, out: Path, decoded: bool) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """Return what the checkpoint holds and its diffusion, once its samples can be written."""
+def _check_out(out: Path, num_images: int | None) -> None:
+    """Raise a ValueError for a file that could not be written in the end."""
     if out.suffix not in (".png", ".npz"):
         raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
     if out.is_dir():
         raise ValueError(f"--out: expected a file's name, got the folder {out}")
+    if num_images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("--num-images: expected with several processes, which share it")
+    if num_images is not None and out.suffix != ".npz":
+        raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
+    check_out(out)
+
+
+def _inspect(
+    checkpoint: Path, out: Path, told: dict[str, Any], decoded: bool
+) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """Return what the checkpoint holds and its diffusion, once its samples can be written."""
     if not checkpoint.exists():
         advice = f"(a minute or two on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
         raise ValueError(
             f"{checkpoint}: no such checkpoint; make one with `fastdit train` {advice}"
         )
-    found = inspect(checkpoint)
+    found = inspect(checkpoint, **told)
     if found.diffusion is None:
-        advice = "save it again with fastdit.save(model, path, scheduler=...)"
+        advice = "pass it, such as --diffusion T=1000,schedule=linear"
         raise ValueError(f"{checkpoint}: it does not name its training's diffusion; {advice}")
     makes = found.config.in_channels
     if out.suffix == ".png" and not decoded and makes not in PIXEL_CHANNELS:
         advice = "expected --vae to decode them, or a name that ends in .npz"
         raise ValueError(f"--out: a PNG shows 1 or 3 channels, the model makes {makes}; {advice}")
     return found, found.diffusion
-
-
-def parse_labels(text: str | None, names: Sequence[str] | None, config: DiTConfig) -> list[int]:
-    """Return class numbers for comma-separated names and numbers; None means every class.
-
-    An unconditional model has one class, 0, which cannot be named.
-
-    Raises:
-        ValueError: a name is unknown, a number is out of range, or the model has no classes.
-    """
-    if not config.use_class_cond:
-        if text is not None:
-            raise ValueError("--labels: expected none, since the model is unconditional")
-        return [0]
-    if text is None:
-        return list(range(config.num_classes))
-    # ImageNet has several names for a class ("tench, Tinca tinca"), and some names twice; a name
-    # stands for the first class that has it.
-    by_name: dict[str, int] = {}
-    for i, name in enumerate(names or ()):
-        for word in name.split(","):
-            by_name.setdefault(word.strip().lower(), i)
-    parsed = []
-    for word in text.split(","):
-        word = word.strip().lower()
-        if word.isdecimal() and int(word) < config.num_classes:
-            parsed.append(int(word))
-        elif word in by_name:
-            parsed.append(by_name[word])
-        elif by_name and not word.lstrip("-").isdecimal():
-            raise unknown_name("--labels", word, by_name)
-        else:
-            expected = f"a number in [0, {config.num_classes})" + " or a name" * bool(by_name)
-            raise ValueError(f"--labels: expected {expected}, got {word!r}")
-    return parsed

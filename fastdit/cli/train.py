@@ -9,28 +9,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from fastdit.checkpoints import inspect, load
-from fastdit.cli.common import DEFAULT_OUT, Device, device_of, option, plain_errors
+from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
+from fastdit.cli.data import describe_data
 from fastdit.cli.losses import print_losses
-from fastdit.config import PRESETS, DiTConfig
+from fastdit.cli.trainers import ImageOptions, continue_run, find_saved, start_run
 from fastdit.data.latents import latent_channels, load_vae
-from fastdit.errors import unknown_name
-from fastdit.model import DiT
 from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.run_folder import RunFolder, Saved, read
+from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder
 from fastdit.train.runtime import Runtime
-from fastdit.train.samples import latents_sampler, shapes_sampler
-from fastdit.train.sources import Latents, Shapes, Source
+from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
+from fastdit.train.sources import Images, Shapes
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
@@ -41,6 +39,7 @@ def _recipe_option(text: str, *names: str) -> Any:
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, option("Folder of the weights, checkpoints and samples.")] = DEFAULT_OUT,
     resume: Annotated[
         str,
@@ -53,7 +52,25 @@ def train(
     name: Annotated[
         str | None, option(f"{', '.join(RECIPES)}; options change it.  [seed]", "--recipe")
     ] = None,
-    data: Annotated[Path | None, option("Latents of `fastdit encode`.  [coloured shapes]")] = None,
+    data: Annotated[
+        Path | None,
+        option(
+            "Latents of `fastdit encode`; or pictures: a folder with one sub-folder per class, an "
+            "NPZ file of uint8 arr_0, or a folder of Hugging Face's datasets.  [coloured shapes]"
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, option("Side to which the pictures of --data are cropped and scaled.", min=1)
+    ] = None,
+    flip: Annotated[
+        bool | None, option("Mirror pictures at random.  [flip]", "--flip/--no-flip")
+    ] = None,
+    skip_bad: Annotated[
+        bool, option("Leave out pictures that cannot be read.", "--skip-bad")
+    ] = False,
+    cache: Annotated[
+        Path | None, option("Folder for the pixels of pictures.  [images, in --out]")
+    ] = None,
     new_data: Annotated[
         bool, option("Resume on other --data or --per-class than the run's.", "--new-data")
     ] = False,
@@ -95,190 +112,46 @@ def train(
     """
     arguments = locals()  # the recipe's options are named like its fields
     given: dict[str, Any] = {field.name: arguments[field.name] for field in fields(Recipe)}
-    with plain_errors():
+    with plain_errors(
+        context,
+        flags={"model": None},  # which is the trained one, where the trainer speaks of it
+        kept=lambda: _kept(out),
+        less_memory=f"--accumulate {2 * accumulate} computes a step's batch in smaller parts, and "
+        "--checkpointing keeps less of each",
+    ):
+        check_out(out, WEIGHTS_FILE)
         where = device_of(device)
         with processes(where) as world:
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
             runtime = Runtime(where, world=world, **{key: arguments[key] for key in how})
             options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
-            saved = _find_saved(resume, out)
+            pictures: dict = dict(image_size=image_size, flip=flip, skip_bad=skip_bad)
+            pictures |= dict(cache=cache or out / "images", rank=world.rank, world=world.size)
+            images = ImageOptions(data, per_class, new_data, pictures)
+            saved = find_saved(resume, out)
             resumed = saved is not None
             if new_data and (resume == "no" or data is None and per_class is None):
                 raise ValueError(
                     "--new-data: expected --resume, and --data or --per-class, got none"
                 )
             if saved is None:
-                trainer = _start(data, per_class, model, origin, given, options)
+                trainer = start_run(images, model, origin, given, options)
             else:
-                trainer = _continue(saved, (data, per_class, new_data), model, given, options)
-                _check_same_origin(trainer, origin)
+                trainer = continue_run(saved, images, model, origin, given, options)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
                 for change in trainer.changes:
                     print(describe(change), file=sys.stderr)
+            if world.rank == 0 and (found := describe_data(trainer.source, trainer.recipe)):
+                print(f"data: {found}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
                 result = trainer.run(monitor)
             if world.rank == 0:
                 _report(out, trainer, result, monitor)
         if not result.finished:
             raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
-
-
-def _start(
-    data: Path | None,
-    per_class: int | None,
-    model: str | None,
-    origin: Path | None,
-    given: dict[str, Any],
-    options: dict[str, Any],
-) -> Trainer:
-    """Return the trainer of a new run."""
-    name = given["name"] or "seed"
-    if name not in RECIPES:
-        raise unknown_name("--recipe", name, RECIPES)
-    changes = _changes(given)
-    if "steps" in changes and "warmup" not in changes:
-        changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
-    recipe = replace(RECIPES[name], **changes)
-    source = _open(data, per_class, recipe.seed)
-    if origin is None:
-        return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
-    if model is not None:
-        raise ValueError("--model: expected none beside --from, which has a config of its own")
-    RunFolder(options["out"]).check_unused()  # before a large file is read
-    initial = _load_initial(origin, source)
-    if recipe.label_dropout and not initial.cfg.null_class:
-        got = f"{recipe.label_dropout}, but {origin} has no null class to learn from them"
-        raise ValueError(f"--label-dropout: expected 0, got {got}")
-    recipe = replace(recipe, **_diffusion_of(initial, origin, given))
-    trainer = Trainer(initial.cfg, recipe, source, initial=initial, **options)
-    assert trainer.origin is not None
-    trainer.origin["path"] = str(origin.resolve())
-    return trainer
-
-
-def _load_initial(origin: Path, source: Source) -> DiT:
-    """Return the model of --from, fitted to the data; load warns of what it made anew."""
-    C, H, W = source.sample_shape
-    conditional = inspect(origin).config.use_class_cond
-    classes = len(source.label_names) if conditional else None
-    return load(origin, num_classes=classes, img_size=H if H == W else (H, W), in_channels=C)
-
-
-def _diffusion_of(model: DiT, origin: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Return T and schedule, as far as no option gives them, of the model's own diffusion.
-
-    Raises:
-        ValueError: the checkpoint does not tell them, or the model predicts no noise.
-    """
-    diffusion = model.diffusion or inspect(origin).diffusion or {}
-    if (prediction := diffusion.get("prediction", "epsilon")) != "epsilon":
-        why = "fastdit train trains models that predict the noise"
-        raise ValueError(f"--from: {origin} predicts {prediction!r}; {why}")
-    missing = [name for name in ("T", "schedule") if given[name] is None]
-    if missing and not diffusion:
-        flags = " and ".join(map(_flag, missing))
-        raise ValueError(f"--from: {origin} does not tell its diffusion; pass {flags}")
-    return {name: diffusion[name] for name in missing}
-
-
-def _check_same_origin(trainer: Trainer, origin: Path | None) -> None:
-    """Raise a ValueError if --from names another checkpoint than the run was started from."""
-    if origin is None:
-        return
-    started = (trainer.origin or {}).get("path", "no checkpoint")
-    if str(origin.resolve()) != started:
-        why = "a run that goes on has weights of its own"
-        raise ValueError(f"--from: the run was started from {started}, got {origin}; {why}")
-
-
-def _open(data: Path | None, per_class: int | None, seed: int) -> Source:
-    """Return the images that the options ask for."""
-    if data is None:
-        return Shapes(200 if per_class is None else per_class, seed)
-    if per_class is not None:
-        raise ValueError("--per-class: expected none beside --data")
-    return Latents(data)
-
-
-def _changes(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the recipe that options set; a clip or ema of 0 means None."""
-    changes = {field: value for field, value in given.items() if value is not None}
-    return changes | {field: None for field in ("clip", "ema") if given[field] == 0}
-
-
-def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
-    """Return a preset with the data's shape and classes, and a null class if labels are dropped."""
-    if model not in PRESETS:
-        raise unknown_name("--model", model, PRESETS)
-    C, H, W = source.sample_shape
-    classes, preset = len(source.label_names), PRESETS[model]
-    null = preset.null_class or recipe.label_dropout > 0
-    return replace(preset, in_channels=C, img_size=(H, W), num_classes=classes, null_class=null)
-
-
-def _find_saved(resume: str, out: Path) -> Saved | None:
-    """Return the checkpoint to continue from, or None where the run starts afresh."""
-    if resume == "no":
-        return None
-    folder = RunFolder(out)
-    if resume == "auto":
-        return folder.newest()
-    if not Path(resume).is_file():
-        hint = f"; a run's folder is continued by --resume auto --out {resume}"
-        hint *= Path(resume).is_dir()
-        raise ValueError(f"--resume: expected auto, no, or a checkpoint's file, got {resume}{hint}")
-    saved = read(resume)
-    if Path(resume).resolve().parent != (out / "checkpoints").resolve():
-        folder.check_unused()
-    if later := [path.name for at, path in folder.checkpoints() if at > saved.header["step"]]:
-        holds = "a later checkpoint" if len(later) == 1 else "later checkpoints"
-        advice = f"move {'it' if len(later) == 1 else 'them'} away, or name another --out"
-        raise ValueError(f"--resume: {out} holds {holds}, {', '.join(later)}; {advice}")
-    return saved
-
-
-def _continue(
-    saved: Saved,
-    images: tuple[Path | None, int | None, bool],
-    model: str | None,
-    given: dict[str, Any],
-    options: dict[str, Any],
-) -> Trainer:
-    """Return the trainer of a saved run, from now on with the options that differ.
-
-    `images` are the values of --data, --per-class and --new-data.
-    """
-    data, per_class, new_data = images
-    source = None
-    if data is not None or new_data:
-        seed = Recipe.from_dict(saved.header["recipe"], complete=True).seed
-        source = _open(data, per_class, seed)
-    try:
-        trainer = Trainer.resume(
-            saved, source=source, changes=_changes(given), new_data=new_data, **options
-        )
-    except ValueError as error:
-        name, colon, rest = str(error).partition(":")
-        if name not in given:
-            raise
-        raise ValueError(f"{_flag(name)}{colon}{rest}") from error
-    fitted = None if model is None else _fitted_config(model, trainer.recipe, trainer.source)
-    if fitted not in (None, trainer.config):
-        why = "a run keeps its model's shape"
-        raise ValueError(f"--model: the run was started with another one, got {model}; {why}")
-    started = trainer.source.identity.get("per_class")
-    if per_class not in (None, started):
-        why = "--new-data goes on with other images"
-        raise ValueError(f"--per-class: the run was started with {started}, got {per_class}; {why}")
-    return trainer
-
-
-def _flag(field: str) -> str:
-    """Return the option that sets a field of the recipe."""
-    return "--" + {"T": "diffusion-steps", "name": "recipe"}.get(field, field.replace("_", "-"))
 
 
 def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
@@ -288,6 +161,10 @@ def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_ever
         if vae is not None:
             raise ValueError("--vae: expected none, since the coloured shapes are pixels")
         sample = shapes_sampler(trainer.config, trainer.scheduler, showing)
+    elif isinstance(trainer.source, Images):
+        if vae is not None:
+            raise ValueError("--vae: expected none, since the pictures of --data are pixels")
+        sample = pixels_sampler(trainer.config, trainer.scheduler, showing)
     elif vae is not None:
         decoder, channels = load_vae(vae, runtime.device), trainer.config.in_channels
         takes = latent_channels(decoder)
@@ -337,6 +214,14 @@ def _stopped_by_signals(trainer: Trainer) -> Iterator[list[int]]:
         yield received
     finally:
         restore()
+
+
+def _kept(out: Path) -> str:
+    """Say what a run that could not save any more has kept, and how to continue it."""
+    saved = RunFolder(out).checkpoints()
+    if not saved:
+        return "no checkpoint was written"
+    return f"{saved[-1][1]} is kept; continue with fastdit train --resume auto --out {out}"
 
 
 def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) -> None:

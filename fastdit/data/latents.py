@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdit.data.shards import PLAN, read_plan, write_shards
-
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-_DAMAGED = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+from fastdit.data.image_shards import write_image_shards
+from fastdit.data.mapped_shards import ImageShards
+from fastdit.data.pictures import centre_crop as centre_crop  # an earlier release had them here
+from fastdit.data.pictures import image_files as image_files
+from fastdit.data.pictures import open_pictures
+from fastdit.data.shards import read_plan
 
 AT_ONCE = 8  # decoding one 512-pixel image takes about a gigabyte
 
@@ -122,150 +120,93 @@ def encode(vae: Any, images: Tensor) -> Tensor:
     return (torch.cat([latent.mean, latent.std], dim=1) * vae.config.scaling_factor).float().cpu()
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the central square of an image, scaled to [size, size, 3] uint8.
-
-    The image is halved by box averaging while its shorter side is at least twice the size, and then
-    resized bicubically, as ADM and DiT crop ImageNet (`center_crop_arr` of Dhariwal & Nichol's
-    code). EXIF rotations are ignored.
-
-    Raises:
-        ValueError: the image has more than 8 bits per channel, or one side is more than 100 times
-            the other, which would take much memory to resize.
-    """
-    if image.mode not in _MODES:
-        raise ValueError(f"expected 8 bits per channel, got PIL's mode {image.mode}")
-    if max(image.size) > 100 * min(image.size):
-        raise ValueError(f"expected sides of similar length, got {image.width} x {image.height}")
-    image = image.convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    scaled = round(image.width * scale), round(image.height * scale)
-    pixels = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
-    top, left = ((n - size) // 2 for n in pixels.shape[:2])
-    return pixels[top : top + size, left : left + size]
-
-
-def image_files(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """List images that lie in one sub-folder per class: (files, their labels, class names).
-
-    Raises:
-        ValueError: there is no such folder, or a class has no images.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = (p for p in (folder / name).rglob("*") if p.suffix.lower() in _SUFFIXES)
-        own = sorted(p for p in found if p.name[0] != "." and p.is_file())
-        if not own:
-            raise ValueError(f"{folder / name}: expected images of a class, found none")
-        files += own
-        labels += [label] * len(own)
-    if not files:
-        raise ValueError(f"{folder}: expected a sub-folder of images for each class, found none")
-    return files, labels, classes
-
-
-def encode_folder(vae: Any, source: Path, out: Path, image_size: int = 256, shard: int = 64) -> int:
+def encode_folder(
+    vae: Any,
+    source: Path,
+    out: Path,
+    image_size: int = 256,
+    shard: int = 64,
+    flip: bool = False,
+    **options: Any,
+) -> int:
     """Encode a folder of images to shards that `LatentShards` reads.
 
-    A call that was interrupted can be repeated; it keeps the shards that are finished.
+    A call that was interrupted can be repeated; it keeps the shards that are finished. So can one
+    after images were added, removed or changed; it computes the shards of such images again.
 
     Args:
         vae: an `AutoencoderKL`.
-        source: a folder with one sub-folder of images per class.
+        source: a folder with one sub-folder of images per class, or anything else that
+            `open_pictures` opens.
         out: the folder to write.
         image_size: side of the central square that each image is cropped and scaled to.
         shard: images encoded together and written to one file.
+        flip: whether to encode each image's mirror image too. Its latent is not the mirror image
+            of the latent, so a flip in training needs both.
+        options: skip_bad, rank and world, as for `write_image_shards`.
 
     Returns:
         The number of images.
 
     Raises:
         ValueError: there are no images or an unreadable one, `out` lies in `source` or holds shards
-            of another call, or image_size is not a multiple of the autoencoder's scale factor.
+            of other settings or another folder, or image_size is not a multiple of the
+            autoencoder's scale factor.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if image_size < 1 or image_size % factor:
         raise ValueError(f"image_size: expected a multiple of {factor}, got {image_size}")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"out: expected a folder that is not in {source}, got {out}")
-    files, labels, classes = image_files(source)
+    if shard < 1:
+        raise ValueError(f"shard: expected at least 1 image, got {shard}")
 
-    def read(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return centre_crop(image, image_size)
-        except _DAMAGED as error:
-            raise ValueError(f"{path}: expected an image ({error})") from error
+    def make(squares: np.ndarray) -> np.ndarray:
+        pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
+        plain = encode(vae, pixels)
+        if not flip:
+            return plain.numpy()
+        return torch.stack([plain, encode(vae, pixels.flip(3))], dim=1).numpy()
 
-    def make(first: int) -> np.ndarray:
-        batch = [read(path) for path in files[first : first + shard]]
-        pixels = torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-        return encode(vae, pixels.float() / 127.5 - 1).numpy()
-
-    plan = {
-        "num": len(files),
-        "batch_size": shard,
-        "image_size": image_size,
-        "vae": digest(vae),
-        "files": [path.relative_to(source).as_posix() for path in files],
-        "labels": labels,
-        "classes": classes,
-    }
-    write_shards(out, make, plan)
-    return len(files)
+    settings = {"batch_size": shard, "image_size": image_size, "vae": digest(vae)}
+    if flip:  # plans without flips stay as they were, since runs compare a hash of them
+        settings["flip"] = True
+    plan = write_image_shards(out, open_pictures(source), make, settings, **options)
+    return int(plan["num"])
 
 
-class LatentShards:
-    """The latents that `encode_folder` wrote, memory-mapped: `mean, std, label = shards[i]`."""
+class LatentShards(ImageShards):
+    """The latents that `encode_folder` wrote, memory-mapped: `mean, std, label = shards[i]`.
+
+    Attributes:
+        plan: what the shards hold, and how it was made.
+        labels: the label of each image.
+        classes: names of the classes.
+        variants: 2 if the images' mirror images were encoded too, else 1.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open a folder of shards; it is a ValueError if there are none, or some are missing."""
-        path = Path(folder)
+        path, what = Path(folder), "the shards of `fastdit encode`"
         plan = read_plan(path)
-        if plan is None or not plan.keys() >= {"num", "batch_size", "labels", "classes"}:
-            raise ValueError(f"{folder}: expected the shards of `fastdit encode`, found none")
-        self.plan = plan
-        self._size: int = plan["batch_size"]
-        self.labels: list[int] = plan["labels"]
-        self.classes: list[str] = plan["classes"]
-        if len(self.labels) != plan["num"] or not set(self.labels) <= set(range(len(self.classes))):
-            raise ValueError(f"{path / PLAN}: expected {plan['num']} labels of its classes")
-        self._parts = [path / f"{i:08d}.npy" for i in range(-(-plan["num"] // self._size))]
-        for part in self._parts:
-            if not part.is_file():
-                missing = f"{part.name} is not there; run it again"
-                raise ValueError(f"{folder}: expected all shards of `fastdit encode`; {missing}")
-        # Opened on demand, since there may be more shards than the limit on open files.
-        self._shard = functools.lru_cache(maxsize=64)(self._open)
-
-    def _open(self, i: int) -> np.ndarray:
-        path = self._parts[i]
-        try:
-            shard = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path}: it is damaged; remove it and encode again") from error
-        rows = min(self._size, len(self) - i * self._size)
-        shape = (rows, *(shard if i == 0 else self._shard(0)).shape[1:])
-        if len(shape) != 4 or shard.shape != shape or shard.dtype != np.float32:
-            got = f"{shard.dtype} of {list(shard.shape)}; remove it and encode again"
-            raise ValueError(f"{path}: expected float32 of shape {list(shape)}, got {got}")
-        return shard
-
-    def __len__(self) -> int:
-        return len(self.labels)
+        if plan is not None and "kind" in plan:
+            raise ValueError(f"{path}: expected {what}, found {plan['kind']}")
+        self.variants = 2 if plan is not None and plan.get("flip") else 1
+        dims = 4 if self.variants == 1 else 5
+        super().__init__(path, what, (np.float32, dims), "run it again")
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
         """Return mean and standard deviation, [C, h, w] float32 each, and the label of image i."""
-        mean, std = torch.from_numpy(np.array(self.row(i))).chunk(2)
+        both = self.stored(i)
+        mean, std = torch.from_numpy(np.array(both if self.variants == 1 else both[0])).chunk(2)
         return mean, std, self.labels[i]
 
     def row(self, i: int) -> np.ndarray:
-        """Return image i as stored: [2C, h, w], the mean before the standard deviation."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"expected an index in [0, {len(self)}), got {i}")
-        return self._shard(i // self._size)[i % self._size]
+        """Return row i as stored: [2C, h, w], the mean before the standard deviation.
+
+        Row r + k * len(self) is variant k of image r; variant 1 is its mirror image.
+        """
+        rows = self.variants * len(self)
+        if not 0 <= i < rows:
+            raise IndexError(f"expected an index in [0, {rows}), got {i}")
+        variant, image = divmod(i, len(self))
+        stored = self.stored(image)
+        return stored if self.variants == 1 else stored[variant]

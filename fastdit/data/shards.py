@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from fastdit.data.files import atomic_path
+from fastdit.data.files import LOCK, atomic_path, locked
 
 PLAN = "plan.json"
 
@@ -36,7 +36,8 @@ def write_sharded_npz(
 ) -> None:
     """Compute `plan["num"]` images in batches and write them to one NPZ.
 
-    Finished shards stay in a folder beside `out`, for a repeated call, until the file is whole.
+    Finished shards stay in a folder beside `out`, `parts_of(out)`, for a repeated call, until the
+    file is whole. The folder is locked meanwhile, so that two calls never mix their shards.
 
     Args:
         out: the file.
@@ -49,13 +50,25 @@ def write_sharded_npz(
 
     Raises:
         ValueError: the folder holds shards of another plan.
+        FileExistsError: another call is writing to the folder.
         OSError: a file cannot be written.
     """
-    folder = out.with_name(f"{out.name}.parts")
-    shards = write_shards(folder, make, plan, rank, world)
-    if rank == 0:
-        _join(shards, out, key, plan["num"])
-        shutil.rmtree(folder)
+    folder = parts_of(out)
+    # The other processes write nothing until the first one has locked the folder for all of them.
+    with locked(folder, "sampling", remove=True) if rank == 0 else nullcontext():
+        if world > 1:
+            dist.barrier()
+        shards = write_shards(folder, make, plan, rank, world)
+        if rank == 0:
+            _join(shards, out, key, plan["num"])
+            for path in folder.iterdir():
+                if path.name != LOCK and path.is_file():
+                    path.unlink()
+
+
+def parts_of(out: Path) -> Path:
+    """Return the folder in which `write_sharded_npz` keeps the shards of a file."""
+    return out.with_name(f"{out.name}.parts")
 
 
 def write_shards(
@@ -67,8 +80,27 @@ def write_shards(
 ) -> list[Path]:
     """Write the shards of `write_sharded_npz` to a folder, and return them once all are there."""
     _check_plan(folder, plan)
+    compute_shards(folder, make, plan, rank, world)
+    if world > 1:
+        dist.barrier()
+    return shard_paths(folder, plan)
+
+
+def shard_paths(folder: Path, plan: dict[str, Any]) -> list[Path]:
+    """Return the files of a plan's shards, in order."""
+    return [folder / f"{i:08d}.npy" for i in range(-(-plan["num"] // plan["batch_size"]))]
+
+
+def compute_shards(
+    folder: Path,
+    make: Callable[[int], np.ndarray],
+    plan: dict[str, Any],
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Write this process's part of the shards that are not there, or damaged."""
     num, size = plan["num"], plan["batch_size"]
-    shards = [folder / f"{i:08d}.npy" for i in range(-(-num // size))]
+    shards = shard_paths(folder, plan)
     own = range(rank, len(shards), world)
     with tqdm(total=len(own), unit="batch", desc=f"rank {rank}", disable=rank > 0) as bar:
         for i in own:
@@ -78,9 +110,11 @@ def write_shards(
                 with atomic_path(shards[i]) as aside:
                     aside.write_bytes(content.getbuffer())
             bar.update()
-    if world > 1:
-        dist.barrier()
-    return shards
+
+
+def count_shards(folder: Path) -> int:
+    """Return how many shards a folder holds by now."""
+    return len(list(folder.glob("*.npy")))
 
 
 def _images_in(shard: Path) -> int:
@@ -92,19 +126,24 @@ def _images_in(shard: Path) -> int:
 
 
 def _check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Check that the shards in a folder are of this plan, or write the plan to an empty folder."""
+    """Check that the shards in a folder are of this plan; where there are none, write the plan."""
     if plan["num"] < 1 or plan["batch_size"] < 1:
         raise ValueError(f"expected at least 1 image, and 1 per batch, got {plan}")
     wanted = json.dumps(plan, indent=1, sort_keys=True)
     before = read_plan(folder)
-    if before is None:
+    if before is None or not count_shards(folder):
         with atomic_path(folder / PLAN) as aside:
             aside.write_text(wanted)
         return
     plan = json.loads(wanted)
     if other := sorted(n for n in {**plan, **before} if plan.get(n) != before.get(n)):
-        advice = f"{', '.join(other)}; remove the folder, or write elsewhere"
-        raise ValueError(f"{folder}: it holds shards of another call, which differ in {advice}")
+        raise other_plan(folder, other)
+
+
+def other_plan(folder: Path, differing: list[str]) -> ValueError:
+    """Return the error for a folder whose plan has other values for some names."""
+    advice = f"{', '.join(differing)}; remove the folder, or write elsewhere"
+    return ValueError(f"{folder}: it holds shards of another call, which differ in {advice}")
 
 
 def read_plan(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastdit.config import DiTConfig
 from fastdit.errors import check_finite, check_range
 
-Labels: TypeAlias = Sequence[int] | Tensor | np.ndarray
+Labels: TypeAlias = int | np.integer | Sequence[int] | Tensor | np.ndarray
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
 def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> tuple[int, int, int]:
@@ -31,7 +32,10 @@ def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> t
 
 
 def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
-    """Return the labels as [B] int64 on the CPU, in range if the config is known."""
+    """Return the labels as [B] int64 on the CPU, in range if the config is known.
+
+    A single integer is one label.
+    """
     if labels is None:
         return None
     if cfg is not None and not cfg.use_class_cond:
@@ -44,12 +48,40 @@ def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{expected}; got {labels!r}") from error
     numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+    if y.dim() == 0 and numbers:
+        y = y[None]
     if y.dim() != 1 or not numbers or not len(y):
         raise ValueError(f"{expected}; got {y.dtype} of shape {list(y.shape)}")
     y = y.to(torch.int64)
     if cfg is not None:
         check_range("labels", y, cfg.num_classes)
     return y
+
+
+def from_generator(
+    generator: Generators | None, seed: int | None, seeds: Sequence[int] | None
+) -> tuple[int, Sequence[int] | None]:
+    """Return the seed and the seeds, which a generator or several replace by their initial seeds.
+
+    Without either, the seed is 0.
+    """
+    if generator is None:
+        return 0 if seed is None else seed, seeds
+    if seed is not None or seeds is not None:
+        other = "seed" if seed is not None else "seeds"
+        raise ValueError(f"generator: expected none beside {other}, which it stands for")
+    found: list[object] = list(generator) if isinstance(generator, list | tuple) else [generator]
+    initial = []
+    for one in found:
+        if not isinstance(one, torch.Generator):
+            what = type(one).__name__
+            raise ValueError(
+                f"generator: expected a torch.Generator, or a list of them, got {what}"
+            )
+        initial.append(one.initial_seed())
+        if initial[-1] >= 2**63:  # a negative number was its seed
+            raise ValueError(f"generator: expected a seed in [0, 2^63), got {initial[-1]}")
+    return (initial[0], None) if isinstance(generator, torch.Generator) else (0, initial)
 
 
 def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:

@@ -14,7 +14,7 @@ from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name, warn
 from fastdit.model import config_of, unwrap
 from fastdit.sampling import arguments
-from fastdit.sampling.arguments import Labels
+from fastdit.sampling.arguments import Generators, Labels
 from fastdit.sampling.executions import EXECUTIONS, Subject, automatic, obstacle
 from fastdit.sampling.loop import Loop, Plan, Progress, Request
 from fastdit.sampling.predictors import is_standard_dit
@@ -118,9 +118,10 @@ class Sampler:
     def __call__(
         self,
         labels: Labels | None,
-        seed: int = 0,
+        seed: int | None = None,
         *,
         seeds: Sequence[int] | None = None,
+        generator: Generators | None = None,
         first_index: int = 0,
         x_T: Tensor | None = None,
         noise: Tensor | None = None,
@@ -129,10 +130,13 @@ class Sampler:
         """Sample one image for each label.
 
         Args:
-            labels: [B] class labels. None samples without labels, as many images as `seeds` or
-                `x_T` has.
-            seed: key of the noise; image i uses its stream `first_index + i`.
+            labels: [B] class labels, or one integer for one image. None samples without labels, as
+                many images as `seeds` or `x_T` has.
+            seed: key of the noise, 0 if none is given; image i uses its stream `first_index + i`.
             seeds: B keys, one an image, all with stream 0; they replace `seed`.
+            generator: a `torch.Generator`, whose `initial_seed` is taken as the seed, or a list of
+                B of them for `seeds`, as diffusers' pipelines take them. No number is drawn from
+                them, so a second call with the same generator makes the same images.
             first_index: index of the first image, so that a set can be sampled in parts.
             x_T: [B, C, H, W] to start from instead of the seed's noise.
             noise: [S, B, C, H, W] to add instead of the seed's: the k-th of S evaluations of the
@@ -152,6 +156,7 @@ class Sampler:
             RuntimeError: `progress` called the sampler that calls it, or "trajectory" was named
                 and its C++ cannot be built.
         """
+        seed, seeds = arguments.from_generator(generator, seed, seeds)
         y = arguments.class_labels(labels, self.config)
         B = arguments.batch_size(y, seeds, x_T)
         keys = arguments.noise_keys(B, seed, seeds, first_index)
@@ -204,7 +209,7 @@ class Sampler:
             )
         if guidance.channels is not None and guidance.channels > cfg.in_channels:
             raise ValueError(
-                f"guidance: expected at most the model's {cfg.in_channels} channels, got "
+                f"guidance.channels: expected at most the model's {cfg.in_channels}, got "
                 f"{guidance.channels}"
             )
 

@@ -22,11 +22,12 @@ from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, Recipe
 from fastdit.train.run_folder import RunFolder
 from fastdit.train.runtime import Runtime
-from fastdit.train.sources import Latents, Shapes, Source
+from fastdit.train.sources import Images, Latents, Shapes, Source, open_data
 from fastdit.train.trainer import Trainer, TrainResult
 
 __all__ = [
     "RECIPES",
+    "Images",
     "Latents",
     "Monitor",
     "Recipe",
@@ -36,4 +37,5 @@ __all__ = [
     "Source",
     "TrainResult",
     "Trainer",
+    "open_data",
 ]

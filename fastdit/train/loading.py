@@ -8,11 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from fastdit.noise import philox4x32
 from fastdit.train.batches import BatchChecker
 from fastdit.train.changes import Numbering
+from fastdit.train.objective import random_key
 from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import Runtime
-from fastdit.train.sources import ImageBatch, Source
+from fastdit.train.sources import ImageBatch, Source, variants_of
 
 
 class BatchLoader:
@@ -52,6 +54,7 @@ class BatchLoader:
             halves=runtime.precision != "float32",
             warns=runtime.world.rank == 0,
         )
+        self._variants, self._key = variants_of(source), random_key(recipe.seed, "variants")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastdit-data")
         self._next: tuple[tuple[int, int], Future[ImageBatch]] | None = None
 
@@ -81,11 +84,26 @@ class BatchLoader:
 
     def _take(self, numbers: range) -> ImageBatch:
         rows = self._order.rows(numbers.start, len(numbers))
-        images = self._checker.check(self._source.take(rows), rows)
+        versions = rows
+        if self._variants > 1:
+            drawn = draw_variants(self._key, numbers, self._variants)
+            versions = rows + drawn * len(self._source)
+        images = self._checker.check(self._source.take(versions), rows)
         if self._runtime.device.type != "cuda":
             return images
         pinned = (None if t is None else t.pin_memory() for t in images)
         return ImageBatch(*pinned)  # type: ignore[arg-type]
+
+
+def draw_variants(key: int, numbers: range, variants: int) -> Tensor:
+    """Return which variant of its image each sample shows, [len(numbers)] int64 on the host.
+
+    It follows from the key and the sample's number alone, as a word of Philox (`fastdit.noise`).
+    """
+    n = torch.arange(numbers.start, numbers.stop)
+    zero = torch.zeros_like(n)
+    word = philox4x32((n, zero, zero, zero), torch.full_like(n, key))[0]
+    return (word * variants) >> 32
 
 
 class ShuffledOrder:

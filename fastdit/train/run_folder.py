@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastdit.checkpoints.native import read_tensors, write_tensors
-from fastdit.data.files import atomic_path, remove_leftovers
+from fastdit.data.files import atomic_path, locked, remove_leftovers
 from fastdit.errors import warn
 
 WEIGHTS_FILE = "model.safetensors"
@@ -67,21 +67,11 @@ class RunFolder:
         """Lock the folder against other processes; a killed process releases its lock too.
 
         Raises:
-            FileExistsError: another process holds the lock.
+            FileExistsError: another process holds the lock; the message has the other's id.
         Warns:
             UserWarning: the file system does not support locks.
         """
-        import fcntl
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message = f"out: another run is going on in {self.path}; wait or use another folder"
-                raise FileExistsError(message) from error
-            except OSError as error:
-                warn(f"{self.path}: not locked for this run ({error})")
+        with locked(self.path, "run"):
             yield
 
     def write(self, step: int, tensors: Mapping[str, Tensor], header: dict[str, Any]) -> None:

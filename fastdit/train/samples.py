@@ -1,4 +1,4 @@
-"""Samples that a `Monitor` shows: of models of the coloured shapes, and of models of latents."""
+"""Samples that a `Monitor` shows: of models of the coloured shapes, of pixels and of latents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdit.train.monitor import Shown
 from fastdit.train.recipe import Showing
 
 SHOWN_PER_CLASS = 4
-_LATENT_CLASSES = 4  # shown in a grid, spread over all classes
+_CLASSES = 4  # shown in a grid, spread over all classes
 _SEED = 0
 
 
@@ -52,12 +52,30 @@ def latents_sampler(
     It shows four samples of each of four classes, one row per class.
     """
     showing = _checked(config, scheduler, showing)
-    classes = torch.linspace(0, config.num_classes - 1, _LATENT_CLASSES).round().long()
+    classes = torch.linspace(0, config.num_classes - 1, _CLASSES).round().long()
     labels = classes.repeat_interleave(SHOWN_PER_CLASS)
 
     def sample(model: DiT) -> Shown:
         latents = _sample(model, scheduler, showing, labels)
         return Shown(decode(vae, latents), SHOWN_PER_CLASS, len(latents), {})
+
+    return sample
+
+
+def pixels_sampler(
+    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing
+) -> Callable[[DiT], Shown]:
+    """Return a function that samples a model of any pixels.
+
+    It shows four samples of each of at most four classes, one row per class.
+    """
+    showing = _checked(config, scheduler, showing)
+    classes = torch.linspace(0, config.num_classes - 1, _CLASSES).round().long().unique()
+    labels = classes.repeat_interleave(SHOWN_PER_CLASS)
+
+    def sample(model: DiT) -> Shown:
+        pixels = _sample(model, scheduler, showing, labels)
+        return Shown(pixels, SHOWN_PER_CLASS, len(pixels), {})
 
     return sample
 

@@ -1,9 +1,7 @@
-"""The training sets: the coloured shapes, or latents that `fastdit encode` wrote."""
+"""The training sets: the coloured shapes, latents of `fastdit encode`, or pictures as pixels."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +11,11 @@ from torch import Tensor
 
 from fastdit.config import DiTConfig
 from fastdit.data.latents import LatentShards
+from fastdit.data.pictures import open_pictures
+from fastdit.data.pixels import PixelShards, cache_pixels, holds_pixels
 from fastdit.data.shapes import IMG_SIZE, LABEL_NAMES, coloured_shapes
+from fastdit.data.shards import read_plan
+from fastdit.errors import check_positive
 
 
 class ImageBatch(NamedTuple):
@@ -31,6 +33,9 @@ class Source(Protocol):
         sample_shape: [C, H, W] of one image.
         label_names: names of the classes.
         identity: JSON values that identify the set, from which `open_source` opens it again.
+        variants: versions of each image, such as 2 if the set has mirror images, of which training
+            draws one for each sample. A source without this attribute has one. Row
+            `r + k * len(source)` is variant k of image r.
     """
 
     sample_shape: tuple[int, int, int]
@@ -72,13 +77,13 @@ class Latents:
         self._shards = LatentShards(folder)
         self._labels = torch.tensor(self._shards.labels)
         self.label_names = tuple(self._shards.classes)
+        self.variants = self._shards.variants
         C, H, W = self._shards[0][0].shape
         self.sample_shape = (C, H, W)
-        plan = json.dumps(self._shards.plan, sort_keys=True).encode()
         self.identity = {
             "kind": "latents",
             "folder": str(Path(folder).resolve()),
-            "digest": hashlib.blake2b(plan, digest_size=16).hexdigest(),
+            "digest": self._shards.digest,
         }
 
     def __len__(self) -> int:
@@ -87,11 +92,105 @@ class Latents:
     def take(self, rows: Tensor) -> ImageBatch:
         both = torch.from_numpy(np.stack([self._shards.row(i) for i in rows.tolist()]))
         if not both.isfinite().all():
-            row = int(rows[(~both.flatten(1).isfinite()).any(1)][0])
+            row = int(rows[(~both.flatten(1).isfinite()).any(1)][0]) % len(self)
             raise ValueError(f"{self.identity['folder']}: the latent of image {row} is not finite")
         # Contiguous copies, which can be pinned.
         mean, std = (part.contiguous() for part in both.chunk(2, dim=1))
-        return ImageBatch(mean, std, self._labels[rows])
+        return ImageBatch(mean, std, self._labels[rows % len(self)])
+
+
+class Images:
+    """Pictures as pixels in [-1, 1], which `open_data` has cached on disk."""
+
+    def __init__(self, folder: str | Path, flip: bool = True) -> None:
+        """Open the pixels of a folder; see `PixelShards`.
+
+        Args:
+            folder: the folder.
+            flip: whether training mirrors each image or not, at random.
+        """
+        self._shards = PixelShards(Path(folder))
+        self._labels = torch.tensor(self._shards.labels)
+        self.label_names = tuple(self._shards.classes)
+        H, W, C = self._shards.stored(0).shape
+        self.sample_shape = (C, H, W)
+        self.variants = 2 if flip else 1
+        self.identity = {
+            "kind": "images",
+            "folder": str(Path(folder).resolve()),
+            "flip": flip,
+            "digest": self._shards.digest,
+        }
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def take(self, rows: Tensor) -> ImageBatch:
+        squares = torch.from_numpy(np.stack([self._row(row) for row in rows.tolist()]))
+        pixels = squares.permute(0, 3, 1, 2).float() / 127.5 - 1
+        # Contiguous, since it may be pinned.
+        return ImageBatch(pixels.contiguous(), None, self._labels[rows % len(self)])
+
+    def _row(self, row: int) -> np.ndarray:
+        mirrored, image = divmod(row, len(self))
+        stored = self._shards.stored(image)
+        return stored[:, ::-1] if mirrored else stored
+
+
+def open_data(
+    path: Path,
+    cache: Path | None = None,
+    image_size: int | None = None,
+    flip: bool | None = None,
+    **options: Any,
+) -> Source:
+    """Return the set that a path names: latents, or pictures, whose pixels are cached on disk.
+
+    Args:
+        path: a folder of `fastdit encode`, or anything that `open_pictures` opens, or the folder of
+            an earlier cache.
+        cache: the folder for the pixels of pictures; it is made again where pictures have changed.
+        image_size: side to which pictures are cropped and scaled.
+        flip: whether training mirrors pictures at random; None is True. It is decided for latents
+            when they are encoded.
+        options: for pictures, skip_bad, update, rank and world, as for `write_image_shards`.
+
+    Raises:
+        ValueError: there is no such set, a picture cannot be read, or an argument does not fit the
+            set.
+    """
+    if is_shards(path):
+        if image_size is not None:
+            raise ValueError(f"image_size: expected none, since {path} has a size already")
+        if holds_pixels(path):
+            return Images(path, flip is not False)
+        if flip is not None:
+            raise ValueError(f"flip: expected none, since latents as in {path} are encoded with it")
+        return Latents(path)
+    pictures = open_pictures(path)
+    if image_size is None:
+        what = "expected a side to which pictures are scaled"
+        raise ValueError(f"image_size: {what}, since {path} holds no latents; got none")
+    if cache is None:
+        raise ValueError(f"cache: expected a folder for the pixels of {path}, got none")
+    cache_pixels(pictures, cache, image_size, **options)
+    return Images(cache, flip is not False)
+
+
+def is_shards(path: Path) -> bool:
+    """Return whether a path is a folder of shards, and not of pictures."""
+    return path.is_dir() and read_plan(path) is not None
+
+
+def variants_of(source: Source) -> int:
+    """Return the number of versions of each image of a source.
+
+    Raises:
+        ValueError: the source's attribute is no positive integer.
+    """
+    variants = getattr(source, "variants", 1)
+    check_positive("variants", variants)
+    return variants
 
 
 def open_source(identity: Any) -> Source:
@@ -107,10 +206,12 @@ def open_source(identity: Any) -> Source:
             source = Latents(folder)
             check_same_data(source.identity, identity)
             return source
-    raise ValueError(
-        f"data: expected the identity of shapes or latents, got {identity!r}; pass a source of "
-        "your own as `source`"
-    )
+        case {"kind": "images", "folder": str(folder), "flip": bool(flip)}:
+            images = Images(folder, flip)
+            check_same_data(images.identity, identity)
+            return images
+    kinds, advice = "shapes, latents or images", "pass a source of your own as `source`"
+    raise ValueError(f"data: expected the identity of {kinds}, got {identity!r}; {advice}")
 
 
 def same_data(now: dict[str, Any], then: Any) -> bool:

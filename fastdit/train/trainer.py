@@ -111,6 +111,7 @@ class Trainer:
         self.config, self.recipe, self.source = config, recipe, source
         self.save_every = save_every
         self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
+        self.scheduler.warn_of_signal()  # here too, since compiled calls of q_sample cannot warn
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config).float()
@@ -324,7 +325,8 @@ class Trainer:
         gathered = gather(self._tensors(), self.runtime.world)
         if gathered:
             self.folder.write(self.step, gathered, header)
-            save(model_from(self.config, gathered), self.folder.weights, self.scheduler, names)
+            model = model_from(self.config, gathered)
+            save(model, self.folder.weights, self.scheduler, names)
         self._saved_at = self.step
         self.runtime.world.wait()
 

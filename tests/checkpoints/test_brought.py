@@ -144,17 +144,32 @@ def test_what_lies_beside_the_weights_is_not_in_the_way(tmp_path, legacy):
     assert same(fastdit.load(tmp_path / "m.pt", **ANSWERS), expected)
 
 
-def test_a_module_that_was_pickled_whole_is_read(tmp_path):
-    model = made(TOY)
+@pytest.mark.parametrize("cfg", [TOY, PUBLISHED], ids=["toy", "published"])
+def test_a_module_that_was_pickled_whole_is_read(tmp_path, cfg):
+    model = made(cfg)
     torch.save(model, tmp_path / "m.pt")
-    assert same(fastdit.load(tmp_path / "m.pt"), model.state_dict())
+    loaded = fastdit.load(tmp_path / "m.pt")
+    assert loaded.cfg == cfg and same(loaded, model.state_dict())
+
+
+def test_a_bare_state_dict_of_a_published_size_is_not_taken_for_a_toy():
+    """Its activations leave no trace in the tensors, but its fixed positions do."""
+    cfg = replace(fastdit.PRESETS["DiT-S/8"], img_size=(8, 32), patch_size=4)
+    assert fastdit.load(dict(made(cfg).state_dict())).cfg == cfg
+    small = replace(cfg, hidden=16, n_layers=1, n_heads=2, num_classes=5)
+    with pytest.raises(ValueError, match="no published DiT has 1 layers of width 16"):
+        fastdit.load(dict(made(small).state_dict()), null_class=True)
+    assert fastdit.load(dict(made(small).state_dict()), **ANSWERS).cfg == small
 
 
 def test_a_bare_state_dict_of_the_toy_is_loaded_and_says_what_it_assumed(tmp_path):
     model = made(DiTConfig())
     assert len(model.state_dict()) == 52
     torch.save(model.state_dict(), tmp_path / "toy.pt")
-    message = "toy.pt: it does not tell all, and n_heads=4, null_class=False, img_size=16, diffusi"
+    message = (
+        "toy.pt: it does not tell all, and modulation_act=none, gelu=erf, t_embed_act=gelu, "
+        "ln_eps=1e-05, null_class=False, img_size=16, n_heads=4, diffusion="
+    )
     with pytest.warns(UserWarning, match=message):
         loaded = fastdit.load(tmp_path / "toy.pt")
     assert loaded.cfg == DiTConfig() and same(loaded, model.state_dict())
@@ -174,11 +189,10 @@ def test_a_bare_state_dict_tells_what_shapes_tell():
         n_layers=1,
         in_channels=2,
         use_class_cond=False,
-        pos_embed="sincos",
         t_embed_width=8,
         learn_sigma=True,
     )
-    assert fastdit.load(dict(made(cfg).state_dict())).cfg == cfg
+    assert fastdit.load(dict(made(cfg).state_dict()), img_size=(8, 32)).cfg == cfg
     with pytest.raises(ValueError, match="n_heads: .*the toy's, does not divide the width 18"):
         fastdit.load(dict(made(DiTConfig(hidden=18, n_layers=1, n_heads=2)).state_dict()))
 
@@ -327,3 +341,19 @@ def test_a_run_and_its_checkpoints_are_read(tmp_path):
         fastdit.load(tmp_path / "model.safetensors", weights="ema")
     with pytest.raises(ValueError, match="has model and ema, got 'optimizer'"):
         fastdit.load(file, weights="optimizer")
+
+
+def test_a_model_is_fitted_to_other_data_as_it_is_loaded(tmp_path):
+    model = made(PUBLISHED)
+    fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
+    message = "made anew for other data: the 5 class rows, the positions of 2 x 8 patches"
+    with pytest.warns(UserWarning, match=message):
+        fitted = fastdit.load(tmp_path / "m.pt", num_classes=5, img_size=(4, 16))
+    assert fitted.cfg == replace(PUBLISHED, num_classes=5, img_size=(4, 16))
+    assert torch.equal(fitted.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    assert torch.equal(fitted.y_embed.weight[5], model.y_embed.weight[10])  # the null row
+    with torch.no_grad():
+        out = fitted(torch.randn(2, 4, 4, 16), torch.tensor([1, 2]), torch.tensor([0, 4]))
+    assert out.shape == (2, 8, 4, 16) and out.isfinite().all()
+    with pytest.raises(ValueError, match=r"img_size: .* says 8, got \(4, 16\)"):
+        inspect(tmp_path / "m.pt", img_size=(4, 16))

@@ -9,7 +9,6 @@ import torch
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Sampler
-from fastdit.cli.sample import parse_labels
 from fastdit.data.images import to_pixels
 from fastdit.solvers import DPMSolverPP
 from fastdit.testing import randomize
@@ -52,7 +51,7 @@ def test_sample_without_a_checkpoint_says_how_to_make_one(run, tmp_path, monkeyp
         (("--labels", "16"), "--labels: expected a number in [0, 16) or a name, got '16'"),
         (("--labels", "-1"), "--labels: expected a number in [0, 16) or a name, got '-1'"),
         (("--out", "s.jpg"), "--out: expected a name that ends in .png or .npz, got s.jpg"),
-        (("--seed", "-3"), "seed: expected an integer in [0, 2^63), got -3"),
+        (("--seed", "-3"), "error: --seed: expected an integer in [0, 2^63), got -3"),
         (("--device", "tpu9000"), "--device: expected one that is here, got tpu9000"),
         (("--device", "meta"), "--device: expected one that computes, got meta"),
         (("--device", "cuda:99"), "--device: expected one that is here, got cuda:99"),
@@ -90,14 +89,7 @@ def test_latents_are_refused_as_png_before_sampling(run, tmp_path):
 def test_a_checkpoint_without_schedule_says_so(run, tmp_path):
     fastdit.save(fastdit.DiT.from_config(SMALL), tmp_path / "m.safetensors")
     done = run("sample", tmp_path / "m.safetensors")
-    assert done.exit_code == 1 and "fastdit.save(model, path, scheduler=...)" in done.stderr
-
-
-def test_labels_without_names_are_numbers():
-    assert parse_labels("3, 0", None, SMALL) == [3, 0]
-    assert parse_labels(None, None, SMALL) == list(range(16))
-    with pytest.raises(ValueError, match=r"expected a number in \[0, 16\), got 'cat'"):
-        parse_labels("cat", None, SMALL)
+    assert done.exit_code == 1 and "pass it, such as --diffusion T=1000" in done.stderr
 
 
 def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
@@ -127,28 +119,20 @@ def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--guidance-scale", 2), "error: guidance: expected None, since the model is not a DiT"),
+        (("--guidance-scale", 2), "error: --guidance-scale: expected None, since the model is not"),
         (("--guidance-channels", 2), "error: --guidance-channels: expected --guidance-scale besi"),
         (("--solver", "dimm"), "error: --solver: expected one of ddpm, ddim, dpm++, heun; got"),
-        (("--steps", 6), "error: steps: expected an integer from 1 to T = 5, got 6"),
-        (("--clip", 0), "error: clip: expected a positive number, or None, got 0.0"),
+        (("--steps", 6), "error: --steps: expected an integer from 1 to T = 5, got 6"),
+        (("--clip", 0), "error: --clip: expected a positive number, or None, got 0.0"),
         (("--dtype", "bf16"), "error: --dtype: expected one of float32, bfloat16, float16; got"),
         (("--execution", "grahp"), "did you mean 'graph'?"),
-        (("--execution", "graph", "--device", "cpu"), "error: execution: 'graph' needs a model on"),
+        (("--execution", "graph", "--device", "cpu"), "error: --execution: 'graph' needs a mode"),
     ],
 )
 def test_bad_sampling_options_are_one_line(run, checkpoint, arguments, message):
     done = run("sample", checkpoint, *arguments)
     assert done.exit_code == 1 and message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_a_class_may_have_several_names_as_in_imagenet():
-    names = ("tench, Tinca tinca", "goldfish", "drake", "drake, mallard")
-    cfg = DiTConfig(num_classes=4)
-    assert parse_labels("tinca TINCA, goldfish,mallard, drake, 3", names, cfg) == [0, 1, 3, 2, 3]
-    with pytest.raises(ValueError, match="--labels: .*did you mean 'goldfish'"):
-        parse_labels("goldfsh", names, cfg)
 
 
 def test_a_pipelines_folder_is_sampled_by_name(run, tmp_path):
@@ -174,3 +158,37 @@ def test_processes_without_a_number_of_images_are_refused(run, checkpoint, tmp_p
     (tmp_path / "d.npz").mkdir()
     done = run("sample", checkpoint, "--out", tmp_path / "d.npz")
     assert done.exit_code == 1 and "--out: expected a file's name" in done.stderr
+
+
+def test_a_run_and_each_of_its_checkpoints_are_sampled(run, tmp_path):
+    """The folder stands for its newest weights; raw and averaged ones are chosen by name."""
+    small = ("--steps", 4, "--batch-size", 4, "--per-class", 2, "--ema", 0.5, "--save-every", 2)
+    done = run("train", "--out", tmp_path / "run", *small)
+    assert done.exit_code == 0, done.output
+    files = {}
+    for name, source, options in (
+        ("folder", "run", ()),
+        ("model", "run", ("--weights", "model")),
+        ("newest", "run/checkpoints/step-00000004.safetensors", ()),
+        ("older", "run/checkpoints/step-00000002.safetensors", ()),
+    ):
+        out = tmp_path / f"{name}.npz"
+        chosen = ("--labels", "red circle", "--count", 1, "--solver", "ddim", "--steps", 2)
+        done = run("sample", tmp_path / source, *chosen, "--out", out, *options)
+        assert done.exit_code == 0, done.output
+        with np.load(out) as file:
+            files[name] = file["arr_0"].tobytes()
+    assert files["folder"] == files["newest"]
+    assert len(set(files.values())) == 3
+    printed = run("info", tmp_path / "run").stdout
+    assert "red circle, red square" in printed and "every tensor fits" in printed
+
+
+def test_a_diffusion_that_is_told_replaces_what_is_stored(run, checkpoint, tmp_path):
+    one = ("--labels", 3, "--count", 1, "--steps", 3)
+    outs = [tmp_path / "stored.npz", tmp_path / "told.npz"]
+    for out, options in zip(outs, ((), ("--diffusion", "schedule=linear")), strict=True):
+        done = run("sample", checkpoint, *one, "--out", out, *options)
+        assert done.exit_code == 0, done.output
+    first, second = (np.load(out)["arr_0"] for out in outs)
+    assert not np.array_equal(first, second)

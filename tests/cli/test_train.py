@@ -1,6 +1,7 @@
 """`fastdit train`: what it starts, shows and refuses."""
 
 import json
+import os
 import types
 from dataclasses import replace
 
@@ -40,7 +41,7 @@ def test_train_then_resume_then_sample(run, tmp_path):
     assert "published" not in done.stdout  # the recipe is not the published one
     assert "160 samples: colour accuracy" in done.stdout and "images/s" in done.stdout
     assert f"wrote {out}/model.safetensors and {out}/samples/step-00000004.png" in done.stdout
-    assert "warning: terminal SNR" in done.stderr
+    assert done.stderr.count("warning: terminal SNR") == 1
     assert "loss " in done.stderr and "img/s" in done.stderr and "MFU" in done.stderr
     with Image.open(out / "samples" / "step-00000004.png") as grid:
         assert grid.size == ((16 * 17 - 1) * 3, (4 * 17 - 1) * 3)  # one row per colour
@@ -61,7 +62,7 @@ def test_train_then_resume_then_sample(run, tmp_path):
 
     sampled = run("sample", out / "model.safetensors", "--out", tmp_path / "s.png", "--count", 1)
     assert sampled.exit_code == 0, sampled.output
-    assert "sampling" in sampled.stderr
+    assert "sampling" in sampled.stderr and "terminal SNR" not in sampled.stderr
 
 
 def test_the_sharp_recipe_trains_with_all_its_options(run, tmp_path):
@@ -120,6 +121,32 @@ def test_latents_train_any_preset(run, latents, tmp_path, monkeypatch):
     assert resumed.exit_code == 0 and "resuming at step 30 of 30" in resumed.stderr
 
 
+def test_a_run_says_whether_its_latents_have_flips(run, flipped_latents, tmp_path):
+    arguments = ["--data", flipped_latents[0], "--diffusion-steps", 25, "--schedule", "cosine"]
+    brief = ["--batch-size", 4, "--save-every", 1]
+    out = tmp_path / "a"
+    done = run("train", *arguments, *brief, "--steps", 3, "--recipe", "dit", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "data: latents with flips\n" in done.stderr
+    # A resumed run draws the same variants.
+    middle = out / "checkpoints" / "step-00000002.safetensors"
+    done = run("train", "--resume", middle, "--out", tmp_path / "b")
+    assert done.exit_code == 0, done.output
+    whole, resumed = ((tmp_path / n / "model.safetensors").read_bytes() for n in "ab")
+    assert whole == resumed
+
+
+@pytest.mark.parametrize("recipe", ["seed", "dit"])
+def test_missing_flips_are_named_where_the_recipe_has_them(run, latents, tmp_path, recipe):
+    arguments = ["--data", latents[0], "--diffusion-steps", 25, "--schedule", "cosine"]
+    brief = ["--steps", 1, "--batch-size", 4, "--recipe", recipe, "--out", tmp_path / "run"]
+    done = run("train", *arguments, *brief)
+    assert done.exit_code == 0, done.output
+    advice = "data: latents without flips, which the published recipe has: fastdit encode --flip\n"
+    assert (advice in done.stderr) == (recipe == "dit")
+    assert "data: latents without flips" in done.stderr
+
+
 def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
     class Doubles(torch.nn.Module):
         """A stand-in for an autoencoder: pixels are the first three channels, doubled in size."""
@@ -149,17 +176,27 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
     [
         (("--recipe", "sahrp"), "--recipe: expected one of seed, sharp, dit; got 'sahrp'; did you"),
         (("--model", "DiT-S/3"), "--model: expected one of toy, DiT-S/2"),
-        (("--data", "nowhere"), "nowhere: expected the shards of `fastdit encode`, found none"),
-        (("--compile", "yes"), "compile: expected one of none, block, whole; got 'yes'"),
-        (("--precision", "fp16"), "precision: expected one of float32, bfloat16; got 'fp16'"),
+        (("--data", "nowhere", "--image-size", 8), "nowhere: no such folder"),
+        (("--data", "nowhere"), "nowhere: no such folder"),
+        (("--image-size", 8), "--image-size: expected --data beside it, got none"),
+        (("--no-flip",), "--flip: expected --data beside it, got none"),
+        (("--compile", "yes"), "error: --compile: expected one of none, block, whole; got 'yes'"),
+        (
+            ("--precision", "fp16"),
+            "error: --precision: expected one of float32, bfloat16; got 'fp16'",
+        ),
         (("--resume", "last.pt"), "--resume: expected auto, no, or a checkpoint's file, got last"),
-        (("--accumulate", 3), "batch_size: expected a multiple of 3"),
-        (("--label-dropout", 1.5), "label_dropout: expected a share below 1, got 1.5"),
+        (("--accumulate", 3), "error: --batch-size: expected a multiple of 3"),
+        (("--label-dropout", 1.5), "error: --label-dropout: expected a share below 1, got 1.5"),
         (("--vae", "x"), "--vae: expected none, since the coloured shapes are pixels"),
-        (("--diffusion-steps", 10, "--schedule", "linear-scaled"), "needs more than 20 steps"),
         (
             ("--recipe", "dit", "--diffusion-steps", 75),
-            "T: expected a multiple of 50, since samples",
+            "error: --diffusion-steps: expected a multiple of 50, since samples",
+        ),
+        (("--out", __file__), "error: --out: expected a folder that can be written, got"),
+        (
+            ("--diffusion-steps", 10, "--schedule", "linear-scaled"),
+            "error: --diffusion-steps: schedule='line",
         ),
     ],
 )
@@ -200,7 +237,8 @@ def test_without_dropped_labels_samples_are_made_without_guidance(run, tmp_path,
 def test_two_runs_do_not_share_a_folder(run, tmp_path):
     with RunFolder(tmp_path).claimed():
         done = run("train", *QUICK, "--out", tmp_path)
-    assert done.exit_code == 1 and f"another run is going on in {tmp_path}" in done.stderr
+    message = f"error: --out: another run is going on in {tmp_path} (process {os.getpid()}); wait"
+    assert done.exit_code == 1 and message in done.stderr
     assert run("train", *QUICK, "--out", tmp_path).exit_code == 0
 
 

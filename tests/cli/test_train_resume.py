@@ -71,7 +71,7 @@ def test_a_run_whose_data_have_moved_or_grown_says_what_to_name(run, latents, tm
     moved = folder.rename(tmp_path / "moved")
     again = ("train", "--resume", "auto", "--out", out)
     done = run(*again)
-    assert done.exit_code == 1 and f"data: {folder} is gone; name the folder that" in done.stderr
+    assert done.exit_code == 1 and f"data: {folder} is gone; name the folder where" in done.stderr
     assert run(*again, "--data", moved).exit_code == 0
     plan = json.loads((moved / "plan.json").read_text())
     (moved / "plan.json").write_text(json.dumps(plan | {"labels": [0, *plan["labels"][:-1]]}))

@@ -17,7 +17,14 @@ import fastdit
 from fastdit import DiffusionScheduler
 from fastdit.cli.app import app
 from fastdit.data.images import to_pixels
-from fastdit.data.latents import LatentShards, centre_crop, decode, encode_folder, load_vae
+from fastdit.data.latents import (
+    LatentShards,
+    centre_crop,
+    decode,
+    encode,
+    encode_folder,
+    load_vae,
+)
 from fastdit.testing import randomize
 
 
@@ -144,6 +151,30 @@ def test_shards_hold_each_images_distribution(vae_folder, images, tmp_path):
         shards[7]
 
 
+def test_flipped_images_are_encoded_beside_the_plain_ones(vae_folder, images, tmp_path):
+    """The latent of a mirror image is not the mirror image of the latent."""
+    vae = load_vae(vae_folder)
+    encode_folder(vae, images, tmp_path / "plain", 16, shard=3)
+    arguments = ["encode", str(images), "--vae", str(vae_folder), "--out", str(tmp_path / "both")]
+    arguments += ["--image-size", "16", "--batch-size", "3", "--flip"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "7 images to" in done.stdout and "with flips" in done.stdout
+    plain, both = LatentShards(tmp_path / "plain"), LatentShards(tmp_path / "both")
+    assert (plain.variants, both.variants, len(both)) == (1, 2, 7)
+    for i, name in enumerate(both.plan["files"]):
+        with Image.open(images / name) as image:
+            mirrored = torch.from_numpy(centre_crop(image, 16)[:, ::-1].copy()).permute(2, 0, 1)
+        expected = encode(vae, mirrored[None] / 127.5 - 1)[0].numpy()
+        assert np.allclose(both.row(7 + i), expected, atol=1e-5)
+        assert np.array_equal(both.row(i), plain.row(i))
+        assert not np.allclose(both.row(7 + i), plain.row(i)[:, :, ::-1], atol=1e-2)
+        assert torch.equal(both[i][0], plain[i][0]) and both[i][2] == plain[i][2]
+    with pytest.raises(IndexError, match=r"expected an index in \[0, 14\), got 14"):
+        both.row(14)
+    with pytest.raises(IndexError, match=r"expected an index in \[0, 7\), got 7"):
+        both[7]
+
+
 def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path):
     out = tmp_path / "out"
     arguments = ["encode", str(images), "--vae", str(vae_folder), "--out", str(out)]
@@ -163,9 +194,10 @@ def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path)
 
     (images / "dog" / "z.png").write_bytes(b"\x89PNG but torn")
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 1 and "which differ in files, labels, num; remove" in done.stderr
-    done = CliRunner().invoke(app, [*arguments[:5], str(tmp_path / "other"), *arguments[6:]])
     assert done.exit_code == 1 and "z.png: expected an image" in done.stderr
+    done = CliRunner().invoke(app, [*arguments, "--skip-bad"])
+    assert done.exit_code == 0 and "z.png: expected an image" in done.stderr
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == after
     (images / "dog" / "z.png").unlink()
     (images / "fox").mkdir()
     (images / ".cache").mkdir()
@@ -185,12 +217,16 @@ def test_encoding_refuses_what_would_spoil_it(vae_folder, images, tmp_path):
             encode_folder(vae, source, into, size)
     for name, image, message in (
         ("thin", Image.new("RGB", (1, 1000)), "expected sides of similar length, got 1 x 1000"),
-        ("deep", Image.fromarray(np.zeros((9, 9), dtype=np.uint16)), "expected 8 bits per channel"),
+        (
+            "deep",
+            Image.fromarray(np.zeros((9, 9), np.float32)),
+            "expected 8 or 16 bits per channel",
+        ),
     ):
-        image.save(images / "cat" / f"{name}.png")
-        with pytest.raises(ValueError, match=f"{name}.png: expected an image.*{message}"):
+        image.save(images / "cat" / f"{name}.tiff")
+        with pytest.raises(ValueError, match=f"{name}.tiff: expected an image.*{message}"):
             encode_folder(vae, images, tmp_path / name, 16)
-        (images / "cat" / f"{name}.png").unlink()
+        (images / "cat" / f"{name}.tiff").unlink()
     # An autoencoder of the same name with other weights is another one.
     encode_folder(vae, images, out, 16, shard=3)
     with torch.no_grad():

@@ -88,7 +88,9 @@ def test_a_killed_run_keeps_the_finished_shards(checkpoint, tmp_path):
 
 def test_batches_of_another_plan_are_not_mixed(checkpoint, tmp_path):
     def stop(first):
-        raise KeyboardInterrupt
+        if first:
+            raise KeyboardInterrupt
+        return np.zeros((2, 1))
 
     out = tmp_path / "s.npz"
     with pytest.raises(KeyboardInterrupt):
@@ -101,6 +103,19 @@ def test_batches_of_another_plan_are_not_mixed(checkpoint, tmp_path):
     assert done.returncode == 1 and "remove the folder" in done.stderr
     done = run(1, *arguments(checkpoint, tmp_path / "s.png"))
     assert done.returncode == 1 and "--num-images: expected --out to end in .npz" in done.stderr
+
+
+def test_a_plan_without_shards_is_in_nobodys_way(tmp_path):
+    """Such as that of a batch which was too large for the memory."""
+
+    def fail(first):
+        raise MemoryError
+
+    out = tmp_path / "s.npz"
+    with pytest.raises(MemoryError):
+        write_sharded_npz(out, fail, {"num": 5, "batch_size": 4}, "arr_0")
+    write_sharded_npz(out, lambda first: np.zeros((2, 1)), {"num": 5, "batch_size": 2}, "arr_0")
+    assert [p.name for p in tmp_path.iterdir()] == ["s.npz"]
 
 
 def test_the_last_batch_is_computed_whole_and_cut(tmp_path):

@@ -165,29 +165,33 @@ def test_an_image_does_not_depend_on_batch_order_or_execution(cfg, guidance, exe
     assert relative_error(together[4], together[5]) > 0.1  # the same label, two seeds
 
 
-@by_execution
+@pytest.mark.parametrize("execution", ["eager", "trajectory"])
 @pytest.mark.parametrize("img_size", [(8, 32), (32, 8)], ids=str)
 @torch.no_grad()
 def test_images_of_any_shape_are_those_of_the_plain_loop(img_size, execution):
-    """With brought noise, which is images, and with a seed's, which is counted in tokens."""
-    cfg = replace(NULL, img_size=img_size)  # compiled steps of a square image serve it too
+    cfg, guidance = replace(NULL, img_size=img_size), Guidance(2.0)
     device, scheduler = device_of(execution), DiffusionScheduler(3, schedule="cosine")
-    guidance, labels = Guidance(2.0), torch.tensor([3, 0])
-    predicted = []
     sampler = Sampler(make_model(cfg, device), scheduler, guidance=guidance, execution=execution)
+    labels, predicted = torch.tensor([3, 0]), []
+    x_T, noise = recorded(2, cfg, 3)
+    images = sampler(labels, x_T=x_T, noise=noise, progress=lambda k, x0: predicted.append(x0))
+    assert images.shape == predicted[0].shape == (2, 3, *img_size)
     plain = PlainModel(cfg, torch.float64, "cpu")
-    x_T, noise = (z.double() for z in recorded(2, cfg, 3))
-    exact = reference.sample(plain, scheduler, x_T, labels, noise, guidance)
-    brought = dict(x_T=x_T.float(), noise=noise.float())
-    images = sampler(labels, **brought, progress=lambda k, x0: predicted.append(x0))
-    assert images.shape == (2, 3, *img_size) == predicted[0].shape
+    exact = reference.sample(plain, scheduler, x_T.double(), labels, noise.double(), guidance)
     assert relative_error(images, exact) < 1e-5
 
-    z = normal(torch.tensor([[7, 0], [7, 1]]), torch.arange(4), 3 * 8 * 32).double()
-    rows, columns = cfg.grid
-    z = z.view(4, 2, rows, columns, 4, 4, 3).permute(0, 1, 6, 2, 4, 3, 5)
-    z = z.reshape(4, 2, 3, *img_size)
-    exact = reference.sample(plain, scheduler, z[0], labels, z[1:], guidance)
+
+@by_execution
+@torch.no_grad()
+def test_the_noise_of_a_seed_is_counted_in_the_tokens_of_any_grid(execution):
+    cfg = DiTConfig(img_size=(8, 32), hidden=8, n_layers=1, n_heads=2)
+    device, scheduler = device_of(execution), DiffusionScheduler(2, schedule="cosine")
+    sampler = Sampler(make_model(cfg, device), scheduler, execution=execution)
+    labels = torch.tensor([3, 0])
+    z = normal(torch.tensor([[7, 0], [7, 1]]), torch.arange(3), 3 * 8 * 32).double()
+    z = z.view(3, 2, 2, 8, 4, 4, 3).permute(0, 1, 6, 2, 4, 3, 5).reshape(3, 2, 3, 8, 32)
+    plain = PlainModel(cfg, torch.float64, "cpu")
+    exact = reference.sample(plain, scheduler, z[0], labels, z[1:])
     assert relative_error(sampler(labels, seed=7), exact) < 1e-5
 
 
@@ -372,7 +376,7 @@ def test_guidance_needs_labels():
 
 
 def test_guidance_of_more_channels_than_the_model_has_is_an_error():
-    with pytest.raises(ValueError, match="guidance: expected at most the model's 4 channels, got"):
+    with pytest.raises(ValueError, match="guidance.channels: expected at most the model's 4, got"):
         Sampler(make_model(PUBLISHED), make_scheduler(), guidance=Guidance(2.0, channels=5))
 
 

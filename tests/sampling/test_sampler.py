@@ -156,6 +156,10 @@ def test_progress_shows_a_bar_only_when_asked(capsys):
     assert out == "" and "20/20" in err
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -163,7 +167,19 @@ def test_progress_shows_a_bar_only_when_asked(capsys):
         ([-1, 3], {}, "labels: expected values in [0, 16), got -1 to 3"),
         ([], {}, "labels: expected a non-empty list of integers"),
         ([0.5], {}, "labels: expected a non-empty list of integers"),
-        (3, {}, "labels: expected a non-empty list of integers"),
+        (0.5, {}, "labels: expected a non-empty list of integers"),
+        (True, {}, "labels: expected a non-empty list of integers"),
+        (16, {}, "labels: expected values in [0, 16), got 16 to 16"),
+        (3, {"seeds": [1, 2]}, "seeds: expected 1, one an image; got 2"),
+        (
+            [0],
+            {"generator": 5},
+            "generator: expected a torch.Generator, or a list of them, got int",
+        ),
+        ([0], {"generator": [5]}, "generator: expected a torch.Generator, or a list of them, got"),
+        ([0], {"generator": seeded(1), "seed": 0}, "generator: expected none beside seed, which"),
+        ([0], {"generator": [seeded(1)], "seeds": [1]}, "generator: expected none beside seeds"),
+        ([0], {"generator": seeded(-1)}, "generator: expected a seed in [0, 2^63), got 1844674407"),
         (None, {}, "labels: expected labels, or seeds or x_T to tell the batch size"),
         ([0], {"seed": -1}, "seed: expected an integer in [0, 2^63), got -1"),
         ([0], {"seed": 2**63}, "seed: expected an integer in [0, 2^63)"),
@@ -307,6 +323,26 @@ def test_labels_and_seeds_may_be_any_array():
     expected = sampler([7, 5], seeds=[1, 2])
     assert torch.equal(sampler(np.array([5, 7])[::-1], seeds=np.array([2, 1])[::-1]), expected)
     assert torch.equal(sampler(np.array([7, 5], dtype=object), seeds=range(1, 3)), expected)
+
+
+@pytest.mark.parametrize("label", [7, np.int64(7), np.array(7), torch.tensor(7)], ids=type)
+def test_one_label_is_one_image(label):
+    sampler = Sampler(make_model(), make_scheduler())
+    image = sampler(label, seed=3)
+    assert image.shape == (1, *CFG.sample_shape)
+    assert torch.equal(image, sampler([7], seed=3))
+
+
+def test_generators_stand_for_seeds():
+    sampler = Sampler(make_model(), make_scheduler())
+    generator = seeded(5)
+    for _ in range(2):  # nothing is drawn from it
+        assert torch.equal(sampler([3, 4], generator=generator), sampler([3, 4], seed=5))
+    redone = sampler([4], generator=generator, first_index=1)
+    assert torch.equal(redone, sampler([4], seed=5, first_index=1))
+    several = [seeded(5), seeded(8)]
+    assert torch.equal(sampler([3, 4], generator=several), sampler([3, 4], seeds=[5, 8]))
+    assert torch.equal(sampler([3]), sampler([3], seed=0))
 
 
 def test_a_predictor_that_writes_to_its_input_does_not_change_the_callers_tensor():

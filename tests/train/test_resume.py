@@ -64,8 +64,11 @@ def test_files_are_whole_and_load(tmp_path):
         info.labels == LABEL_NAMES
         and info.diffusion == DiffusionScheduler(200, schedule="cosine").options
     )
-    with pytest.raises(ValueError, match="got a checkpoint of a run; model.safetensors in"):
-        fastdit.load(tmp_path / "checkpoints" / "step-00000006.safetensors")
+    newest = tmp_path / "checkpoints" / "step-00000006.safetensors"
+    assert same_tensors(fastdit.load(newest).state_dict(), loaded.state_dict())
+    raw = fastdit.load(tmp_path, weights="model")
+    assert same_tensors(raw.state_dict(), ours.model.state_dict())
+    assert fastdit.checkpoints.inspect(newest) == info
 
 
 @pytest.mark.parametrize("recipe", [BRIEF, FULL], ids=["plain", "everything"])
@@ -265,9 +268,9 @@ def edit_header(path, **changes):
         ({"recipe": {"steps": 2}}, "Recipe: expected every option, batch_size, lr"),
         ({"recipe": None}, "Recipe: expected a dict of options, got None"),
         ({"config": {}}, "DiTConfig: expected every option, img_size"),
-        ({"data": {"kind": "movies"}}, "data: expected the identity of shapes or latents, got {'"),
-        ({"data": None}, "data: expected the identity of shapes or latents, got None"),
-        ({"data": {"kind": "shapes", "colour": 1}}, "data: expected the identity of shapes or lat"),
+        ({"data": {"kind": "movies"}}, "data: expected the identity of shapes, latents or images"),
+        ({"data": None}, "data: expected the identity of shapes, latents or images, got None"),
+        ({"data": {"kind": "shapes", "colour": 1}}, "data: expected the identity of shapes, lat"),
     ],
 )
 def test_a_tampered_checkpoint_is_one_clear_error(tmp_path, changes, message):

@@ -1,0 +1,54 @@
+"""Pixels of labelled pictures, decoded once to shards of uint8 for training without latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdit.data.image_shards import write_image_shards
+from fastdit.data.mapped_shards import ImageShards
+from fastdit.data.pictures import Pictures
+from fastdit.data.shards import read_plan
+from fastdit.errors import check_positive
+
+_KIND = "pixels"
+_SHARD_BYTES, _SHARD_IMAGES = 2**24, 1024  # the most of either; a few images fill no file system
+
+
+def cache_pixels(pictures: Pictures, out: Path, image_size: int, **options: Any) -> None:
+    """Decode pictures, crop and scale them by `centre_crop`, and write them for `PixelShards`.
+
+    A repeated call decodes only what is not there, or has changed.
+
+    Args:
+        pictures: the pictures.
+        out: the folder to write.
+        image_size: side of the squares.
+        options: skip_bad, update, rank and world, as for `write_image_shards`.
+
+    Raises:
+        ValueError: a picture cannot be read, or `out` holds other shards.
+    """
+    check_positive("image_size", image_size)
+    rows = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * image_size**2)))
+    settings = {"kind": _KIND, "batch_size": rows, "image_size": image_size}
+    write_image_shards(out, pictures, lambda squares: squares, settings, **options)
+
+
+def holds_pixels(folder: Path) -> bool:
+    """Return whether a folder's shards are pixels; a damaged plan is a ValueError."""
+    plan = read_plan(folder)
+    return plan is not None and plan.get("kind") == _KIND
+
+
+class PixelShards(ImageShards):
+    """The pixels that `cache_pixels` wrote, memory-mapped: `stored(i)` is [S, S, 3] uint8."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder of shards; it is a ValueError if there are none, or some are missing."""
+        if not holds_pixels(folder):
+            raise ValueError(f"{folder}: expected pixels that `fastdit train` cached, found none")
+        what, advice = "the pixels that `fastdit train` cached", "name the pictures by --data again"
+        super().__init__(folder, what, (np.uint8, 4), advice)
