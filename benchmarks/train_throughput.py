@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import fastdit
 from fastdit import flops
-from fastdit.cli.train import PUBLISHED_LOSS
+from fastdit.cli.losses import PUBLISHED_LOSS
 from fastdit.data.shapes import LABEL_NAMES, judge
 from fastdit.diffusion import TerminalSNRWarning
 from fastdit.train.recipe import RECIPES, Recipe

@@ -15,13 +15,16 @@ def check_no_pictures(pictures: dict) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected --data beside it, got none")
 
 
-def reopen_data(header: dict, data: Path | None, pictures: dict) -> Source | None:
+def reopen_data(
+    header: dict, data: Path | None, pictures: dict, new_data: bool = False
+) -> Source | None:
     """Return the set of a run that goes on, or None to open it from where it was.
 
     Args:
         header: of the checkpoint.
         data: what --data names.
         pictures: options of `open_data`; "cache" is where the run has its pixels by default.
+        new_data: whether the pictures may have changed, so that their pixels are read anew.
 
     Raises:
         ValueError: an option does not fit the run, or pictures have changed since it began.
@@ -40,7 +43,7 @@ def reopen_data(header: dict, data: Path | None, pictures: dict) -> Source | Non
         started = {"image_size": None if is_shards(data) else size, "flip": then["flip"]}
         missing = {name: value for name, value in started.items() if pictures[name] is None}
         pictures = pictures | missing
-    return open_data(data, **pictures, update=False)
+    return open_data(data, **pictures, update=new_data)
 
 
 def describe_data(source: Source, recipe: Recipe) -> str | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -16,23 +17,21 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
-from fastdit.cli.data import check_no_pictures, describe_data, reopen_data
-from fastdit.config import PRESETS, DiTConfig
+from fastdit.cli.data import describe_data
+from fastdit.cli.losses import print_losses
+from fastdit.cli.trainers import ImageOptions, continue_run, find_saved, start_run
 from fastdit.data.latents import VAE_HELP, latent_channels, load_vae
-from fastdit.errors import unknown_name
+from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder, Saved, read
+from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
-from fastdit.train.sources import Images, Shapes, Source, open_data
+from fastdit.train.sources import Images, Shapes
 from fastdit.train.trainer import Trainer, TrainResult
 
 _SAME_REQUEST = 3.0  # seconds within which a second signal is taken for the first one
-# The mean squared error by pass over the set that the toy's author published for the seed recipe;
-# that set differs from `fastdit.data.shapes` in detail.
-PUBLISHED_LOSS = {1: 0.9147, 4: 0.2467, 8: 0.1685, 16: 0.1409, 24: 0.1262, 30: 0.1228}
 
 
 def _recipe_option(text: str, *names: str) -> Any:
@@ -46,7 +45,8 @@ def train(
         str,
         option(
             "auto: continue from the newest whole checkpoint in --out, or start a run if "
-            "there is none; a file: continue from it; no: start a run."
+            "there is none; a file: continue from it; no: start a run. Options of the recipe that "
+            "differ hold from there on."
         ),
     ] = "no",
     name: Annotated[
@@ -71,7 +71,14 @@ def train(
     cache: Annotated[
         Path | None, option("Folder for the pixels of pictures.  [images, in --out]")
     ] = None,
+    new_data: Annotated[
+        bool, option("Resume on other --data or --per-class than the run's.", "--new-data")
+    ] = False,
     model: Annotated[str | None, option("A preset that is fitted to the data.  [toy]")] = None,
+    origin: Annotated[
+        Path | None,
+        option("A checkpoint to fine-tune: start from its weights, fitted to the data.", "--from"),
+    ] = None,
     per_class: Annotated[int | None, option("Number of coloured shapes per class.  [200]")] = None,
     steps: Annotated[int | None, _recipe_option("Optimizer steps.")] = None,
     batch_size: Annotated[int | None, _recipe_option("Images per step, on all processes.")] = None,
@@ -122,18 +129,23 @@ def train(
             options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
             pictures: dict = dict(image_size=image_size, flip=flip, skip_bad=skip_bad)
             pictures |= dict(cache=cache or out / "images", rank=world.rank, world=world.size)
-            saved = _find_saved(resume, out)
+            images = ImageOptions(data, per_class, new_data, pictures)
+            saved = find_saved(resume, out)
             resumed = saved is not None
+            if new_data and (resume == "no" or data is None and per_class is None):
+                raise ValueError(
+                    "--new-data: expected --resume, and --data or --per-class, got none"
+                )
             if saved is None:
-                trainer = _start(data, pictures, per_class, model, given, options)
+                trainer = start_run(images, model, origin, given, options)
             else:
-                source = reopen_data(saved.header, data, pictures)
-                trainer = Trainer.resume(saved, source=source, **options)
-                _check_same_options(trainer, per_class, model, given)
+                trainer = continue_run(saved, images, model, origin, given, options)
             del saved  # it maps its file, which would stay mapped during the run
             monitor = _make_monitor(trainer, vae, log_every, sample_every)
             if world.rank == 0 and resumed:
                 print(f"resuming at step {trainer.step} of {trainer.recipe.steps}", file=sys.stderr)
+                for change in trainer.changes:
+                    print(describe(change), file=sys.stderr)
             if world.rank == 0 and (found := describe_data(trainer.source, trainer.recipe)):
                 print(f"data: {found}", file=sys.stderr)
             with _stopped_by_signals(trainer) as received:
@@ -142,79 +154,6 @@ def train(
                 _report(out, trainer, result, monitor)
         if not result.finished:
             raise typer.Exit(128 + (received[0] if received else signal.SIGTERM))
-
-
-def _start(
-    data: Path | None,
-    pictures: dict,
-    per_class: int | None,
-    model: str | None,
-    given: dict,
-    options: dict,
-) -> Trainer:
-    """Return the trainer of a new run; a given clip or ema of 0 means None."""
-    name = given["name"] or "seed"
-    if name not in RECIPES:
-        raise unknown_name("--recipe", name, RECIPES)
-    changes = {field: value for field, value in given.items() if value is not None}
-    changes |= {field: None for field in ("clip", "ema") if given[field] == 0}
-    if "steps" in changes and "warmup" not in changes:
-        changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
-    recipe = replace(RECIPES[name], **changes)
-    if data is None:
-        check_no_pictures(pictures)
-        source: Source = Shapes(200 if per_class is None else per_class, recipe.seed)
-    elif per_class is not None:
-        raise ValueError("--per-class: expected none beside --data")
-    else:
-        RunFolder(options["out"]).check_unused()  # before an earlier run's pixels are replaced
-        source = open_data(data, **pictures)
-    return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
-
-
-def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
-    """Return a preset with the data's shape and classes, and a null class if labels are dropped."""
-    if model not in PRESETS:
-        raise unknown_name("--model", model, PRESETS)
-    C, H, W = source.sample_shape
-    classes, preset = len(source.label_names), PRESETS[model]
-    null = preset.null_class or recipe.label_dropout > 0
-    return replace(preset, in_channels=C, img_size=(H, W), num_classes=classes, null_class=null)
-
-
-def _find_saved(resume: str, out: Path) -> Saved | None:
-    """Return the checkpoint to continue from, or None where the run starts afresh."""
-    if resume == "no":
-        return None
-    folder = RunFolder(out)
-    if resume == "auto":
-        return folder.newest()
-    if not Path(resume).is_file():
-        raise ValueError(f"--resume: expected auto, no, or a checkpoint's file, got {resume}")
-    saved = read(resume)
-    if Path(resume).resolve().parent != (out / "checkpoints").resolve():
-        folder.check_unused()
-    if later := [path.name for at, path in folder.checkpoints() if at > saved.header["step"]]:
-        advice = "move it away, or name another --out"
-        raise ValueError(f"--resume: {out} holds a later checkpoint, {later[-1]}; {advice}")
-    return saved
-
-
-def _check_same_options(
-    trainer: Trainer, per_class: int | None, model: str | None, given: dict
-) -> None:
-    """Raise a ValueError if the run was started with other options."""
-    for name, value in given.items():
-        started = getattr(trainer.recipe, name)
-        if value is not None and value != started and (value, started) != (0, None):
-            option = {"T": "diffusion-steps", "name": "recipe"}.get(name, name.replace("_", "-"))
-            raise ValueError(f"--{option}: the run was started with {started}, got {value}")
-    fitted = None if model is None else _fitted_config(model, trainer.recipe, trainer.source)
-    if fitted not in (None, trainer.config):
-        raise ValueError(f"--model: the run was started with another one, got {model}")
-    started = trainer.source.identity.get("per_class")
-    if per_class not in (None, started):
-        raise ValueError(f"--per-class: the run was started with {started}, got {per_class}")
 
 
 def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_every: int) -> Monitor:
@@ -293,31 +232,12 @@ def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) 
     if not result.finished:
         print(
             f"stopped at step {trainer.step} of {recipe.steps}, and saved; continue with fastdit "
-            f"train --resume auto --out {out}",
+            f"train --resume auto --out {shlex.quote(str(out))}",
             file=sys.stderr,
         )
         return
-    print_losses(result, recipe, trainer.source)
+    print_losses(result, recipe, trainer.source, trainer.changes)
     if monitor.shown is not None and monitor.shown.measured:
         measured = ", ".join(f"{n} accuracy {v:.3f}" for n, v in monitor.shown.measured.items())
         print(f"{monitor.shown.number} samples: {measured}")
     print(f"wrote {RunFolder(out).weights}" + (f" and {monitor.grid}" if monitor.grid else ""))
-
-
-def print_losses(result: TrainResult, recipe: Recipe, source: Source) -> None:
-    """Print the mean loss of some passes, beside the published losses if they are comparable."""
-    published = source.identity == Shapes(seed=recipe.seed).identity
-    comparable = published and replace(recipe, seed=0) == Recipe()
-    print("pass    step   loss" + "     published for this recipe, on another drawing" * comparable)
-    passes = math.ceil(recipe.steps * recipe.batch_size / len(source))
-    for number in sorted({*(n for n in PUBLISHED_LOSS if n < passes), passes}):
-        first, last = ((number - i) * len(source) // recipe.batch_size for i in (1, 0))
-        last = min(last, recipe.steps)
-        if last <= first:  # a step spans several passes
-            continue
-        loss = result.losses[first:last].mean().item()
-        beside = f"   {PUBLISHED_LOSS[number]:.4f}" if comparable else ""
-        print(f"{number:4d} {last:7d}   {loss:.4f}{beside}")
-    rate, first_step = result.images_per_second, result.first_step_seconds
-    if not math.isnan(rate):
-        print(f"{rate:.0f} images/s after a first step of {first_step:.1f} s")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdit.noise import philox4x32
+from fastdit.train.batches import BatchChecker
+from fastdit.train.changes import Numbering
 from fastdit.train.objective import random_key
 from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import Runtime
@@ -19,7 +21,14 @@ class BatchLoader:
     """Loads this process's micro-batches of every step, the next one in a background thread."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, runtime: Runtime, prefetch: bool | None = None
+        self,
+        source: Source,
+        recipe: Recipe,
+        runtime: Runtime,
+        prefetch: bool | None = None,
+        *,
+        num_classes: int | None = None,
+        numbering: Numbering | None = None,
     ) -> None:
         """Prepare to load the batches of a recipe, whose size must divide into micro-batches.
 
@@ -31,10 +40,20 @@ class BatchLoader:
                 computes. On a CPU it costs more than it saves: every thread that runs PyTorch ops
                 has its own OpenMP pool, and two pools that share the CPUs wait for each other at
                 every op (measured on two CPUs: 62 ms per step of the toy instead of 33 ms).
+            num_classes: number of the model's classes, for the labels' range; None does not look
+                at labels, which suits a model without classes.
+            numbering: the numbers of the samples; None is that of a run that never changed.
         """
         self._source, self._recipe, self._runtime = source, recipe, runtime
         self._prefetch = runtime.device.type != "cpu" if prefetch is None else prefetch
-        self._order = ShuffledOrder(len(source), recipe.seed)
+        self._numbering = numbering or Numbering(recipe.batch_size)
+        self._order = ShuffledOrder(len(source), recipe.seed, self._numbering.data_sample)
+        self._checker = BatchChecker(
+            source.sample_shape,
+            num_classes,
+            halves=runtime.precision != "float32",
+            warns=runtime.world.rank == 0,
+        )
         self._variants, self._key = variants_of(source), random_key(recipe.seed, "variants")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastdit-data")
         self._next: tuple[tuple[int, int], Future[ImageBatch]] | None = None
@@ -60,15 +79,16 @@ class BatchLoader:
         """Return the numbers of the samples in this process's micro-batch."""
         world, parts = self._runtime.world, self._runtime.accumulate
         size = self._recipe.batch_size // (world.size * parts)
-        first = step * self._recipe.batch_size + (world.rank * parts + micro_batch) * size
+        first = self._numbering.first(step) + (world.rank * parts + micro_batch) * size
         return range(first, first + size)
 
     def _take(self, numbers: range) -> ImageBatch:
         rows = self._order.rows(numbers.start, len(numbers))
+        versions = rows
         if self._variants > 1:
             drawn = draw_variants(self._key, numbers, self._variants)
-            rows = rows + drawn * len(self._source)
-        images = self._source.take(rows)
+            versions = rows + drawn * len(self._source)
+        images = self._checker.check(self._source.take(versions), rows)
         if self._runtime.device.type != "cuda":
             return images
         pinned = (None if t is None else t.pin_memory() for t in images)
@@ -89,13 +109,19 @@ def draw_variants(key: int, numbers: range, variants: int) -> Tensor:
 class ShuffledOrder:
     """The image that each sample of a run shows, in passes over the set, each shuffled anew."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        """Order a set of `size` images; the same seed gives the same order."""
-        self._size, self._seed = size, seed
+    def __init__(self, size: int, seed: int, first: int = 0) -> None:
+        """Order a set of `size` images, of which sample number `first` is the first one.
+
+        The same seed and first number give the same order.
+        """
+        self._size, self._first = size, first
+        # A run that changed its data goes on in new orders, not in those that it has used.
+        self._name = f"{seed}/order" if first == 0 else f"{seed}/order from {first}"
         self._pass: tuple[int, Tensor] | None = None
 
     def rows(self, first: int, count: int) -> Tensor:
         """Return [count] int64 on the host: the image of each sample from number `first` on."""
+        first -= self._first
         rows, n = [], first
         while n < first + count:
             turn, place = divmod(n, self._size)
@@ -107,7 +133,7 @@ class ShuffledOrder:
     def _shuffled(self, turn: int) -> Tensor:
         kept = self._pass  # another thread may replace it
         if kept is None or kept[0] != turn:
-            text = f"{self._seed}/order/{turn}".encode()
+            text = f"{self._name}/{turn}".encode()
             seed = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
             generator = torch.Generator().manual_seed(seed)
             self._pass = kept = turn, torch.randperm(self._size, generator=generator)

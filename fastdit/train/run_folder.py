@@ -102,7 +102,10 @@ class RunFolder:
             except (ValueError, FileNotFoundError) as error:  # also for a folder or a broken link
                 warn(f"not resumed from: {error}")
         if found:
-            raise ValueError(f"{self.path}: none of its {len(found)} checkpoints is whole")
+            advice = "start again in another folder"
+            raise ValueError(
+                f"{self.path}: none of its {len(found)} checkpoints is whole; {advice}"
+            )
         return None
 
     def remove_after(self, step: int) -> None:
@@ -136,6 +139,6 @@ def read(path: str | os.PathLike[str]) -> Saved:
     """
     tensors, header = read_tensors(path)
     if not header.keys() >= {"step", "config", "recipe", "data", "environment"}:
-        got = list(header)
-        raise ValueError(f"{path}: expected a checkpoint of fastdit train, got a file with {got}")
+        got = f"a file with {list(header)}; a run's checkpoints are in its folder's checkpoints/"
+        raise ValueError(f"{path}: expected a checkpoint of fastdit train, got {got}")
     return Saved(Path(path), tensors, header)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from fastdit.errors import check_fields
+from fastdit.errors import check_fields, warn
 from fastdit.train.distributed import World
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -64,3 +64,13 @@ class Runtime:
             "processes": self.world.size,
             "strategy": self.strategy if self.world.size > 1 else None,
         }
+
+    def warn_of_changes(self, then: Any) -> None:
+        """Warn of everything in which the `environment` of a saved run differs from this one."""
+        for name, now in self.environment().items():
+            before = then.get(name) if isinstance(then, dict) else None
+            if before != now:
+                warn(
+                    f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
+                    "will differ from those of an uninterrupted run"
+                )

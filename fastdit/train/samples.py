@@ -85,7 +85,12 @@ def _checked(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing)
 
     A number of steps that the solver cannot take is refused here, not after hours of training.
     """
-    showing.solver.spacing(scheduler.T, scheduler.T if showing.steps is None else showing.steps)
+    steps = scheduler.T if showing.steps is None else showing.steps
+    try:
+        showing.solver.spacing(scheduler.T, steps)
+    except ValueError as error:
+        got = f"since samples take {steps} steps of the solver, got {scheduler.T}"
+        raise ValueError(f"T: expected a multiple of {steps}, {got} ({error})") from error
     return showing if config.null_class else replace(showing, guidance=None)
 
 

@@ -210,14 +210,20 @@ def open_source(identity: Any) -> Source:
             images = Images(folder, flip)
             check_same_data(images.identity, identity)
             return images
-    kinds = "shapes, latents or images"
-    raise ValueError(f"data: expected the identity of {kinds}, got {identity!r}")
+    kinds, advice = "shapes, latents or images", "pass a source of your own as `source`"
+    raise ValueError(f"data: expected the identity of {kinds}, got {identity!r}; {advice}")
 
 
-def check_same_data(now: dict[str, Any], then: dict[str, Any]) -> None:
+def same_data(now: dict[str, Any], then: Any) -> bool:
+    """Return whether two identities are of the same images, in whatever folder."""
+    return isinstance(then, dict) and {**now, "folder": None} == {**then, "folder": None}
+
+
+def check_same_data(now: dict[str, Any], then: Any) -> None:
     """Raise a ValueError unless two identities are of the same images, in whatever folder."""
-    if {**now, "folder": None} != {**then, "folder": None}:
-        raise ValueError(f"data: the run was started on {then}, got {now}")
+    if not same_data(now, then):
+        advice = "to go on with other data, name them (--data) and say so (--new-data)"
+        raise ValueError(f"data: the run was started on {then}, got {now}; {advice}")
 
 
 def check_fits(config: DiTConfig, source: Source) -> None:

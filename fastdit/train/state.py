@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdit.checkpoints.digests import digests_of
 from fastdit.checkpoints.matching import check_keys
 from fastdit.config import DiTConfig
 from fastdit.model import DiT
@@ -53,6 +57,22 @@ def model_from(config: DiTConfig, gathered: Mapping[str, Tensor]) -> DiT:
         model = DiT.from_config(config)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
+
+
+def copy_weights(model: DiT, initial: DiT) -> dict[str, Any]:
+    """Copy a model's weights into another of the same config; return what identifies them.
+
+    Raises:
+        ValueError: initial is not a DiT of that config.
+    """
+    if not isinstance(initial, DiT):
+        raise ValueError(f"initial: expected a fastdit.DiT, got {type(initial).__name__}")
+    if initial.cfg != model.cfg:
+        raise ValueError(f"initial: expected a model of {model.cfg}, got {initial.cfg}")
+    state = initial.state_dict()
+    model.load_state_dict(state)
+    digests = json.dumps(digests_of(state, {})["tensors"])
+    return {"digest": hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()}
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from fastdit.checkpoints import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
-from fastdit.errors import warn
 from fastdit.model import DiT
 from fastdit.train import distributed
+from fastdit.train.changes import Numbering, advice, continue_saved
 from fastdit.train.ema import EMA
 from fastdit.train.loading import BatchLoader
 from fastdit.train.meter import Meter
@@ -31,8 +32,15 @@ from fastdit.train.objective import Objective
 from fastdit.train.recipe import Recipe
 from fastdit.train.run_folder import RunFolder, Saved
 from fastdit.train.runtime import PRECISIONS, Runtime
-from fastdit.train.sources import Source, check_fits, check_same_data, open_source
-from fastdit.train.state import create_optimizer_state, gather, model_from, restore, run_tensors
+from fastdit.train.sources import Source, check_fits
+from fastdit.train.state import (
+    copy_weights,
+    create_optimizer_state,
+    gather,
+    model_from,
+    restore,
+    run_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Trainer:
         *,
         save_every: int = 100,
         keep: int = 2,
-        resuming: bool = False,
+        initial: DiT | None = None,
     ) -> None:
         """Set up a run at step 0.
 
@@ -78,7 +86,9 @@ class Trainer:
             runtime: how to compute the run; None is float32 on the CPU.
             save_every: steps between two checkpoints, besides those at the start and at the end.
             keep: number of checkpoints to keep.
-            resuming: whether `out` may already hold a run; `resume` sets it.
+            initial: a model of this config, such as `fastdit.load` fits to the data, from whose
+                weights to start; they are trained in float32 whatever their dtype is. None draws
+                fresh ones.
 
         Raises:
             ValueError: config, recipe, data and runtime do not fit each other.
@@ -96,7 +106,7 @@ class Trainer:
             got = recipe.batch_size
             raise ValueError(f"batch_size: expected a multiple of {parts} ({why}), got {got}")
         self.folder = None if out is None else RunFolder(out, keep)
-        if self.folder is not None and not resuming:
+        if self.folder is not None:
             self.folder.check_unused()
         self.config, self.recipe, self.source = config, recipe, source
         self.save_every = save_every
@@ -104,24 +114,41 @@ class Trainer:
         self.scheduler.warn_of_signal()  # here too, since compiled calls of q_sample cannot warn
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            self.model = DiT.from_config(config)
+            self.model = DiT.from_config(config).float()
+        # What is kept of the initial model: the digest of its weights, and what a caller adds.
+        self.origin = None if initial is None else copy_weights(self.model, initial)
         self.objective = self._place()
-        trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        trained = [p for _, p in self._trained()]
         self.optimizer = torch.optim.AdamW(
-            [p for _, p in trained], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
-        self.ema = None if recipe.ema is None else EMA(trained)
-        self.loader = BatchLoader(source, recipe, runtime)
+        self.ema = None if recipe.ema is None else EMA(self._trained())
         self.step = 0
+        self._set_changes([])
         # Loss and gradient norm of every step. Losses are averaged over the processes at each
         # reading only.
         self.history = torch.zeros(2, recipe.steps, dtype=torch.float32, device=runtime.device)
         self._read_to, self._saved_at = 0, -1
-        self._stop_asked = False
+        self._stop_asked = self._changed = False
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+
+    def _set_changes(self, changes: list[dict[str, Any]]) -> None:
+        """Number and load the samples as the recorded changes of the run say."""
+        self.changes, cfg = changes, self.config
+        self.numbering = Numbering.after(changes, self.recipe.batch_size)
+        self.loader = BatchLoader(
+            self.source,
+            self.recipe,
+            self.runtime,
+            num_classes=cfg.num_classes if cfg.use_class_cond else None,
+            numbering=self.numbering,
+        )
 
     def _place(self) -> nn.Module:
         """Move, split and compile the model as the runtime says; return the loss that trains it."""
-        model, recipe, runtime = self.model.float(), self.recipe, self.runtime
+        model, recipe, runtime = self.model, self.recipe, self.runtime
         precision = PRECISIONS[runtime.precision]
         if not runtime.split:
             model.to(runtime.device)
@@ -159,6 +186,7 @@ class Trainer:
                 "config": self.config.to_dict(),
                 "recipe": asdict(self.recipe),
                 "data": {**self.source.identity, "folder": None},
+                "numbering": asdict(self.numbering),
                 "save_every": self.save_every,
                 **monitor.cadence,
                 **self.runtime.environment(),
@@ -174,8 +202,9 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         meter = Meter(self.config, recipe.batch_size, runtime, self.step)
         first_step = self.step
-        if first_step == 0:
+        if first_step == 0 or self._changed:  # a change is on record before it takes effect
             self.save()
+            self._changed = False
         monitor.begin(self.step, recipe.steps)
         meter.pause()
         try:
@@ -260,14 +289,15 @@ class Trainer:
         return {"loss": loss, "grad_norm": norm, "lr": self.recipe.lr_at(self.step - 1)}
 
     def _divergence(self, step: int, loss: float, norm: float) -> str:
-        recipe, first = self.recipe, step * self.recipe.batch_size
-        saved = self.folder.checkpoints() if self.folder is not None else []
-        good = f"the last good checkpoint is {saved[-1][1]}; " if saved else ""
-        return (
+        recipe, first = self.recipe, self.numbering.first(step)
+        message = (
             f"loss is {loss}, gradient norm {norm} at step {step + 1} of {recipe.steps}, lr "
             f"{recipe.lr_at(step):g}, on samples {first} to {first + recipe.batch_size - 1} of "
-            f"seed {recipe.seed}; {good}lower lr, or resume from there with another precision"
+            f"seed {recipe.seed}"
         )
+        if self.folder is None or not (saved := self.folder.checkpoints()):
+            return f"{message}; start again with a lower lr"
+        return f"{message}; {advice(saved[-1][1], self.folder, recipe.lr / 2, self.runtime)}"
 
     def sampling_model(self) -> DiT | None:
         """Return a copy of the model on the host, with averaged weights if there are any.
@@ -287,8 +317,10 @@ class Trainer:
             "config": self.config.to_dict(),
             "recipe": asdict(self.recipe),
             "data": self.source.identity,
-            "environment": self.runtime.environment(),
             "labels": names and list(names),
+            "environment": self.runtime.environment(),
+            "changes": self.changes,
+            "origin": self.origin,
         }
         gathered = gather(self._tensors(), self.runtime.world)
         if gathered:
@@ -308,44 +340,48 @@ class Trainer:
         out: str | os.PathLike[str],
         runtime: Runtime | None = None,
         source: Source | None = None,
-        **options: Any,
+        *,
+        changes: Mapping[str, Any] | None = None,
+        new_data: bool = False,
+        save_every: int = 100,
+        keep: int = 2,
     ) -> Trainer:
         """Return a run at the step of a checkpoint, such as `RunFolder(out).newest()`.
 
         On one process the rest of the run has the bits of an uninterrupted one, if torch, the
-        number of threads and the runtime are the same; a warning names those that differ.
+        number of threads and the runtime are the same; a warning names those that differ. A run
+        that goes on with changes saves them at once, and every later checkpoint lists them.
 
         Args:
             saved: the checkpoint.
             out: the folder to continue in; `run` removes files of later steps from it.
             runtime: how to compute the run; it need not be the one before.
             source: the images; None opens them from where they were.
-            options: save_every and keep, as for the constructor.
+            changes: fields of the recipe with the values that they have from this step on, such as
+                `{"steps": 20_000, "lr": 1e-4}`. Everything but T, schedule, seed and name may
+                change. A cosine is that of the new steps and lr, so a longer run's rate rises again
+                at the change. An average that begins here begins at the present weights.
+            new_data: whether source may hold other images than the run's, of the same shape and
+                classes; the samples go on with a new pass over them.
+            save_every, keep: as for the constructor.
 
         Raises:
-            ValueError: the checkpoint is not of such a run, or the data are not the run's.
+            ValueError: the checkpoint is not of such a run, the data are not the run's, or a change
+                makes no sense for it; the message says why.
         """
-        header, path = saved.header, saved.path
-        config = DiTConfig.from_saved(header["config"])
-        recipe = Recipe.from_dict(header["recipe"], complete=True)
-        if source is None:
-            source = open_source(header["data"])
-        else:
-            check_same_data(source.identity, header["data"])
-        step = header["step"]
-        if type(step) is not int or not 0 <= step <= recipe.steps:
-            raise ValueError(f"{path}: expected a step in [0, {recipe.steps}], got {step!r}")
-        trainer = cls(config, recipe, source, out, runtime, resuming=True, **options)
-        trainer.step = trainer._read_to = trainer._saved_at = step
-        if step:
+        run = continue_saved(saved, source, changes or {}, new_data)
+        trainer = cls(run.config, run.recipe, run.source, None, runtime, save_every=save_every)
+        trainer.folder, trainer.origin = RunFolder(out, keep), saved.header.get("origin")
+        trainer._set_changes(run.changes)
+        trainer.step = trainer._read_to = trainer._saved_at = run.step
+        trainer._changed = bool(run.changed)
+        if run.step:
             create_optimizer_state(trainer.optimizer)
-        restore(trainer._tensors(), saved, step)
-        then = header["environment"]
-        for name, now in trainer.runtime.environment().items():
-            before = then.get(name) if isinstance(then, dict) else None
-            if before != now:
-                warn(
-                    f"{name}: the run was saved under {before}, and goes on under {now}; its bits "
-                    "will differ from those of an uninterrupted run"
-                )
+        starts_average = run.changed.get("ema", [0])[0] is None
+        if starts_average:
+            trainer.ema = None
+        restore(trainer._tensors(), saved._replace(tensors=run.tensors), run.step)
+        if starts_average:
+            trainer.ema = EMA(trainer._trained())
+        trainer.runtime.warn_of_changes(saved.header["environment"])
         return trainer

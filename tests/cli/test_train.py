@@ -58,7 +58,7 @@ def test_train_then_resume_then_sample(run, tmp_path):
     assert "nan" not in resumed.stdout
     other = run("train", "--resume", "auto", "--out", out, "--steps", 3)
     assert other.exit_code == 1
-    assert "--steps: the run was started with 4, got 3" in other.stderr
+    assert "--steps: expected more than the 4 that the run has taken, got 3" in other.stderr
 
     sampled = run("sample", out / "model.safetensors", "--out", tmp_path / "s.png", "--count", 1)
     assert sampled.exit_code == 0, sampled.output
@@ -189,6 +189,10 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
         (("--accumulate", 3), "error: --batch-size: expected a multiple of 3"),
         (("--label-dropout", 1.5), "error: --label-dropout: expected a share below 1, got 1.5"),
         (("--vae", "x"), "--vae: expected none, since the coloured shapes are pixels"),
+        (
+            ("--recipe", "dit", "--diffusion-steps", 75),
+            "error: --diffusion-steps: expected a multiple of 50, since samples",
+        ),
         (("--out", __file__), "error: --out: expected a folder that can be written, got"),
         (
             ("--diffusion-steps", 10, "--schedule", "linear-scaled"),
