@@ -96,7 +96,7 @@ def continue_saved(
     recipe, entry = _changed_recipe(before, options, config)
     if source is None:
         match header["data"]:
-            case {"folder": str(folder)} if not Path(folder).is_dir():
+            case {"kind": "latents", "folder": str(folder)} if not Path(folder).is_dir():
                 raise ValueError(
                     f"data: {folder} is gone; name the folder where it is now (--data)"
                 )

@@ -3,7 +3,8 @@
 A step is a pure function of weights, optimizer state, recipe and step number: the order of the
 images and everything random follow from the number of a sample (`fastdit.train.objective`). So a
 killed run continues as if it had not been interrupted, and no random state is stored. At a fixed
-batch size the loss depends on the number of processes and micro-batches only by rounding.
+batch size the loss depends on the number of processes and micro-batches only by rounding. A run
+that goes on with another recipe or other data records the change (`fastdit.train.changes`).
 """
 
 from __future__ import annotations

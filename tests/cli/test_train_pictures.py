@@ -77,6 +77,20 @@ def test_a_moved_run_finds_its_pixels(train, tmp_path):
     assert done.exit_code == 0 and (tmp_path / "run" / "images").is_dir(), "made again"
 
 
+def test_a_run_goes_on_with_more_pictures_if_that_is_said(train, pictures, draw, tmp_path):
+    assert train().exit_code == 0
+    draw(pictures / "cat" / "new.png", 20)
+    longer = ("--resume", "auto", "--steps", 4)
+    refused = train(*longer, new=False)
+    assert refused.exit_code == 1 and "1 pictures were added" in refused.stderr
+    done = train(*longer, "--new-data", new=False)
+    assert done.exit_code == 0 and "data: 7 pictures of 2 classes" in done.stderr, done.output
+    (change,) = RunFolder(tmp_path / "run").newest().header["changes"]
+    assert change["steps"] == [2, 4] and change["data"][0]["kind"] == "images"
+    again = train(*longer, "--new-data", new=False)
+    assert again.exit_code == 0 and "resuming at step 4 of 4" in again.stderr
+
+
 def test_a_run_goes_on_with_its_own_pictures_alone(train, pictures, draw, tmp_path):
     assert train().exit_code == 0
     plan = (tmp_path / "run" / "images" / "plan.json").read_bytes()
