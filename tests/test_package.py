@@ -142,6 +142,7 @@ LAYERS = [
     {"reference", "solvers"},
     {"ops"},
     {"functional"},
+    {"blocks"},
     {"model"},
     {"checkpoints"},
     {"sampling", "evaluation", "pipeline"},

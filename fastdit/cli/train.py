@@ -20,7 +20,7 @@ from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option
 from fastdit.cli.data import describe_data
 from fastdit.cli.losses import print_losses
 from fastdit.cli.trainers import ImageOptions, continue_run, find_saved, start_run
-from fastdit.data.latents import VAE_HELP, latent_channels, load_vae
+from fastdit.data.latents import SCALING, VAE_HELP, latent_channels, load_vae, scaling_factor
 from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
@@ -172,6 +172,9 @@ def _make_monitor(trainer: Trainer, vae: str | None, log_every: int, sample_ever
         takes = latent_channels(decoder)
         if takes != channels:
             raise ValueError(f"--vae: it decodes {takes} channels, but the data have {channels}")
+        scaled, scales = getattr(trainer.source, SCALING, None), scaling_factor(decoder)
+        if scaled not in (None, scales):
+            raise ValueError(f"--vae: it scales latents by {scales}, but the data by {scaled}")
         sample = latents_sampler(trainer.config, trainer.scheduler, showing, decoder)
     elif sample_every:
         raise ValueError("--sample-every: expected --vae beside it to decode the samples, got none")

@@ -122,12 +122,15 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
-    """Return a preset with the data's shape and classes, and a null class if labels are dropped."""
+    """Return a preset with the data's shape and classes.
+
+    It has a null class if labels are dropped, since its row would stay untrained otherwise.
+    """
     if model not in PRESETS:
         raise unknown_name("--model", model, PRESETS)
     C, H, W = source.sample_shape
     classes, preset = len(source.label_names), PRESETS[model]
-    null = preset.null_class or recipe.label_dropout > 0
+    null = recipe.label_dropout > 0
     return replace(preset, in_channels=C, img_size=(H, W), num_classes=classes, null_class=null)
 
 
@@ -165,6 +168,8 @@ def continue_run(
     changes, new_data = _changes(given), images.new_data
     trainer = Trainer.resume(saved, source=source, changes=changes, new_data=new_data, **options)
     fitted = None if model is None else _fitted_config(model, trainer.recipe, trainer.source)
+    if fitted is not None:  # an earlier release gave published sizes a null class in any case
+        fitted = replace(fitted, null_class=trainer.config.null_class)
     if fitted not in (None, trainer.config):
         why = "a run keeps its model's shape"
         raise ValueError(f"--model: the run was started with another one, got {model}; {why}")

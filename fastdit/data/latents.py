@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdit.data.image_shards import write_image_shards
-from fastdit.data.mapped_shards import SCALING, ImageShards
+from fastdit.data.mapped_shards import SCALING as SCALING
+from fastdit.data.mapped_shards import ImageShards
 from fastdit.data.pictures import centre_crop as centre_crop  # an earlier release had them here
 from fastdit.data.pictures import image_files as image_files
 from fastdit.data.pictures import open_pictures
@@ -97,6 +98,11 @@ def digest(vae: nn.Module) -> str:
 def latent_channels(vae: Any) -> int:
     """Return the number of channels of an autoencoder's latents."""
     return int(vae.config.latent_channels)
+
+
+def scaling_factor(vae: Any) -> float:
+    """Return the factor between an autoencoder's latents and those that a DiT takes."""
+    return float(vae.config.scaling_factor)
 
 
 @torch.no_grad()
@@ -194,7 +200,7 @@ def encode_folder(
         return torch.stack([plain, encode(vae, pixels.flip(3))], dim=1).numpy()
 
     settings = {"batch_size": shard, "image_size": image_size, "vae": digest(vae)}
-    settings[SCALING] = float(vae.config.scaling_factor)
+    settings[SCALING] = scaling_factor(vae)
     if flip:  # plans without flips stay as they were, since runs compare a hash of them
         settings["flip"] = True
     plan = write_image_shards(out, open_pictures(source), make, settings, **options)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdit.config import DiTConfig
-from fastdit.data.latents import LatentShards
+from fastdit.data.latents import SCALING, LatentShards
 from fastdit.data.pictures import open_pictures
 from fastdit.data.pixels import PixelShards, cache_pixels, holds_pixels
 from fastdit.data.shapes import IMG_SIZE, LABEL_NAMES, coloured_shapes
@@ -78,6 +78,7 @@ class Latents:
         self._labels = torch.tensor(self._shards.labels)
         self.label_names = tuple(self._shards.classes)
         self.variants = self._shards.variants
+        self.scaling_factor: float | None = self._shards.plan.get(SCALING)
         C, H, W = self._shards[0][0].shape
         self.sample_shape = (C, H, W)
         self.identity = {

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastdit.checkpoints import save
 from fastdit.config import DiTConfig
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import warn
 from fastdit.model import DiT
 from fastdit.train import distributed
 from fastdit.train.changes import Numbering, advice, continue_saved
@@ -203,6 +204,8 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         meter = Meter(self.config, recipe.batch_size, runtime, self.step)
         first_step = self.step
+        if first_step == 0:
+            self._warn_of_null_row()
         if first_step == 0 or self._changed:  # a change is on record before it takes effect
             self.save()
             self._changed = False
@@ -237,6 +240,13 @@ class Trainer:
         return TrainResult(
             finished, self.history[0].cpu(), meter.images_per_second, meter.first_step_seconds
         )
+
+    def _warn_of_null_row(self) -> None:
+        if self.config.null_class and not self.recipe.label_dropout and self.origin is None:
+            warn(
+                "label_dropout: it is 0, so that the row of the null class stays as it was drawn, "
+                "and guidance uses it; drop some labels, or make the model with null_class=False"
+            )
 
     def _show(self, monitor: Monitor) -> None:
         model = self.sampling_model()
