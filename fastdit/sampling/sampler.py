@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name, warn
-from fastdit.model import config_of, unwrap
+from fastdit.model import DiT, config_of, unwrap
 from fastdit.sampling import arguments
 from fastdit.sampling.arguments import Generators, Labels
 from fastdit.sampling.executions import EXECUTIONS, Subject, automatic, obstacle
@@ -41,7 +41,7 @@ class Sampler:
     def __init__(
         self,
         model: nn.Module,
-        scheduler: DiffusionScheduler,
+        scheduler: DiffusionScheduler | None = None,
         solver: str | Solver = "ddpm",
         steps: int | None = None,
         *,
@@ -59,7 +59,8 @@ class Sampler:
                 variance. It is sampled on the device of its first parameter (on the CPU if it has
                 none) and keeps its mode. A compiled or data-parallel `fastdit.DiT` is unwrapped,
                 since `execution` says how it runs.
-            scheduler: the diffusion that the model was trained on.
+            scheduler: the diffusion that the model was trained on; None takes `model.diffusion`,
+                which `fastdit.load` sets where a checkpoint tells it.
             solver: "ddpm" (ancestral), "ddim", "dpm++" (DPM-Solver++(2M)) or "heun", or one of
                 `fastdit.solvers` with its options, such as `DDIM(eta=0.5)` or `DDPM(clip=1.0)`.
             steps: number of the scheduler's T steps to take; None takes all. The solver's docstring
@@ -101,7 +102,7 @@ class Sampler:
         self.config = config_of(inner)
         self.sample_shape = arguments.sample_shape(sample_shape, self.config)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
-        self.table = self.solver.table(scheduler, steps)
+        self.table = self.solver.table(scheduler or _own_scheduler(inner), steps)
         self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
         self.execution = execution
         self._check_guidance()
@@ -290,3 +291,14 @@ class Sampler:
         if y is None:
             raise ValueError("labels: guidance needs labels, got None")
         return y.tolist() + [self.config.num_classes] * len(y)
+
+
+def _own_scheduler(model: nn.Module) -> DiffusionScheduler:
+    """Return the diffusion that a model knows it was trained on."""
+    options = model.diffusion if isinstance(model, DiT) else None
+    if options is None:
+        raise ValueError(
+            "scheduler: expected the DiffusionScheduler of the model's training, since the model "
+            "does not know it, got None"
+        )
+    return DiffusionScheduler(**options)

@@ -374,3 +374,13 @@ def test_a_prediction_that_is_a_tuple_is_an_error():
     model.forward = lambda x, t, y: (x, x)
     with pytest.raises(ValueError, match=r"model: expected an output of shape .*, got tuple"):
         Sampler(model, make_scheduler(), sample_shape=(1, 4, 4))(None, seeds=[1])
+
+
+def test_a_loaded_model_brings_the_diffusion_of_its_training(tmp_path):
+    model = make_model()
+    fastdit.save(model, tmp_path / "m.safetensors", DiffusionScheduler(12, schedule="cosine"))
+    loaded = fastdit.load(tmp_path / "m.safetensors")
+    expected = Sampler(model, DiffusionScheduler(12, schedule="cosine"))([3], seed=5)
+    assert torch.equal(Sampler(loaded, steps=None)([3], seed=5), expected)
+    with pytest.raises(ValueError, match="scheduler: expected the DiffusionScheduler of the model"):
+        Sampler(model)
