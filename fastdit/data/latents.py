@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,11 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
     if not is_folder:
         source = VAES.get(str(source), source)
     inner = {"subfolder": "vae"} if os.path.isdir(os.path.join(source, "vae")) else {}
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()  # its warnings are errors below
+    # Warnings are errors below, and a download that failed is named once, not at each retry.
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         vae, told = diffusers.AutoencoderKL.from_pretrained(
             source, low_cpu_mem_usage=False, output_loading_info=True, **inner
@@ -63,7 +67,8 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
         reason = _first_line(error)
         raise ValueError(f"vae: expected an AutoencoderKL in {source} ({reason})") from error
     finally:
-        diffusers.utils.logging.set_verbosity(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     # diffusers would use random weights in place of missing ones.
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := list(told[what]):
