@@ -14,6 +14,6 @@ export PATH="$venv/bin:$PATH"
 pip install -q -c constraints-oldest.txt -e . pytest pytest-benchmark matplotlib 'setuptools>=77'
 pip list | grep -E '^(torch|triton|numpy|safetensors|typer) '
 if [ $# -eq 0 ]; then
-  set -- tests/{test_package,compilation/test_{compile_time,cpp_build},ops/test_cpp_ops,sampling/test_{executions,graph},cli/test_{app,models,sample}}.py
+  set -- tests/{test_package,compilation/test_{compile_time,cpp_build},ops/test_cpp_ops,sampling/test_{executions,graph},cli/test_{app,models,sample},checkpoints/test_{brought,damaged}}.py
 fi
 pytest "$@"
