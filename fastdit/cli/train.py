@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit.checkpoints.runs import WEIGHTS_FILE
 from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
 from fastdit.cli.data import describe_data
 from fastdit.cli.losses import print_losses
@@ -25,7 +26,7 @@ from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder
+from fastdit.train.run_folder import RunFolder
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
 from fastdit.train.sources import Images, Shapes
