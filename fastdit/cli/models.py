@@ -17,7 +17,7 @@ from fastdit.cli.common import Device, check_out, device_of, kept_shards, option
 from fastdit.config import PRESETS
 from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
 from fastdit.data.shards import PLAN
-from fastdit.errors import unknown_name
+from fastdit.errors import first_few, unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
 from fastdit.train.distributed import processes
@@ -104,9 +104,7 @@ def _print_found(found: CheckpointInfo) -> None:
     if found.diffusion is not None:
         values["diffusion"] = ", ".join(f"{k} {v}" for k, v in found.diffusion.items())
     if found.labels is not None:
-        values["labels"] = ", ".join(found.labels[:_SHOWN_LABELS])
-        if len(found.labels) > _SHOWN_LABELS:
-            values["labels"] += f" and {len(found.labels) - _SHOWN_LABELS} more"
+        values["labels"] = first_few(found.labels, _SHOWN_LABELS)
     for name, value in values.items():
         print(f"{name:16} {value}" + "  (assumed)" * (name in found.assumed))
 
