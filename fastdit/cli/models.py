@@ -11,7 +11,8 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
-from fastdit.checkpoints.runs import locate
+from fastdit.checkpoints.native import header_of
+from fastdit.checkpoints.runs import locate, newest_whole
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
@@ -20,6 +21,7 @@ from fastdit.data.shards import PLAN
 from fastdit.errors import first_few, unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
+from fastdit.train.changes import describe, recorded
 from fastdit.train.distributed import processes
 
 _SHOWN_LABELS = 8
@@ -85,6 +87,7 @@ def info(
             file = locate(model, weights)
             checked = "every tensor fits its checksum" if verify(file) else "without checksums"
             print(f"{'file':16} {file}: {checked}")
+            _print_history(newest_whole(Path(model)) or file)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
         print(f"{'parameters':16} {parameters:,}")
@@ -107,6 +110,16 @@ def _print_found(found: CheckpointInfo) -> None:
         values["labels"] = first_few(found.labels, _SHOWN_LABELS)
     for name, value in values.items():
         print(f"{name:16} {value}" + "  (assumed)" * (name in found.assumed))
+
+
+def _print_history(file: Path) -> None:
+    """Print what the run of a checkpoint was started from, and how it was changed on its way."""
+    header = header_of(file)
+    origin = header.get("origin")
+    if isinstance(origin, dict):
+        print(f"{'fine-tuned from':16} {origin.get('path', 'a model')}")
+    for i, change in enumerate(recorded(header, file)):
+        print(f"{'' if i else 'changes':16} {describe(change)}")
 
 
 def encode(

@@ -92,7 +92,7 @@ def continue_saved(
     step = header["step"]
     if type(step) is not int or not 0 <= step <= before.steps:
         raise ValueError(f"{path}: expected a step in [0, {before.steps}], got {step!r}")
-    changes = _recorded(header.get("changes", []), path, step)
+    changes = recorded(header, path)
     recipe, entry = _changed_recipe(before, options, config)
     if source is None:
         match header["data"]:
@@ -136,17 +136,36 @@ def advice(checkpoint: Path, folder: RunFolder, lr: float, runtime: Runtime) -> 
 def describe(change: Mapping[str, Any]) -> str:
     """Return a recorded change in words."""
     pairs = {name: pair for name, pair in change.items() if name not in ("step", "sample")}
-    said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items())
+    said = ", ".join(f"{n} {_in_words(old)} -> {_in_words(new)}" for n, (old, new) in pairs.items())
     return f"from step {change['step']} on: {said}"
 
 
-def _recorded(changes: Any, path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the changes that a checkpoint holds, once they are known to be such."""
+def _in_words(value: Any) -> str:
+    """Return an option's value as text, and data by their kind and what tells them from others."""
+    if not isinstance(value, dict):
+        return str(value)
+    kind, digest = value.get("kind", "a set"), str(value.get("digest", ""))[:8]
+    rest = [f"{name} {v}" for name, v in value.items() if name not in ("kind", "digest")]
+    rest += [f"digest {digest}"] if digest else []
+    return f"{kind} ({', '.join(rest)})" if rest else str(kind)
+
+
+def recorded(header: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Return the changes that a checkpoint's header holds, once they are known to be such.
+
+    Raises:
+        ValueError: they are not.
+    """
+    changes, step = header.get("changes", []), header.get("step")
 
     def valid(change: Any) -> bool:
-        numbers = [change.get(n) for n in ("step", "sample")] if isinstance(change, dict) else []
+        if not isinstance(change, dict):
+            return False
+        numbers = [change.get(n) for n in ("step", "sample")]
         integers = [n for n in numbers if type(n) is int and n >= 0]
-        return len(integers) == 2 and integers[0] <= step
+        pairs = [v for n, v in change.items() if n not in ("step", "sample")]
+        in_pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        return len(integers) == 2 and type(step) is int and integers[0] <= step and in_pairs
 
     if not isinstance(changes, list) or not all(map(valid, changes)):
         raise ValueError(f"{path}: expected a list of changes with step and sample, got {changes}")
