@@ -69,9 +69,10 @@ def info(
     tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
     gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
-    """Print a model's config, the cost of a forward, and the least time of a step on a device.
+    """Print what a model or a run is, and its costs.
 
-    The default rates were measured on an H200.
+    These are its config, how it was trained and changed, the cost of a forward, and the least time
+    of a step on a device of given rates. The default rates were measured on an H200.
     """
     with plain_errors(context):
         if model in PRESETS:
@@ -124,7 +125,12 @@ def _print_history(file: Path) -> None:
 
 def encode(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Images in one sub-folder per class, or other pictures that train reads."
+        ),
+    ],
     vae: Annotated[str, option(f"The AutoencoderKL: {VAE_HELP}.")],
     out: Annotated[
         Path, option("Folder for the shards; a call that was stopped continues there.")
