@@ -67,7 +67,8 @@ def run_weights(name: str, tensors: Mapping[str, Tensor], weights: str | None) -
     """
     has = [kind for kind, prefix in KINDS.items() if any(n.startswith(prefix) for n in tensors)]
     if weights is not None and weights not in has:
-        raise ValueError(f"weights: {name} has {' and '.join(has) or 'none'}, got {weights!r}")
+        expected = " or ".join(has) or "none"
+        raise ValueError(f"weights: expected {expected}, which {name} has, got {weights!r}")
     state: dict[str, Tensor] = {}
     # Averages replace the weights; what is not trained, such as fixed positions, has no average.
     for kind in KINDS if weights is None else ("model", weights):

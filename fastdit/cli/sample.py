@@ -194,7 +194,7 @@ def _sample_grid(
     if decoder is not None:
         images = decode(decoder, images)
     _write(out, images, columns=per_label)
-    print(f"wrote {total} images to {out}")
+    print(f"wrote {total} image{'s' * (total > 1)} to {out}")
 
 
 def _sample_many(
