@@ -236,7 +236,8 @@ def _resolve(
         info, tensors = CheckpointInfo(found.config), dict(found.content)
     else:
         info, tensors = _translate(found, told, weights)
-        if found.folder is not None and diffusion is None:  # which could not be one of fastdit's
+        # A given diffusion replaces the stored one, which fastdit may not have.
+        if found.folder is not None and diffusion is None:
             stored = folders.folder_diffusion(found.folder)
             if stored is not None:
                 info = replace(info, diffusion=stored, assumed=())

@@ -23,7 +23,13 @@ from fastdit.errors import unknown_name
 from fastdit.train.recipe import MAX_SAMPLES, Recipe
 from fastdit.train.run_folder import RunFolder, Saved
 from fastdit.train.runtime import Runtime
-from fastdit.train.sources import Source, check_same_data, open_source, same_data
+from fastdit.train.sources import (
+    Source,
+    check_same_data,
+    describe_set,
+    open_source,
+    same_data,
+)
 
 # The fields of a recipe that a run keeps, and why.
 _KEPT = {
@@ -136,18 +142,9 @@ def advice(checkpoint: Path, folder: RunFolder, lr: float, runtime: Runtime) -> 
 def describe(change: Mapping[str, Any]) -> str:
     """Return a recorded change in words."""
     pairs = {name: pair for name, pair in change.items() if name not in ("step", "sample")}
-    said = ", ".join(f"{n} {_in_words(old)} -> {_in_words(new)}" for n, (old, new) in pairs.items())
+    words = {name: [describe_set(value) for value in pair] for name, pair in pairs.items()}
+    said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in words.items())
     return f"from step {change['step']} on: {said}"
-
-
-def _in_words(value: Any) -> str:
-    """Return an option's value as text, and data by their kind and what tells them from others."""
-    if not isinstance(value, dict):
-        return str(value)
-    kind, digest = value.get("kind", "a set"), str(value.get("digest", ""))[:8]
-    rest = [f"{name} {v}" for name, v in value.items() if name not in ("kind", "digest")]
-    rest += [f"digest {digest}"] if digest else []
-    return f"{kind} ({', '.join(rest)})" if rest else str(kind)
 
 
 def recorded(header: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
