@@ -6,7 +6,7 @@ import difflib
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -31,6 +31,12 @@ def unknown_name(what: str, name: object, known: Iterable[object]) -> ValueError
     if more > 1:
         names = [*names[:_NAMES_SHOWN], f"{more} more"]
     return ValueError(f"{what}: expected one of {', '.join(names)}; got {name!r}{hint}")
+
+
+def first_few(names: Sequence[str], shown: int) -> str:
+    """Return the first names as text, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def check_range(name: str, values: Tensor, limit: int) -> None:

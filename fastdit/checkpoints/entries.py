@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastdit.checkpoints.pickles import Placeholder
+from fastdit.errors import first_few
 
 # Data parallelism, torch.compile, FSDP and activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -154,5 +155,4 @@ def _describe(content: Any) -> str:
     if isinstance(content, Placeholder):
         content = _module_state(content)
     names = [str(name)[:80] for name in content]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"the keys ({', '.join(names[:_SHOWN])}{more}) are not of a known layout"
+    return f"the keys ({first_few(names, _SHOWN)}) are not of a known layout"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdit.diffusion import PREDICTIONS, SCHEDULES
+from fastdit.errors import first_few
 
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -23,6 +24,7 @@ _WEIGHTS = re.compile(
     rf"|{_NAMES}\.(?:safetensors|bin)\.index(?:\.(?P<of_index>[^.]+))?\.json"
 )
 _SHARD = re.compile(r".*-\d+-of-\d+")
+_SHOWN_FILES = 4
 
 # What diffusers' schedulers add to the betas of their config; fastdit has no such diffusion.
 _OTHER_PROCESSES = ("rescale_betas_zero_snr", "use_flow_sigmas")
@@ -141,8 +143,8 @@ def _shards(index: Path) -> list[Path]:
             raise ValueError(f"{index}: expected names of files beside it, got {name!r:.80}")
     files = [index.with_name(name) for name in sorted(set(by_name.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
-        names = ", ".join(missing[:4])
-        raise ValueError(f"{index}: {len(missing)} of its {len(files)} files are missing: {names}")
+        count = f"{len(missing)} of its {len(files)} files are missing"
+        raise ValueError(f"{index}: {count}: {first_few(missing, _SHOWN_FILES)}")
     return files
 
 

@@ -236,7 +236,8 @@ def _resolve(
         info, tensors = CheckpointInfo(found.config), dict(found.content)
     else:
         info, tensors = _translate(found, told, weights)
-        if found.folder is not None and diffusion is None:  # which could not be one of fastdit's
+        # A given diffusion replaces the stored one, which fastdit may not have.
+        if found.folder is not None and diffusion is None:
             stored = folders.folder_diffusion(found.folder)
             if stored is not None:
                 info = replace(info, diffusion=stored, assumed=())
@@ -323,10 +324,13 @@ def _say_assumed(name: str, info: CheckpointInfo) -> None:
     """Warn of what a checkpoint does not tell."""
     if not info.assumed:
         return
-    values = {**info.config.to_dict(), "diffusion": info.diffusion}
-    said = ", ".join(f"{option}={values.get(option)}" for option in info.assumed)
-    hint = " (a SiT has the same tensors)" if "diffusion" in info.assumed else ""
-    advice = "pass what differs to load"
+    values = info.config.to_dict()
+    if info.diffusion is not None:
+        values["diffusion"] = "({T} {schedule} steps, {prediction})".format_map(info.diffusion)
+    said = ", ".join(f"{option} {values.get(option)}" for option in info.assumed)
+    like_sit = "diffusion" in info.assumed and info.config.pos_embed == "sincos"
+    hint = "; a SiT has the same tensors" * like_sit
+    advice = "pass what differs"
     if "gelu" in info.assumed:
         advice += ", or build fastdit.DiT with its options, call load_state_dict and fastdit.save"
-    warn(f"{name}: it does not tell all, and {said} is assumed{hint}; {advice}")
+    warn(f"{name}: what it does not tell is assumed: {said}{hint}; {advice}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdit.checkpoints import translation
 from fastdit.config import DiTConfig
-from fastdit.errors import warn
+from fastdit.errors import first_few, warn
 from fastdit.model import DiT
 
 _SHOWN_KEYS = 4
@@ -31,9 +31,9 @@ def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str
     """Raise a ValueError that names missing, unexpected and misshapen tensors, if there are any."""
     problems = []
     if missing := [name for name in expected if name not in tensors]:
-        problems.append(f"missing {first_few(missing)}")
+        problems.append(f"missing {first_few(missing, _SHOWN_KEYS)}")
     if unexpected := [name for name in tensors if name not in expected]:
-        problems.append(f"unexpected {first_few(unexpected)}")
+        problems.append(f"unexpected {first_few(unexpected, _SHOWN_KEYS)}")
     for name, tensor in expected.items():
         if name in tensors and tensors[name].shape != tensor.shape:
             want, got = list(tensor.shape), list(tensors[name].shape)
@@ -59,8 +59,9 @@ def without_extras(
     extra = [name for name in tensors if name not in expected]
     extra = [n for n in extra if not any(word in n.partition(".")[0] for word in _OTHER_NETWORK)]
     if extra:
-        parts = first_few(list(dict.fromkeys(name.rpartition(".")[0] or name for name in extra)))
-        warn(f"{source}: left out {len(extra)} tensors that a DiT does not have ({parts})")
+        parts = list(dict.fromkeys(name.rpartition(".")[0] or name for name in extra))
+        said = first_few(parts, _SHOWN_KEYS)
+        warn(f"{source}: left out {len(extra)} tensors that a DiT does not have ({said})")
     left = set(extra)
     return {name: t for name, t in tensors.items() if name not in left}
 
@@ -69,13 +70,7 @@ def describe_layout(keys: Mapping[str, Any] | Sequence[str]) -> str:
     """Say what tensors with these names look like."""
     layout = translation.layout_of(keys)
     if layout is None:
-        return f"the keys ({first_few(list(keys))}) are not of a known layout"
+        return f"the keys ({first_few(list(keys), _SHOWN_KEYS)}) are not of a known layout"
     if layout == "diffusers":
         return f"the keys look like those of {layout}: pass the folder, which has a config.json"
     return f"the keys look like those of {layout}"
-
-
-def first_few(keys: list[str]) -> str:
-    """Return the first keys as text, and how many more there are."""
-    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return ", ".join(keys[:_SHOWN_KEYS]) + more

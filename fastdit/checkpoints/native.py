@@ -97,6 +97,16 @@ def read_safetensors(
     return tensors, header
 
 
+def header_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the fastdit header of a file, or an empty one for a file or a folder without it."""
+    if not Path(path).is_file():
+        return {}
+    try:
+        return read_safetensors(path)[1] or {}
+    except ValueError:  # a file of another kind
+        return {}
+
+
 def info_of(path: str | os.PathLike[str], header: Mapping[str, Any]) -> CheckpointInfo:
     """Return what a header says of a model; the header may be that of a training run's checkpoint.
 

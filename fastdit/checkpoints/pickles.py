@@ -23,7 +23,7 @@ import torch
 # What torch.load raises for a file that is truncated, of another kind, or would run code.
 _REFUSED = (pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError)
 _DAMAGED = (LookupError, TypeError, AttributeError, OverflowError, AssertionError, MemoryError)
-# Only a module that calls the operating system is named in a file to do harm.
+# A file names these modules only to do harm, since they reach the operating system or any code.
 _REFUSED_MODULES = ("os", "posix", "nt", "sys", "subprocess", "builtins", "__builtin__")
 _HARMLESS_BUILTINS = (
     *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int"),

@@ -38,13 +38,20 @@ def locate(path: str | os.PathLike[str], weights: str | None = None) -> Path:
         return folder
     if weights is None and model.is_file():
         return model
-    for _, file in reversed(steps):
+    if newest := newest_whole(folder):
+        return newest
+    raise ValueError(f"{path}: none of the run's {len(steps)} checkpoints is whole")
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run that is whole, or None."""
+    for _, file in reversed(step_files(folder)):
         try:
             with safe_open(file, framework="pt"):
                 return file
         except (SafetensorError, OSError):
             continue  # a kill or a full disk has cut it short; an older one is whole
-    raise ValueError(f"{path}: none of the run's {len(steps)} checkpoints is whole")
+    return None
 
 
 def run_weights(name: str, tensors: Mapping[str, Tensor], weights: str | None) -> dict[str, Tensor]:
@@ -60,7 +67,8 @@ def run_weights(name: str, tensors: Mapping[str, Tensor], weights: str | None) -
     """
     has = [kind for kind, prefix in KINDS.items() if any(n.startswith(prefix) for n in tensors)]
     if weights is not None and weights not in has:
-        raise ValueError(f"weights: {name} has {' and '.join(has) or 'none'}, got {weights!r}")
+        expected = " or ".join(has) or "none"
+        raise ValueError(f"weights: expected {expected}, which {name} has, got {weights!r}")
     state: dict[str, Tensor] = {}
     # Averages replace the weights; what is not trained, such as fixed positions, has no average.
     for kind in KINDS if weights is None else ("model", weights):

@@ -51,7 +51,6 @@ def save(
         layout: "fastdit", a safetensors file; "facebookresearch/DiT", a .pt file of the state dict
             that its code loads; or "diffusers", a folder for its `from_pretrained`. The latter two
             store neither scheduler nor labels, and only models that their projects can express.
-
         assumed: names of what was assumed and not known, as in `CheckpointInfo`, to be said again
             by whoever reads the file.
 

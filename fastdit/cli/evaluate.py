@@ -30,7 +30,7 @@ def evaluate(
         Path, typer.Argument(help="The same, or an .npz of statistics, or ADM's reference batch.")
     ],
     weights: Annotated[
-        Path | None, option(f"File {WEIGHTS_FILE}.  [cached, or downloaded]")
+        Path | None, option(f"The network's file, {WEIGHTS_FILE}.  [cached, or downloaded]")
     ] = None,
     image_size: Annotated[
         int | None,
@@ -42,10 +42,11 @@ def evaluate(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Compute FID, sFID, Inception Score, precision and recall of samples.
+    """Compute FID and other metrics of samples.
 
-    The network, its resize and the formulas are those of the evaluator of ADM, with which the
-    papers on DiT, SiT and their successors report these numbers.
+    The metrics are FID, sFID, Inception Score, precision and recall. The network, its resize and
+    the formulas are those of the evaluator of ADM, with which the papers on DiT, SiT and their
+    successors report these numbers.
     """
     with plain_errors(context):
         if json_file is not None and json_file.is_dir():

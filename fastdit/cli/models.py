@@ -11,15 +11,17 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
-from fastdit.checkpoints.runs import locate
+from fastdit.checkpoints.native import header_of
+from fastdit.checkpoints.runs import locate, newest_whole
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
 from fastdit.data.shards import PLAN
-from fastdit.errors import unknown_name
+from fastdit.errors import first_few, unknown_name
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
+from fastdit.train.changes import describe, recorded
 from fastdit.train.distributed import processes
 
 _SHOWN_LABELS = 8
@@ -67,9 +69,10 @@ def info(
     tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
     gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
-    """Print a model's config, the cost of a forward, and the least time of a step on a device.
+    """Print what a model or a run is, and its costs.
 
-    The default rates were measured on an H200.
+    These are its config, how it was trained and changed, the cost of a forward, and the least time
+    of a step on a device of given rates. The default rates were measured on an H200.
     """
     with plain_errors(context):
         if model in PRESETS:
@@ -85,6 +88,7 @@ def info(
             file = locate(model, weights)
             checked = "every tensor fits its checksum" if verify(file) else "without checksums"
             print(f"{'file':16} {file}: {checked}")
+            _print_history(newest_whole(Path(model)) or file)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
         print(f"{'parameters':16} {parameters:,}")
@@ -104,16 +108,29 @@ def _print_found(found: CheckpointInfo) -> None:
     if found.diffusion is not None:
         values["diffusion"] = ", ".join(f"{k} {v}" for k, v in found.diffusion.items())
     if found.labels is not None:
-        values["labels"] = ", ".join(found.labels[:_SHOWN_LABELS])
-        if len(found.labels) > _SHOWN_LABELS:
-            values["labels"] += f" and {len(found.labels) - _SHOWN_LABELS} more"
+        values["labels"] = first_few(found.labels, _SHOWN_LABELS)
     for name, value in values.items():
         print(f"{name:16} {value}" + "  (assumed)" * (name in found.assumed))
 
 
+def _print_history(file: Path) -> None:
+    """Print what the run of a checkpoint was started from, and how it was changed on its way."""
+    header = header_of(file)
+    origin = header.get("origin")
+    if isinstance(origin, dict):
+        print(f"{'fine-tuned from':16} {origin.get('path', 'a model')}")
+    for i, change in enumerate(recorded(header, file)):
+        print(f"{'' if i else 'changes':16} {describe(change)}")
+
+
 def encode(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="Images, in one sub-folder per class.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Images in one sub-folder per class, or other pictures that train reads."
+        ),
+    ],
     vae: Annotated[str, option(f"The AutoencoderKL: {VAE_HELP}.")],
     out: Annotated[
         Path, option("Folder for the shards; a call that was stopped continues there.")

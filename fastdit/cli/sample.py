@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
-from fastdit.checkpoints.runs import locate
+from fastdit.checkpoints.runs import WEIGHTS_FILE, locate
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
 from fastdit.cli.common import (
@@ -39,7 +39,6 @@ from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
 from fastdit.solvers import SOLVERS
 from fastdit.train.distributed import processes
-from fastdit.train.run_folder import WEIGHTS_FILE
 from fastdit.update import Guidance
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -195,7 +194,7 @@ def _sample_grid(
     if decoder is not None:
         images = decode(decoder, images)
     _write(out, images, columns=per_label)
-    print(f"wrote {total} images to {out}")
+    print(f"wrote {total} image{'s' * (total > 1)} to {out}")
 
 
 def _sample_many(

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit.checkpoints.runs import WEIGHTS_FILE
 from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
 from fastdit.cli.data import describe_data
 from fastdit.cli.losses import print_losses
@@ -25,7 +26,7 @@ from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import RECIPES, SHOWINGS, Recipe
-from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder
+from fastdit.train.run_folder import RunFolder
 from fastdit.train.runtime import Runtime
 from fastdit.train.samples import latents_sampler, pixels_sampler, shapes_sampler
 from fastdit.train.sources import Images, Shapes
@@ -108,7 +109,7 @@ def train(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Train a DiT: the toy on coloured shapes, or any preset on latents.
+    """Train a DiT on coloured shapes, pictures or latents.
 
     To share the work between processes: torchrun -m fastdit train.
     """
@@ -226,18 +227,19 @@ def _kept(out: Path) -> str:
     saved = RunFolder(out).checkpoints()
     if not saved:
         return "no checkpoint was written"
-    return f"{saved[-1][1]} is kept; continue with fastdit train --resume auto --out {out}"
+    return f"{saved[-1][1]} is kept; {_how_to_continue(out)}"
+
+
+def _how_to_continue(out: Path) -> str:
+    return f"continue with fastdit train --resume auto --out {shlex.quote(str(out))}"
 
 
 def _report(out: Path, trainer: Trainer, result: TrainResult, monitor: Monitor) -> None:
     """Print how a run ended, or how to continue one that was stopped."""
     recipe = trainer.recipe
     if not result.finished:
-        print(
-            f"stopped at step {trainer.step} of {recipe.steps}, and saved; continue with fastdit "
-            f"train --resume auto --out {shlex.quote(str(out))}",
-            file=sys.stderr,
-        )
+        where = f"step {trainer.step} of {recipe.steps}"
+        print(f"stopped at {where}, and saved; {_how_to_continue(out)}", file=sys.stderr)
         return
     print_losses(result, recipe, trainer.source, trainer.changes)
     if monitor.shown is not None and monitor.shown.measured:

@@ -203,14 +203,15 @@ def _report(pictures: Pictures, bad: dict[str, str], skip: bool, rank: int) -> N
     if len(bad) > _NAMED:
         lines.append(f"  and {len(bad) - _NAMED} more")
     number = "1 picture" if len(bad) == 1 else f"{len(bad)} pictures"
-    text = f"{number} of {pictures.path} cannot be read"
     if skip:
         if rank == 0:
-            warn("\n".join([f"{text}, left out:", *lines]))
+            warn("\n".join([f"left out {number} of {pictures.path} that cannot be read:", *lines]))
         return
+    text = f"{number} of {pictures.path} cannot be read"
     if rank > 0:
         raise ValueError(f"{text}; process 0 names them")
-    raise ValueError("\n".join([f"{text}; mend them, or leave them out by --skip-bad:", *lines]))
+    advice = "mend what is listed here, or leave it out by --skip-bad:"
+    raise ValueError("\n".join([f"{text}; {advice}", *lines]))
 
 
 def _without(listing: Listing, bad: dict[str, str]) -> Listing:
@@ -277,10 +278,11 @@ def _put_plan(out: Path, before: dict[str, Any] | None, plan: dict[str, Any], up
         return
     if before is not None and plan_digest(before) != plan_digest(plan):
         if not update:
-            advice = f"name {out} in its place to go on with those of before"
+            advice = f"to keep the earlier ones, name {out} instead"
             raise ValueError(f"{plan['source']}: {_changes(before, plan)}; {advice}")
-        if before["source"] != plan["source"]:
-            raise other_plan(out, ["source"])
+        if (then_from := before["source"]) != (now_from := plan["source"]):
+            advice = f"remove it, or name another folder for those of {now_from}"
+            raise ValueError(f"{out}: it holds the pictures of {then_from}; {advice}")
         then, now = _by_shard(before), _by_shard(plan)
         for i, path in enumerate(shard_paths(out, before)):
             if i >= len(now) or then[i] != now[i]:
@@ -301,7 +303,7 @@ def _changes(before: dict[str, Any], plan: dict[str, Any]) -> str:
     then, now = (dict(zip(p["files"], p["contents"], strict=True)) for p in (before, plan))
     added, removed = len(now.keys() - then.keys()), len(then.keys() - now.keys())
     changed = sum(then[name] != now[name] for name in then.keys() & now.keys())
-    return f"{added} pictures were added, {removed} removed and {changed} changed"
+    return f"its pictures have changed ({added} added, {removed} removed, {changed} changed)"
 
 
 def _batch(

@@ -14,6 +14,11 @@ from fastdit.data.files import atomic_path
 PixelArray = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]
 
 
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Return [B, H, W, C] uint8 as [B, C, H, W] float32 in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def to_pixels(images: Tensor) -> PixelArray:
     """Return [B, C, H, W] in [-1, 1] as [B, H, W, C] uint8: `clamp(127.5 x + 128)`, as in ADM.
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fastdit.data.image_shards import write_image_shards
+from fastdit.data.images import from_pixels
 from fastdit.data.mapped_shards import SCALING as SCALING
 from fastdit.data.mapped_shards import ImageShards
 from fastdit.data.pictures import centre_crop as centre_crop  # an earlier release had them here
@@ -198,7 +199,7 @@ def encode_folder(
         raise ValueError(f"shard: expected at least 1 image, got {shard}")
 
     def make(squares: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_pixels(torch.from_numpy(squares))
         plain = encode(vae, pixels)
         if not flip:
             return plain.numpy()

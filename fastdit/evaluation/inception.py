@@ -289,6 +289,6 @@ def _downloaded(progress: bool) -> Path:
             if aside.stat().st_size < total:
                 raise OSError("the connection ended early")
     except (OSError, http.client.HTTPException) as error:
-        advice = f"download {WEIGHTS_URL} to {path}, or name its file (--weights)"
-        raise ValueError(f"weights: Inception's could not be had ({error}); {advice}") from error
+        advice = f"download {WEIGHTS_URL} to {path}, or name the file if it lies elsewhere"
+        raise ValueError(f"weights: they could not be downloaded ({error}); {advice}") from error
     return path

@@ -206,7 +206,7 @@ class Sampler:
             raise ValueError(f"guidance: expected fastdit.Guidance(scale), got {guidance!r}")
         if cfg is None or not cfg.null_class:
             raise ValueError(
-                "guidance: expected None, since the model is not a DiT with null_class"
+                "guidance: expected none, since the model is not a DiT with a null class"
             )
         if guidance.channels is not None and guidance.channels > cfg.in_channels:
             raise ValueError(

@@ -108,8 +108,8 @@ class BatchChecker:
 def _checked_labels(labels: Tensor, rows: Tensor, num_classes: int) -> Tensor:
     """Return labels as int64, once they are known to be of the classes."""
     _check_tensor("labels", labels)
-    kinds = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
-    if kinds or labels.shape != rows.shape:
+    fractional = labels.is_floating_point() or labels.is_complex()
+    if fractional or labels.dtype == torch.bool or labels.shape != rows.shape:
         one_hot = list(labels.shape) == [len(rows), num_classes]
         hint = "; argmax(1) turns one-hot rows into labels" * one_hot
         got = f"{labels.dtype} of shape {list(labels.shape)}"

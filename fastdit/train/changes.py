@@ -23,7 +23,13 @@ from fastdit.errors import unknown_name
 from fastdit.train.recipe import MAX_SAMPLES, Recipe
 from fastdit.train.run_folder import RunFolder, Saved
 from fastdit.train.runtime import Runtime
-from fastdit.train.sources import Source, check_same_data, open_source, same_data
+from fastdit.train.sources import (
+    Source,
+    check_same_data,
+    describe_set,
+    open_source,
+    same_data,
+)
 
 # The fields of a recipe that a run keeps, and why.
 _KEPT = {
@@ -92,7 +98,7 @@ def continue_saved(
     step = header["step"]
     if type(step) is not int or not 0 <= step <= before.steps:
         raise ValueError(f"{path}: expected a step in [0, {before.steps}], got {step!r}")
-    changes = _recorded(header.get("changes", []), path, step)
+    changes = recorded(header, path)
     recipe, entry = _changed_recipe(before, options, config)
     if source is None:
         match header["data"]:
@@ -136,17 +142,27 @@ def advice(checkpoint: Path, folder: RunFolder, lr: float, runtime: Runtime) -> 
 def describe(change: Mapping[str, Any]) -> str:
     """Return a recorded change in words."""
     pairs = {name: pair for name, pair in change.items() if name not in ("step", "sample")}
-    said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in pairs.items())
+    words = {name: [describe_set(value) for value in pair] for name, pair in pairs.items()}
+    said = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in words.items())
     return f"from step {change['step']} on: {said}"
 
 
-def _recorded(changes: Any, path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the changes that a checkpoint holds, once they are known to be such."""
+def recorded(header: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
+    """Return the changes that a checkpoint's header holds, once they are known to be such.
+
+    Raises:
+        ValueError: they are not.
+    """
+    changes, step = header.get("changes", []), header.get("step")
 
     def valid(change: Any) -> bool:
-        numbers = [change.get(n) for n in ("step", "sample")] if isinstance(change, dict) else []
+        if not isinstance(change, dict):
+            return False
+        numbers = [change.get(n) for n in ("step", "sample")]
         integers = [n for n in numbers if type(n) is int and n >= 0]
-        return len(integers) == 2 and integers[0] <= step
+        pairs = [v for n, v in change.items() if n not in ("step", "sample")]
+        in_pairs = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        return len(integers) == 2 and type(step) is int and integers[0] <= step and in_pairs
 
     if not isinstance(changes, list) or not all(map(valid, changes)):
         raise ValueError(f"{path}: expected a list of changes with step and sample, got {changes}")

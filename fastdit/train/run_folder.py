@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +20,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastdit.checkpoints.native import read_tensors, write_tensors
+from fastdit.checkpoints.runs import WEIGHTS_FILE, step_files
 from fastdit.data.files import atomic_path, locked, remove_leftovers
 from fastdit.errors import warn
-
-WEIGHTS_FILE = "model.safetensors"
 
 
 class Saved(NamedTuple):
@@ -48,11 +46,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return (step, file) of every checkpoint, oldest first; some may be damaged."""
-        found = []
-        for path in (self.path / "checkpoints").glob("step-*.safetensors"):
-            if name := re.fullmatch(r"step-(\d+)\.safetensors", path.name):
-                found.append((int(name[1]), path))
-        return sorted(found)
+        return step_files(self.path)
 
     def check_unused(self) -> None:
         """Raise a FileExistsError if a new run would overwrite the files of an older one."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdit.config import DiTConfig
+from fastdit.data.images import from_pixels
 from fastdit.data.latents import SCALING, LatentShards
 from fastdit.data.pictures import open_pictures
 from fastdit.data.pixels import PixelShards, cache_pixels, holds_pixels
@@ -128,9 +129,9 @@ class Images:
 
     def take(self, rows: Tensor) -> ImageBatch:
         squares = torch.from_numpy(np.stack([self._row(row) for row in rows.tolist()]))
-        pixels = squares.permute(0, 3, 1, 2).float() / 127.5 - 1
         # Contiguous, since it may be pinned.
-        return ImageBatch(pixels.contiguous(), None, self._labels[rows % len(self)])
+        pixels = from_pixels(squares).contiguous()
+        return ImageBatch(pixels, None, self._labels[rows % len(self)])
 
     def _row(self, row: int) -> np.ndarray:
         mirrored, image = divmod(row, len(self))
@@ -224,7 +225,18 @@ def check_same_data(now: dict[str, Any], then: Any) -> None:
     """Raise a ValueError unless two identities are of the same images, in whatever folder."""
     if not same_data(now, then):
         advice = "to go on with other data, name them (--data) and say so (--new-data)"
-        raise ValueError(f"data: the run was started on {then}, got {now}; {advice}")
+        before, after = describe_set(then), describe_set(now)
+        raise ValueError(f"data: the run was started on {before}, got {after}; {advice}")
+
+
+def describe_set(identity: Any) -> str:
+    """Return an identity in words: the kind of the set, and what tells it from others."""
+    if not isinstance(identity, dict):
+        return str(identity)
+    kind, digest = identity.get("kind", "a set"), str(identity.get("digest", ""))[:8]
+    rest = [f"{name} {v}" for name, v in identity.items() if name not in ("kind", "digest")]
+    rest += [f"digest {digest}"] if digest else []
+    return f"{kind} ({', '.join(rest)})" if rest else str(kind)
 
 
 def check_fits(config: DiTConfig, source: Source) -> None:

@@ -167,8 +167,9 @@ def test_a_bare_state_dict_of_the_toy_is_loaded_and_says_what_it_assumed(tmp_pat
     assert len(model.state_dict()) == 52
     torch.save(model.state_dict(), tmp_path / "toy.pt")
     message = (
-        "toy.pt: it does not tell all, and modulation_act=none, gelu=erf, t_embed_act=gelu, "
-        "ln_eps=1e-05, null_class=False, img_size=16, n_heads=4, diffusion="
+        "toy.pt: what it does not tell is assumed: modulation_act none, gelu erf, t_embed_act "
+        r"gelu, ln_eps 1e-05, null_class False, img_size 16, n_heads 4, diffusion \(200 linear "
+        r"steps, epsilon\); pass what differs"
     )
     with pytest.warns(UserWarning, match=message):
         loaded = fastdit.load(tmp_path / "toy.pt")
@@ -252,7 +253,7 @@ def test_an_assumed_diffusion_is_said_and_can_be_overridden(tmp_path):
     torch.save(published_state(), tmp_path / "m.pt")
     info = inspect(tmp_path / "m.pt", **ANSWERS)
     assert info.diffusion == DiffusionScheduler(1000).options and info.assumed == ("diffusion",)
-    with pytest.warns(UserWarning, match="diffusion=.*'T': 1000.* is assumed .a SiT has the same"):
+    with pytest.warns(UserWarning, match=r"diffusion \(1000 linear steps, epsilon\); a SiT"):
         model = fastdit.load(tmp_path / "m.pt", **ANSWERS)
     assert model.diffusion is None
     with warnings.catch_warnings():

@@ -119,7 +119,7 @@ def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--guidance-scale", 2), "error: --guidance-scale: expected None, since the model is not"),
+        (("--guidance-scale", 2), "error: --guidance-scale: expected none, since the model is not"),
         (("--guidance-channels", 2), "error: --guidance-channels: expected --guidance-scale besi"),
         (("--solver", "dimm"), "error: --solver: expected one of ddpm, ddim, dpm++, heun; got"),
         (("--steps", 6), "error: --steps: expected an integer from 1 to T = 5, got 6"),

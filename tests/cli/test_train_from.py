@@ -43,6 +43,7 @@ def test_a_run_starts_from_the_weights_and_the_diffusion_of_a_checkpoint(run, tm
     assert header["config"] == config.to_dict()
     assert (header["recipe"]["T"], header["recipe"]["schedule"]) == (60, "cosine")
     assert header["origin"]["path"] == str(path)
+    assert f"fine-tuned from  {path}\n" in run("info", out).stdout
     expected, tuned = fastdit.load(path), fastdit.load(out / "model.safetensors")
     for name, t in tuned.state_dict().items():
         torch.testing.assert_close(t, expected.state_dict()[name].float(), msg=name)

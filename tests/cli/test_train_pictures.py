@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_more_pictures_if_that_is_said(train, pictures, draw,
     draw(pictures / "cat" / "new.png", 20)
     longer = ("--resume", "auto", "--steps", 4)
     refused = train(*longer, new=False)
-    assert refused.exit_code == 1 and "1 pictures were added" in refused.stderr
+    assert refused.exit_code == 1 and "(1 added, 0 removed" in refused.stderr
     done = train(*longer, "--new-data", new=False)
     assert done.exit_code == 0 and "data: 7 pictures of 2 classes" in done.stderr, done.output
     (change,) = RunFolder(tmp_path / "run").newest().header["changes"]
@@ -96,7 +96,7 @@ def test_a_run_goes_on_with_its_own_pictures_alone(train, pictures, draw, tmp_pa
     plan = (tmp_path / "run" / "images" / "plan.json").read_bytes()
     draw(pictures / "cat" / "new.png", 20)
     done = train("--resume", "auto")
-    assert done.exit_code == 1 and "1 pictures were added, 0 removed and 0 changed" in done.stderr
+    assert done.exit_code == 1 and "pictures have changed (1 added, 0 removed, 0" in done.stderr
     done = train()
     assert done.exit_code == 1 and "already holds a run" in done.stderr
     assert (tmp_path / "run" / "images" / "plan.json").read_bytes() == plan
@@ -118,7 +118,7 @@ def test_broken_pictures_are_named_and_left_out_on_request(train, pictures, tmp_
     done = train()
     assert done.exit_code == 1 and "dog/bad.png: expected an image" in done.stderr
     done = train("--skip-bad")
-    assert done.exit_code == 0 and "warning: 1 picture of" in done.stderr
+    assert done.exit_code == 0 and "warning: left out 1 picture of" in done.stderr
     assert "data: 6 pictures" in done.stderr
 
 

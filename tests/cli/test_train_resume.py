@@ -100,7 +100,10 @@ def test_a_run_goes_on_with_more_data_if_that_is_said(run, tiny, latents, tmp_pa
     assert refused.exit_code == 1
     assert "--per-class: the run was started with 1, got 2; --new-data goes on" in refused.stderr
     done = run("train", *more, "--new-data")
-    assert done.exit_code == 0 and "data {'kind': 'shapes', 'per_class': 1" in done.stderr
+    assert done.exit_code == 0 and not done.stderr.count("{"), done.output
+    change = "steps 2 -> 4, data shapes (per_class 1, seed 0) -> shapes (per_class 2, seed 0)"
+    assert f"from step 2 on: {change}\n" in done.stderr
+    assert f"changes          from step 2 on: {change}\n" in run("info", out).stdout
     assert "   1       4   " in done.stdout, "of the new images"
     again = run("train", *more, "--new-data")
     assert again.exit_code == 0 and "resuming at step 4 of 4" in again.stderr

@@ -122,9 +122,9 @@ def test_without_a_network_one_sentence_says_what_to_download(empty_cache, monke
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(ValueError, match="could not be had .*no route to host") as caught:
+    with pytest.raises(ValueError, match="could not be downloaded .*no route to host") as caught:
         load_inception()
-    assert f"download {WEIGHTS_URL} to {empty_cache}, or name its file" in str(caught.value)
+    assert f"download {WEIGHTS_URL} to {empty_cache}, or name the file" in str(caught.value)
 
 
 def test_a_download_that_ends_early_is_not_kept(empty_cache, monkeypatch):

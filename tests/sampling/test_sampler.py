@@ -228,7 +228,7 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
         ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
         (
             {"guidance": Guidance(4.0)},
-            "guidance: expected None, since the model is not a DiT",
+            "guidance: expected none, since the model is not a DiT",
         ),
         ({"dtype": torch.int64}, "got torch.int64"),
         ({"dtype": "bf16"}, "dtype: expected one of torch.float16, torch.bfloat16, torch.float32"),

@@ -92,6 +92,16 @@ def test_a_change_is_saved_before_it_takes_effect_and_survives(tmp_path):
     assert describe(entry) == "from step 4 on: steps 4 -> 6, lr 0.0005 -> 0.0001"
 
 
+def test_other_data_are_described_by_what_tells_them_from_the_former_ones():
+    sets = [{"kind": "latents", "folder": "/data", "digest": 16 * d} for d in "ab"]
+    before, after = (f"latents (folder /data, digest {8 * d})" for d in "ab")
+    said = describe({"step": 3, "sample": 24, "data": sets})
+    assert said == f"from step 3 on: data {before} -> {after}"
+    assert describe({"step": 3, "sample": 24, "data": [{"kind": "own"}, {"mine": 1}]}) == (
+        "from step 3 on: data own -> a set (mine 1)"
+    )
+
+
 def test_options_that_do_not_differ_are_no_change(tmp_path):
     run(tmp_path)
     before = RunFolder(tmp_path).checkpoints()[-1][1].read_bytes()
@@ -219,7 +229,14 @@ def test_new_data_have_the_same_classes(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [3, [3], [{"step": 1}], [{"step": 1, "sample": -1}], [{"step": 9, "sample": 1}]],
+    [
+        3,
+        [3],
+        [{"step": 1}],
+        [{"step": 1, "sample": -1}],
+        [{"step": 9, "sample": 1}],
+        [{"step": 1, "sample": 1, "lr": 3}],
+    ],
     ids=str,
 )
 def test_a_tampered_list_of_changes_is_one_clear_error(tmp_path, changes):

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig
 from fastdit.checkpoints.native import read_tensors, write_tensors
+from fastdit.checkpoints.runs import WEIGHTS_FILE
 from fastdit.data.shapes import LABEL_NAMES
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import Recipe
-from fastdit.train.run_folder import WEIGHTS_FILE, RunFolder
+from fastdit.train.run_folder import RunFolder
 from fastdit.train.runtime import Runtime
 from fastdit.train.sources import Shapes
 from fastdit.train.trainer import Trainer
