@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from fastdit.checkpoints import folders, translation
 from fastdit.checkpoints.adaptation import adapted
 from fastdit.checkpoints.digests import check_digests
-from fastdit.checkpoints.entries import arguments_of, find_weights, pickled_attribute
+from fastdit.checkpoints.entries import (
+    arguments_of,
+    check_plain,
+    find_weights,
+    pickled_attribute,
+)
 from fastdit.checkpoints.inference import Told, bare_config
 from fastdit.checkpoints.matching import check_keys, describe_layout, empty_model, without_extras
 from fastdit.checkpoints.native import (
@@ -184,6 +189,9 @@ def _read(source: Any, weights: str | None, told: Told) -> _Source:
     if isinstance(source, Mapping):
         told.arguments = arguments_of(source)
         return _Source("state dict", source, is_file=False)
+    if not isinstance(source, str | os.PathLike):
+        what = f"a path, tensors by name or a module, got {type(source).__name__}"
+        raise ValueError(f"source: expected {what}")
     path = locate(source, weights)
     if path.is_dir():
         return _read_folder(path)
@@ -234,6 +242,7 @@ def _resolve(
         tensors = _own_tensors(found, weights)
     elif isinstance(found.config, DiTConfig):
         info, tensors = CheckpointInfo(found.config), dict(found.content)
+        check_plain(tensors)
     else:
         info, tensors = _translate(found, told, weights)
         if found.folder is not None and diffusion is None:  # which could not be one of fastdit's
