@@ -21,7 +21,13 @@ from fastdit.checkpoints.entries import (
     pickled_attribute,
 )
 from fastdit.checkpoints.inference import Told, bare_config
-from fastdit.checkpoints.matching import check_keys, describe_layout, empty_model, without_extras
+from fastdit.checkpoints.matching import (
+    check_keys,
+    check_layers,
+    describe_layout,
+    empty_model,
+    without_extras,
+)
 from fastdit.checkpoints.native import (
     PUBLISHED_DIFFUSION,
     CheckpointInfo,
@@ -107,6 +113,7 @@ def load(
     elif found.pickle is not None:
         check_records(found.pickle)
     info, tensors = _resolve(found, told, weights, diffusion)
+    check_layers(found.name, info.config, tensors)
     model = empty_model(found.name, info.config)
     if found.header is None and found.config is None:
         tensors = without_extras(found.name, model.state_dict(), tensors)
@@ -317,6 +324,8 @@ def _is_flow(arguments: Mapping[str, Any]) -> bool:
 
 def _checked_diffusion(given: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a diffusion's options, those that are not given as they are known or published."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"diffusion: expected a dict of options, got {type(given).__name__}")
     for name in given:
         if name not in PUBLISHED_DIFFUSION:
             raise unknown_name("diffusion", name, PUBLISHED_DIFFUSION)

@@ -118,7 +118,8 @@ def _count_instructions(path: str | os.PathLike[str], zipped: bool) -> int:
     try:
         if not zipped:
             with open(path, "rb") as file:
-                return sum(_count(file) for _ in range(_LEGACY_PICKLES))
+                # A pickle by another program may be the only one.
+                return sum(_count(file) for _ in range(_LEGACY_PICKLES) if file.peek(1))
         count = 1
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():

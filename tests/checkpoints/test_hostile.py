@@ -8,6 +8,7 @@ import torch
 
 import fastdit
 from fastdit.checkpoints import inspect, pickles
+from fastdit.checkpoints.native import write_tensors
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 PROTOCOL = b"\x80\x02M\xe9\x03."
@@ -126,3 +127,32 @@ def test_entries_that_hold_each_other_end():
 def test_a_source_of_another_type_is_a_value_error(source):
     with pytest.raises(ValueError, match="source: expected a path, tensors by name or a module"):
         fastdit.load(source)
+
+
+@pytest.mark.parametrize("option", ["num_classes", "img_size", "in_channels"])
+@pytest.mark.parametrize("size", [10**12, 10**30, 2**63])
+def test_sizes_that_no_memory_holds_are_value_errors(option, size):
+    model = fastdit.DiT(hidden=8, n_layers=1, n_heads=2, num_classes=3)
+    with pytest.raises(ValueError, match=f"{option}: expected a weight of at most 2"):
+        fastdit.load(model, **{option: size})
+
+
+@pytest.mark.parametrize("diffusion", [5, True, [("T", 5)], "linear"])
+def test_a_diffusion_of_another_type_is_a_value_error(diffusion):
+    with pytest.raises(ValueError, match="diffusion: expected a dict of options, got"):
+        fastdit.load(fastdit.DiT(n_layers=1), diffusion=diffusion)
+
+
+@pytest.mark.parametrize("layers", [10**9, 10**30])
+def test_a_header_of_more_layers_than_tensors_builds_none(tmp_path, layers):
+    config = fastdit.DiTConfig(n_layers=1).to_dict() | {"n_layers": layers}
+    write_tensors(tmp_path / "m", {"x": torch.zeros(1)}, {"config": config})
+    with pytest.raises(ValueError, match=rf"expected tensors of {layers} layers, got 1 tensors"):
+        fastdit.load(tmp_path / "m")
+
+
+def test_a_dimension_without_an_integer_is_a_value_error(tmp_path):
+    header = b'{"x":{"dtype":"F32","shape":[0,18446744073709551615],"data_offsets":[0,0]}}'
+    (tmp_path / "m").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        fastdit.load(tmp_path / "m")
