@@ -258,8 +258,8 @@ class DiT(Conditioned):
         """Predict the noise in x.
 
         Args:
-            x: [B, C, H, W] noisy images.
-            t: [B] timesteps.
+            x: [B, C, H, W] noisy images in the model's dtype, or any under autocast.
+            t: [B] timesteps, as integers or float32, since bfloat16 rounds 999 to 1000.
             y: [B] int64 class labels; None for no label (the null row where the model has one). A
                 model without class conditioning ignores them, as the published toy does.
 
@@ -267,9 +267,9 @@ class DiT(Conditioned):
             [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
 
         Raises:
-            ValueError: a shape is wrong, or a label is out of range on a CPU. On an accelerator
-                check labels before they go there, since a wrong one leaves the device unusable
-                (see `label_conditioning`).
+            ValueError: a shape or a dtype is wrong, or a label is out of range on a CPU. On an
+                accelerator check labels before they go there, since a wrong one leaves the device
+                unusable (see `label_conditioning`).
         """
         self._check_inputs(x, t, y)
         p = self.cfg.patch_size
@@ -277,7 +277,7 @@ class DiT(Conditioned):
         return functional.unpatchify(tokens, p, self.cfg.grid)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
-        """Check shapes only: reading values would cost a device sync, and would not trace."""
+        """Check shapes and dtypes: reading values would cost a device sync, and would not trace."""
         B = x.shape[0] if x.dim() else 0
         C, H, W = self.cfg.sample_shape
         if x.shape != (B, C, H, W):
@@ -286,6 +286,16 @@ class DiT(Conditioned):
             raise ValueError(f"t: expected shape [{B}], one timestep an image, got {list(t.shape)}")
         if y is not None and list(y.shape) != [B]:
             raise ValueError(f"y: expected shape [{B}], one label an image, got {list(y.shape)}")
+        if t.dtype == torch.bfloat16:
+            raise ValueError(
+                "t: expected integers or float32, got torch.bfloat16, which rounds 999 to 1000"
+            )
+        own = self.patch_embed.proj.weight.dtype
+        if x.dtype != own and not _is_autocast(x.device.type):
+            raise ValueError(
+                f"x: expected {own}, as the model's weights are, got {x.dtype}; pass x.to({own}), "
+                "convert the model, or run it under torch.autocast"
+            )
 
 
 def sincos_pos_embed(hidden: int, grid: int | tuple[int, int]) -> Tensor:
@@ -325,6 +335,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     if type(model).__name__ == "OptimizedModule":
         return unwrap(model.get_submodule("_orig_mod"))
     return model
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _zero_(*parameters: Tensor | None) -> None:

@@ -14,9 +14,14 @@ from fastdit.model import DiT
 
 
 class TransformerOutput(NamedTuple):
-    """The output of a transformer, as in diffusers."""
+    """The output of a transformer, whose member has a name and an index, as in diffusers."""
 
     sample: Tensor  # [B, C_out, H, W]
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self._asdict()[key]
+        return tuple(self)[key]
 
 
 class PipelineTransformer(nn.Module):
@@ -72,7 +77,7 @@ class PipelineTransformer(nn.Module):
 
         Args:
             hidden_states: [B, C, H, W] latents.
-            timestep: [B] timesteps.
+            timestep: [B] timesteps, or one for all images, of shape [1] or [].
             class_labels: [B] int64; num_classes is the null label, and so is any label past it,
                 since diffusers' `DiTPipeline` asks for label 1000 whatever the model's classes are.
             cross_attention_kwargs: None, since a DiT has no cross attention.
@@ -91,6 +96,8 @@ class PipelineTransformer(nn.Module):
         if cross_attention_kwargs:
             raise ValueError("cross_attention_kwargs: expected None, a DiT has no cross attention")
         labels = self._in_range(class_labels) if self.model.cfg.use_class_cond else class_labels
+        if timestep.numel() == 1 and timestep.dim() <= 1:
+            timestep = timestep.expand(len(hidden_states))
         sample = self.model(hidden_states, timestep, labels)
         return TransformerOutput(sample) if return_dict else (sample,)
 

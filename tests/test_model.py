@@ -303,6 +303,29 @@ def test_wrong_shapes_are_value_errors(x, t, y, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_images_of_another_dtype_are_a_value_error_that_says_what_to_do(dtype, device):
+    model = fastdit.DiT(n_layers=1).to(device)
+    x, t = torch.zeros(2, 3, 16, 16, dtype=dtype, device=device), torch.zeros(2, device=device)
+    with pytest.raises(ValueError, match=rf"x: expected torch.float32, .* got {dtype}; pass x.to"):
+        model(x, t)
+
+
+def test_autocast_takes_images_of_any_dtype():
+    model = fastdit.DiT(n_layers=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.zeros(2, 3, 16, 16).bfloat16(), torch.zeros(2)).shape == (2, 3, 16, 16)
+
+
+def test_timesteps_that_bfloat16_has_rounded_are_a_value_error():
+    model = fastdit.DiT(n_layers=1).bfloat16()
+    x = torch.zeros(1, 3, 16, 16).bfloat16()
+    with pytest.raises(ValueError, match=r"t: expected integers or float32, got torch.bfloat16"):
+        model(x, torch.tensor([999.0]).bfloat16())
+    assert model(x, torch.tensor([999.0])).isfinite().all()
+
+
 @pytest.mark.parametrize("model_class", [reference.DiT, fastdit.DiT], ids=["reference", "fastdit"])
 def test_an_unconditional_model_ignores_labels(model_class):
     """The published training loop passes labels to every model."""

@@ -13,6 +13,7 @@ from fastdit.errors import height_and_width
 from fastdit.model import DiT, sincos_pos_embed
 
 _SEED = 0  # of everything that is drawn
+_MAX_ELEMENTS = 2**31  # of a weight that is made anew; more is a mistake
 _CLASS_TABLE = "y_embed.weight"  # the end of its name, since each block may have one of its own
 _PATCHES = ("patch_embed.proj.weight", "patch_embed.proj.bias")
 _FINAL = ("final_linear.weight", "final_linear.bias")
@@ -68,6 +69,7 @@ def adapted(
     )
     if cfg == before:
         return model, []
+    _check_elements(cfg)
     state, made = model.state_dict(), []
     tables = [name for name in state if name.endswith(_CLASS_TABLE)]
     new: dict[str, Tensor] = {}
@@ -89,6 +91,19 @@ def adapted(
         made.append(f"the patch embedding of {_count(cfg.in_channels, 'channel')}")
         made.append("the final linear, which starts at zero")
     return _with_weights(cfg, model, state | {n: t.to(state[n]) for n, t in new.items()}), made
+
+
+def _check_elements(cfg: DiTConfig) -> None:
+    """Raise a ValueError if a weight of the new sizes would not fit into memory."""
+    counts = {
+        "num_classes": cfg.num_classes * cfg.use_class_cond,
+        "img_size": cfg.n_tokens,
+        "in_channels": cfg.in_channels * cfg.patch_size**2,
+    }
+    for name, count in counts.items():
+        if count * cfg.hidden > _MAX_ELEMENTS:
+            got = f"{getattr(cfg, name)}, which makes {count} x {cfg.hidden}"
+            raise ValueError(f"{name}: expected a weight of at most 2^31 elements, got {got}")
 
 
 def _drawn(cfg: DiTConfig, tables: int) -> dict[str, Tensor]:

@@ -7,9 +7,11 @@ example), and frameworks a prefix ("model."). Both are removed here, in any orde
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdit.checkpoints.pickles import Placeholder
@@ -23,6 +25,8 @@ _AVERAGED = ("ema", "average", "shadow")
 _PREFERRED = ("model", "state_dict", "")  # where several weights are not averaged
 OWN = "fastdit"  # the entry of a state dict's metadata that holds the config
 _MAX_DEPTH = 5
+_MAX_ENTRIES = 10_000  # which may be fewer dicts, each of them in many others
+_MAX_REPEATS, _MAX_SMALL = 4, 2**28  # a weight may have several names; bytes
 _SHOWN = 8
 
 
@@ -52,10 +56,10 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
     Raises:
         ValueError: there is no DiT in the content, `wanted` is not in it, or the choice is open.
     """
-    found = list(_entries(content, (), 0))
+    found = list(_entries(content, (), 0, itertools.count()))
     if not found:
         raise ValueError(f"expected the weights of a DiT; {_describe(content)}")
-    labels = ", ".join(dict.fromkeys(entry.label or "(the file itself)" for entry in found))
+    labels = _listed([entry.label for entry in found])
     if wanted is not None:
         chosen = [e for e in found if wanted == e.label or wanted in e.names]
         if not chosen and wanted == "ema":
@@ -68,9 +72,29 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
         if len(chosen) > 1 and not chosen[0].averaged:
             chosen = next((some for some in by_name if some), chosen)
     if len(chosen) > 1:
-        these = ", ".join(entry.label for entry in chosen)
+        these = _listed([entry.label for entry in chosen])
         raise ValueError(f"weights: several fit; pass weights= with one of {these}")
+    check_plain(chosen[0].tensors)
     return chosen[0].tensors
+
+
+def check_plain(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError unless tensors are strided, with memory of about their own size."""
+    named, stored = 0, {}
+    for name, t in tensors.items():
+        if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            how = "; pass its full_tensor()" if hasattr(t, "full_tensor") else ""
+            raise ValueError(f"expected plain tensors, but {name} is a {type(t).__name__}{how}")
+        if t.is_nested or t.is_quantized or t.layout != torch.strided:
+            kind = "nested" if t.is_nested else f"{t.dtype}, {t.layout}"
+            raise ValueError(f"expected plain tensors, but {name} is {kind}")
+        if not t.is_meta:
+            named += t.nbytes
+            memory = t.untyped_storage()
+            stored[memory.data_ptr()] = memory.nbytes()
+    if named > _MAX_REPEATS * sum(stored.values()) + _MAX_SMALL:
+        got = f"{named} bytes of them in {sum(stored.values())} bytes of memory"
+        raise ValueError(f"expected tensors that do not repeat their values, got {got}")
 
 
 def arguments_of(content: Any) -> dict[str, Any]:
@@ -103,19 +127,23 @@ def pickled_attribute(content: Any, name: str) -> dict[str, Any] | None:
     return {str(key): v for key, v in own.items()} if isinstance(own, Mapping) else None
 
 
-def _entries(content: Any, path: tuple[str, ...], depth: int) -> Iterator[Entry]:
+def _entries(
+    content: Any, path: tuple[str, ...], depth: int, visits: Iterator[int]
+) -> Iterator[Entry]:
     """Yield the models in a content and in the entries below it."""
     if isinstance(content, Placeholder):
         content = _module_state(content)
     if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
         return
+    if next(visits) >= _MAX_ENTRIES:
+        raise ValueError(f"expected at most {_MAX_ENTRIES} entries that hold others")
     by_prefix: dict[str, None] = {}
     renamed: dict[str, Tensor] = {}
     for key, value in content.items():
         if not isinstance(key, str):
             continue
         if not isinstance(value, Tensor):
-            yield from _entries(value, (*path, key), depth + 1)
+            yield from _entries(value, (*path, key), depth + 1, visits)
             continue
         parts = [part for part in key.split(".") if part not in _WRAPPERS]
         name = ".".join(parts)
@@ -150,9 +178,19 @@ def _module_state(module: Placeholder) -> dict[str, Tensor]:
     return tensors
 
 
+def _listed(labels: list[str]) -> str:
+    """Return different labels of entries as text, the first few of them."""
+    names = [label or "(the file itself)" for label in dict.fromkeys(labels)]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
 def _describe(content: Any) -> str:
     """Say what a file holds in which no DiT was found."""
     if isinstance(content, Placeholder):
         content = _module_state(content)
-    names = [str(name)[:80] for name in content]
+    if not isinstance(content, Mapping):
+        return f"expected tensors by name, got {type(content).__name__}"
+    # A name that is no string may be anything, such as a tuple that is too deep to be shown.
+    names = [n[:80] if isinstance(n, str) else type(n).__name__ for n in content]
     return f"the keys ({first_few(names, _SHOWN)}) are not of a known layout"

@@ -77,7 +77,7 @@ def bare_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
     Raises:
         ValueError: a tensor that tells the config is missing, or an option is open.
     """
-    D, C, p, layers = _sizes(state)
+    D, C, p, layers = _sizes(state, *(["y_embed.weight"] if "y_embed.weight" in state else []))
     fixed = _grid_of_sincos(state["pos_embed"]) is not None
     like = PRESETS["DiT-XL/2" if fixed else "toy"]
     told.assumed += ["modulation_act", "gelu", "t_embed_act", "ln_eps"]

@@ -14,9 +14,20 @@ from torch import Tensor, nn
 from fastdit.checkpoints import folders, translation
 from fastdit.checkpoints.adaptation import adapted
 from fastdit.checkpoints.digests import check_digests
-from fastdit.checkpoints.entries import arguments_of, find_weights, pickled_attribute
+from fastdit.checkpoints.entries import (
+    arguments_of,
+    check_plain,
+    find_weights,
+    pickled_attribute,
+)
 from fastdit.checkpoints.inference import Told, bare_config
-from fastdit.checkpoints.matching import check_keys, describe_layout, empty_model, without_extras
+from fastdit.checkpoints.matching import (
+    check_keys,
+    check_layers,
+    describe_layout,
+    empty_model,
+    without_extras,
+)
 from fastdit.checkpoints.native import (
     PUBLISHED_DIFFUSION,
     CheckpointInfo,
@@ -102,6 +113,7 @@ def load(
     elif found.pickle is not None:
         check_records(found.pickle)
     info, tensors = _resolve(found, told, weights, diffusion)
+    check_layers(found.name, info.config, tensors)
     model = empty_model(found.name, info.config)
     if found.header is None and found.config is None:
         tensors = without_extras(found.name, model.state_dict(), tensors)
@@ -184,6 +196,9 @@ def _read(source: Any, weights: str | None, told: Told) -> _Source:
     if isinstance(source, Mapping):
         told.arguments = arguments_of(source)
         return _Source("state dict", source, is_file=False)
+    if not isinstance(source, str | os.PathLike):
+        what = f"a path, tensors by name or a module, got {type(source).__name__}"
+        raise ValueError(f"source: expected {what}")
     path = locate(source, weights)
     if path.is_dir():
         return _read_folder(path)
@@ -234,6 +249,7 @@ def _resolve(
         tensors = _own_tensors(found, weights)
     elif isinstance(found.config, DiTConfig):
         info, tensors = CheckpointInfo(found.config), dict(found.content)
+        check_plain(tensors)
     else:
         info, tensors = _translate(found, told, weights)
         # A given diffusion replaces the stored one, which fastdit may not have.
@@ -309,6 +325,8 @@ def _is_flow(arguments: Mapping[str, Any]) -> bool:
 
 def _checked_diffusion(given: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a diffusion's options, those that are not given as they are known or published."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"diffusion: expected a dict of options, got {type(given).__name__}")
     for name in given:
         if name not in PUBLISHED_DIFFUSION:
             raise unknown_name("diffusion", name, PUBLISHED_DIFFUSION)

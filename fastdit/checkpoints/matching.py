@@ -27,6 +27,13 @@ def empty_model(source: str, config: DiTConfig) -> DiT:
         raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
 
 
+def check_layers(source: str, config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for more layers than tensors, before so many layers are built."""
+    if config.n_layers > len(tensors):
+        got = f"{len(tensors)} tensors"
+        raise ValueError(f"{source}: expected tensors of {config.n_layers} layers, got {got}")
+
+
 def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError that names missing, unexpected and misshapen tensors, if there are any."""
     problems = []

@@ -150,6 +150,7 @@ def _open(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    # A tensor without elements may have a dimension that PyTorch has no integer for.
+    except (SafetensorError, TypeError, OverflowError) as error:
         got = f"one that is truncated or of another kind ({error})"
         raise ValueError(f"{path}: expected a whole safetensors file, got {got}") from error

@@ -11,12 +11,14 @@ import argparse
 import errno
 import os
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
 import zlib
 from collections import OrderedDict
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 
@@ -30,7 +32,11 @@ _HARMLESS_BUILTINS = (
     *("list", "object", "range", "set", "slice", "str", "tuple"),
 )
 _BLOCK = 2**20  # bytes
-_MAX_NAMES = 1000  # a whole model names about ten classes
+_MAX_NAMES = 200  # a whole model names about ten classes
+# A training checkpoint of DiT-XL/2 has about 10^5 instructions, of which 10^4 make tuples.
+_MAX_INSTRUCTIONS = 10**7
+_MAX_TUPLES = 50_000  # one within another they overflow the stack of Python's own hash
+_LEGACY_PICKLES = 5  # before the tensors: magic number, protocol, system, content, keys
 
 
 class Placeholder:
@@ -60,6 +66,7 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
     """
     known: dict[str, Any] = {"argparse.Namespace": argparse.Namespace}
     mapped = _is_zip(path)
+    size = _count_instructions(path, mapped)
     while True:
         allowed: list[Any] = [(stand_in, name) for name, stand_in in known.items()]
         try:
@@ -68,8 +75,9 @@ def read_pickle(path: str | os.PathLike[str]) -> Any:
         except (*_REFUSED, *_DAMAGED, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a bad offset
                 raise
-            if len(known) < _MAX_NAMES and _learn(known, str(error)):
-                continue
+            affordable = len(known) < min(_MAX_NAMES, 2 * _MAX_INSTRUCTIONS // size + 1)
+            if affordable and _learn(known, str(error)):
+                continue  # and read again
             # PyTorch's own message is not passed on, since it advises to run the file.
             reason = "it is truncated or damaged, or holds more than tensors, which is not run"
             if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -98,6 +106,46 @@ def check_records(path: str | os.PathLike[str]) -> bool:
         where = f"its record {record} does not fit its checksum" if record else str(error)
         raise ValueError(f"{path}: truncated or damaged ({where}); copy it again") from error
     return bool(checked)
+
+
+def _count_instructions(path: str | os.PathLike[str], zipped: bool) -> int:
+    """Return the number of a file's instructions, which cost time and memory before tensors do.
+
+    Raises:
+        ValueError: they are damaged or too many, or a record is compressed, which PyTorch's are
+            not and which hides how large it is.
+    """
+    try:
+        if not zipped:
+            with open(path, "rb") as file:
+                # A pickle by another program may be the only one.
+                return sum(_count(file) for _ in range(_LEGACY_PICKLES) if file.peek(1))
+        count = 1
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError(f"its record {info.filename:.80} is compressed")
+                if Path(info.filename).name == "data.pkl":
+                    with archive.open(info) as file:
+                        count += _count(file)
+        return count
+    except (zipfile.BadZipFile, NotImplementedError, *_REFUSED, *_DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # from a bad offset
+            raise
+        raise ValueError(
+            f"{path}: expected a PyTorch file of tensors; it is truncated or damaged, or no file "
+            f"of PyTorch ({str(error):.200})"
+        ) from error
+
+
+def _count(file: IO[bytes]) -> int:
+    count = tuples = 0
+    for instruction, _, _ in pickletools.genops(file):
+        count += 1
+        tuples += instruction.name.startswith("TUPLE")
+        if count > _MAX_INSTRUCTIONS or tuples > _MAX_TUPLES:
+            raise ValueError(f"more than {count - 1} instructions")
+    return count
 
 
 def _is_zip(path: str | os.PathLike[str]) -> bool:

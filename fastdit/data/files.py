@@ -31,9 +31,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     its own temporary file, and removes those that killed processes left. Links are followed.
 
     Raises:
-        OSError: writing failed; the temporary file is removed.
+        OSError: writing failed, and the temporary file is removed; or `path` is a device or a
+            pipe, which the file would replace.
     """
     target, aside = _target_and_aside(path)
+    _check_replaceable(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, glob.escape(target.name))
@@ -62,6 +64,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     A temporary file is made in the file's folder, or in the one in which that has to be made.
     """
     target, aside = _target_and_aside(path)
+    _check_replaceable(target)
     nearest = next(folder for folder in target.parents if _is_there(folder))
     if not nearest.is_dir():
         raise NotADirectoryError(f"{nearest} is not a folder")
@@ -70,6 +73,12 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         (nearest / aside.name).unlink()
     except OSError as error:
         raise OSError(f"no file can be made in {nearest}: {error.strerror}") from error
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise an OSError for a device such as /dev/null, which an administrator would lose."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(f"{path} is a device or a pipe, which a file would replace")
 
 
 def _is_there(path: Path) -> bool:

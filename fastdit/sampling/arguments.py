@@ -20,6 +20,9 @@ Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> tuple[int, int, int]:
     """Return an image's (C, H, W): the DiT's own, or the given one for any other model."""
     if given is not None:
+        if not isinstance(given, Sequence):
+            got = type(given).__name__
+            raise ValueError(f"sample_shape: expected three positive integers, got {got}")
         given = tuple(given)  # type: ignore[assignment]
     shape = cfg.sample_shape if cfg else given
     if shape is None:
@@ -47,6 +50,8 @@ def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
         y = torch.as_tensor(labels, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{expected}; got {labels!r}") from error
+    if y.layout != torch.strided or y.is_meta:
+        raise ValueError(f"{expected}; got {'a meta tensor' if y.is_meta else y.layout}")
     numbers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
     if y.dim() == 0 and numbers:
         y = y[None]
@@ -88,8 +93,14 @@ def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None
     """Return the length of the labels, or else of the seeds, or else of x_T."""
     if seeds is not None and not isinstance(seeds, Sequence | Tensor | np.ndarray):
         raise ValueError(f"seeds: expected a sequence of integers, got {type(seeds).__name__}")
+    if isinstance(seeds, Tensor | np.ndarray) and seeds.ndim != 1:
+        raise ValueError(f"seeds: expected a sequence of integers, got shape {list(seeds.shape)}")
+    if isinstance(seeds, Tensor) and seeds.is_meta:
+        raise ValueError("seeds: expected a sequence of integers, got a meta tensor")
+    if x_T is not None and not isinstance(x_T, Tensor):
+        raise ValueError(f"x_T: expected a float tensor, got {type(x_T).__name__}")
     given = y if y is not None else seeds if seeds is not None else x_T
-    if given is None or not len(given):
+    if given is None or (given is x_T and not x_T.dim()) or not len(given):
         raise ValueError(
             "labels: expected labels, or seeds or x_T to tell the batch size, got none"
         )
@@ -120,6 +131,9 @@ def check_tensor(name: str, value: Tensor | None, shape: tuple[int, ...]) -> Non
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected a float tensor, got {got}")
+    if value.layout != torch.strided or value.is_meta:
+        kind = "a meta tensor" if value.is_meta else str(value.layout)
+        raise ValueError(f"{name}: expected values in a strided tensor, got {kind}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
     check_finite(name, {"it": value})

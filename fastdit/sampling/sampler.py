@@ -91,7 +91,14 @@ class Sampler:
         Raises:
             ValueError: a name is unknown, or the model cannot be sampled as asked.
         """
-        if not isinstance(solver, Solver) and solver not in SOLVERS:
+        for name, value, kind in (
+            ("model", model, nn.Module),
+            ("scheduler", scheduler, DiffusionScheduler),
+        ):
+            if not isinstance(value, kind):
+                got = type(value).__name__
+                raise ValueError(f"{name}: expected a {kind.__name__}, got {got}")
+        if not isinstance(solver, Solver) and not (isinstance(solver, str) and solver in SOLVERS):
             raise unknown_name("solver", solver, SOLVERS)
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))

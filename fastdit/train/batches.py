@@ -131,3 +131,5 @@ def _check_tensor(name: str, value: object) -> None:
         raise ValueError(f"data: {name}: expected a tensor, got {type(value).__name__}")
     if value.device.type != "cpu":
         raise ValueError(f"data: {name}: expected a tensor on the host, got {value.device}")
+    if value.layout != torch.strided:
+        raise ValueError(f"data: {name}: expected a strided tensor, got {value.layout}")

@@ -241,7 +241,16 @@ def describe_set(identity: Any) -> str:
 
 def check_fits(config: DiTConfig, source: Source) -> None:
     """Raise a ValueError unless a model accepts a set's images and labels."""
-    C, H, W = source.sample_shape
+    shape, names = source.sample_shape, source.label_names
+    if not isinstance(shape, tuple) or len(shape) != 3:
+        raise ValueError(f"data: sample_shape: expected a tuple (C, H, W), got {shape!r:.80}")
+    if not isinstance(names, tuple | list):
+        raise ValueError(f"data: label_names: expected one name a class, got {names!r:.80}")
+    if not isinstance(source.identity, dict):
+        raise ValueError(f"data: identity: expected a dict, got {source.identity!r:.80}")
+    if not len(source):
+        raise ValueError("data: expected at least one image, got none")
+    C, H, W = shape
     if config.sample_shape != source.sample_shape:
         expected = f"in_channels={C}, img_size={H if H == W else (H, W)}"
         got = f"in_channels={config.in_channels}, img_size={config.img_size}"

@@ -165,6 +165,18 @@ def test_labels_that_a_model_does_not_have_are_an_error(vae):
         images(guided, labels=[-1])
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["scalar", "one"])
+def test_one_timestep_serves_the_batch_and_the_output_is_read_as_in_diffusers(shape):
+    own = PipelineTransformer(small_model())
+    x, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    out = own(x, torch.full(shape, 7), y)
+    assert torch.equal(out.sample, own.model(x, torch.tensor([7, 7]), y))
+    assert out["sample"] is out[0] is out.sample and out[-1] is out.sample
+    with pytest.raises(KeyError):
+        out["logvar"]
+    assert own.config.get("num_layers") == own.config["num_layers"] == 1
+
+
 def test_a_compiled_transformer_needs_no_labels_on_the_host(vae):
     torch._dynamo.reset()
     own = PipelineTransformer(small_model())

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdit.data import files
-from fastdit.data.files import check_writable, locked
+from fastdit.data.files import atomic_path, check_writable, locked
 
 HOLD = """
 import fcntl, os, sys, time
@@ -103,3 +104,14 @@ def test_what_cannot_be_written_is_known_before(tmp_path, name):
 def test_a_folder_that_takes_no_files_is_known_before(name):
     with pytest.raises(OSError, match="no file can be made in /proc: "):
         check_writable(Path("/proc") / name)
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(OSError, match="is a device or a pipe, which a file would replace"):
+            check_writable(tmp_path / name)
+        with pytest.raises(OSError, match="is a device or a pipe"), atomic_path(tmp_path / name):
+            raise AssertionError("nothing is written")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

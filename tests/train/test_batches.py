@@ -165,3 +165,26 @@ def test_the_coloured_shapes_are_not_warned_of():
         config = DiTConfig(hidden=8, n_layers=1, n_heads=2)
         recipe = Recipe(steps=6, batch_size=32, schedule="cosine")
         Trainer(config, recipe, Shapes(12)).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sample_shape", [3, 8, 8], "data: sample_shape: expected a tuple"),
+        ("sample_shape", None, "data: sample_shape: expected a tuple"),
+        ("label_names", None, "data: label_names: expected one name a class, got None"),
+        ("identity", None, "data: identity: expected a dict, got None"),
+        ("images", (), "data: expected at least one image, got none"),
+    ],
+)
+def test_a_source_without_what_a_run_needs(monkeypatch, name, value, message):
+    monkeypatch.setattr(Own, "__len__", lambda self: len(self.images))
+    source = Own()
+    setattr(source, name, value)
+    with pytest.raises(ValueError, match=message):
+        Trainer(CONFIG, Recipe(steps=2, T=25, schedule="cosine"), source).run()
+
+
+def test_a_sparse_batch_is_refused():
+    with pytest.raises(ValueError, match="data: images: expected a strided tensor, got torch.sp"):
+        run(lambda m, s, y: (m.to_sparse(), s, y))
