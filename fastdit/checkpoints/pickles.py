@@ -144,7 +144,7 @@ def _count(file: IO[bytes]) -> int:
         count += 1
         tuples += instruction.name.startswith("TUPLE")
         if count > _MAX_INSTRUCTIONS or tuples > _MAX_TUPLES:
-            raise ValueError(f"more than {count - 1} instructions")
+            raise ValueError(f"after {count:,} instructions it is no longer one of weights")
     return count
 
 
