@@ -80,7 +80,7 @@ def info(
         else:
             raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
         cfg = found.config
-        _print_found(found)
+        _print_found(found, is_file=model not in PRESETS)
         if model not in PRESETS:
             file = locate(model, weights)
             checked = "every tensor fits its checksum" if verify(file) else "without checksums"
@@ -98,11 +98,13 @@ def info(
             print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
 
 
-def _print_found(found: CheckpointInfo) -> None:
-    """Print what a checkpoint tells, and mark what was assumed."""
+def _print_found(found: CheckpointInfo, is_file: bool) -> None:
+    """Print what a checkpoint or a preset tells, and mark what was assumed."""
     values = found.config.to_dict()
     if found.diffusion is not None:
         values["diffusion"] = ", ".join(f"{k} {v}" for k, v in found.diffusion.items())
+    elif is_file:
+        values["diffusion"] = "not told; it can be passed by --diffusion"
     if found.labels is not None:
         values["labels"] = ", ".join(found.labels[:_SHOWN_LABELS])
         if len(found.labels) > _SHOWN_LABELS:
