@@ -12,7 +12,15 @@ import typer
 from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
 from fastdit.checkpoints.runs import locate
-from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
+from fastdit.cli.checkpoints import (
+    Diffusion,
+    Heads,
+    ImageSize,
+    NullClass,
+    Weights,
+    answers,
+    parse_size,
+)
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
@@ -120,7 +128,9 @@ def encode(
     out: Annotated[
         Path, option("Folder for the shards; a call that was stopped continues there.")
     ] = Path("latents"),
-    image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
+    image_size: Annotated[
+        str, option("Size to which images are cropped and scaled, such as 256 or 256x512.")
+    ] = "256",
     batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
     flip: Annotated[
         bool, option("Encode mirror images too, as the published recipes train.", "--flip")
@@ -142,8 +152,9 @@ def encode(
         processes(timeout=timedelta(days=7)) as world,
     ):
         check_out(out, PLAN)
+        size = parse_size("--image-size", image_size)
         autoencoder = load_vae(vae, device_of(device))
         shared = dict(skip_bad=skip_bad, rank=world.rank, world=world.size)
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip, **shared)
+        count = encode_folder(autoencoder, folder, out, size, batch_size, flip, **shared)
         if world.rank == 0:
             print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)
