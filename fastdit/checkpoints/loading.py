@@ -325,7 +325,8 @@ def _say_assumed(name: str, info: CheckpointInfo) -> None:
         return
     values = {**info.config.to_dict(), "diffusion": info.diffusion}
     said = ", ".join(f"{option}={values.get(option)}" for option in info.assumed)
-    hint = " (a SiT has the same tensors)" if "diffusion" in info.assumed else ""
+    published = info.config.pos_embed == "sincos" and "diffusion" in info.assumed
+    hint = " (a SiT has the same tensors)" if published else ""
     advice = "pass what differs to load, or by options such as --diffusion"
     if "gelu" in info.assumed:
         advice += ", or build fastdit.DiT with its options, call load_state_dict and fastdit.save"

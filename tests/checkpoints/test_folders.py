@@ -204,8 +204,11 @@ def test_a_diffusion_that_fastdit_does_not_have_is_an_error(
     folder = pipeline_folder(transformer, DDIMScheduler(), tmp_path)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(ValueError, match=f"scheduler_config.json: .*{message}"):
+    with pytest.raises(ValueError, match=f"scheduler_config.json: .*{message}") as error:
         inspect(folder)
+    if "betas" in message:
+        assert "to load the weights without it, pass diffusion=" in str(error.value)
+    assert inspect(folder, diffusion={"T": 50}).diffusion["T"] == 50
 
 
 def test_flow_matching_is_an_error(transformer, tmp_path):
