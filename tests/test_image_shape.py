@@ -179,7 +179,7 @@ def test_the_other_layouts_keep_a_shape_or_refuse_it(tmp_path, size):
     fastdit.save(model, tmp_path / "m.pt", layout="facebookresearch/DiT")
     assert fastdit.load(tmp_path / "m.pt").cfg == model.cfg
     theirs = make_model(replace(PUBLISHED, img_size=size, mlp_ln_eps=1e-5, t_freq_shift=1))
-    with pytest.raises(ValueError, match=r"img_size: expected a square image.*got \(4, "):
+    with pytest.raises(ValueError, match=r"layout: .* square images only, got img_size \(4, "):
         fastdit.save(theirs, tmp_path / "m", layout="diffusers")
 
 

@@ -105,7 +105,8 @@ def folder_diffusion(path: Path) -> dict[str, Any] | None:
         low, high = (SCHEDULES["linear"](1000)[i].item() for i in (0, -1))
         known = f"linear betas {low:g} to {high:g} (or these times 1000/T) or squaredcos_cap_v2"
         got = ", ".join([_betas_in_words(config), *changed])
-        raise ValueError(f"{source}: scheduler: expected {known}, got {got}")
+        advice = "diffusion= (--diffusion) replaces it"
+        raise ValueError(f"{source}: scheduler: expected {known}, got {got}; {advice}")
     return {"T": T, "schedule": schedule, "prediction": prediction}
 
 

@@ -112,7 +112,9 @@ def _heads(layers: int, width: int, like: DiTConfig, told: Told) -> int:
     known = {(c.n_layers, c.hidden): c.n_heads for c in PRESETS.values() if c.null_class}
     heads = known.get((layers, width))
     if heads is None and like.null_class:
-        size = f"{layers} layers of width {width}; pass n_heads= (fastdit convert --n-heads)"
+        size = (
+            f"{layers} layers of width {width}; pass n_heads= (--n-heads, also of fastdit convert)"
+        )
         raise ValueError(f"n_heads: shapes do not tell it, and no published DiT has {size}")
     heads = heads or like.n_heads
     if width % heads:
@@ -163,7 +165,7 @@ def _null_class(rows: int, told: Told) -> bool:
     raise ValueError(
         f"null_class: the class embedding has {rows} rows, which are {rows - 1} classes and a null "
         f"row if labels were dropped in training, and {rows} classes if not; pass null_class=True "
-        "or False (--null-class or --no-null-class)"
+        "or False (--null-class or --no-null-class, also of fastdit convert)"
     )
 
 
@@ -189,7 +191,7 @@ def _image_size(pos_embed: Tensor, patch: int, told: Told) -> int | tuple[int, i
     if side**2 != tokens:
         raise ValueError(
             f"img_size: shapes do not tell it, and {tokens} patches are no square; pass "
-            "img_size=(height, width) (--img-size HEIGHTxWIDTH)"
+            "img_size=(height, width) (--img-size HEIGHTxWIDTH, also of fastdit convert)"
         )
     told.assumed.append("img_size")
     return side * patch

@@ -112,7 +112,7 @@ def load(
         check_digests(found.name, found.content, found.header)
     elif found.pickle is not None:
         check_records(found.pickle)
-    info, tensors = _resolve(found, told, weights, diffusion)
+    info, tensors = _resolve(found, told, weights, diffusion, lenient=True)
     check_layers(found.name, info.config, tensors)
     model = empty_model(found.name, info.config)
     if found.header is None and found.config is None:
@@ -241,9 +241,17 @@ def _is_pickle(path: str | os.PathLike[str]) -> bool:
 
 
 def _resolve(
-    found: _Source, told: Told, weights: str | None, diffusion: Mapping[str, Any] | None
+    found: _Source,
+    told: Told,
+    weights: str | None,
+    diffusion: Mapping[str, Any] | None,
+    lenient: bool = False,
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Return what a source is, and its tensors under fastdit's names."""
+    """Return what a source is, and its tensors under fastdit's names.
+
+    With `lenient` a stored diffusion that fastdit does not have is a warning, since the weights do
+    not need it.
+    """
     if found.header is not None:
         info = info_of(found.name, found.header)
         tensors = _own_tensors(found, weights)
@@ -254,9 +262,7 @@ def _resolve(
         info, tensors = _translate(found, told, weights)
         # A given diffusion replaces the stored one, which fastdit may not have.
         if found.folder is not None and diffusion is None:
-            stored = folders.folder_diffusion(found.folder)
-            if stored is not None:
-                info = replace(info, diffusion=stored, assumed=())
+            info = _with_stored_diffusion(info, found.folder, lenient)
     for name in ("n_heads", "null_class"):
         given, own = getattr(told, name), getattr(info.config, name)
         if given not in (None, own):
@@ -268,6 +274,18 @@ def _resolve(
             assumed=tuple(name for name in info.assumed if name != "diffusion"),
         )
     return info, tensors
+
+
+def _with_stored_diffusion(info: CheckpointInfo, folder: Path, lenient: bool) -> CheckpointInfo:
+    """Return the info with the diffusion of a pipeline's folder, if it has one."""
+    try:
+        stored = folders.folder_diffusion(folder)
+    except ValueError as error:
+        if not lenient:
+            raise
+        warn(f"{error}; the weights are loaded without it")
+        return replace(info, diffusion=None, assumed=())
+    return info if stored is None else replace(info, diffusion=stored, assumed=())
 
 
 def _own_tensors(found: _Source, weights: str | None) -> dict[str, Tensor]:
@@ -348,7 +366,7 @@ def _say_assumed(name: str, info: CheckpointInfo) -> None:
     said = ", ".join(f"{option} {values.get(option)}" for option in info.assumed)
     like_sit = "diffusion" in info.assumed and info.config.pos_embed == "sincos"
     hint = "; a SiT has the same tensors" * like_sit
-    advice = "pass what differs"
+    advice = "pass what differs to load, or by options such as --diffusion"
     if "gelu" in info.assumed:
         advice += ", or build fastdit.DiT with its options, call load_state_dict and fastdit.save"
     warn(f"{name}: what it does not tell is assumed: {said}{hint}; {advice}")

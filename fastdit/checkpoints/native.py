@@ -23,6 +23,7 @@ from fastdit.data.files import atomic_path
 PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
 
 _HEADER = "fastdit"  # the metadata entry that holds the header, as JSON
+_ATTEMPTS = 20
 _DIFFUSION_TYPES = {key: type(value) for key, value in PUBLISHED_DIFFUSION.items()}
 
 
@@ -83,9 +84,17 @@ def read_safetensors(
 
     Digests are not checked. The errors are as for `read_tensors`.
     """
-    with _open(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        text = (file.metadata() or {}).get(_HEADER)
+    # safetensors opens a file twice, for its header and for its tensors, so that one which is
+    # replaced in between would give those of two files.
+    for _ in range(_ATTEMPTS):
+        before = _identity(path) if os.path.isfile(path) else None
+        with _open(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            text = (file.metadata() or {}).get(_HEADER)
+        if before == _identity(path):
+            break
+    else:
+        raise ValueError(f"{path}: it was replaced {_ATTEMPTS} times while it was read")
     if text is None:
         return tensors, None
     try:
@@ -141,6 +150,12 @@ def check_labels(what: str, labels: Any, config: DiTConfig) -> None:
     names = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)
     if not names or len(labels) != config.num_classes:
         raise ValueError(f"{what}: expected {config.num_classes} names, got {labels!r:.80}")
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    """Return what tells a file from one that replaces it."""
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @contextmanager

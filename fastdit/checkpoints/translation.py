@@ -87,10 +87,12 @@ def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict in facebookresearch/DiT's layout; the inverse of `from_facebook`.
 
     Raises:
-        ValueError: the blocks have embedders of their own.
+        ValueError: the blocks have embedders of their own, or the model has no classes.
     """
     if "t_embed.0.weight" not in state:
         raise ValueError("layout: that of facebookresearch/DiT has no embedders='block'")
+    if "y_embed.weight" not in state:
+        raise ValueError("layout: that of facebookresearch/DiT has class conditioning, got none")
     return {_renamed_back(name, _FACEBOOK): _swapped(name, t) for name, t in state.items()}
 
 
@@ -149,8 +151,8 @@ def to_diffusers(
         ValueError: diffusers' model cannot express the config or the position embedding.
     """
     if not isinstance(cfg.img_size, int):
-        square = "a square image, the only shape that diffusers' DiT has"
-        raise ValueError(f"img_size: expected {square}, got {cfg.img_size}")
+        expected = "that of diffusers has square images only"
+        raise ValueError(f"layout: {expected}, got img_size {cfg.img_size}")
     config = diffusers_config(cfg)
     stored = replace(_config_from_diffusers(config), init=cfg.init, embedders=cfg.embedders)
     if stored != cfg:

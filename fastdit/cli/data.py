@@ -38,6 +38,7 @@ def reopen_data(
         return None
     if of_images:
         size, asked = header["config"]["img_size"], pictures["image_size"]
+        size = tuple(size) if isinstance(size, list) else size
         if asked not in (None, size):
             raise ValueError(f"--image-size: the run was started with {size}, got {asked}")
         started = {"image_size": None if is_shards(data) else size, "flip": then["flip"]}

@@ -13,7 +13,15 @@ from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
 from fastdit.checkpoints.native import header_of
 from fastdit.checkpoints.runs import locate, newest_whole
-from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
+from fastdit.cli.checkpoints import (
+    Diffusion,
+    Heads,
+    ImageSize,
+    NullClass,
+    Weights,
+    answers,
+    parse_size,
+)
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
 from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
@@ -83,7 +91,7 @@ def info(
         else:
             raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
         cfg = found.config
-        _print_found(found)
+        _print_found(found, is_file=model not in PRESETS)
         if model not in PRESETS:
             file = locate(model, weights)
             checked = "every tensor fits its checksum" if verify(file) else "without checksums"
@@ -102,11 +110,13 @@ def info(
             print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
 
 
-def _print_found(found: CheckpointInfo) -> None:
-    """Print what a checkpoint tells, and mark what was assumed."""
+def _print_found(found: CheckpointInfo, is_file: bool) -> None:
+    """Print what a checkpoint or a preset tells, and mark what was assumed."""
     values = found.config.to_dict()
     if found.diffusion is not None:
         values["diffusion"] = ", ".join(f"{k} {v}" for k, v in found.diffusion.items())
+    elif is_file:
+        values["diffusion"] = "not told; it can be passed by --diffusion"
     if found.labels is not None:
         values["labels"] = first_few(found.labels, _SHOWN_LABELS)
     for name, value in values.items():
@@ -135,7 +145,9 @@ def encode(
     out: Annotated[
         Path, option("Folder for the shards; a call that was stopped continues there.")
     ] = Path("latents"),
-    image_size: Annotated[int, option("Side of the cropped square.", min=8)] = 256,
+    image_size: Annotated[
+        str, option("Size to which images are cropped and scaled, such as 256 or 256x512.")
+    ] = "256",
     batch_size: Annotated[int, option("Images per shard.", min=1)] = 64,
     flip: Annotated[
         bool, option("Encode mirror images too, as the published recipes train.", "--flip")
@@ -157,8 +169,9 @@ def encode(
         processes(timeout=timedelta(days=7)) as world,
     ):
         check_out(out, PLAN)
+        size = parse_size("--image-size", image_size)
         autoencoder = load_vae(vae, device_of(device))
         shared = dict(skip_bad=skip_bad, rank=world.rank, world=world.size)
-        count = encode_folder(autoencoder, folder, out, image_size, batch_size, flip, **shared)
+        count = encode_folder(autoencoder, folder, out, size, batch_size, flip, **shared)
         if world.rank == 0:
             print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)

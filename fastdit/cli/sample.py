@@ -271,7 +271,10 @@ def _inspect(
     found = inspect(checkpoint, **told)
     if found.diffusion is None:
         advice = "pass it, such as --diffusion T=1000,schedule=linear"
-        raise ValueError(f"{checkpoint}: it does not name its training's diffusion; {advice}")
+        flow = "(a SiT's is flow matching, which fastdit does not have)"
+        raise ValueError(
+            f"{checkpoint}: it does not name its training's diffusion {flow}; {advice}"
+        )
     makes = found.config.in_channels
     if out.suffix == ".png" and not decoded and makes not in PIXEL_CHANNELS:
         advice = "expected --vae to decode them, or a name that ends in .npz"

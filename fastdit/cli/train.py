@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.checkpoints.runs import WEIGHTS_FILE
+from fastdit.cli.checkpoints import parse_size
 from fastdit.cli.common import DEFAULT_OUT, Device, check_out, device_of, option, plain_errors
 from fastdit.cli.data import describe_data
 from fastdit.cli.losses import print_losses
@@ -61,7 +62,8 @@ def train(
         ),
     ] = None,
     image_size: Annotated[
-        int | None, option("Side to which the pictures of --data are cropped and scaled.", min=1)
+        str | None,
+        option("Size to which the pictures of --data are cropped and scaled: 32, or 32x64."),
     ] = None,
     flip: Annotated[
         bool | None, option("Mirror pictures at random.  [flip]", "--flip/--no-flip")
@@ -128,7 +130,8 @@ def train(
             how = ("precision", "compile", "checkpointing", "accumulate", "strategy")
             runtime = Runtime(where, world=world, **{key: arguments[key] for key in how})
             options: dict = dict(out=out, runtime=runtime, save_every=save_every, keep=keep)
-            pictures: dict = dict(image_size=image_size, flip=flip, skip_bad=skip_bad)
+            size = None if image_size is None else parse_size("--image-size", image_size)
+            pictures: dict = dict(image_size=size, flip=flip, skip_bad=skip_bad)
             pictures |= dict(cache=cache or out / "images", rank=world.rank, world=world.size)
             images = ImageOptions(data, per_class, new_data, pictures)
             saved = find_saved(resume, out)

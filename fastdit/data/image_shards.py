@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastdit.data.files import atomic_path, locked
 from fastdit.data.mapped_shards import PLACE, SCALING, plan_digest
-from fastdit.data.pictures import Listing, Pictures, read_square
+from fastdit.data.pictures import Listing, Pictures, read_cropped
 from fastdit.data.shards import PLAN, compute_shards, other_plan, read_plan, shard_paths
 from fastdit.errors import warn
 
@@ -55,9 +55,9 @@ def write_image_shards(
     Args:
         out: the folder to write.
         pictures: the pictures.
-        make: computes a batch: [b, size, size, 3] uint8 to an array whose first axis is the image.
-        settings: JSON values: "batch_size", "image_size" (of the squares) and everything else that
-            decides the shards' bytes beside the pictures.
+        make: computes a batch: [b, H, W, 3] uint8 to an array whose first axis is the image.
+        settings: JSON values: "batch_size", "image_size" (a side, or [H, W]) and everything else
+            that decides the shards' bytes beside the pictures.
         skip_bad: whether to leave out pictures that cannot be read, with a warning.
         update: whether shards of earlier pictures may be replaced.
         rank: rank of this process; each reads and computes its part.
@@ -153,6 +153,11 @@ def _checked(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     return before
 
 
+def planned_size(height: int, width: int) -> int | list[int]:
+    """Return a size as plans hold it: one side for squares, as ever, else both."""
+    return height if height == width else [height, width]
+
+
 def _check_old(out: Path, before: dict[str, Any], listing: Listing) -> None:
     """Check the plan of an earlier release, which has names only, against a listing."""
     now = {"files": listing.names, "labels": listing.labels, "classes": listing.classes}
@@ -181,7 +186,7 @@ def _read_contents(
 
     def check(name: str) -> None:
         try:
-            _, fresh[name] = read_square(pictures, name, settings["image_size"])
+            _, fresh[name] = read_cropped(pictures, name, settings["image_size"])
         except ValueError as error:
             bad[name] = str(error)
 
@@ -315,7 +320,7 @@ def _batch(
 ) -> np.ndarray:
     """Return what is computed of the pictures from a row on."""
     rows = range(first, min(first + plan["batch_size"], plan["num"]))
-    read = functools.partial(read_square, pictures, size=plan["image_size"])
+    read = functools.partial(read_cropped, pictures, size=plan["image_size"])
     squares = list(pool.map(read, [plan["files"][i] for i in rows]))
     contents = plan.get("contents")  # which plans of an earlier release do not have
     for i, (_, content) in zip(rows, squares, strict=True):

@@ -13,14 +13,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fastdit.data.image_shards import write_image_shards
+from fastdit.data.image_shards import planned_size, write_image_shards
 from fastdit.data.images import from_pixels
 from fastdit.data.mapped_shards import SCALING as SCALING
 from fastdit.data.mapped_shards import ImageShards
+from fastdit.data.pictures import Size, open_pictures
 from fastdit.data.pictures import centre_crop as centre_crop  # an earlier release had them here
 from fastdit.data.pictures import image_files as image_files
-from fastdit.data.pictures import open_pictures
 from fastdit.data.shards import read_plan
+from fastdit.errors import height_and_width
 
 # The autoencoders of the published DiTs, by the names that their papers and code use.
 VAES = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
@@ -163,7 +164,7 @@ def encode_folder(
     vae: Any,
     source: Path,
     out: Path,
-    image_size: int = 256,
+    image_size: Size = 256,
     shard: int = 64,
     flip: bool = False,
     **options: Any,
@@ -178,7 +179,8 @@ def encode_folder(
         source: a folder with one sub-folder of images per class, or anything else that
             `open_pictures` opens.
         out: the folder to write.
-        image_size: side of the central square that each image is cropped and scaled to.
+        image_size: side of the central square, or (height, width) of the central part, that each
+            image is cropped and scaled to.
         shard: images encoded together and written to one file.
         flip: whether to encode each image's mirror image too. Its latent is not the mirror image
             of the latent, so a flip in training needs both.
@@ -189,23 +191,22 @@ def encode_folder(
 
     Raises:
         ValueError: there are no images or an unreadable one, `out` lies in `source` or holds shards
-            of other settings or another folder, or image_size is not a multiple of the
-            autoencoder's scale factor.
+            of other settings or another folder, or a side is not a multiple of the autoencoder's
+            scale factor.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if image_size < 1 or image_size % factor:
-        raise ValueError(f"image_size: expected a multiple of {factor}, got {image_size}")
+    size = planned_size(*height_and_width("image_size", image_size, factor))
     if shard < 1:
         raise ValueError(f"shard: expected at least 1 image, got {shard}")
 
-    def make(squares: np.ndarray) -> np.ndarray:
-        pixels = from_pixels(torch.from_numpy(squares))
+    def make(cropped: np.ndarray) -> np.ndarray:
+        pixels = from_pixels(torch.from_numpy(cropped))
         plain = encode(vae, pixels)
         if not flip:
             return plain.numpy()
         return torch.stack([plain, encode(vae, pixels.flip(3))], dim=1).numpy()
 
-    settings = {"batch_size": shard, "image_size": image_size, "vae": digest(vae)}
+    settings: dict[str, Any] = {"batch_size": shard, "image_size": size, "vae": digest(vae)}
     settings[SCALING] = scaling_factor(vae)
     if flip:  # plans without flips stay as they were, since runs compare a hash of them
         settings["flip"] = True

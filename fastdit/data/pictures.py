@@ -1,4 +1,4 @@
-"""Labelled pictures in folders, NPZ files and Hugging Face data sets, decoded to squares."""
+"""Labelled pictures in folders, NPZ files and Hugging Face data sets, decoded and cropped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastdit.errors import warn
+from fastdit.errors import height_and_width, warn
+
+Size = int | tuple[int, int]  # the side of a square, or (height, width)
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
@@ -197,8 +199,8 @@ def _chosen(path: Path, what: str, columns: Iterable[str], usual: tuple[str, ...
     return found[0]
 
 
-def read_square(pictures: Pictures, name: str, size: int) -> tuple[np.ndarray, str]:
-    """Read a picture of a set: ([size, size, 3] uint8 by `centre_crop`, a hash of its content).
+def read_cropped(pictures: Pictures, name: str, size: Size) -> tuple[np.ndarray, str]:
+    """Read a picture of a set: ([H, W, 3] uint8 by `centre_crop`, a hash of its content).
 
     Raises:
         ValueError: it cannot be read; the message names it.
@@ -212,27 +214,33 @@ def read_square(pictures: Pictures, name: str, size: int) -> tuple[np.ndarray, s
     return pixels, hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the central square of an image, scaled to [size, size, 3] uint8.
+def centre_crop(image: Image.Image, size: Size) -> np.ndarray:
+    """Return the largest central part of a shape, scaled to [H, W, 3] uint8.
 
-    The image is halved by box averaging while its shorter side is at least twice the size, and then
-    resized bicubically, as ADM and DiT crop ImageNet (`center_crop_arr` of Dhariwal & Nichol's
-    code). EXIF rotations are ignored. 16 bits per channel are first rounded to 8.
+    The image is halved by box averaging while its sides are at least twice those of the result, and
+    then resized bicubically, as ADM and DiT crop ImageNet to squares (`center_crop_arr` of Dhariwal
+    & Nichol's code). EXIF rotations are ignored. 16 bits per channel are first rounded to 8.
+
+    Args:
+        image: any image.
+        size: side of a square, or (H, W).
 
     Raises:
-        ValueError: the image has more than 16 bits per channel, or one side is more than 100 times
-            the other, which would take much memory to resize.
+        ValueError: the size is not one, the image has more than 16 bits per channel, or less than a
+            hundredth of it would be left, which would take much memory to resize.
     """
-    if max(image.size) > 100 * min(image.size):
+    height, width = height_and_width("size", size)
+    shapes = image.height * width, image.width * height  # equal if nothing is cut off
+    if max(shapes) > 100 * min(shapes):
         raise ValueError(f"expected sides of similar length, got {image.width} x {image.height}")
     image = _eight_bits(image).convert("RGB")
-    while min(image.size) >= 2 * size:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     scaled = round(image.width * scale), round(image.height * scale)
     pixels = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
-    top, left = ((n - size) // 2 for n in pixels.shape[:2])
-    return pixels[top : top + size, left : left + size]
+    top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
+    return pixels[top : top + height, left : left + width]
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

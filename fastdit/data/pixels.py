@@ -7,17 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from fastdit.data.image_shards import write_image_shards
+from fastdit.data.image_shards import planned_size, write_image_shards
 from fastdit.data.mapped_shards import ImageShards
-from fastdit.data.pictures import Pictures
+from fastdit.data.pictures import Pictures, Size
 from fastdit.data.shards import read_plan
-from fastdit.errors import check_positive
+from fastdit.errors import height_and_width
 
 _KIND = "pixels"
 _SHARD_BYTES, _SHARD_IMAGES = 2**24, 1024  # the most of either; a few images fill no file system
 
 
-def cache_pixels(pictures: Pictures, out: Path, image_size: int, **options: Any) -> None:
+def cache_pixels(pictures: Pictures, out: Path, image_size: Size, **options: Any) -> None:
     """Decode pictures, crop and scale them by `centre_crop`, and write them for `PixelShards`.
 
     A repeated call decodes only what is not there, or has changed.
@@ -25,16 +25,16 @@ def cache_pixels(pictures: Pictures, out: Path, image_size: int, **options: Any)
     Args:
         pictures: the pictures.
         out: the folder to write.
-        image_size: side of the squares.
+        image_size: side of the squares, or (height, width).
         options: skip_bad, update, rank and world, as for `write_image_shards`.
 
     Raises:
         ValueError: a picture cannot be read, or `out` holds other shards.
     """
-    check_positive("image_size", image_size)
-    rows = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * image_size**2)))
-    settings = {"kind": _KIND, "batch_size": rows, "image_size": image_size}
-    write_image_shards(out, pictures, lambda squares: squares, settings, **options)
+    height, width = height_and_width("image_size", image_size)
+    rows = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // (3 * height * width)))
+    settings = {"kind": _KIND, "batch_size": rows, "image_size": planned_size(height, width)}
+    write_image_shards(out, pictures, lambda pixels: pixels, settings, **options)
 
 
 def holds_pixels(folder: Path) -> bool:
@@ -44,7 +44,7 @@ def holds_pixels(folder: Path) -> bool:
 
 
 class PixelShards(ImageShards):
-    """The pixels that `cache_pixels` wrote, memory-mapped: `stored(i)` is [S, S, 3] uint8."""
+    """The pixels that `cache_pixels` wrote, memory-mapped: `stored(i)` is [H, W, 3] uint8."""
 
     def __init__(self, folder: Path) -> None:
         """Open a folder of shards; it is a ValueError if there are none, or some are missing."""

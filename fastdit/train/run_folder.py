@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdit.checkpoints.native import read_tensors, write_tensors
 from fastdit.checkpoints.runs import WEIGHTS_FILE, step_files
-from fastdit.data.files import atomic_path, locked, remove_leftovers
+from fastdit.data.files import LOCK, atomic_path, locked, remove_leftovers
 from fastdit.errors import warn
 
 
@@ -51,6 +51,9 @@ class RunFolder:
     def check_unused(self) -> None:
         """Raise a FileExistsError if a new run would overwrite the files of an older one."""
         if self.checkpoints():
+            if (self.path / LOCK).is_file():
+                with self.claimed():  # if the run is still going on, the error names its process
+                    pass
             advice = "continue it (--resume auto), or name another folder"
             raise FileExistsError(f"out: {self.path} already holds a run; {advice}")
         if self.weights.exists():

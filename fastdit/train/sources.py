@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdit.config import DiTConfig
 from fastdit.data.images import from_pixels
 from fastdit.data.latents import SCALING, LatentShards
-from fastdit.data.pictures import open_pictures
+from fastdit.data.pictures import Size, open_pictures
 from fastdit.data.pixels import PixelShards, cache_pixels, holds_pixels
 from fastdit.data.shapes import IMG_SIZE, LABEL_NAMES, coloured_shapes
 from fastdit.data.shards import read_plan
@@ -128,9 +128,9 @@ class Images:
         return len(self._shards)
 
     def take(self, rows: Tensor) -> ImageBatch:
-        squares = torch.from_numpy(np.stack([self._row(row) for row in rows.tolist()]))
+        stored = torch.from_numpy(np.stack([self._row(row) for row in rows.tolist()]))
         # Contiguous, since it may be pinned.
-        pixels = from_pixels(squares).contiguous()
+        pixels = from_pixels(stored).contiguous()
         return ImageBatch(pixels, None, self._labels[rows % len(self)])
 
     def _row(self, row: int) -> np.ndarray:
@@ -142,7 +142,7 @@ class Images:
 def open_data(
     path: Path,
     cache: Path | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     flip: bool | None = None,
     **options: Any,
 ) -> Source:
@@ -152,7 +152,7 @@ def open_data(
         path: a folder of `fastdit encode`, or anything that `open_pictures` opens, or the folder of
             an earlier cache.
         cache: the folder for the pixels of pictures; it is made again where pictures have changed.
-        image_size: side to which pictures are cropped and scaled.
+        image_size: side, or (height, width), to which pictures are cropped and scaled.
         flip: whether training mirrors pictures at random; None is True. It is decided for latents
             when they are encoded.
         options: for pictures, skip_bad, update, rank and world, as for `write_image_shards`.

@@ -113,7 +113,6 @@ class Trainer:
         self.config, self.recipe, self.source = config, recipe, source
         self.save_every = save_every
         self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
-        self.scheduler.warn_of_signal()  # here too, since compiled calls of q_sample cannot warn
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config).float()
@@ -204,6 +203,8 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         meter = Meter(self.config, recipe.batch_size, runtime, self.step)
         first_step = self.step
+        if first_step < recipe.steps:
+            self.scheduler.warn_of_signal()  # since compiled calls of q_sample cannot warn
         if first_step == 0:
             self._warn_of_null_row()
         if first_step == 0 or self._changed:  # a change is on record before it takes effect

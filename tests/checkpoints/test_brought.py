@@ -340,7 +340,7 @@ def test_a_run_and_its_checkpoints_are_read(tmp_path):
     assert same(fastdit.load(tmp_path), averaged.state_dict())
     with pytest.raises(ValueError, match="holds one set of weights, got 'ema'"):
         fastdit.load(tmp_path / "model.safetensors", weights="ema")
-    with pytest.raises(ValueError, match="has model and ema, got 'optimizer'"):
+    with pytest.raises(ValueError, match="expected model or ema, which .* has, got 'optimizer'"):
         fastdit.load(file, weights="optimizer")
 
 

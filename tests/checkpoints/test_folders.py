@@ -204,8 +204,13 @@ def test_a_diffusion_that_fastdit_does_not_have_is_an_error(
     folder = pipeline_folder(transformer, DDIMScheduler(), tmp_path)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(ValueError, match=f"scheduler_config.json: .*{message}"):
+    with pytest.raises(ValueError, match=f"scheduler_config.json: .*{message}") as error:
         inspect(folder)
+    if "betas" in message:
+        assert "diffusion= (--diffusion) replaces it" in str(error.value)
+    assert inspect(folder, diffusion={"T": 50}).diffusion["T"] == 50
+    with pytest.warns(UserWarning, match=f"{message}.*the weights are loaded without it"):
+        assert fastdit.load(folder).diffusion is None
 
 
 def test_flow_matching_is_an_error(transformer, tmp_path):

@@ -90,6 +90,9 @@ def test_a_checkpoint_without_schedule_says_so(run, tmp_path):
     fastdit.save(fastdit.DiT.from_config(SMALL), tmp_path / "m.safetensors")
     done = run("sample", tmp_path / "m.safetensors")
     assert done.exit_code == 1 and "pass it, such as --diffusion T=1000" in done.stderr
+    assert "a SiT's is flow matching" in done.stderr
+    printed = run("info", tmp_path / "m.safetensors").stdout
+    assert "diffusion        not told" in printed, printed
 
 
 def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):

@@ -240,6 +240,11 @@ def test_two_runs_do_not_share_a_folder(run, tmp_path):
     message = f"error: --out: another run is going on in {tmp_path} (process {os.getpid()}); wait"
     assert done.exit_code == 1 and message in done.stderr
     assert run("train", *QUICK, "--out", tmp_path).exit_code == 0
+    with RunFolder(tmp_path).claimed():  # a run that has written checkpoints and is going on
+        done = run("train", *QUICK, "--out", tmp_path)
+    assert done.exit_code == 1 and message in done.stderr
+    done = run("train", *QUICK, "--out", tmp_path)
+    assert done.exit_code == 1 and "already holds a run; continue it" in done.stderr
 
 
 def test_batches_larger_than_the_set_have_a_loss(run, latents, tmp_path):

@@ -163,3 +163,16 @@ def test_pictures_and_latents_are_told_apart(run, train, pictures, latents, tmp_
     assert done.exit_code == 1 and "--image-size: expected none, since" in done.stderr
     with pytest.raises(ValueError, match="expected the shards of `fastdit encode`, found pixels"):
         Latents(tmp_path / "run" / "images")
+
+
+def test_pictures_of_another_shape_are_trained_on_and_sampled(run, train, tmp_path):
+    done = train("--image-size", "8x16")
+    assert done.exit_code == 0, done.output
+    loaded = fastdit.load(tmp_path / "run")
+    assert loaded.cfg.sample_shape == (3, 8, 16)
+    again = train("--image-size", "8x16", "--resume", "auto", "--steps", 3, new=False)
+    assert again.exit_code == 0 and "resuming at step 2 of 3" in again.stderr, again.output
+    other = train("--image-size", "16x8", "--resume", "auto", "--steps", 4, new=False)
+    assert "--image-size: the run was started with (8, 16), got (16, 8)" in other.stderr
+    done = train("--image-size", "8x", out="none")
+    assert done.exit_code == 1 and "--image-size: expected a size such as 32 or" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from fastdit.data.image_shards import arrange, write_image_shards
 from fastdit.data.mapped_shards import plan_digest
-from fastdit.data.pictures import centre_crop, open_pictures, read_square
+from fastdit.data.pictures import centre_crop, open_pictures, read_cropped
 from fastdit.data.pixels import PixelShards, cache_pixels
 
 SETTINGS = {"kind": "pixels", "batch_size": 2, "image_size": 8}
@@ -41,14 +41,14 @@ def check_rows(shards, folder):
     """Every row is the picture, and has the label, that the plan says it has."""
     files = open_pictures(folder)
     for i, name in enumerate(shards.plan["files"]):
-        assert np.array_equal(shards.stored(i), read_square(files, name, 8)[0]), name
+        assert np.array_equal(shards.stored(i), read_cropped(files, name, 8)[0]), name
         assert shards.classes[shards.labels[i]] == name.split("/")[0]
 
 
 def test_a_repeated_call_reads_nothing(write, pictures, monkeypatch):
     assert len(write()) == 6
     plan = PixelShards(pictures.parent / "out").plan
-    monkeypatch.setattr("fastdit.data.image_shards.read_square", None)
+    monkeypatch.setattr("fastdit.data.image_shards.read_cropped", None)
     assert write() == []
     assert PixelShards(pictures.parent / "out").plan == plan
 

@@ -130,6 +130,30 @@ def test_a_centre_crop_is_the_published_one():
     assert np.array_equal(centre_crop(Image.fromarray(same), 25), same)
 
 
+@pytest.mark.parametrize("size", [(30, 20), (10, 70)], ids=str)
+def test_a_centre_crop_of_another_shape_is_the_largest_one(size):
+    """On ramps along both sides its middle is the image's, and it spans one side whole."""
+    rows, columns = np.mgrid[:120, :140].astype(np.uint8)
+    image = Image.fromarray(np.stack([rows, columns, rows], axis=2))
+    crop = centre_crop(image, size).astype(float)
+    assert crop.shape == (*size, 3)
+    scale = min(120 / size[0], 140 / size[1])
+    for channel, axis, length in ((0, 0, 120), (1, 1, 140)):
+        ramp = crop[:, :, channel].mean(1 - axis)
+        step = (ramp[-1] - ramp[0]) / (size[axis] - 1)
+        assert abs(step - scale) < 0.02 * scale and abs(ramp.mean() - (length - 1) / 2) < scale
+
+
+def test_images_are_encoded_in_another_shape(vae_folder, images, tmp_path):
+    vae = load_vae(vae_folder)
+    for _ in range(2):  # the second call finds all of it done
+        encode_folder(vae, images, tmp_path / "out", image_size=(16, 8), shard=3)
+    shards = LatentShards(tmp_path / "out")
+    assert shards[0][0].shape == (4, 8, 4) and shards.plan["image_size"] == [16, 8]
+    with pytest.raises(ValueError, match=r"image_size: expected .*multiple of 2, got \(16, 7\)"):
+        encode_folder(vae, images, tmp_path / "other", image_size=(16, 7))
+
+
 @torch.no_grad()
 def test_shards_hold_each_images_distribution(vae_folder, images, tmp_path):
     vae = load_vae(vae_folder)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdit.data.pictures import centre_crop, open_pictures, read_square
+from fastdit.data.pictures import centre_crop, open_pictures, read_cropped
 
 
 def squares(path, size=8):
     """Return a set's listing, and its pictures read."""
     pictures = open_pictures(path)
     listing = pictures.listing()
-    return listing, np.stack([read_square(pictures, name, size)[0] for name in listing.names])
+    return listing, np.stack([read_cropped(pictures, name, size)[0] for name in listing.names])
 
 
 def test_a_folders_pictures_are_its_files(pictures):
@@ -52,7 +52,7 @@ def test_the_hash_follows_the_content_and_not_the_name(pictures, draw):
     draw(pictures / "dog" / "again.png", 0)
     draw(pictures / "cat" / "a.png", 0)
     files = open_pictures(pictures)
-    hashes = [read_square(files, n, 8)[1] for n in ("dog/again.png", "cat/a.png", "dog/d.png")]
+    hashes = [read_cropped(files, n, 8)[1] for n in ("dog/again.png", "cat/a.png", "dog/d.png")]
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -1,6 +1,7 @@
 """Runs that go on with other steps, rates, batch sizes or data, and what stays refused."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from fastdit import DiTConfig
 from fastdit.checkpoints.native import read_tensors, write_tensors
+from fastdit.diffusion import TerminalSNRWarning
 from fastdit.train.changes import Numbering, describe
 from fastdit.train.loading import BatchLoader, ShuffledOrder
 from fastdit.train.recipe import Recipe
@@ -62,6 +64,16 @@ def test_a_finished_run_goes_on_as_a_longer_one_at_a_constant_rate(tmp_path):
     assert torch.equal(longer.run().losses, expected.losses)
     assert same_weights(longer, whole)
     assert header(tmp_path)["changes"] == [{"step": 4, "sample": 32, "steps": [4, 7]}]
+
+
+def test_the_signal_at_the_end_is_warned_of_only_where_steps_are_taken(tmp_path):
+    with pytest.warns(TerminalSNRWarning):
+        run(tmp_path, replace(RECIPE, schedule="linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TerminalSNRWarning)
+        assert resume(tmp_path).run().finished
+    with pytest.warns(TerminalSNRWarning):
+        resume(tmp_path, {"steps": 5}).run()
 
 
 def test_a_longer_cosine_is_that_of_the_new_total(tmp_path):
