@@ -34,7 +34,7 @@ from fastdit.checkpoints.native import (
     info_of,
     read_safetensors,
 )
-from fastdit.checkpoints.pickles import check_records, read_pickle
+from fastdit.checkpoints.pickles import check_records, is_pickle, read_pickle
 from fastdit.checkpoints.runs import locate, run_weights
 from fastdit.config import DiTConfig
 from fastdit.diffusion import PREDICTIONS, SCHEDULES
@@ -165,7 +165,7 @@ def verify(path: str | os.PathLike[str]) -> bool:
     """
     if not Path(path).is_file():
         return False
-    if _is_pickle(path):
+    if is_pickle(path):
         return check_records(path)
     tensors, header = read_safetensors(path)
     return header is not None and check_digests(str(path), tensors, header)
@@ -204,7 +204,7 @@ def _read(source: Any, weights: str | None, told: Told) -> _Source:
         return _read_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    if _is_pickle(path):
+    if is_pickle(path):
         content = read_pickle(path)
         told.arguments = arguments_of(content)
         return _Source(str(path), content, pickle=path)
@@ -217,7 +217,7 @@ def _read_folder(path: Path) -> _Source:
     config, files = folders.read_folder(path)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        if _is_pickle(file):
+        if is_pickle(file):
             check_records(file)
             part = read_pickle(file)
             if not isinstance(part, Mapping):
@@ -230,14 +230,6 @@ def _read_folder(path: Path) -> _Source:
     classes = config.get("num_embeds_ada_norm")
     labels = folders.folder_labels(path, classes if isinstance(classes, int) else 0)
     return _Source(str(path), tensors, config=config, labels=labels, folder=path)
-
-
-def _is_pickle(path: str | os.PathLike[str]) -> bool:
-    """Return whether a file begins as torch.save writes it, a zip or a pickle."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    # The JSON of safetensors begins at the ninth byte.
-    return start[:1] in (b"P", b"\x80") and start[8:] != b"{"
 
 
 def _resolve(

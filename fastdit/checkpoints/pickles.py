@@ -108,6 +108,16 @@ def check_records(path: str | os.PathLike[str]) -> bool:
     return bool(checked)
 
 
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file begins as torch.save writes it, as a zip or a pickle."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # The JSON of safetensors begins at the ninth byte.
+    return start[:1] in (b"P", b"\x80") and start[8:] != b"{"
+
+
 def _count_instructions(path: str | os.PathLike[str], zipped: bool) -> int:
     """Return the number of a file's instructions, which cost time and memory before tensors do.
 

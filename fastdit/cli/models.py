@@ -24,7 +24,7 @@ from fastdit.cli.checkpoints import (
 )
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
 from fastdit.config import PRESETS
-from fastdit.data.latents import VAE_HELP, encode_folder, load_vae
+from fastdit.data.latents import VAE_HELP, LatentShards, encode_folder, load_vae
 from fastdit.data.shards import PLAN
 from fastdit.errors import first_few, unknown_name
 from fastdit.model import DiT
@@ -174,4 +174,6 @@ def encode(
         shared = dict(skip_bad=skip_bad, rank=world.rank, world=world.size)
         count = encode_folder(autoencoder, folder, out, size, batch_size, flip, **shared)
         if world.rank == 0:
+            names = first_few(LatentShards(out).classes, _SHOWN_LABELS)
             print(f"wrote the latents of {count} images to {out}" + ", with flips" * flip)
+            print(f"classes: {names}")

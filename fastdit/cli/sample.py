@@ -94,7 +94,8 @@ def sample(
         option("Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"),
     ] = None,
     guidance_scale: Annotated[
-        float | None, option("Classifier-free guidance; needs a model with a null class.")
+        float | None,
+        option("Scale of guidance by a null class: 1 is none, 0 samples without labels."),
     ] = None,
     guidance_channels: Annotated[
         int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)

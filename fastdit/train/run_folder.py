@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastdit.checkpoints.native import read_tensors, write_tensors
+from fastdit.checkpoints.pickles import is_pickle
 from fastdit.checkpoints.runs import WEIGHTS_FILE, step_files
 from fastdit.data.files import LOCK, atomic_path, locked, remove_leftovers
 from fastdit.errors import warn
@@ -134,6 +135,11 @@ def read(path: str | os.PathLike[str]) -> Saved:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated, or no checkpoint of a run.
     """
+    if is_pickle(path):
+        raise ValueError(
+            f"{path}: expected a checkpoint of fastdit train, got a file of PyTorch's; a new run "
+            "starts from its weights by --from"
+        )
     tensors, header = read_tensors(path)
     if not header.keys() >= {"step", "config", "recipe", "data", "environment"}:
         got = f"a file with {list(header)}; a run's checkpoints are in its folder's checkpoints/"

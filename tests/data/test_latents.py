@@ -205,6 +205,7 @@ def test_encoding_resumes_and_refuses_other_images(vae_folder, images, tmp_path)
     arguments += ["--image-size", "16", "--batch-size", "3"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0 and "wrote the latents of 7 images" in done.stdout
+    assert "classes: cat, dog" in done.stdout
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("[!.]*")}
     (out / "00000001.npy").unlink()
     with pytest.raises(ValueError, match="00000001.npy is not there; run it again"):

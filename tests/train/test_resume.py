@@ -21,7 +21,7 @@ from fastdit.checkpoints.runs import WEIGHTS_FILE
 from fastdit.data.shapes import LABEL_NAMES
 from fastdit.train.monitor import Monitor
 from fastdit.train.recipe import Recipe
-from fastdit.train.run_folder import RunFolder
+from fastdit.train.run_folder import RunFolder, read
 from fastdit.train.runtime import Runtime
 from fastdit.train.sources import Shapes
 from fastdit.train.trainer import Trainer
@@ -348,3 +348,9 @@ def test_a_config_of_other_fields_is_refused(released, remove, changes, message)
     edit_config(RunFolder(released).checkpoints()[-1][1], remove, **changes)
     with pytest.raises(ValueError, match=message):
         resume(released)
+
+
+def test_another_projects_checkpoint_is_named_as_such(tmp_path):
+    torch.save({"model": {}, "opt": {}}, tmp_path / "0100000.pt")
+    with pytest.raises(ValueError, match="got a file of PyTorch.s; a new run starts from"):
+        read(tmp_path / "0100000.pt")
