@@ -91,13 +91,11 @@ class Sampler:
         Raises:
             ValueError: a name is unknown, or the model cannot be sampled as asked.
         """
-        for name, value, kind in (
-            ("model", model, nn.Module),
-            ("scheduler", scheduler, DiffusionScheduler),
-        ):
-            if not isinstance(value, kind):
-                got = type(value).__name__
-                raise ValueError(f"{name}: expected a {kind.__name__}, got {got}")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model: expected a Module, got {type(model).__name__}")
+        if not isinstance(scheduler, DiffusionScheduler | None):
+            got = type(scheduler).__name__
+            raise ValueError(f"scheduler: expected a DiffusionScheduler, got {got}")
         if not isinstance(solver, Solver) and not (isinstance(solver, str) and solver in SOLVERS):
             raise unknown_name("solver", solver, SOLVERS)
         if execution not in ("auto", *EXECUTIONS):
