@@ -313,7 +313,8 @@ class Results(dict[str, Any]):
         **empty: Any,
     ) -> Results:
         """Print the machine's description and begin the results that go to `args.json`."""
-        return cls(args.json, print_machine(device, packages), vars(args), **empty)
+        arguments = {name: value for name, value in vars(args).items() if name != "json"}
+        return cls(args.json, print_machine(device, packages), arguments, **empty)
 
     def add(self, *rows: Row) -> None:
         self["rows"] += rows

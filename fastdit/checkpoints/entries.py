@@ -180,9 +180,7 @@ def _module_state(module: Placeholder) -> dict[str, Tensor]:
 
 def _listed(labels: list[str]) -> str:
     """Return different labels of entries as text, the first few of them."""
-    names = [label or "(the file itself)" for label in dict.fromkeys(labels)]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_few([label or "(the file itself)" for label in dict.fromkeys(labels)], _SHOWN)
 
 
 def _describe(content: Any) -> str:

@@ -6,6 +6,8 @@ would train a model whose samples look wrong; neither shows in the loss.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -61,14 +63,18 @@ class BatchChecker:
             raise ValueError(f"data: expected take to return (mean, std, labels), got {got}")
         mean, std, labels = batch
         parts = {"images": mean} if std is None else {"means": mean, "deviations": std}
-        images = [self._images(name, t, rows) for name, t in parts.items()]
+        checked = [self._checked_images(name, t, rows) for name, t in parts.items()]
+        images = [t for t, _, _ in checked]
         if std is None and self._warns:
-            self._watch_range(images[0])
+            self._watch_range(*checked[0])
         if self._num_classes is not None:
             labels = _checked_labels(labels, rows, self._num_classes)
         return ImageBatch(images[0], None if std is None else images[1], labels)
 
-    def _images(self, name: str, images: Tensor, rows: Tensor) -> Tensor:
+    def _checked_images(
+        self, name: str, images: Tensor, rows: Tensor
+    ) -> tuple[Tensor, float, float]:
+        """Return images in the dtype of the run, and their lowest and highest value."""
         expected = [len(rows), *self._shape]
         _check_tensor(name, images)
         if not images.is_floating_point():
@@ -81,14 +87,13 @@ class BatchChecker:
             raise ValueError(f"data: {name}: expected shape {expected}, got {got}{hint}")
         if images.dtype == torch.float64 or not self._halves:
             images = images.float()
-        low, high = images.aminmax()  # both are NaN where a value is
-        if not (low.isfinite() and high.isfinite()):
+        low, high = (float(t) for t in images.aminmax())  # both are NaN where a value is
+        if not (math.isfinite(low) and math.isfinite(high)):
             row = int(rows[(~images.flatten(1).isfinite()).any(1)][0])
             raise ValueError(f"data: {name}: image {row} holds NaN or Inf")
-        return images
+        return images, low, high
 
-    def _watch_range(self, images: Tensor) -> None:
-        low, high = (float(t) for t in images.aminmax())
+    def _watch_range(self, images: Tensor, low: float, high: float) -> None:
         self._low = min(low, self._low) if self._seen else low
         self._high = max(high, self._high) if self._seen else high
         self._seen += len(images)
