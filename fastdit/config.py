@@ -11,8 +11,22 @@ MLP_RATIO = 4
 
 
 # Fields that files from earlier releases lack, with the values that those releases computed with.
-# All came with the support for diffusers' checkpoints.
-_LATER_OPTIONS: dict[str, Any] = {"mlp_ln_eps": None, "t_freq_shift": 0, "embedders": "shared"}
+_LATER_OPTIONS: dict[str, Any] = {
+    # for diffusers' checkpoints
+    "mlp_ln_eps": None,
+    "t_freq_shift": 0,
+    "embedders": "shared",
+    # for LightningDiT, REPA and JiT
+    "norm": "layer",
+    "modulation_shift": True,
+    "qk_norm": "none",
+    "qk_norm_eps": 1e-6,
+    "rope": False,
+    "mlp": "gelu",
+    "patch_bottleneck": None,
+    "context_tokens": None,
+    "context_start": None,
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,23 @@ class DiTConfig:
             those of the first block.
         learn_sigma: whether the model returns 2C channels, the noise and the interpolation of the
             variance, instead of C.
+        norm: "layer": LayerNorms without weights; or "rms": RMSNorms with a learned weight, in the
+            blocks and before the final layer. `ln_eps` and `mlp_ln_eps` are the epsilons of both.
+        modulation_shift: whether the blocks' modulation has shifts: six parts for each block, or
+            without them four (scale1, gate1, scale2, gate2). The final layer has a shift in any
+            case.
+        qk_norm: norm of each head's queries and keys before their product, with learned weights:
+            "none", "layer" (with biases too) or "rms".
+        qk_norm_eps: epsilon of these norms.
+        rope: whether queries and keys are rotated by their patch's row and column
+            (`fastdit.functional.rope_table`); the head dim must be a multiple of 4.
+        mlp: "gelu": Linear, GELU, Linear, four times as wide as the stream; or "swiglu":
+            `w3(silu(a) * b)` with a and b the halves of `w12(x)`, each `8 hidden // 3` wide.
+        patch_bottleneck: width of a linear without bias that patches pass before they are
+            embedded; None has no such layer.
+        context_tokens: number of tokens, made of the class embedding and of learned positions,
+            that are put before the patches from block `context_start` on; None has none.
+        context_start: the number of blocks before the first one with context tokens; None is 0.
         init: how fresh weights are drawn. "torch" is each layer's own default; "xavier" is the
             published DiT's: Xavier-uniform linears and patches, zero biases, normal(0.02)
             embeddings. Modulation and final layers start at zero either way.
@@ -73,6 +104,15 @@ class DiTConfig:
     embedders: Literal["shared", "block"] = "shared"
     learn_sigma: bool = False
     init: Literal["torch", "xavier"] = "torch"
+    norm: Literal["layer", "rms"] = "layer"
+    modulation_shift: bool = True
+    qk_norm: Literal["none", "layer", "rms"] = "none"
+    qk_norm_eps: float = 1e-6
+    rope: bool = False
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    patch_bottleneck: int | None = None
+    context_tokens: int | None = None
+    context_start: int | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -87,6 +127,15 @@ class DiTConfig:
             raise ValueError(f"hidden: pos_embed='sincos' needs a multiple of 4, got {self.hidden}")
         if self.null_class and not self.use_class_cond:
             raise ValueError("null_class: expected False where use_class_cond=False, got True")
+        if self.rope and self.head_dim % 4:
+            raise ValueError(f"rope: needs a head dim that 4 divides, got {self.head_dim}")
+        if self.context_tokens and not self.use_class_cond:
+            raise ValueError("context_tokens: expected None where use_class_cond=False")
+        if self.context_tokens and self.embedders == "block":
+            raise ValueError("context_tokens: expected None where embedders='block'")
+        if self.context_start and not (self.context_tokens and self.context_start < self.n_layers):
+            expected = f"fewer than n_layers={self.n_layers} and context_tokens beside it"
+            raise ValueError(f"context_start: expected {expected}, got {self.context_start}")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> DiTConfig:
@@ -121,6 +170,16 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden // self.n_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Width of the MLPs between their linears."""
+        return MLP_RATIO * self.hidden * 2 // 3 if self.mlp == "swiglu" else MLP_RATIO * self.hidden
+
+    @property
+    def block_parts(self) -> int:
+        """Number of parts, each as wide as the stream, of a block's modulation."""
+        return 6 if self.modulation_shift else 4
 
     @property
     def out_channels(self) -> int:
