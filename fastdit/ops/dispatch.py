@@ -245,6 +245,8 @@ TABLE: dict[str, dict[str, Backend]] = {
     "layer_norm_modulate": _LAYER_NORM,
     "gated_residual_layer_norm_modulate": _LAYER_NORM,
     "attention": {"triton": Backend(_triton_attention, _always)},
+    "qk_norm_rope": {},
+    "swiglu": {},
     "sampler_update": {
         "cpp": Backend(_cpp_update, _cpp_update_suits),
         "triton": Backend(_triton, _always),
