@@ -258,8 +258,7 @@ def sum_partials_kernel(
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
     p_partial += i_b * chunks * 3 * D + o_d
-    b_g, b_dshift = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    b_dgate = tl.zeros([BLOCK], tl.float32)
+    b_g = b_dshift = b_dgate = tl.zeros([BLOCK], tl.float32)
     for _ in range(chunks):
         b_g += tl.load(p_partial, mask=m_d, other=0.0)
         if SHIFTED:

@@ -36,8 +36,8 @@ def norm_modulate_bwd_configs(D: int, rms_on: str | None = None) -> list[triton.
     half = rows // 2
     wide = half * power_of_two_pieces(D)[0] >= 8 * 32 * warps  # a thread loads 8 at once
     sizes = [(rows, warps), (half, warps)] if wide else [(rows, warps)]
-    # Without a cap ptxas rounds the registers down on sm_100, and spills two of them or three.
-    capped = rms_on is not None and family_of(rms_on) == "sm_100" and warps <= 8
+    # Without a cap ptxas rounds the registers down, and spills a few of them.
+    capped = rms_on is not None and family_of(rms_on) in ("sm_80", "sm_100") and warps <= 8
     return _configs(sizes, 224 if capped else None)
 
 
