@@ -237,15 +237,15 @@ def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
     return f"{few} on {properties.name}, got {features}; use patches of fewer pixels"
 
 
-_LAYER_NORM = {
+_NORM = {
     "cpp": Backend(_cpp_norm, _cpp_norm_suits),
     "triton": Backend(_triton, _always),
 }
 TABLE: dict[str, dict[str, Backend]] = {
-    "layer_norm_modulate": _LAYER_NORM,
-    "gated_residual_layer_norm_modulate": _LAYER_NORM,
-    "rms_norm_modulate": {},
-    "gated_residual_rms_norm_modulate": {},
+    "layer_norm_modulate": _NORM,
+    "gated_residual_layer_norm_modulate": _NORM,
+    "rms_norm_modulate": _NORM,
+    "gated_residual_rms_norm_modulate": _NORM,
     "attention": {"triton": Backend(_triton_attention, _always)},
     "qk_norm_rope": {},
     "swiglu": {},

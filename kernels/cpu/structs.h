@@ -51,28 +51,33 @@ struct Linear {
   float *y;             // [rows][out_features], out
 };
 
-// r = x + gate * y and h = LN(r) * (1 + scale) + shift. Without a gate r is x, and not written.
+// r = x + gate * y and h = norm(r) * (1 + scale) + shift. Without a gate r is x, and not written.
+// The norm is RMSNorm with a weight where there is one, and LayerNorm where there is none.
 struct AdaLN {
   int64_t images, tokens, hidden;
   int64_t gate_stride, scale_stride, shift_stride;  // from one image's row to the next
   int64_t threads;
   float eps;
   const float *x, *y;                 // [images][tokens][hidden]; y: or null
-  const float *gate, *scale, *shift;  // [images][hidden]; gate: or null
+  const float *gate, *scale, *shift;  // [images][hidden]; gate, shift: or null
+  const float *weight;                // [hidden], or null
   float *r, *h;                       // [images][tokens][hidden], out
-  float *mean, *rstd;                 // [images][tokens], out
+  float *mean, *rstd;                 // [images][tokens], out; mean: null with a weight
 };
 
-// The gradients of AdaLN; the modulation's are sums over each chunk of an image's tokens.
+// The gradients of AdaLN; the modulation's are sums over each chunk of an image's tokens. g is the
+// sum of dh times the norm before its weight, which dscale and dweight are made of.
 struct AdaLNBackward {
   int64_t images, tokens, hidden;
   int64_t gate_stride, scale_stride;  // from one image's row to the next
   int64_t chunk_tokens, threads;
+  int64_t shifted;  // 1: there is a dshift
   const float *dr, *dh, *r, *y;  // [images][tokens][hidden]; dr, y: or null
   const float *gate, *scale;     // [images][hidden]; gate: or null
-  const float *mean, *rstd;      // [images][tokens]
+  const float *weight;           // [hidden], or null
+  const float *mean, *rstd;      // [images][tokens]; mean: null with a weight
   float *dx, *dy;                // [images][tokens][hidden], out; dy: or null
-  float *partial;                // [images][chunks][dscale, dshift, dgate][hidden], out
+  float *partial;                // [images][chunks][g, dshift, dgate][hidden], out
 };
 
 }  // namespace fastdit::fields
