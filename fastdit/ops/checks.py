@@ -94,7 +94,8 @@ def check_weights(weights: DiTWeights) -> None:
             raise ValueError(f"weights: expected shape {list(shape)} at {i}, got {list(t.shape)}")
         if t.dtype not in FLOAT_DTYPES:
             raise ValueError(f"weights: expected a float dtype, got {t.dtype}")
-        if (t.dtype, t.device) != (first.dtype, first.device):
+        is_rope = weights.cfg.rope and i == len(shapes) - 1  # which may be float32 beside any
+        if t.device != first.device or (t.dtype != first.dtype and not is_rope):
             raise ValueError(
                 f"weights: expected one dtype and device, got {first.dtype} on {first.device} and "
                 f"{t.dtype} on {t.device}"
@@ -114,7 +115,7 @@ def check_trajectory(
     check_weights(weights)
     cfg, K, B = weights.cfg, len(coefficients), x.shape[0]
     state = [B, cfg.n_tokens * cfg.patch_size**2, cfg.in_channels]
-    rows, width = (2 * B if guidance else B), (6 * cfg.n_layers + 2) * cfg.hidden
+    rows, width = (2 * B if guidance else B), (cfg.block_parts * cfg.n_layers + 2) * cfg.hidden
     by_step, by_label, row = modulation
     labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
     expected: dict[str, tuple[Tensor | None, list[int]]] = {

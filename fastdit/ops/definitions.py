@@ -281,5 +281,5 @@ def _kernels(of: str, backend: str) -> Any:
 def _shape(values: Sequence[float]) -> Any:
     from fastdit.kernels.shape import Shape
 
-    *integers, tanh_gelu, eps, mlp_eps = values
-    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps)
+    *integers, tanh_gelu, eps, mlp_eps, qk_norm_eps = values
+    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps, qk_norm_eps)
