@@ -85,6 +85,9 @@ def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor, given: Sequence[T
 
 def check_weights(weights: DiTWeights) -> None:
     """Check that the tensors are those of the config, in one float dtype and on one device."""
+    if weights.cfg.context_tokens or weights.cfg.patch_bottleneck:
+        expected = "those of a model without context tokens and without a bottleneck of patches"
+        raise ValueError(f"weights: expected {expected}; call the model itself")
     shapes, tensors = weights.shapes(), weights.tensors
     if len(tensors) != len(shapes):
         raise ValueError(f"weights: expected {len(shapes)} tensors, got {len(tensors)}")

@@ -193,12 +193,11 @@ def denoise(weights: DiTWeights, tokens: Tensor, modulation: Tensor) -> Tensor:
     cfg, parts = weights.cfg, weights.parts()
     m = modulation.split(cfg.hidden, dim=-1)  # each [B, D]
     h = F.linear(tokens, parts.embed) + parts.position
-    size = cfg.block_parts
+    size, half = cfg.block_parts, cfg.block_parts // 2  # half: of attention, then of the MLP
     for i, layer in enumerate(parts.layers):
-        own: list[Tensor | None] = [*m[size * i : size * (i + 1)]]
-        if not cfg.modulation_shift:
-            own = [own[0], None, own[1], own[2], None, own[3]]
-        scale1, shift1, gate1, scale2, shift2, gate2 = own
+        own = m[size * i : size * (i + 1)]
+        (scale1, scale2), (gate1, gate2) = own[::half], own[half - 1 :: half]
+        shift1, shift2 = own[1::half] if cfg.modulation_shift else (None, None)
         y = _norm_modulate(h, scale1, shift1, layer.norm1, cfg.ln_eps)
         h = h + gate1[:, None] * _attend(cfg, y, layer, parts.rope)
         y = _norm_modulate(h, scale2, shift2, layer.norm2, cfg.mlp_ln_eps or cfg.ln_eps)

@@ -189,15 +189,18 @@ def test_the_last_element_of_every_weight_reaches_the_output(options):
         assert functional.trajectory(**given, backend="cpp")[0].isnan().any(), index
 
 
-def test_without_context_or_bottleneck_alone_a_trajectory_runs():
-    context = replace(SMALL, context_tokens=2)
+def test_context_tokens_and_bottlenecks_are_refused():
     for cfg, phrase in (
-        (context, "takes no context tokens"),
+        (replace(SMALL, context_tokens=2), "takes no context tokens"),
         (replace(SMALL, patch_bottleneck=3), "takes no bottleneck of patches"),
     ):
         cpu_device = torch.device("cpu")
         for dtype in (torch.float32, torch.bfloat16):
             assert dispatch.obstacle("trajectory", "cpp", cfg, cpu_device, dtype) == phrase
+        given = rounded(problem(SMALL, 1))
+        weights = DiTWeights(cfg, given["weights"].tensors)
+        with pytest.raises(ValueError, match="weights: expected those of a model without context"):
+            functional.trajectory(**given | dict(weights=weights, backend="reference"))
 
 
 @pytest.mark.parametrize(
