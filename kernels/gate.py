@@ -268,7 +268,8 @@ def _trajectory(arch: str, every: bool) -> Iterator[Case]:
         dtype = _BF16 if precision == "bf16" else _F32
         features = 2 * F if kind == "guided learned" else F
         tanh = kind == "given"
-        shape = Shape(N, F, features, 3 if F == 12 else 4, D, 4, D // d, tanh, 1e-6, 1e-6)
+        sizes = N, F, features, 3 if F == 12 else 4, D, 4, D // d, 4 * D
+        shape = Shape(*sizes, 6, False, 0, False, False, tanh, 1e-6, 1e-6, 1e-6)
         arguments = _trajectory_arguments(shape, kind, dtype)
         for config in _chosen(trajectory_configs(shape, dtype, arch), every):
             launch = partial(trajectory.trajectory, *arguments, shape, config)

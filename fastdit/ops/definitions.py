@@ -164,5 +164,5 @@ def cpp_instruction_set() -> str:
 def _shape(values: Sequence[float]) -> Any:
     from fastdit.kernels.shape import Shape
 
-    *integers, tanh_gelu, eps, mlp_eps = values
-    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps)
+    *integers, tanh_gelu, eps, mlp_eps, qk_norm_eps = values
+    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps, qk_norm_eps)

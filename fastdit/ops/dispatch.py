@@ -197,7 +197,16 @@ def _cpp_noise_suits(seeds: Tensor) -> bool:
     return not torch.compiler.is_compiling()
 
 
+def _other_tokens(cfg: DiTConfig) -> str | None:
+    """Why no trajectory takes a model whose tokens are more than embedded patches, or None."""
+    if cfg.context_tokens:
+        return "takes no context tokens"
+    return "takes no bottleneck of patches" if cfg.patch_bottleneck else None
+
+
 def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if (reason := _other_tokens(cfg)) is not None:
+        return reason
     if device.type != "cpu":
         return f"expects tensors on a CPU, got {device}"
     if dtype == torch.bfloat16:
@@ -211,7 +220,7 @@ def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def _triton_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = _triton_on(device, dtype)
+    reason = _triton_on(device, dtype) or _other_tokens(cfg)
     reason = reason or definitions.trajectory_obstacle(*kernel_shape(cfg))
     if reason is None and device.type == "cuda":
         reason = _spills(cfg, torch.cuda.get_device_properties(device), dtype)

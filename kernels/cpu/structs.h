@@ -8,14 +8,20 @@ namespace fastdit::fields {
 // Some steps of the sampling loop of a batch of images under one model.
 struct Problem {
   int64_t tokens, features, out_features, channels, hidden, layers, heads;  // kernels/shape.py
-  int64_t tanh_gelu;  // 1: GELU by tanh; 0: the exact one
+  int64_t mlp_hidden;
+  int64_t block_parts;        // of a block's modulation: 6, or 4 without shifts
+  int64_t rms;                // 1: RMSNorms with weights; 0: LayerNorms without
+  int64_t qk_norm;            // 0: none; 1: LayerNorm; 2: RMSNorm
+  int64_t rope, swiglu;       // 1: the model has it
+  int64_t tanh_gelu;          // 1: GELU by tanh; 0: the exact one
   int64_t images, steps;
   int64_t first;      // the number of steps that were taken before these
   int64_t step_rows;  // rows of by_step at one step: 1, or one for each label
   int64_t guided;     // guidance acts on channels below this one; 0: there is no guidance
   int64_t threads;
-  float eps, mlp_eps;  // of the LayerNorms before attention and at the end; before the MLPs
-  float scale;         // of guidance
+  float eps, mlp_eps;  // of the norms before attention and at the end; before the MLPs
+  float qk_norm_eps;
+  float scale;  // of guidance
   const int64_t *weights;     // the addresses of the tensors that kernels/shape.py lists
   const float *by_step;       // [steps][step_rows][width]
   const float *by_label;      // [labels][width], or null
