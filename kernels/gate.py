@@ -153,7 +153,8 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
                 if not every and norm + form not in ("gated ", "plain ", *few):
                     continue
                 weight, added, kept, rms_on = given
-                for config in _chosen(adaln_configs.norm_modulate_fwd_configs(D), every):
+                choice = every and weight is None
+                for config in _chosen(adaln_configs.norm_modulate_fwd_configs(D), choice):
                     arguments = (r, scale, added, 1e-5, weight, residual and residual[1:], config)
                     call = partial(adaln.norm_modulate_fwd, *arguments)
                     yield Case(f"{name} {norm}{form}{_name(config)}", arch, call)
