@@ -143,7 +143,7 @@ def test_the_timesteps_of_a_diffusion_are_guided_as_asked(run, tmp_path):
         ),
     ],
 )
-def test_bad_options_are_one_line(run, flow, arguments, message):
-    done = run("sample", flow[1], *arguments.split())
+def test_bad_options_are_one_line(run, flow, arguments, message, tmp_path):
+    done = run("sample", flow[1], *arguments.split(), "--out", tmp_path / "s.npz")
     assert done.exit_code == 1 and message in done.stderr, done.output
     assert len(done.stderr.strip().splitlines()) == 1
