@@ -117,14 +117,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """X [B, N, D], rope [2, N, d/2] or None -> [B, N, D]."""
-        qkv = self.qkv(x)
-        q, k = self.q_norm, self.k_norm
-        if q is not None and k is not None:
-            norms = q.weight, q.bias, k.weight, k.bias
-            qkv = functional.qk_norm_rope(qkv, self.n_heads, *norms, rope=rope, eps=self.eps)
-        elif rope is not None:
-            qkv = functional.qk_norm_rope(qkv, self.n_heads, rope=rope)
-        return self.proj(functional.attention(qkv, self.n_heads))
+        qkv, q, k = self.qkv(x), self.q_norm, self.k_norm
+        if q is None or k is None:
+            heads = functional.qk_attention(qkv, self.n_heads, rope=rope)
+        else:
+            weights = q.weight, q.bias, k.weight, k.bias
+            heads = functional.qk_attention(qkv, self.n_heads, *weights, rope, self.eps)
+        return self.proj(heads)
 
 
 class MLP(nn.Sequential):

@@ -125,12 +125,12 @@ def _transforms() -> str | None:
     return "supports neither torch.func's transforms nor forward-mode derivatives"
 
 
-def _triton(*tensors: Tensor) -> str | None:
+def _triton(first: Tensor, *others: Tensor | None) -> str | None:
     """Why Triton's kernels cannot run on these tensors, or None."""
-    for t in tensors:
-        if t.dtype == torch.float64:
+    for t in (first, *others):
+        if t is not None and t.dtype == torch.float64:
             return _triton_on(t.device, t.dtype)
-    return _triton_on(tensors[0].device, torch.float32)
+    return _triton_on(first.device, torch.float32)
 
 
 def _triton_on(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -164,14 +164,14 @@ def _triton_attention(qkv: Tensor, head_dim: int) -> str | None:
     return _triton(qkv)
 
 
-def _cpp_layer_norm(*tensors: Tensor) -> str | None:
+def _cpp_norm(*tensors: Tensor | None) -> str | None:
     for t in tensors:
-        if not t.is_cpu or t.dtype != torch.float32:
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32):
             return f"expects float32 tensors on a CPU, got {t.dtype} on {t.device}"
     return _transforms()
 
 
-def _cpp_layer_norm_suits(x: Tensor, *others: Tensor) -> bool:
+def _cpp_norm_suits(x: Tensor, *others: Tensor | None) -> bool:
     # Sizes last: a tracer would guard its graph with what it compares.
     return _cpp_is_default() and x.numel() >= _CPP_ELEMENTS
 
@@ -196,7 +196,16 @@ def _cpp_noise_suits(seeds: Tensor) -> bool:
     return not torch.compiler.is_compiling()
 
 
+def _other_tokens(cfg: DiTConfig) -> str | None:
+    """Why no trajectory takes a model whose tokens are more than embedded patches, or None."""
+    if cfg.context_tokens:
+        return "takes no context tokens"
+    return "takes no bottleneck of patches" if cfg.patch_bottleneck else None
+
+
 def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if (reason := _other_tokens(cfg)) is not None:
+        return reason
     if device.type != "cpu":
         return f"expects tensors on a CPU, got {device}"
     if dtype == torch.bfloat16:
@@ -210,7 +219,7 @@ def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def _triton_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = _triton_on(device, dtype)
+    reason = _triton_on(device, dtype) or _other_tokens(cfg)
     reason = reason or definitions.trajectory_obstacle(*kernel_shape(cfg))
     if reason is None and device.type == "cuda":
         reason = _spills(cfg, torch.cuda.get_device_properties(device), dtype)
@@ -237,14 +246,18 @@ def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
     return f"{few} on {properties.name}, got {features}; use patches of fewer pixels"
 
 
-_LAYER_NORM = {
-    "cpp": Backend(_cpp_layer_norm, _cpp_layer_norm_suits),
+_NORM = {
+    "cpp": Backend(_cpp_norm, _cpp_norm_suits),
     "triton": Backend(_triton, _always),
 }
 TABLE: dict[str, dict[str, Backend]] = {
-    "layer_norm_modulate": _LAYER_NORM,
-    "gated_residual_layer_norm_modulate": _LAYER_NORM,
+    "layer_norm_modulate": _NORM,
+    "gated_residual_layer_norm_modulate": _NORM,
+    "rms_norm_modulate": _NORM,
+    "gated_residual_rms_norm_modulate": _NORM,
     "attention": {"triton": Backend(_triton_attention, _always)},
+    "qk_norm_rope": {},
+    "swiglu": {},
     "sampler_update": {
         "cpp": Backend(_cpp_update, _cpp_update_suits),
         "triton": Backend(_triton, _always),

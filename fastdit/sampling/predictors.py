@@ -126,7 +126,8 @@ def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
     """Return the signature of a fresh model, of which only one block is built."""
     # Not on "meta", which would import modules for a second. The caller's random state must stay.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        *own, children = _signature(DiT.from_config(replace(cfg, n_layers=1)))
+        one = replace(cfg, n_layers=1, context_start=None)
+        *own, children = _signature(DiT.from_config(one))
     *of_list, blocks = children["blocks"]
     alike = {str(i): blocks["0"] for i in range(cfg.n_layers)}
     return (*own, children | {"blocks": (*of_list, alike)})
