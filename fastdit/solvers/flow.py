@@ -63,10 +63,11 @@ class EulerMaruyama(FlowSolver):
 
     Attributes:
         diffusion: w, in terms of s, which is 0 at the noise and 1 at the data, and of the
-            amplitudes a of the image and b of the noise: "constant" (norm), "SBDM"
+            amplitudes a of the image and b of the noise, the latter before the flow's
+            `noise_scale`, whose square multiplies w: "constant" (norm), "SBDM"
             (norm (a' / a b^2 - b b')), "sigma" (norm b), "linear" (norm (1 - s)), "decreasing"
-            ((norm cos(pi s) + 1)^2 / 4) or "increasing-decreasing" (norm sin(pi s)^2). A flow's
-            `noise_scale` multiplies w by its square. SiT and REPA sample with "sigma" at norm 1.
+            ((norm cos(pi s) + 1)^2 / 4) or "increasing-decreasing" (norm sin(pi s)^2). SiT and REPA
+            sample with "sigma" at norm 1.
         norm: see there.
         last_step: "mean" (the same without noise), "tweedie" (the predicted x0), "euler" (along the
             velocity), or None, with which all steps are alike and the last one adds noise too.
@@ -122,7 +123,7 @@ class EulerMaruyama(FlowSolver):
         return list(range(len(dt))), coefficients(dt, **columns)
 
     def _diffusion(self, flow: FlowMatching, t: Tensor) -> Tensor:
-        """Return w at times t, before `noise_scale`."""
+        """Return w at times t."""
         plain, sign = flow.amplitudes(t), 1 if flow.clean_at else -1
         at = Amplitudes(
             plain.signal,
