@@ -66,9 +66,9 @@ class Heun(FlowSolver):
 
     Every step evaluates the model twice, the second time at the next timestep, except the last
     step, which goes to sigma = 0 and is Euler's: 2 * steps - 1 evaluations in all. The first
-    evaluation's eps is recomputed in the second, from u~ and x0_prev. In sigma this difference loses
-    digits where a step is long: with two steps of the 1000-step cosine schedule float32 is off by a
-    tenth, with 25 steps by less than a thousandth.
+    evaluation's eps is recomputed in the second, from u~ and x0_prev. In sigma this difference
+    loses digits where a step is long: with two steps of the 1000-step cosine schedule float32 is
+    off by a tenth, with 25 steps by less than a thousandth.
 
     Timesteps: `spaced_timesteps`; of a flow equal steps, JiT's 50 unless another number is asked
     for.
