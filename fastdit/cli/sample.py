@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,14 +30,23 @@ from fastdit.cli.common import (
     plain_errors,
 )
 from fastdit.cli.labels import parse_labels
+from fastdit.cli.solvers import (
+    Clip,
+    Interval,
+    Name,
+    Shift,
+    SolverOptions,
+    Steps,
+    parse_interval,
+    parse_solver,
+)
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import VAE_HELP, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.flow import process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import SOLVERS
 from fastdit.train.distributed import processes
 from fastdit.update import Guidance
 
@@ -49,6 +58,8 @@ _FLAGS = {
     "guidance.channels": "--guidance-channels",
     "scale": "--guidance-scale",
     "channels": "--guidance-channels",
+    "guidance.interval": "--guidance-interval",
+    "interval": "--guidance-interval",
 }
 
 
@@ -87,12 +98,11 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[int, option("Images sampled together.", min=1)] = 64,
-    solver: Annotated[str, option(f"{', '.join(SOLVERS)}.")] = "ddpm",
-    steps: Annotated[int | None, option("Sampling steps.  [every step of the training]")] = None,
-    clip: Annotated[
-        float | None,
-        option("Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"),
-    ] = None,
+    solver: Name = None,
+    steps: Steps = None,
+    clip: Clip = None,
+    shift: Shift = None,
+    solver_options: SolverOptions = None,
     guidance_scale: Annotated[
         float | None,
         option("Scale of guidance by a null class: 1 is none, 0 samples without labels."),
@@ -100,6 +110,7 @@ def sample(
     guidance_channels: Annotated[
         int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)
     ] = None,
+    guidance_interval: Interval = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.  [the weights']")] = None,
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
@@ -127,17 +138,13 @@ def sample(
         where = device_of(device)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
-        if solver not in SOLVERS:
-            raise unknown_name("--solver", solver, SOLVERS)
-        guidance = None
-        if guidance_scale is not None:
-            guidance = Guidance(guidance_scale, channels=guidance_channels)
-        elif guidance_channels is not None:
-            raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
+        process = process_of(trained_on)
+        solver, chosen = parse_solver(solver, process, clip, shift, solver_options)
+        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval)
         sampler = Sampler(
             load(checkpoint, **told).to(where),
-            DiffusionScheduler(**trained_on),
-            replace(SOLVERS[solver], clip=clip),
+            process,
+            chosen,
             steps,
             guidance=guidance,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -164,12 +171,22 @@ def sample(
             vae=decoder and digest(decoder),
             checkpoint=_digest(locate(checkpoint, weights)),
         )
-        for name in ("weights", "diffusion"):  # an older release's shards have no such entries
-            if told[name] is not None:
-                plan[name] = told[name]
+        # An older release's shards have no such entries.
+        later = dict(weights=told["weights"], diffusion=told["diffusion"])
+        later |= dict(shift=shift, solver_options=solver_options)
+        plan |= {name: value for name, value in later.items() if value is not None}
         if first_index:
             plan["first_index"] = first_index
         _sample_many(out, sampler, decoder, noise, plan)
+
+
+def _guidance(scale: float | None, channels: int | None, interval: str | None) -> Guidance | None:
+    if scale is not None:
+        return Guidance(scale, parse_interval(interval), channels)
+    for flag, value in (("channels", channels), ("interval", interval)):
+        if value is not None:
+            raise ValueError(f"--guidance-{flag}: expected --guidance-scale beside it, got none")
+    return None
 
 
 def _sample_grid(

@@ -124,7 +124,7 @@ def test_sample_takes_solver_guidance_dtype_and_execution(run, tmp_path):
     [
         (("--guidance-scale", 2), "error: --guidance-scale: expected none, since the model is not"),
         (("--guidance-channels", 2), "error: --guidance-channels: expected --guidance-scale besi"),
-        (("--solver", "dimm"), "error: --solver: expected one of ddpm, ddim, dpm++, heun; got"),
+        (("--solver", "dimm"), "error: --solver: expected one of ddpm, ddim, dpm++, heun, euler, "),
         (("--steps", 6), "error: --steps: expected an integer from 1 to T = 5, got 6"),
         (("--clip", 0), "error: --clip: expected a positive number, or None, got 0.0"),
         (("--dtype", "bf16"), "error: --dtype: expected one of float32, bfloat16, float16; got"),
