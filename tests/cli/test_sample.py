@@ -89,8 +89,8 @@ def test_latents_are_refused_as_png_before_sampling(run, tmp_path):
 def test_a_checkpoint_without_schedule_says_so(run, tmp_path):
     fastdit.save(fastdit.DiT.from_config(SMALL), tmp_path / "m.safetensors")
     done = run("sample", tmp_path / "m.safetensors")
-    assert done.exit_code == 1 and "pass it, such as --diffusion T=1000" in done.stderr
-    assert "a SiT's is flow matching" in done.stderr
+    assert done.exit_code == 1 and "options such as --diffusion T=1000" in done.stderr
+    assert "--diffusion flow for a SiT, --diffusion ddpm for a DiT" in done.stderr
     printed = run("info", tmp_path / "m.safetensors").stdout
     assert "diffusion        not told" in printed, printed
 
