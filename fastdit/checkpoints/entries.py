@@ -22,6 +22,7 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # A part of a name that every model of one layout has, and none of another one.
 _MARKERS = ("patch_embed", "x_embedder", "transformer_blocks")
 _AVERAGED = ("ema", "average", "shadow")
+_FIRST_AVERAGE = "model_ema1"  # of JiT's two the one that it evaluates
 _PREFERRED = ("model", "state_dict", "")  # where several weights are not averaged
 OWN = "fastdit"  # the entry of a state dict's metadata that holds the config
 _MAX_DEPTH = 5
@@ -51,7 +52,7 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
     Args:
         content: what the file holds.
         wanted: the name of an entry or prefix, or several joined by dots; None prefers averaged
-            weights, then "model", then "state_dict".
+            weights, JiT's first ones, then "model", then "state_dict".
 
     Raises:
         ValueError: there is no DiT in the content, `wanted` is not in it, or the choice is open.
@@ -71,6 +72,8 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
         by_name = ([e for e in chosen if name in (*e.names[-1:], e.label)] for name in _PREFERRED)
         if len(chosen) > 1 and not chosen[0].averaged:
             chosen = next((some for some in by_name if some), chosen)
+    if len(chosen) > 1:
+        chosen = [entry for entry in chosen if _FIRST_AVERAGE in entry.names] or chosen
     if len(chosen) > 1:
         these = _listed([entry.label for entry in chosen])
         raise ValueError(f"weights: several fit; pass weights= with one of {these}")
@@ -101,7 +104,7 @@ def arguments_of(content: Any) -> dict[str, Any]:
     """Return what a file says of its model besides the tensors, if anything.
 
     This is the config that `fastdit.save` writes to other layouts, or the command line or the
-    hyperparameters of a training run.
+    hyperparameters of a training run. Settings in sections are returned beside the sections.
     """
     if not isinstance(content, Mapping):
         return {}
@@ -115,7 +118,9 @@ def arguments_of(content: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             value = getattr(value, "__dict__", None)
         if isinstance(value, Mapping):
-            return {str(name): setting for name, setting in value.items()}
+            own = {str(name): setting for name, setting in value.items()}
+            sections = (section for section in own.values() if isinstance(section, Mapping))
+            return {str(name): v for section in sections for name, v in section.items()} | own
     return {}
 
 

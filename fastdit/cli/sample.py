@@ -271,10 +271,10 @@ def _inspect(
         )
     found = inspect(checkpoint, **told)
     if found.diffusion is None:
-        advice = "pass it, such as --diffusion T=1000,schedule=linear"
-        flow = "(a SiT's is flow matching, which fastdit does not have)"
+        advice = "pass --diffusion flow if it is a SiT, --diffusion ddpm if it is a DiT"
+        more = "or its options, such as --diffusion T=1000,schedule=linear"
         raise ValueError(
-            f"{checkpoint}: it does not name its training's diffusion {flow}; {advice}"
+            f"{checkpoint}: it does not name its training's diffusion; {advice}, {more}"
         )
     makes = found.config.in_channels
     if out.suffix == ".png" and not decoded and makes not in PIXEL_CHANNELS:
