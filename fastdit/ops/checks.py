@@ -114,7 +114,7 @@ def check_trajectory(
     check_weights(weights)
     cfg, K, B = weights.cfg, len(coefficients), x.shape[0]
     state = [B, cfg.n_tokens * cfg.patch_size**2, cfg.in_channels]
-    rows, width = (2 * B if guidance else B), (6 * cfg.n_layers + 2) * cfg.hidden
+    rows, width = (2 * B if guidance else B), cfg.modulation_width
     by_step, by_label, row = modulation
     labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
     expected: dict[str, tuple[Tensor | None, list[int]]] = {

@@ -258,7 +258,7 @@ def _copied(model: DiT, dtype: torch.dtype) -> DiT:
     def storage(t: Tensor) -> Tensor:
         # With its channels fastest, a convolution's weight is the matrix of the patch embedding.
         layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
-        kind = dtype if t.is_floating_point() else t.dtype
+        kind = dtype if t.is_floating_point() and t is not model.rope else t.dtype
         empty = torch.empty_like(t, dtype=kind, memory_format=layout)
         return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 
