@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -331,3 +331,27 @@ def process_of(options: dict[str, Any]) -> Process:
             f"FlowMatching, with a 'path', got {options!r}"
         )
     return DiffusionScheduler(**options)
+
+
+# The flows of published models: Ma et al. 2024; Yao et al. 2025; Yu et al. 2025; Li & He 2025.
+_PUBLISHED = {
+    "SiT": FlowMatching(),
+    "LightningDiT": FlowMatching(),
+    "REPA": FlowMatching(clean_at=0),
+    "JiT": FlowMatching(prediction="sample", min_noise=0.05),
+}
+_JIT_NOISE = {512: 2.0}  # its deviation by the height of the images; for others it is 1
+
+
+def published_flow(project: str, height: int) -> FlowMatching | None:
+    """Return the flow that a project's published models were trained on, or None.
+
+    Args:
+        project: "SiT", "LightningDiT", "REPA" or "JiT"; or a preset's name, which begins so.
+        height: of the model's input; JiT's noise depends on it.
+    """
+    project = project.partition("-")[0]
+    flow = _PUBLISHED.get(project)
+    if flow is None or project != "JiT":
+        return flow
+    return replace(flow, noise_scale=_JIT_NOISE.get(height, 1.0))

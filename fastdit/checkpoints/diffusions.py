@@ -67,32 +67,37 @@ def told_by_file(
     if isinstance(stored, Mapping):
         return Found(checked(dict(stored), None))
     projects = projects_of(names)
+    model = str(arguments.get("model", ""))
     if len(projects) > 1:
         return Found(None)
     if JIT in projects:
-        flow = published_flow("JiT", cfg.sample_shape[1])
+        flow = _published("JiT", cfg)
         given = {own: arguments.get(name) for name, own in _JIT_ARGUMENTS.items()}
-        return Found(checked({k: v for k, v in given.items() if v is not None}, flow.options))
-    model = str(arguments.get("model", ""))
+        return Found(checked({k: v for k, v in given.items() if v is not None}, flow))
     if REPA in projects or (model.startswith("SiT") and "encoder_depth" in arguments):
-        return Found(_with_arguments(published_flow("REPA"), arguments))
+        return Found(_with_arguments(_published("REPA", cfg), arguments))
     if LIGHTNING in projects:
-        return Found(_with_arguments(published_flow("LightningDiT"), arguments))
+        return Found(_with_arguments(_published("LightningDiT", cfg), arguments))
     if cfg.qk_norm != "none":
-        return Found(None)  # REPA's and LightningDiT's: their times run against each other
+        return Found(None)  # REPA's or LightningDiT's, whose times run against each other
     if model.startswith("SiT"):
-        return Found(_with_arguments(published_flow("SiT"), arguments))
+        return Found(_with_arguments(_published("SiT", cfg), arguments))
     if model.startswith("DiT"):
         return Found(dict(PUBLISHED_DIFFUSION))
     if named := re.match(r"(SiT|DiT)-", PurePath(file).name, re.IGNORECASE):
-        is_flow = named[1].lower() == "sit"
-        return Found(published_flow("SiT").options if is_flow else dict(PUBLISHED_DIFFUSION), True)
+        of_sit = named[1].lower() == "sit"
+        return Found(_published("SiT", cfg) if of_sit else dict(PUBLISHED_DIFFUSION), True)
     return Found(None)
 
 
-def _with_arguments(flow: FlowMatching, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def _published(project: str, cfg: DiTConfig) -> dict[str, Any]:
+    flow = published_flow(project, cfg.sample_shape[1])
+    assert flow is not None
+    return flow.options
+
+
+def _with_arguments(options: dict[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a flow's options as training arguments say; None if they say something unknown."""
-    options = flow.options
     for name, argument, known in (
         ("path", "path_type", _THEIR_PATHS),
         ("prediction", "prediction", _THEIR_PREDICTIONS),

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def bare_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
     )
 
 
-def _qk_norm(state: Mapping[str, Tensor]) -> str:
+def _qk_norm(state: Mapping[str, Tensor]) -> Literal["none", "layer", "rms"]:
     """Return the kind of norm of the queries and keys of a state's first block."""
     if "blocks.0.attn.q_norm.weight" not in state:
         return "none"

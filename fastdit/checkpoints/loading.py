@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastdit.checkpoints import diffusions, folders, translation
 from fastdit.checkpoints.adaptation import adapted
+from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.digests import check_digests
 from fastdit.checkpoints.entries import (
     arguments_of,
@@ -28,7 +29,6 @@ from fastdit.checkpoints.matching import (
     empty_model,
     without_extras,
 )
-from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.native import CheckpointInfo, info_of, read_safetensors
 from fastdit.checkpoints.pickles import check_records, is_pickle, read_pickle
 from fastdit.checkpoints.projects import PROJECTS

@@ -67,7 +67,9 @@ def projects_of(names: Iterable[str]) -> list[str]:
     JiT's blocks have LightningDiT's names, so that its own marks count alone.
     """
     names = list(names)
-    found = [project for project, marks in _MARKS.items() if any(n.startswith(marks) for n in names)]
+    found = [
+        project for project, marks in _MARKS.items() if any(n.startswith(marks) for n in names)
+    ]
     return found[:1] if JIT in found else found
 
 

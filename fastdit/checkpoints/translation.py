@@ -316,7 +316,7 @@ def _block_parts(weight: Tensor | None) -> int:
 def _swapped(name: str, rows: Tensor, block_parts: int = 6) -> Tensor:
     """Return a modulation's rows with shift and scale exchanged, and any other tensor as it is."""
     parts = 2 if name.startswith("final_mod") else block_parts
-    # Without shifts there is nothing to exchange; a wrong shape is reported where they are compared.
+    # Without shifts nothing is exchanged; a wrong shape is reported where shapes are compared.
     if not _MODULATION.fullmatch(name) or parts not in _SWAPS or not rows.dim():
         return rows
     if len(rows) % parts:

@@ -27,6 +27,7 @@ from fastdit.config import PRESETS
 from fastdit.data.latents import VAE_HELP, LatentShards, encode_folder, load_vae
 from fastdit.data.shards import PLAN
 from fastdit.errors import first_few, unknown_name
+from fastdit.flow import published_flow
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
 from fastdit.train.changes import describe, recorded
@@ -84,7 +85,8 @@ def info(
     """
     with plain_errors(context):
         if model in PRESETS:
-            found = CheckpointInfo(PRESETS[model], preset_diffusion(model))
+            flow = published_flow(model, PRESETS[model].sample_shape[1])
+            found = CheckpointInfo(PRESETS[model], None if flow is None else flow.options)
         elif Path(model).exists():
             told = answers(n_heads, null_class, img_size, diffusion, weights)
             found = inspect(Path(model), **told)
