@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdit.checkpoints.pickles import Placeholder
+from fastdit.checkpoints.projects import JIT, projects_of
 from fastdit.errors import first_few
 
 # Data parallelism, torch.compile, FSDP and activation checkpointing.
@@ -73,7 +74,8 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
         if len(chosen) > 1 and not chosen[0].averaged:
             chosen = next((some for some in by_name if some), chosen)
     if len(chosen) > 1:
-        chosen = [entry for entry in chosen if _FIRST_AVERAGE in entry.names] or chosen
+        firsts = [entry for entry in chosen if _FIRST_AVERAGE in entry.names]
+        chosen = [entry for entry in firsts if JIT in projects_of(entry.tensors)] or chosen
     if len(chosen) > 1:
         these = _listed([entry.label for entry in chosen])
         raise ValueError(f"weights: several fit; pass weights= with one of {these}")
