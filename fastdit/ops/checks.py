@@ -19,17 +19,35 @@ def check_tokens(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
 
 
-def check_modulation(x: Tensor, **modulation: Tensor) -> None:
-    """Check the shape, dtype and device of each modulation tensor."""
+def check_residual(x: Tensor, y: Tensor) -> None:
+    """Check the residual stream x and the output y of a sub-layer."""
+    check_tokens("x", x)
+    check_tokens("y", y)
+    if y.shape != x.shape:
+        raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
+    check_device(x, y=y)
+
+
+def check_modulation(x: Tensor, **modulation: Tensor | None) -> None:
+    """Check the shape [B, D], dtype and device of each modulation tensor that is there."""
     B, _, D = x.shape
-    expected, device = (B, D), x.device
     for name, value in modulation.items():
-        if value.shape != expected:
-            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
-        if value.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
-        if value.device != device:
-            raise _other_device(name, x, value)
+        if value is not None:
+            _check_vectors(name, value, x, (B, D))
+
+
+def check_norm_weight(x: Tensor, weight: Tensor) -> None:
+    """Check the shape [D], dtype and device of a norm's weight."""
+    _check_vectors("weight", weight, x, x.shape[-1:])
+
+
+def _check_vectors(name: str, value: Tensor, x: Tensor, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+    if value.device != x.device:
+        raise _other_device(name, x, value)
 
 
 def check_update_tensors(

@@ -125,12 +125,12 @@ def _transforms() -> str | None:
     return "supports neither torch.func's transforms nor forward-mode derivatives"
 
 
-def _triton(*tensors: Tensor) -> str | None:
+def _triton(first: Tensor, *others: Tensor | None) -> str | None:
     """Why Triton's kernels cannot run on these tensors, or None."""
-    for t in tensors:
-        if t.dtype == torch.float64:
+    for t in (first, *others):
+        if t is not None and t.dtype == torch.float64:
             return _triton_on(t.device, t.dtype)
-    return _triton_on(tensors[0].device, torch.float32)
+    return _triton_on(first.device, torch.float32)
 
 
 def _triton_on(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -164,14 +164,14 @@ def _triton_attention(qkv: Tensor, head_dim: int) -> str | None:
     return _triton(qkv)
 
 
-def _cpp_layer_norm(*tensors: Tensor) -> str | None:
+def _cpp_norm(*tensors: Tensor | None) -> str | None:
     for t in tensors:
-        if not t.is_cpu or t.dtype != torch.float32:
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32):
             return f"expects float32 tensors on a CPU, got {t.dtype} on {t.device}"
     return _transforms()
 
 
-def _cpp_layer_norm_suits(x: Tensor, *others: Tensor) -> bool:
+def _cpp_norm_suits(x: Tensor, *others: Tensor | None) -> bool:
     # Sizes last: a tracer would guard its graph with what it compares.
     return _cpp_is_default() and x.numel() >= _CPP_ELEMENTS
 
@@ -238,12 +238,14 @@ def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
 
 
 _LAYER_NORM = {
-    "cpp": Backend(_cpp_layer_norm, _cpp_layer_norm_suits),
+    "cpp": Backend(_cpp_norm, _cpp_norm_suits),
     "triton": Backend(_triton, _always),
 }
 TABLE: dict[str, dict[str, Backend]] = {
     "layer_norm_modulate": _LAYER_NORM,
     "gated_residual_layer_norm_modulate": _LAYER_NORM,
+    "rms_norm_modulate": {},
+    "gated_residual_rms_norm_modulate": {},
     "attention": {"triton": Backend(_triton_attention, _always)},
     "sampler_update": {
         "cpp": Backend(_cpp_update, _cpp_update_suits),
