@@ -117,14 +117,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """X [B, N, D], rope [2, N, d/2] or None -> [B, N, D]."""
-        qkv = self.qkv(x)
         q, k = self.q_norm, self.k_norm
+        weights: tuple[Tensor | None, ...] = (None,) * 4
         if q is not None and k is not None:
-            norms = q.weight, q.bias, k.weight, k.bias
-            qkv = functional.qk_norm_rope(qkv, self.n_heads, *norms, rope=rope, eps=self.eps)
-        elif rope is not None:
-            qkv = functional.qk_norm_rope(qkv, self.n_heads, rope=rope)
-        return self.proj(functional.attention(qkv, self.n_heads))
+            weights = q.weight, q.bias, k.weight, k.bias
+        heads = functional.qk_attention(
+            self.qkv(x), self.n_heads, *weights, rope=rope, eps=self.eps
+        )
+        return self.proj(heads)
 
 
 class MLP(nn.Sequential):

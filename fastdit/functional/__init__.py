@@ -13,7 +13,7 @@ Those that kernels exist for take a `backend`, which runs the op or raises:
   for LayerNorms of fewer than 100,000 elements, and for updates that need a gradient.
 """
 
-from fastdit.functional.attention import attention, qk_norm_rope
+from fastdit.functional.attention import attention, qk_attention, qk_norm_rope
 from fastdit.functional.mlp import linear_gelu, swiglu
 from fastdit.functional.norms import (
     gated_residual_layer_norm_modulate,
@@ -33,6 +33,7 @@ __all__ = [
     "linear_gelu",
     "normal",
     "patchify",
+    "qk_attention",
     "qk_norm_rope",
     "rms_norm_modulate",
     "rope_table",

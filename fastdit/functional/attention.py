@@ -31,27 +31,16 @@ def attention(qkv: Tensor, n_heads: int, backend: str | None = None) -> Tensor:
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    checks.check_tokens("qkv", qkv)
-    B, N, D3 = qkv.shape
-    if n_heads < 1:
-        raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
-    if D3 % (3 * n_heads):
-        raise ValueError(
-            f"qkv: expected a last dimension divisible by 3 * n_heads = {3 * n_heads}, got {D3}"
-        )
-    d = D3 // (3 * n_heads)
+    d = checks.head_dim(qkv, n_heads)
     chosen = choose("attention", backend, qkv, d)
-    kind = qkv.device.type  # "meta" has no autocast
-    if qkv.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
-        qkv = qkv.to(torch.get_autocast_dtype(kind))
-    if N == 1 and qkv.dtype != torch.float64:
+    qkv = qkv.to(_product_dtype(qkv))
+    if qkv.shape[1] == 1 and qkv.dtype != torch.float64:
         return qkv[..., 2 * d * n_heads :].clone()
     if chosen == "triton":
         return registration.call(definitions.attention, qkv, n_heads)[0]
     if qkv.dtype == torch.float64:
         return reference.attention(qkv, n_heads)
-    q, k, v = qkv.view(B, N, 3, n_heads, d).permute(2, 0, 3, 1, 4)  # each [B, h, N, d]
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D3 // 3)
+    return _attend(*qkv.unflatten(-1, (3, n_heads, d)).unbind(2))
 
 
 def qk_norm_rope(
@@ -63,22 +52,119 @@ def qk_norm_rope(
     k_bias: Tensor | None = None,
     rope: Tensor | None = None,
     eps: float = 1e-6,
+    backend: str | None = None,
 ) -> Tensor:
     """Norm each head's queries and keys, then turn them by their positions; values stay.
 
     Args:
         qkv: [B, N, 3D], the thirds of one linear, each head-major.
-        n_heads: number of heads h; must divide D. The head dim is d = D / h.
+        n_heads: number of heads h; must divide D. The head dim is d = D / h. Triton takes head
+            dims up to 128.
         q_weight: [d], the weight of the queries' norm; None norms neither queries nor keys.
         q_bias: [d]; with it the norm is a LayerNorm, without it an RMSNorm.
-        k_weight: [d], of the keys.
-        k_bias: [d], of the keys.
-        rope: [2, N, d/2] cosines and sines, as `rope_table` returns them; None turns nothing.
+        k_weight: [d], of the keys; given where q_weight is.
+        k_bias: [d], of the keys; given where q_bias is.
+        rope: [2, N, d/2] cosines and sines, as `rope_table` returns them, which get no gradient;
+            None turns nothing.
         eps: added to the variance or to the mean square.
+        backend: "triton", "reference" or None.
 
     Returns:
-        [B, N, 3D] in qkv's dtype.
+        [B, N, 3D] in qkv's dtype. Norms and turns are computed in at least float32.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
 
     Source: Henry et al. 2020 (query-key normalization); Su et al. 2021 (RoFormer).
     """
-    return reference.qk_norm_rope(qkv, n_heads, q_weight, q_bias, k_weight, k_bias, rope, eps)
+    weights = q_weight, q_bias, k_weight, k_bias
+    d = checks.check_head_parts(qkv, n_heads, weights, rope)
+    choose("qk_norm_rope", backend, qkv, d, *weights, rope)
+    if q_weight is None and rope is None:
+        return qkv.clone()
+    if qkv.dtype == torch.float64:
+        exact = (None if t is None else t.double() for t in (*weights, rope))
+        q_weight, q_bias, k_weight, k_bias, rope = exact
+        return reference.qk_norm_rope(qkv, n_heads, q_weight, q_bias, k_weight, k_bias, rope, eps)
+    q, k, v = qkv.unflatten(-1, (3, n_heads, d)).unbind(2)  # each [B, N, h, d]
+    q, k = _norm_and_turn(q, *weights[:2], rope, eps), _norm_and_turn(k, *weights[2:], rope, eps)
+    return torch.stack([q, k, v], dim=2).view(qkv.shape)
+
+
+def qk_attention(
+    qkv: Tensor,
+    n_heads: int,
+    q_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    rope: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Return `attention(qk_norm_rope(...))`, which is what a block computes between its linears.
+
+    Plain PyTorch attends to the normed and turned heads as they are, while the kernels pack them
+    again in between. Without weights and rope this is `attention`.
+
+    Args:
+        qkv: as those of `qk_norm_rope`, like all arguments but the last.
+        backend: "triton" or "reference" for both ops, or None.
+
+    Returns:
+        [B, N, D] in qkv's dtype, or autocast's.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+    """
+    weights = q_weight, q_bias, k_weight, k_bias
+    d = checks.check_head_parts(qkv, n_heads, weights, rope)
+    if q_weight is None and rope is None:
+        return attention(qkv, n_heads, backend)
+    given = qkv, d, *weights, rope
+    chosen = choose("attention", backend, qkv, d), choose("qk_norm_rope", backend, *given)
+    if "triton" in chosen or qkv.dtype == torch.float64 or qkv.shape[1] == 1:
+        return attention(qk_norm_rope(qkv, n_heads, *weights, rope, eps, backend), n_heads, backend)
+    q, k, v = qkv.unflatten(-1, (3, n_heads, d)).unbind(2)  # each [B, N, h, d]
+    q, k = _norm_and_turn(q, *weights[:2], rope, eps), _norm_and_turn(k, *weights[2:], rope, eps)
+    return _attend(*(t.to(_product_dtype(qkv)) for t in (q, k, v)))
+
+
+def _product_dtype(qkv: Tensor) -> torch.dtype:
+    """Return the dtype of attention's products: qkv's, or under autocast autocast's."""
+    kind = qkv.device.type
+    # "meta" has no autocast.
+    if qkv.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return qkv.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention by PyTorch: q, k, v [B, N, h, d] -> [B, N, h * d]."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _norm_and_turn(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rope: Tensor | None, eps: float
+) -> Tensor:
+    """Norm each head of x [B, N, h, d] and turn it, in float32 -> [B, N, h, d] in x's dtype."""
+    y = x.float()
+    if weight is not None and bias is not None:
+        y = F.layer_norm(y, y.shape[-1:], weight.float(), bias.float(), eps)
+    elif weight is not None:
+        y = F.rms_norm(y, y.shape[-1:], weight.float(), eps)
+    return (y if rope is None else _turn(y, *rope.float().unsqueeze(2))).to(x.dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of x [B, N, h, d] by angles of cosines and sines [N, 1, d/2]."""
+    pairs = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # Inductor fuses real arithmetic, and no complex
+        a, b = pairs.unbind(-1)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    # In eager mode one complex product takes half the time.
+    if pairs.stride(-1) != 1 or any(n % 2 for n in (x.storage_offset(), *pairs.stride()[:-1])):
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.ops.dispatch import fuses_gelu
+from fastdit.ops import checks
+from fastdit.ops.dispatch import choose, fuses_gelu
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -33,16 +34,22 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
     return F.gelu(F.linear(x, weight, bias), approximate=approximate)
 
 
-def swiglu(x: Tensor) -> Tensor:
+def swiglu(x: Tensor, backend: str | None = None) -> Tensor:
     """Return the gated product `silu(a) * b` of the halves a and b of x.
 
     Args:
         x: [..., 2M], any float dtype: the output of one linear.
+        backend: "triton", "reference" or None.
 
     Returns:
         [..., M] in x's dtype.
 
+    Raises:
+        ValueError: the shape or dtype does not fit.
+
     Source: Shazeer 2020 (GLU Variants Improve Transformer), equation 6.
     """
+    checks.check_halves(x)
+    choose("swiglu", backend, x)
     a, b = x.chunk(2, dim=-1)
     return F.silu(a) * b

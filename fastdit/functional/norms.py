@@ -116,7 +116,7 @@ def rms_norm_modulate(
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
     checks.check_norm_weight(x, weight)
-    chosen = choose("rms_norm_modulate", backend, x, scale, weight, shift)
+    choose("rms_norm_modulate", backend, x, scale, weight, shift)
     if x.dtype == torch.float64:
         return reference.rms_norm_modulate(x, scale, shift, weight, eps)
     return _rms_norm_modulate(x, scale, shift, weight, eps)
@@ -155,7 +155,7 @@ def gated_residual_rms_norm_modulate(
     checks.check_residual(x, y)
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     checks.check_norm_weight(x, weight)
-    chosen = choose("gated_residual_rms_norm_modulate", backend, x, y, gate, scale, weight, shift)
+    choose("gated_residual_rms_norm_modulate", backend, x, y, gate, scale, weight, shift)
     if x.dtype == torch.float64:
         return reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps)
     residual = _gated_residual(x, y, gate)

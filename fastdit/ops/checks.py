@@ -28,6 +28,57 @@ def check_residual(x: Tensor, y: Tensor) -> None:
     check_device(x, y=y)
 
 
+def head_dim(qkv: Tensor, n_heads: int) -> int:
+    """Return the head dim of packed queries, keys and values, after a check of their shape."""
+    check_tokens("qkv", qkv)
+    if n_heads < 1:
+        raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
+    width = qkv.shape[-1]
+    if width % (3 * n_heads):
+        raise ValueError(
+            f"qkv: expected a last dimension divisible by 3 * n_heads = {3 * n_heads}, got {width}"
+        )
+    return width // (3 * n_heads)
+
+
+def check_head_parts(
+    qkv: Tensor, n_heads: int, weights: Sequence[Tensor | None], rope: Tensor | None
+) -> int:
+    """Check (q_weight, q_bias, k_weight, k_bias) and the rotary table; return the head dim."""
+    d = head_dim(qkv, n_heads)
+    q_weight, q_bias, k_weight, k_bias = weights
+    for name, own, other, of in (
+        ("k_weight", k_weight, q_weight, "q_weight"),
+        ("k_bias", k_bias, q_bias, "q_bias"),
+    ):
+        if (own is None) != (other is None):
+            raise ValueError(f"{name}: expected {_kind(other)}, as {of} is, got {_kind(own)}")
+    if q_bias is not None and q_weight is None:
+        raise ValueError("q_bias: expected None where q_weight is None, got a tensor")
+    if rope is not None and d % 2:
+        raise ValueError(f"rope: expected None for an odd head dim, {d}, got a tensor")
+    expected = dict.fromkeys(("q_weight", "q_bias", "k_weight", "k_bias"), [d])
+    expected["rope"] = [2, qkv.shape[1], d // 2]
+    for (name, shape), value in zip(expected.items(), (*weights, rope), strict=True):
+        if value is None:
+            continue
+        if list(value.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+        if value.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+        if value.device != qkv.device:
+            raise _other_device(name, qkv, value, of="qkv")
+    return d
+
+
+def check_halves(x: Tensor) -> None:
+    """Check that the last dimension can be halved."""
+    if x.dim() < 1 or x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even last dimension, got shape {list(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x: expected a float dtype, got {x.dtype}")
+
+
 def check_modulation(x: Tensor, **modulation: Tensor | None) -> None:
     """Check the shape [B, D], dtype and device of each modulation tensor that is there."""
     B, _, D = x.shape
@@ -222,5 +273,9 @@ def check_device(x: Tensor, **others: Tensor) -> None:
             raise _other_device(name, x, value)
 
 
-def _other_device(name: str, x: Tensor, value: Tensor) -> ValueError:
-    return ValueError(f"{name}: expected x's device {x.device}, got {value.device}")
+def _other_device(name: str, x: Tensor, value: Tensor, of: str = "x") -> ValueError:
+    return ValueError(f"{name}: expected {of}'s device {x.device}, got {value.device}")
+
+
+def _kind(value: Tensor | None) -> str:
+    return "None" if value is None else "a tensor"

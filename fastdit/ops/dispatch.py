@@ -247,6 +247,8 @@ TABLE: dict[str, dict[str, Backend]] = {
     "rms_norm_modulate": {},
     "gated_residual_rms_norm_modulate": {},
     "attention": {"triton": Backend(_triton_attention, _always)},
+    "qk_norm_rope": {},
+    "swiglu": {},
     "sampler_update": {
         "cpp": Backend(_cpp_update, _cpp_update_suits),
         "triton": Backend(_triton, _always),
