@@ -33,8 +33,8 @@ from fastdit.cli.labels import parse_labels
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import VAE_HELP, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.flow import FlowMatching, process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
 from fastdit.solvers import SOLVERS
@@ -87,8 +87,11 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[int, option("Images sampled together.", min=1)] = 64,
-    solver: Annotated[str, option(f"{', '.join(SOLVERS)}.")] = "ddpm",
-    steps: Annotated[int | None, option("Sampling steps.  [every step of the training]")] = None,
+    solver: Annotated[str | None, option(f"{', '.join(SOLVERS)}.  [ddpm; of a flow euler]")] = None,
+    steps: Annotated[
+        int | None,
+        option("Sampling steps.  [every step of the training; of a flow 250, or 50 of heun]"),
+    ] = None,
     clip: Annotated[
         float | None,
         option("Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"),
@@ -127,6 +130,9 @@ def sample(
         where = device_of(device)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
+        process = process_of(trained_on)
+        if solver is None:
+            solver = "euler" if isinstance(process, FlowMatching) else "ddpm"
         if solver not in SOLVERS:
             raise unknown_name("--solver", solver, SOLVERS)
         guidance = None
@@ -136,7 +142,7 @@ def sample(
             raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
         sampler = Sampler(
             load(checkpoint, **told).to(where),
-            DiffusionScheduler(**trained_on),
+            process,
             replace(SOLVERS[solver], clip=clip),
             steps,
             guidance=guidance,
@@ -271,8 +277,8 @@ def _inspect(
         )
     found = inspect(checkpoint, **told)
     if found.diffusion is None:
-        advice = "pass --diffusion flow if it is a SiT, --diffusion ddpm if it is a DiT"
-        more = "or its options, such as --diffusion T=1000,schedule=linear"
+        advice = "pass it: --diffusion flow for a SiT, --diffusion ddpm for a DiT"
+        more = "or options such as --diffusion T=1000,schedule=linear"
         raise ValueError(
             f"{checkpoint}: it does not name its training's diffusion; {advice}, {more}"
         )
