@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
+from fastdit.checkpoints.latent_stats import read_latent_stats
 from fastdit.checkpoints.runs import WEIGHTS_FILE, locate
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
@@ -31,7 +32,7 @@ from fastdit.cli.common import (
 )
 from fastdit.cli.labels import parse_labels
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.data.latents import VAE_HELP, decode, digest, latent_channels, load_vae
+from fastdit.data.latents import VAE_HELP, LatentStats, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
 from fastdit.errors import unknown_name
 from fastdit.flow import FlowMatching, process_of
@@ -108,6 +109,13 @@ def sample(
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
     vae: Annotated[str | None, option(f"The AutoencoderKL to decode by: {VAE_HELP}.")] = None,
+    latent_stats: Annotated[
+        Path | None,
+        option(
+            "File of the mean and deviation by which the training's latents were normalised, such "
+            "as LightningDiT's latents_stats.pt; the autoencoder's own are written or decoded."
+        ),
+    ] = None,
     n_heads: Heads = None,
     null_class: NullClass = None,
     img_size: ImageSize = None,
@@ -149,12 +157,13 @@ def sample(
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,
         )
-        decoder = None if vae is None else load_vae(vae, where)
-        takes, makes = decoder and latent_channels(decoder), found.config.in_channels
-        if takes not in (None, makes):
-            raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {makes}")
+        finish = _Finish(
+            None if latent_stats is None else read_latent_stats(latent_stats),
+            None if vae is None else load_vae(vae, where),
+        )
+        finish.check(found.config.in_channels)
         if num_images is None:
-            _sample_grid(out, sampler, decoder, wanted, noise, count, batch_size)
+            _sample_grid(out, sampler, finish, wanted, noise, count, batch_size)
             return
         plan = dict(
             num=num_images,
@@ -167,7 +176,7 @@ def sample(
             guidance=guidance and asdict(guidance),
             dtype=dtype,
             execution=sampler.execution_for(),
-            vae=decoder and digest(decoder),
+            vae=finish.decoder and digest(finish.decoder),
             checkpoint=_digest(locate(checkpoint, weights)),
         )
         for name in ("weights", "diffusion"):  # an older release's shards have no such entries
@@ -175,13 +184,41 @@ def sample(
                 plan[name] = told[name]
         if first_index:
             plan["first_index"] = first_index
-        _sample_many(out, sampler, decoder, noise, plan)
+        if finish.stats is not None:
+            own = finish.stats
+            plan["latent_stats"] = [list(own.mean), list(own.std), own.multiplier]
+        _sample_many(out, sampler, finish, noise, plan)
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """What becomes of a model's samples before they are written."""
+
+    stats: LatentStats | None
+    decoder: nn.Module | None
+
+    def check(self, channels: int) -> None:
+        """Raise a ValueError unless both are for as many channels as the model makes."""
+        takes = channels if self.decoder is None else latent_channels(self.decoder)
+        if takes != channels:
+            raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {channels}")
+        if self.stats is not None and len(self.stats.mean) != channels:
+            got = f"{len(self.stats.mean)} channels, but the model makes {channels}"
+            raise ValueError(f"--latent-stats: they are of {got}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.stats is not None:
+            images = self.stats.undo(images)
+        if self.decoder is not None:
+            # Statistics are of the autoencoder's own latents, which need no other scale.
+            images = decode(self.decoder, images, scale=None if self.stats is None else 1.0)
+        return images
 
 
 def _sample_grid(
     out: Path,
     sampler: Sampler,
-    decoder: nn.Module | None,
+    finish: _Finish,
     labels: list[int],
     noise: Noise,
     count: int | None,
@@ -197,26 +234,22 @@ def _sample_grid(
             rows = [labels[j // per_label] for j in range(i, min(i + size, total))]
             batches.append(sample_batch(sampler, rows, noise, i, progress=True).cpu())
             bar.update(len(rows))
-    images = torch.cat(batches)
-    if decoder is not None:
-        images = decode(decoder, images)
+    images = finish(torch.cat(batches))
     _write(out, images, columns=per_label)
     print(f"wrote {total} image{'s' * (total > 1)} to {out}")
 
 
 def _sample_many(
-    out: Path, sampler: Sampler, decoder: nn.Module | None, noise: Noise, plan: dict[str, Any]
+    out: Path, sampler: Sampler, finish: _Finish, noise: Noise, plan: dict[str, Any]
 ) -> None:
     """Sample `plan["num"]` images into one NPZ, on all processes together."""
     labels, size = plan["labels"], plan["batch_size"]
     noise.check(-(-plan["num"] // size) * size)
-    pixels = decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
+    pixels = finish.decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
 
     def make(first: int) -> np.ndarray:
         rows = [labels[(noise.first + first + i) % len(labels)] for i in range(size)]
-        images = sample_batch(sampler, rows, noise, first)
-        if decoder is not None:
-            images = decode(decoder, images)
+        images = finish(sample_batch(sampler, rows, noise, first))
         return to_pixels(images) if pixels else images.cpu().numpy()
 
     # After a stop one process may have most of its batches left while the others wait for it.
