@@ -117,13 +117,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """X [B, N, D], rope [2, N, d/2] or None -> [B, N, D]."""
-        q, k = self.q_norm, self.k_norm
-        weights: tuple[Tensor | None, ...] = (None,) * 4
-        if q is not None and k is not None:
+        qkv, q, k = self.qkv(x), self.q_norm, self.k_norm
+        if q is None or k is None:
+            heads = functional.qk_attention(qkv, self.n_heads, rope=rope)
+        else:
             weights = q.weight, q.bias, k.weight, k.bias
-        heads = functional.qk_attention(
-            self.qkv(x), self.n_heads, *weights, rope=rope, eps=self.eps
-        )
+            heads = functional.qk_attention(qkv, self.n_heads, *weights, rope, self.eps)
         return self.proj(heads)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastdit import functional
 from fastdit.sampling.loop import Loop, Progress, Request, progress_bar
 
+_FIRST_STEP = 0.01  # of time; where its error is too large, the method shortens it
+
 
 def integrator() -> Callable[..., Any]:
     """Return the `odeint` of torchdiffeq; raise a ValueError where it is not installed."""
@@ -40,8 +42,9 @@ class AdaptiveLoop(Loop):
             x = self._start(request)[0].x
             x0 = torch.zeros_like(x)
             times = torch.tensor(ode.flow.span, dtype=torch.float64, device=x.device)
-            # Without "step_t" the last step would go past the data, and be cut off afterwards.
-            how = dict(rtol=ode.rtol, atol=ode.atol, method="dopri5", options={"step_t": times[1:]})
+            # Without these the first step is sought outside the span, and the last one ends there.
+            options = {"first_step": _FIRST_STEP, "step_t": times[1:]}
+            how = dict(rtol=ode.rtol, atol=ode.atol, method="dopri5", options=options)
 
             def velocity(image: slice, t: Tensor, now: Tensor) -> Tensor:
                 change, x0[image] = self._velocity(float(t), now, request.labels, image)

@@ -222,7 +222,8 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
     [
         (
             {"solver": "ddmp"},
-            "solver: expected one of ddpm, ddim, dpm++, heun; got 'ddmp'; did you mean",
+            "solver: expected one of ddpm, ddim, dpm++, heun, euler, euler-maruyama, dopri5; got "
+            "'ddmp'; did you mean 'ddpm'?",
         ),
         ({"execution": "grpah"}, "got 'grpah'; did you mean 'graph'?"),
         ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
