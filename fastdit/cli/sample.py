@@ -35,10 +35,10 @@ from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import VAE_HELP, LatentStats, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
 from fastdit.errors import unknown_name
-from fastdit.flow import FlowMatching, process_of
+from fastdit.flow import FlowMatching, Process, process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import SOLVERS
+from fastdit.solvers import SOLVERS, FlowSolver, Solver
 from fastdit.train.distributed import processes
 from fastdit.update import Guidance
 
@@ -48,6 +48,8 @@ COUNT = 4
 _FLAGS = {
     "guidance": "--guidance-scale",
     "guidance.channels": "--guidance-channels",
+    "guidance.interval": "--guidance-interval",
+    "interval": "--guidance-interval",
     "scale": "--guidance-scale",
     "channels": "--guidance-channels",
 }
@@ -104,6 +106,17 @@ def sample(
     guidance_channels: Annotated[
         int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)
     ] = None,
+    guidance_interval: Annotated[
+        str | None,
+        option(
+            "First and last time that is guided, such as 0.125,1 of a flow; of a discrete "
+            "diffusion the lowest timestep and the one past the highest.  [all]"
+        ),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        option("Shift of a flow's times, such as LightningDiT's 0.3: below 1 towards the noise."),
+    ] = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.  [the weights']")] = None,
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
@@ -143,15 +156,11 @@ def sample(
             solver = "euler" if isinstance(process, FlowMatching) else "ddpm"
         if solver not in SOLVERS:
             raise unknown_name("--solver", solver, SOLVERS)
-        guidance = None
-        if guidance_scale is not None:
-            guidance = Guidance(guidance_scale, channels=guidance_channels)
-        elif guidance_channels is not None:
-            raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
+        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval, process)
         sampler = Sampler(
             load(checkpoint, **told).to(where),
             process,
-            replace(SOLVERS[solver], clip=clip),
+            _solver(solver, clip, shift),
             steps,
             guidance=guidance,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -179,15 +188,43 @@ def sample(
             vae=finish.decoder and digest(finish.decoder),
             checkpoint=_digest(locate(checkpoint, weights)),
         )
-        for name in ("weights", "diffusion"):  # an older release's shards have no such entries
-            if told[name] is not None:
-                plan[name] = told[name]
-        if first_index:
-            plan["first_index"] = first_index
-        if finish.stats is not None:
-            own = finish.stats
-            plan["latent_stats"] = [list(own.mean), list(own.std), own.multiplier]
+        stats = finish.stats and asdict(finish.stats)
+        later = {"shift": shift, "latent_stats": stats, "first_index": first_index or None}
+        later |= {name: told[name] for name in ("weights", "diffusion")}
+        # An older release's shards have no such entries.
+        plan |= {name: value for name, value in later.items() if value is not None}
         _sample_many(out, sampler, finish, noise, plan)
+
+
+def _guidance(
+    scale: float | None, channels: int | None, interval: str | None, process: Process
+) -> Guidance | None:
+    """Return the guidance of the options that speak of it."""
+    if scale is None:
+        for name, value in (("channels", channels), ("interval", interval)):
+            if value is not None:
+                expected = "expected --guidance-scale beside it, got none"
+                raise ValueError(f"--guidance-{name}: {expected}")
+        return None
+    if interval is None:
+        return Guidance(scale, channels=channels)
+    kind: type[float] | type[int] = float if isinstance(process, FlowMatching) else int
+    try:
+        low, high = (kind(bound) for bound in interval.split(","))
+    except ValueError:
+        example = "times such as 0.125,1" if kind is float else "timesteps such as 0,500"
+        raise ValueError(f"--guidance-interval: expected {example}, got {interval!r}") from None
+    return Guidance(scale, (low, high), channels)
+
+
+def _solver(name: str, clip: float | None, shift: float | None) -> Solver:
+    """Return a solver of its name with its options."""
+    solver = replace(SOLVERS[name], clip=clip)
+    if shift is None:
+        return solver
+    if not isinstance(solver, FlowSolver):
+        raise ValueError(f"--shift: expected none, since --solver {name} takes none, got {shift}")
+    return replace(solver, shift=shift)
 
 
 @dataclass(frozen=True)
