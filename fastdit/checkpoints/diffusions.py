@@ -22,6 +22,8 @@ from fastdit.flow import FlowMatching, process_of, published_flow
 
 # Peebles & Xie 2023, section 4: the linear schedule of ADM.
 PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
+# The argument by which `fastdit.save` notes it in other projects' layouts.
+NOTE = "fastdit_diffusion"
 # What `diffusion=` and `--diffusion` take in place of options.
 NAMES = ("flow", "ddpm")
 
@@ -63,7 +65,7 @@ def told_by_file(
         file: its name, or "".
         cfg: the model's config.
     """
-    stored = arguments.get("diffusion")  # written by `fastdit.save`
+    stored = arguments.get(NOTE)
     if isinstance(stored, Mapping):
         return Found(checked(dict(stored), None))
     projects = projects_of(names)
@@ -76,7 +78,8 @@ def told_by_file(
         return Found(checked({k: v for k, v in given.items() if v is not None}, flow))
     if REPA in projects or (model.startswith("SiT") and "encoder_depth" in arguments):
         return Found(_with_arguments(_published("REPA", cfg), arguments))
-    if LIGHTNING in projects:
+    of_lightning = str(arguments.get("model_type", "")).startswith("LightningDiT")
+    if LIGHTNING in projects or of_lightning or not cfg.modulation_shift:
         return Found(_with_arguments(_published("LightningDiT", cfg), arguments))
     if cfg.qk_norm != "none":
         return Found(None)  # REPA's or LightningDiT's, whose times run against each other

@@ -25,6 +25,7 @@ _MARKERS = ("patch_embed", "x_embedder", "transformer_blocks")
 _AVERAGED = ("ema", "average", "shadow")
 _FIRST_AVERAGE = "model_ema1"  # of JiT's two the one that it evaluates
 _PREFERRED = ("model", "state_dict", "")  # where several weights are not averaged
+_SECTIONS = ("model", "data", "transport")  # of LightningDiT's arguments
 OWN = "fastdit"  # the entry of a state dict's metadata that holds the config
 _MAX_DEPTH = 5
 _MAX_ENTRIES = 10_000  # which may be fewer dicts, each of them in many others
@@ -106,7 +107,7 @@ def arguments_of(content: Any) -> dict[str, Any]:
     """Return what a file says of its model besides the tensors, if anything.
 
     This is the config that `fastdit.save` writes to other layouts, or the command line or the
-    hyperparameters of a training run. Settings in sections are returned beside the sections.
+    hyperparameters of a training run. Those in LightningDiT's sections are returned beside them.
     """
     if not isinstance(content, Mapping):
         return {}
@@ -121,7 +122,7 @@ def arguments_of(content: Any) -> dict[str, Any]:
             value = getattr(value, "__dict__", None)
         if isinstance(value, Mapping):
             own = {str(name): setting for name, setting in value.items()}
-            sections = (section for section in own.values() if isinstance(section, Mapping))
+            sections = (own[name] for name in _SECTIONS if isinstance(own.get(name), Mapping))
             return {str(name): v for section in sections for name, v in section.items()} | own
     return {}
 

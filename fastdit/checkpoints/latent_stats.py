@@ -5,6 +5,7 @@ LightningDiT writes them beside its latents, as `latents_stats.pt`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fastdit.data.latents import LatentStats
 _NAMES = ("mean", "std")
 
 
-def read_latent_stats(path: Path) -> LatentStats:
+def read_latent_stats(path: str | os.PathLike[str]) -> LatentStats:
     """Return the statistics in a file of PyTorch or safetensors.
 
     It holds `mean` and `std`, of one value for each channel, and may hold a `multiplier`.
@@ -28,6 +29,7 @@ def read_latent_stats(path: Path) -> LatentStats:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, or does not hold such statistics.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     content = read_pickle(path) if is_pickle(path) else read_safetensors(path)[0]

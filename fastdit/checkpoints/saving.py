@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints.diffusions import NOTE
 from fastdit.checkpoints.entries import OWN
 from fastdit.checkpoints.matching import check_keys, empty_model
 from fastdit.checkpoints.native import check_labels, write_tensors
@@ -86,7 +87,7 @@ def save(
         return
     theirs = translation.to_project(layout, cfg, state)
     content = wrapped(layout, {name: t.detach().cpu() for name, t in theirs.items()})
-    _save_pickle(content, cfg.to_dict() | {"diffusion": inner.diffusion}, path)
+    _save_pickle(content, cfg.to_dict() | {NOTE: inner.diffusion}, path)
 
 
 def _save_pickle(

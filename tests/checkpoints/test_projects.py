@@ -204,6 +204,21 @@ def test_lightningdits_settings_in_sections_are_read(tmp_path):
     assert model.cfg == ON_LATENTS and model.diffusion == FlowMatching("gvp").options
 
 
+@pytest.mark.parametrize("change", [{"modulation_shift": False}, {"qk_norm": "layer"}, {}])
+def test_a_lightningdit_of_few_options_is_told_by_what_is_left(tmp_path, change):
+    """Without shifts it is no other's; with normed queries alone or no option its arguments tell."""
+    eps = 1e-5 if "qk_norm" in change else 1e-6
+    cfg = replace(PUBLISHED, learn_sigma=False, qk_norm_eps=eps, **change)
+    fastdit.save(fastdit.DiT.from_config(cfg), tmp_path / "m.pt", layout=LIGHTNING)
+    state = dict(torch.load(tmp_path / "m.pt", weights_only=True))
+    flow = FlowMatching().options
+    bare = fastdit.load(state, **ANSWERS["sit"])
+    assert bare.cfg == cfg and bare.diffusion == (flow if "modulation_shift" in change else None)
+    config = {"data": {"num_classes": 10}, "model": {"model_type": "LightningDiT-XL/2"}}
+    told = fastdit.load({"ema": state, "config": config}, n_heads=2)
+    assert told.cfg == cfg and told.diffusion == flow
+
+
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
