@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,14 +31,23 @@ from fastdit.cli.common import (
     plain_errors,
 )
 from fastdit.cli.labels import parse_labels
+from fastdit.cli.solvers import (
+    Clip,
+    Interval,
+    Name,
+    Shift,
+    SolverOptions,
+    Steps,
+    parse_interval,
+    parse_solver,
+)
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
 from fastdit.data.latents import VAE_HELP, LatentStats, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
 from fastdit.errors import unknown_name
-from fastdit.flow import FlowMatching, Process, process_of
+from fastdit.flow import process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import SOLVERS, FlowSolver, Solver
 from fastdit.train.distributed import processes
 from fastdit.update import Guidance
 
@@ -48,10 +57,10 @@ COUNT = 4
 _FLAGS = {
     "guidance": "--guidance-scale",
     "guidance.channels": "--guidance-channels",
-    "guidance.interval": "--guidance-interval",
-    "interval": "--guidance-interval",
     "scale": "--guidance-scale",
     "channels": "--guidance-channels",
+    "guidance.interval": "--guidance-interval",
+    "interval": "--guidance-interval",
 }
 
 
@@ -90,15 +99,11 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[int, option("Images sampled together.", min=1)] = 64,
-    solver: Annotated[str | None, option(f"{', '.join(SOLVERS)}.  [ddpm; of a flow euler]")] = None,
-    steps: Annotated[
-        int | None,
-        option("Sampling steps.  [every step of the training; of a flow 250, or 50 of heun]"),
-    ] = None,
-    clip: Annotated[
-        float | None,
-        option("Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"),
-    ] = None,
+    solver: Name = None,
+    steps: Steps = None,
+    clip: Clip = None,
+    shift: Shift = None,
+    solver_options: SolverOptions = None,
     guidance_scale: Annotated[
         float | None,
         option("Scale of guidance by a null class: 1 is none, 0 samples without labels."),
@@ -106,17 +111,7 @@ def sample(
     guidance_channels: Annotated[
         int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)
     ] = None,
-    guidance_interval: Annotated[
-        str | None,
-        option(
-            "First and last time that is guided, such as 0.125,1 of a flow; of a discrete "
-            "diffusion the lowest timestep and the one past the highest.  [all]"
-        ),
-    ] = None,
-    shift: Annotated[
-        float | None,
-        option("Shift of a flow's times, such as LightningDiT's 0.3: below 1 towards the noise."),
-    ] = None,
+    guidance_interval: Interval = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.  [the weights']")] = None,
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
@@ -152,15 +147,12 @@ def sample(
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
         process = process_of(trained_on)
-        if solver is None:
-            solver = "euler" if isinstance(process, FlowMatching) else "ddpm"
-        if solver not in SOLVERS:
-            raise unknown_name("--solver", solver, SOLVERS)
-        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval, process)
+        solver, chosen = parse_solver(solver, process, clip, shift, solver_options)
+        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval)
         sampler = Sampler(
             load(checkpoint, **told).to(where),
             process,
-            _solver(solver, clip, shift),
+            chosen,
             steps,
             guidance=guidance,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -188,43 +180,23 @@ def sample(
             vae=finish.decoder and digest(finish.decoder),
             checkpoint=_digest(locate(checkpoint, weights)),
         )
-        stats = finish.stats and asdict(finish.stats)
-        later = {"shift": shift, "latent_stats": stats, "first_index": first_index or None}
-        later |= {name: told[name] for name in ("weights", "diffusion")}
         # An older release's shards have no such entries.
+        later = dict(weights=told["weights"], diffusion=told["diffusion"])
+        later |= dict(shift=shift, solver_options=solver_options)
+        later["latent_stats"] = finish.stats and asdict(finish.stats)
         plan |= {name: value for name, value in later.items() if value is not None}
+        if first_index:
+            plan["first_index"] = first_index
         _sample_many(out, sampler, finish, noise, plan)
 
 
-def _guidance(
-    scale: float | None, channels: int | None, interval: str | None, process: Process
-) -> Guidance | None:
-    """Return the guidance of the options that speak of it."""
-    if scale is None:
-        for name, value in (("channels", channels), ("interval", interval)):
-            if value is not None:
-                expected = "expected --guidance-scale beside it, got none"
-                raise ValueError(f"--guidance-{name}: {expected}")
-        return None
-    if interval is None:
-        return Guidance(scale, channels=channels)
-    kind: type[float] | type[int] = float if isinstance(process, FlowMatching) else int
-    try:
-        low, high = (kind(bound) for bound in interval.split(","))
-    except ValueError:
-        example = "times such as 0.125,1" if kind is float else "timesteps such as 0,500"
-        raise ValueError(f"--guidance-interval: expected {example}, got {interval!r}") from None
-    return Guidance(scale, (low, high), channels)
-
-
-def _solver(name: str, clip: float | None, shift: float | None) -> Solver:
-    """Return a solver of its name with its options."""
-    solver = replace(SOLVERS[name], clip=clip)
-    if shift is None:
-        return solver
-    if not isinstance(solver, FlowSolver):
-        raise ValueError(f"--shift: expected none, since --solver {name} takes none, got {shift}")
-    return replace(solver, shift=shift)
+def _guidance(scale: float | None, channels: int | None, interval: str | None) -> Guidance | None:
+    if scale is not None:
+        return Guidance(scale, parse_interval(interval), channels)
+    for flag, value in (("channels", channels), ("interval", interval)):
+        if value is not None:
+            raise ValueError(f"--guidance-{flag}: expected --guidance-scale beside it, got none")
+    return None
 
 
 @dataclass(frozen=True)
