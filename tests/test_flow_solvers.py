@@ -370,7 +370,7 @@ def test_every_coefficient_is_finite_at_the_ends(steps, path, prediction, solver
         (lambda: Euler().table(FlowMatching(), 2.0), "steps: expected a positive integer, got 2.0"),
         (
             lambda: EulerMaruyama(diffusion="SBDM").table(FlowMatching("gvp")),
-            "diffusion: expected one that is finite at t = 0, where sampling the 'gvp' path "
+            "solver: expected a diffusion that is finite at t = 0, where sampling the 'gvp' path "
             "begins, such as constant, sigma, linear, decreasing, increasing-decreasing; got "
             "'SBDM', which divides by the amplitude of the image",
         ),

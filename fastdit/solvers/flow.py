@@ -134,7 +134,7 @@ class EulerMaruyama(FlowSolver):
         if not w.isfinite().all():
             finite = [name for name in DIFFUSIONS if name != self.diffusion]
             raise ValueError(
-                f"diffusion: expected one that is finite at t = {t[0]:g}, where sampling the "
+                f"solver: expected a diffusion that is finite at t = {t[0]:g}, where sampling the "
                 f"{flow.path!r} path begins, such as {', '.join(finite)}; got {self.diffusion!r}, "
                 "which divides by the amplitude of the image"
             )

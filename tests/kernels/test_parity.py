@@ -20,6 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEADS = {64: 1, 72: 1, 384: 4, 1152: 16}  # head dims 64, 72, 96, 72
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention")
+RMS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,18 @@ class Case:
     N: int
     D: int
     view: str
+    shifted: bool = True
 
     def __str__(self):
-        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}"
+        shift = "" if self.shifted else "-no-shift"
+        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}{shift}"
 
     def seeds(self, op):
         """Return how many seeds to pool so that the op's smallest tensor has 4096 elements.
 
-        That tensor is a modulation's gradient. Under the interpreter its long sums are judged at
-        N = 300 and D = 1152 only, since a long N elsewhere would take minutes.
+        That tensor is a modulation's gradient; RMSNorm's weight has tests of its own. Under the
+        interpreter its long sums are judged at N = 300 and D = 1152 only, since a long N elsewhere
+        would take minutes.
         """
         if op == "attention":
             return -(-4096 // (self.B * self.N * self.D))
@@ -60,6 +64,18 @@ CROSS = [
     )
 ]
 
+# RMSNorm's kernels are LayerNorm's with parts left out, so that fewer lengths and widths suffice.
+RMS_CROSS = [
+    Case(*choices)
+    for choices in itertools.product(
+        DTYPES, (1, 3), (1, 40), (72, 1152), ("contiguous", "strided", "offset"), (True, False)
+    )
+]
+
+
+def cross(op):
+    return RMS_CROSS if op in RMS else CROSS
+
 
 def pairs(case):
     return set(itertools.combinations(enumerate(astuple(case)), 2))
@@ -67,19 +83,19 @@ def pairs(case):
 
 def pairwise_cover(op):
     """Choose cases that cover every pair of choices, greedily by new pairs per second."""
-    left = set().union(*map(pairs, CROSS))
+    left = set().union(*map(pairs, cross(op)))
     chosen = []
     while left:
-        best = max(CROSS, key=lambda c: len(pairs(c) & left) / (1 + c.cost(op)))
+        best = max(cross(op), key=lambda c: len(pairs(c) & left) / (1 + c.cost(op)))
         chosen.append(best)
         left -= pairs(best)
     return chosen
 
 
 def full_cross():
-    for op in OPS:
+    for op in (*OPS, *RMS):
         cover = pairwise_cover(op)
-        for case in CROSS:
+        for case in cross(op):
             marks = () if case in cover else pytest.mark.gpu
             yield pytest.param(op, case, marks=marks, id=f"{op}-{case}")
 
@@ -97,23 +113,30 @@ def lay_out(t, view):
     return flat[1:].view(t.shape)
 
 
-def make_tensors(op, B, N, D):
-    """Return the inputs, then the upstream gradient of each output."""
+def make_tensors(op, B, N, D, shifted=True):
+    """Return the inputs, one of which may be None, then the upstream gradient of each output."""
     if op == "attention":
         return [torch.randn(B, N, 3 * D), torch.randn(B, N, D)]
     gate, scale, shift = torch.randn(3, B, D)
     x, y, dr, dh = torch.randn(4, B, N, D)
-    return [x, scale, shift, dh] if op == OPS[0] else [x, y, gate, scale, shift, dr, dh]
+    weight = [1 + torch.randn(D) / 2] if op in RMS else []
+    modulation = [scale, shift if shifted else None, *weight]
+    return [x, y, gate, *modulation, dr, dh] if "gated" in op else [x, *modulation, dh]
+
+
+def change(tensors, function):
+    return [t if t is None else function(t) for t in tensors]
 
 
 def run(module, op, tensors, n_heads, **backend):
     """Return every output and every input's gradient, flattened."""
-    count = {"attention": 1, OPS[0]: 3, OPS[1]: 5}[op]
-    leaves = [t.detach().requires_grad_() for t in tensors[:count]]
+    count = len(tensors) - (2 if "gated" in op else 1)
+    leaves = change(tensors[:count], lambda t: t.detach().requires_grad_())
     outs = getattr(module, op)(*leaves, n_heads if op == "attention" else 1e-5, **backend)
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.backward(outs, tensors[count:])
-    return [t.detach().flatten().cpu() for t in (*outs, *(leaf.grad for leaf in leaves))]
+    gradients = (leaf.grad for leaf in leaves if leaf is not None)
+    return [t.detach().flatten().cpu() for t in (*outs, *gradients)]
 
 
 def check(op, batches, n_heads=1, plain=reference):
@@ -122,7 +145,7 @@ def check(op, batches, n_heads=1, plain=reference):
         (
             run(functional, op, tensors, n_heads, backend="triton"),
             run(plain, op, tensors, n_heads),
-            run(reference, op, [t.double() for t in tensors], n_heads),
+            run(reference, op, change(tensors, torch.Tensor.double), n_heads),
         )
         for tensors in batches
     ]
@@ -139,7 +162,10 @@ def check(op, batches, n_heads=1, plain=reference):
 def test_ops_and_their_gradients_meet_the_error_rule(op, case, device):
     dtype = DTYPES[case.dtype]
     batches = [
-        [lay_out(t.to(device, dtype), case.view) for t in make_tensors(op, case.B, case.N, case.D)]
+        change(
+            make_tensors(op, case.B, case.N, case.D, case.shifted),
+            lambda t: lay_out(t.to(device, dtype), case.view),
+        )
         for _ in range(case.seeds(op))
     ]
     check(op, batches, HEADS[case.D])
@@ -197,6 +223,25 @@ def test_attention_survives_scores_that_overflow_an_exponential(device):
 def test_layer_norm_takes_any_width(op, D, device):
     seeds = -(-4096 // (3 * D))
     check(op, [[t.to(device) for t in make_tensors(op, 3, 3, D)] for _ in range(seeds)])
+
+
+@pytest.mark.parametrize("D", [96, 600, 4096], ids="D{}".format)
+@pytest.mark.parametrize("op", RMS)
+def test_rms_norm_takes_any_width(op, D, device):
+    """Enough seeds are pooled for the weight's gradient, which sums over images and tokens."""
+    check(op, [[t.to(device) for t in make_tensors(op, 3, 3, D)] for _ in range(-(-4096 // D))])
+
+
+@pytest.mark.parametrize("op", RMS)
+def test_the_gradient_of_a_weight_sums_over_chunks_of_tokens(op, device):
+    """Programs of the backward take 32 tokens of an image."""
+    check(op, [[t.to(device) for t in make_tensors(op, 2, 70, 1152)] for _ in range(4)])
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_layer_norm_needs_no_shift(op, device):
+    batches = [make_tensors(op, 3, 5, 384, shifted=False) for _ in range(4)]
+    check(op, [change(tensors, lambda t: t.to(device)) for tensors in batches])
 
 
 def two_passes(x, scale, shift, eps):

@@ -283,8 +283,8 @@ def test_dopri5_goes_to_the_exact_end_within_its_tolerance():
 def test_dopri5_agrees_with_many_steps_of_heuns_method(flow):
     model, guidance = make_model(GUIDED), Guidance(1.5, channels=3)
     exact = Sampler(model, flow, "heun", 200, guidance=guidance)([3], seed=2)
-    own = Sampler(model, flow, Dopri5(rtol=1e-3, atol=1e-4), guidance=guidance)([3], seed=2)
-    assert relative_error(own, exact) < 1e-2
+    own = Sampler(model, flow, Dopri5(rtol=1e-2, atol=1e-2), guidance=guidance)([3], seed=2)
+    assert relative_error(own, exact) < 5e-2
 
 
 @pytest.mark.usefixtures("needs_torchdiffeq")

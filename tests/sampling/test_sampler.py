@@ -383,5 +383,5 @@ def test_a_loaded_model_brings_the_diffusion_of_its_training(tmp_path):
     loaded = fastdit.load(tmp_path / "m.safetensors")
     expected = Sampler(model, DiffusionScheduler(12, schedule="cosine"))([3], seed=5)
     assert torch.equal(Sampler(loaded, steps=None)([3], seed=5), expected)
-    with pytest.raises(ValueError, match="scheduler: expected the DiffusionScheduler of the model"):
+    with pytest.raises(ValueError, match="scheduler: expected the DiffusionScheduler or the Flow"):
         Sampler(model)
