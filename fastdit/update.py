@@ -93,21 +93,28 @@ def _finite(value: Any) -> float:
 def _interval(interval: Any) -> tuple[int, int] | tuple[float, float]:
     """Return two integers, or two floats where one of them is a float."""
     try:
-        times = [float(value) for value in interval if not isinstance(value, str | bytes)]
-        is_float = [not hasattr(value, "__index__") for value in interval]
+        times = [float(value) for value in interval]
     except (TypeError, ValueError):
-        times, is_float = [], []
-    if any(is_float):
-        if len(times) != 2 or not 0 <= times[0] < times[1] <= 1:
-            raise ValueError(
-                "interval: expected times 0 <= low < high <= 1 of a FlowMatching, or two integers, "
-                f"timesteps of a DiffusionScheduler, got {interval!r}"
-            )
-        return times[0], times[1]
-    low, high = _integers(interval, count=2)
-    if not 0 <= low < high:
-        raise ValueError(f"interval: expected integers 0 <= low < high, got {interval!r}")
-    return low, high
+        times = []
+    if not times or all(_is_integer(value) for value in interval):
+        low, high = _integers(interval, count=2)
+        if not 0 <= low < high:
+            raise ValueError(f"interval: expected integers 0 <= low < high, got {interval!r}")
+        return low, high
+    if len(times) != 2 or not 0 <= times[0] < times[1] <= 1:
+        raise ValueError(
+            "interval: expected times 0 <= low < high <= 1 of a FlowMatching, or two integers, "
+            f"timesteps of a DiffusionScheduler, got {interval!r}"
+        )
+    return times[0], times[1]
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _integers(values: Any, count: int) -> list[int]:

@@ -206,7 +206,7 @@ def test_lightningdits_settings_in_sections_are_read(tmp_path):
 
 @pytest.mark.parametrize("change", [{"modulation_shift": False}, {"qk_norm": "layer"}, {}])
 def test_a_lightningdit_of_few_options_is_told_by_what_is_left(tmp_path, change):
-    """Without shifts it is no other's; with normed queries alone or no option its arguments tell."""
+    """Without shifts it is no other's; with normed queries alone, or none, its arguments tell."""
     eps = 1e-5 if "qk_norm" in change else 1e-6
     cfg = replace(PUBLISHED, learn_sigma=False, qk_norm_eps=eps, **change)
     fastdit.save(fastdit.DiT.from_config(cfg), tmp_path / "m.pt", layout=LIGHTNING)

@@ -10,7 +10,6 @@ import torch
 import fastdit
 from fastdit import DiffusionScheduler, FlowMatching
 from fastdit.checkpoints.translation import to_facebook
-from fastdit.solvers import Euler
 from fastdit.testing import randomize
 
 PUBLISHED = replace(
@@ -89,26 +88,6 @@ def test_a_file_that_may_be_a_sits_or_a_dits_is_sampled_as_it_is_told(run, tmp_p
         assert done.exit_code == 0 and not done.stderr.count("warning"), done.output
         expected = fastdit.Sampler(model, process, steps=2)([1])
         assert np.array_equal(latents_of(tmp_path / "s.npz"), expected.numpy())
-
-
-@pytest.mark.parametrize("many", [(), ("--num-images", 1)])
-def test_a_flow_is_sampled_as_lightningdit_does(run, tmp_path, many):
-    """The shift and the interval decide the images, and so are part of a resumed call's plan."""
-    model = made(replace(PUBLISHED, learn_sigma=False))
-    flow, out = FlowMatching(), tmp_path / "s.npz"
-    fastdit.save(model, tmp_path / "m", flow)
-    options = ("--shift", 0.3, "--guidance-scale", 6.7, "--guidance-interval", "0.125,1")
-    command = ("sample", tmp_path / "m", "--labels", 1, "--steps", 4, "--out", out, *options)
-    done = run(*command, "--guidance-channels", 3, *(many or ("--count", 1)))
-    assert done.exit_code == 0, done.output
-    guidance = fastdit.Guidance(6.7, (0.125, 1.0), 3)
-    sampler = fastdit.Sampler(model, flow, Euler(shift=0.3), 4, guidance=guidance)
-    assert np.allclose(latents_of(out), sampler([1]).numpy(), rtol=1e-5, atol=1e-5)
-    plain = fastdit.Sampler(model, flow, steps=4)([1]).numpy()
-    assert not np.allclose(latents_of(out), plain, rtol=1e-2)
-    done = run(*command[:-6], *options[2:4], "--guidance-interval", "0.9,0.1")
-    assert done.exit_code == 1
-    assert "error: --guidance-interval: expected times 0 <= low < high <= 1" in done.stderr
 
 
 def test_fine_tuning_says_which_command_takes_the_answer(run, tmp_path):
