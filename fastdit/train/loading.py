@@ -95,9 +95,10 @@ class BatchLoader:
         if self._variants > 1:
             drawn = draw_variants(self._key, numbers, self._variants)
             versions = rows + drawn * len(self._source)
-        images: Batch = self._checker.check(self._source.take(versions), rows)
+        checked = self._checker.check(self._source.take(versions), rows)
+        images: Batch = checked
         if self._features is not None:
-            images = FeaturedBatch(*images, self._features.take(versions))
+            images = FeaturedBatch(*checked, self._features.take(versions))
         if self._runtime.device.type != "cuda":
             return images
         return _each(images, lambda t: t.pin_memory())
@@ -106,7 +107,7 @@ class BatchLoader:
 def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """Return a batch with each of its tensors changed."""
     parts = (None if t is None else change(t) for t in batch)
-    return type(batch)(*parts)  # type: ignore[arg-type, call-arg]
+    return type(batch)(*parts)  # type: ignore[arg-type]
 
 
 def draw_variants(key: int, numbers: range, variants: int) -> Tensor:
