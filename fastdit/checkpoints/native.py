@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastdit.checkpoints.digests import check_digests, digests_of
 from fastdit.checkpoints.matching import describe_layout
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
+from fastdit.flow import FlowMatching
 
 _HEADER = "fastdit"  # the metadata entry that holds the header, as JSON
 _ATTEMPTS = 20
@@ -126,14 +127,16 @@ def info_of(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Checkpoi
     config = DiTConfig.from_saved(header["config"])
     diffusion, labels = header.get("diffusion"), header.get("labels")
     recipe, assumed = header.get("recipe"), header.get("assumed", [])
-    if isinstance(recipe, dict):
-        diffusion = {key: recipe.get(key) for key in ("T", "schedule")}
+    if isinstance(recipe, dict):  # of a run, which has a path where it trains a flow
+        of_flow = [field.name for field in fields(FlowMatching)]
+        names = ["T", "schedule"] if recipe.get("path") is None else of_flow
+        diffusion = {name: recipe.get(name) for name in names}
     check_labels(f"{path}: labels", labels, config)
     if not isinstance(assumed, list) or not all(isinstance(name, str) for name in assumed):
         raise ValueError(f"{path}: expected names of what was assumed, got {assumed!r:.80}")
-    names = None if labels is None else tuple(labels)
+    named = None if labels is None else tuple(labels)
     diffusion = diffusions.from_header(path, diffusion)
-    return CheckpointInfo(config, diffusion, names, tuple(assumed))
+    return CheckpointInfo(config, diffusion, named, tuple(assumed))
 
 
 def check_labels(what: str, labels: Any, config: DiTConfig) -> None:

@@ -22,8 +22,8 @@ from fastdit.checkpoints.native import check_labels, write_tensors
 from fastdit.checkpoints.projects import PROJECTS, wrapped
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.flow import Process
 from fastdit.model import config_of, unwrap
 
 SAVED_LAYOUTS = ("fastdit", *PROJECTS, "diffusers")
@@ -32,7 +32,7 @@ SAVED_LAYOUTS = ("fastdit", *PROJECTS, "diffusers")
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
-    scheduler: DiffusionScheduler | None = None,
+    scheduler: Process | None = None,
     labels: Sequence[str] | None = None,
     *,
     layout: str = "fastdit",
@@ -45,8 +45,8 @@ def save(
             stored.
         path: the file to write; an older file is replaced once the new one is whole on disk. In a
             diffusers folder this holds for each file, and the config is missing in between.
-        scheduler: the diffusion that the model was trained with, for sampling from the file; None
-            takes the model's `diffusion`, which `load` sets where it is known.
+        scheduler: the diffusion or flow that the model was trained with, for sampling from the
+            file; None takes the model's `diffusion`, which `load` sets where it is known.
         labels: names of the classes, `num_classes` of them.
         layout: "fastdit", a safetensors file; "facebookresearch/DiT", "willisma/SiT",
             "hustvl/LightningDiT", "sihyun-yu/REPA" or "LTH14/JiT", a .pt file as that project's
