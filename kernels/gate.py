@@ -15,7 +15,15 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdit.kernels import adaln, attention, attention_configs, sampling, trajectory
+from fastdit.kernels import (
+    adaln,
+    attention,
+    attention_configs,
+    qk_norm_rope,
+    sampling,
+    swiglu,
+    trajectory,
+)
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
 from fastdit.kernels.columns import COLUMNS
 from fastdit.kernels.shape import Shape
@@ -62,6 +70,8 @@ def cases(arch: str, every: bool = False) -> Iterator[Case]:
     """Yield the default launch of each kernel and size, or every one that the tuner may choose."""
     yield from _adaln(arch, every)
     yield from _attention(arch, every)
+    yield from _qk_norm_rope(arch, every)
+    yield from _swiglu(arch, every)
     yield from _sampling(arch, every)
     yield from _trajectory(arch, every)
 
@@ -195,6 +205,41 @@ def _needs(
         for kernel, (config, _, products) in kernels.items()
     }
     return flop, {kernel: config.kwargs[own] for kernel, (config, own, _) in kernels.items()}
+
+
+def _qk_norm_rope(arch: str, every: bool) -> Iterator[Case]:
+    """Yield cases with norm and rotation, and where `every`, with one of them alone."""
+    B, N, h = 4, 256, 16
+    kinds = {"layer rope": (2, True), "rms rope": (1, True), "rope": (0, True), "rms": (1, False)}
+    for d in HEAD_DIMS:
+        for dtype in (_BF16, _F32) if every else (_BF16,):
+            qkv = _meta(B, N, 3 * h * d, dtype=dtype)
+            for kind, (norm, turned) in kinds.items() if every else list(kinds.items())[:1]:
+                weight = _meta(d, dtype=_F32) if norm else None
+                bias = weight if norm == 2 else None
+                rope = _meta(2, N, d // 2, dtype=_F32) if turned else None
+                given = (h, (weight, bias, weight, bias), rope, 1e-6)
+                name = f"d{d} {'bf16' if dtype == _BF16 else 'fp32'} {kind}"
+                for config in _chosen(qk_norm_rope.qk_norm_rope_fwd_configs(d), every):
+                    call = partial(qk_norm_rope.qk_norm_rope_fwd, qkv, *given, config)
+                    yield Case(f"{name} {_name(config)}", arch, call)
+                for config in _chosen(qk_norm_rope.qk_norm_rope_bwd_configs(d), every):
+                    call = partial(qk_norm_rope.qk_norm_rope_bwd, qkv, qkv, *given, config)
+                    yield Case(f"{name} {_name(config)}", arch, call)
+
+
+def _swiglu(arch: str, every: bool) -> Iterator[Case]:
+    """Yield cases of XL and of the toy, whose rows of 170 are aligned to 4 bytes only."""
+    for M in (3072, 170):
+        for dtype in (_BF16, _F32) if every else (_BF16,):
+            x, dout = _meta(4, 256, 2 * M, dtype=dtype), _meta(4, 256, M, dtype=dtype)
+            name = f"M{M} {'bf16' if dtype == _BF16 else 'fp32'}"
+            for config in _chosen(swiglu.swiglu_configs(M), every):
+                label, wide = f"{name} {_name(config)}", M % 8 == 0
+                forward = partial(swiglu.swiglu_fwd, x, config)
+                yield Case(label, arch, forward, wide_loads=wide)
+                backward = partial(swiglu.swiglu_bwd, dout, x, config)
+                yield Case(label, arch, backward, wide_loads=wide)
 
 
 def _sampling(arch: str, every: bool) -> Iterator[Case]:

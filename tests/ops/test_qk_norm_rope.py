@@ -263,6 +263,23 @@ def test_an_error_names_the_argument(function, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("function", [functional.qk_norm_rope, functional.qk_attention])
+def test_triton_raises_where_it_cannot_run(function):
+    with pytest.raises(ValueError, match=r"backend: 'triton' (expects|needs|computes)"):
+        function(qkv.double(), 2, w, None, w, backend="triton")
+    with pytest.raises(ValueError, match=r"backend: 'triton' takes head dims up to 128, got 136"):
+        function(
+            torch.zeros(1, 1, 3 * 136),
+            1,
+            w.new_zeros(136),
+            None,
+            w.new_zeros(136),
+            backend="triton",
+        )
+    with pytest.raises(ValueError, match="backend: expected"):
+        function(qkv, 2, w, None, w, backend="cpp")
+
+
 @by_dtype
 def test_swiglu_meets_the_error_rule(dtype):
     x, upstream = torch.randn(5, 33, 2 * 36), torch.randn(5, 33, 36)
