@@ -103,7 +103,7 @@ def _time(calls: list[Callable[[], Any]], device: torch.device) -> float:
 
 def memory_parts(cfg: DiTConfig, rows: int, dtype: torch.dtype, steps: int) -> dict[str, int]:
     """Return the bytes that sampling with the graph execution needs, by purpose."""
-    width = (6 * cfg.n_layers + 2) * cfg.hidden
+    width = cfg.modulation_width
     residual = rows * cfg.n_tokens * cfg.hidden * dtype.itemsize
     state_item = torch.promote_types(dtype, torch.float32).itemsize
     labels = min(rows, cfg.num_classes)

@@ -182,6 +182,12 @@ class DiTConfig:
         return 6 if self.modulation_shift else 4
 
     @property
+    def modulation_width(self) -> int:
+        """Number of columns of a row of modulation, as `fastdit.DiT.modulation` lays it out."""
+        parts = self.block_parts * self.n_layers + 2 + bool(self.context_tokens)
+        return parts * self.hidden
+
+    @property
     def out_channels(self) -> int:
         return self.in_channels * (2 if self.learn_sigma else 1)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastdit.config import MLP_RATIO, DiTConfig
+from fastdit.config import DiTConfig
 
 
 class Product(NamedTuple):
@@ -29,14 +29,17 @@ class Product(NamedTuple):
 def products(cfg: DiTConfig, rows: int) -> list[Product]:
     """Return the matrix products of a forward of `rows` images, without the conditioning's."""
     M, D, L = rows * cfg.n_tokens, cfg.hidden, cfg.n_layers
-    p2 = cfg.patch_size**2
+    width, features, r = cfg.mlp_hidden, cfg.patch_size**2 * cfg.in_channels, cfg.patch_bottleneck
+    patch = [Product("patch", M, r or features, D, 1)]
+    if r is not None:
+        patch.insert(0, Product("reduce", M, features, r, 1))
     return [
-        Product("patch", M, p2 * cfg.in_channels, D, 1),
+        *patch,
         Product("qkv", M, D, 3 * D, L),
         Product("proj", M, D, D, L),
-        Product("fc1", M, D, MLP_RATIO * D, L),
-        Product("fc2", M, MLP_RATIO * D, D, L),
-        Product("final", M, D, p2 * cfg.out_channels, 1),
+        Product("fc1", M, D, width * (2 if cfg.mlp == "swiglu" else 1), L),
+        Product("fc2", M, width, D, L),
+        Product("final", M, D, cfg.patch_size**2 * cfg.out_channels, 1),
     ]
 
 
@@ -97,7 +100,7 @@ def training_flop(cfg: DiTConfig, images: int) -> int:
     D, width = cfg.hidden, cfg.t_embed_width or cfg.hidden
     embedders = cfg.n_layers if cfg.embedders == "block" else 1
     embedding = embedders * (width * D + D * D)
-    conditioning = 2 * images * (embedding + D * (6 * cfg.n_layers + 2) * D)
+    conditioning = 2 * images * (embedding + D * (cfg.block_parts * cfg.n_layers + 2) * D)
     return 3 * (flop(cfg, images) + conditioning)
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit import functional, reference
-from fastdit.blocks import Block, Conditioned, PatchEmbed
+from fastdit.blocks import Block, Conditioned, Norm, PatchEmbed
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.diffusion import timestep_embedding
 from fastdit.errors import check_range, height_and_width, unknown_name
+from fastdit.functional import sincos_pos_embed as sincos_pos_embed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -37,6 +38,7 @@ class DiT(Conditioned):
     # Options of the `DiffusionScheduler` that the model was trained with; `fastdit.load` sets them
     # where they are known.
     diffusion: dict[str, Any] | None = None
+    rope: Tensor | None
 
     def __init__(
         self,
@@ -78,10 +80,28 @@ class DiT(Conditioned):
         )
         if cfg.embedders == "shared":
             self.add_embedders(cfg)
+        if cfg.context_tokens:
+            self.context_pos = nn.Parameter(torch.empty(1, cfg.context_tokens, D))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))  # type: ignore[assignment]
+        self.final_norm = Norm(cfg, cfg.ln_eps)
         self.final_mod = nn.Linear(D, 2 * D)
         self.final_linear = nn.Linear(D, cfg.patch_size**2 * cfg.out_channels)
+        self.register_buffer("rope", None, persistent=False)
+        self.make_rope()
         self._init_weights()
+
+    def make_rope(self) -> None:
+        """Make the rotary table, [2, N, d/2] in float32, where the weights are."""
+        cfg = self.cfg
+        if cfg.rope:
+            table = functional.rope_table(cfg.head_dim, cfg.grid, cfg.context_tokens or 0)
+            self.rope = table.to(self.pos_embed.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert the model, of which the rotary table stays in float32."""
+        super()._apply(fn, recurse)
+        self.make_rope()
+        return self
 
     @classmethod
     def from_config(cls, cfg: DiTConfig) -> Self:
@@ -128,6 +148,8 @@ class DiT(Conditioned):
             self.pos_embed.copy_(sincos_pos_embed(cfg.hidden, cfg.grid))
         else:
             nn.init.normal_(self.pos_embed, std=_INIT_STD)
+        if cfg.context_tokens:
+            nn.init.normal_(self.context_pos, std=_INIT_STD)
         for layer in (*self.modulation_layers(), self.final_linear):
             _zero_(layer.weight, layer.bias)
 
@@ -232,39 +254,81 @@ class DiT(Conditioned):
             y: [B] int64 labels; None for no label.
 
         Returns:
-            [B, (6 n_layers + 2) D], side by side: scale1, shift1, gate1, scale2, shift2, gate2 of
-            each block, then scale and shift of the final layer.
+            [B, modulation_width], side by side: scale1, shift1, gate1, scale2, shift2, gate2 of
+            each block, or without shifts scale1, gate1, scale2, gate2; then scale and shift of the
+            final layer; then, for a model with context tokens, the class embedding.
         """
-        return torch.cat(list(self.modulation_parts(self.conditioning(t, y))), dim=-1)
+        parts = list(self.modulation_parts(self.conditioning(t, y)))
+        if self.cfg.context_tokens:
+            of_label, like = self.label_conditioning(y), parts[0][:, : self.cfg.hidden]
+            parts.append(like * 0 if of_label is None else of_label.expand_as(like))
+        return torch.cat(parts, dim=-1)
 
     def denoise(self, tokens: Tensor, modulation: Tensor) -> Tensor:
-        """Predict the noise of patch tokens.
+        """Predict the noise of patch tokens, or what else the model was trained to return.
 
         Args:
             tokens: [B, N, p*p*C], as `functional.patchify` lays them out.
-            modulation: [B, (6 n_layers + 2) D], as `modulation` returns it.
+            modulation: [B, modulation_width], as `modulation` returns it.
 
         Returns:
             [B, N, p*p*C_out].
         """
-        residual = self.patch_embed(tokens) + self.pos_embed  # [B, N, D]
-        parts = modulation.split(self.cfg.hidden, dim=-1)  # each [B, D]
-        h = functional.layer_norm_modulate(residual, parts[0], parts[1], self.cfg.ln_eps)
-        for i, block in enumerate(self.blocks):
-            residual, h = block(residual, h, parts[6 * i + 2 : 6 * i + 8])
-        return self.final_linear(h)
+        return self._denoise(tokens, modulation)[0]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predict the noise in x.
+    def _denoise(
+        self, tokens: Tensor, modulation: Tensor, hidden_after: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the prediction, and the patches' stream after some blocks (None: before all)."""
+        cfg, (by_block, of_label) = self.cfg, self._modulation_by_block(modulation)
+        n, start = cfg.context_tokens or 0, cfg.context_start or 0
+        norms = [*(block.norm1 for block in self.blocks), self.final_norm]
+        hidden = residual = self.patch_embed(tokens) + self.pos_embed  # [B, N, D]
+        rope = None if self.rope is None else self.rope[:, n:]
+        residual, h = norms[0](residual, *by_block[0][:2])
+        for i, block in enumerate(self.blocks):
+            if of_label is not None and i == start:
+                context, normed = norms[i](self.context_pos + of_label[:, None], *by_block[i][:2])
+                residual, h = torch.cat([context, residual], dim=1), torch.cat([normed, h], dim=1)
+                rope = self.rope
+            parts = [*by_block[i][2:], *by_block[i + 1][:2]]
+            residual, h = block(residual, h, parts, norms[i + 1], rope)
+            if i + 1 == hidden_after:
+                hidden = residual[:, -cfg.n_tokens :]
+        return self.final_linear(h[:, n:]), hidden
+
+    def _modulation_by_block(
+        self, modulation: Tensor
+    ) -> tuple[list[list[Tensor | None]], Tensor | None]:
+        """Return views [B, D] of modulation, and the class embedding if there are context tokens.
+
+        There are six for each block, with None for shifts that it lacks, and two for the final
+        layer.
+        """
+        n, parts = self.cfg.block_parts, modulation.split(self.cfg.hidden, dim=-1)
+        end = n * self.cfg.n_layers
+        blocks: list[list[Tensor | None]] = [list(parts[i : i + n]) for i in range(0, end, n)]
+        if not self.cfg.modulation_shift:
+            blocks = [[*own[:1], None, *own[1:3], None, *own[3:]] for own in blocks]
+        of_label = parts[-1] if self.cfg.context_tokens else None
+        return [*blocks, list(parts[end : end + 2])], of_label
+
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, *, hidden_after: int | None = None
+    ) -> Any:
+        """Predict the noise in x, or what else the model was trained to return.
 
         Args:
             x: [B, C, H, W] noisy images in the model's dtype, or any under autocast.
             t: [B] timesteps, as integers or float32, since bfloat16 rounds 999 to 1000.
             y: [B] int64 class labels; None for no label (the null row where the model has one). A
                 model without class conditioning ignores them, as the published toy does.
+            hidden_after: a number of blocks, from 1 to n_layers, after which the hidden state is
+                returned too.
 
         Returns:
-            [B, C, H, W]; [B, 2C, H, W] with learn_sigma.
+            [B, C, H, W]; [B, 2C, H, W] with learn_sigma. With `hidden_after` a tuple of that and
+            the hidden state of the patches, [B, N, D].
 
         Raises:
             ValueError: a shape or a dtype is wrong, or a label is out of range on a CPU. On an
@@ -272,9 +336,14 @@ class DiT(Conditioned):
                 unusable (see `label_conditioning`).
         """
         self._check_inputs(x, t, y)
-        p = self.cfg.patch_size
-        tokens = self.denoise(functional.patchify(x, p), self.modulation(t, y))
-        return functional.unpatchify(tokens, p, self.cfg.grid)
+        if hidden_after is not None and hidden_after not in range(1, self.cfg.n_layers + 1):
+            expected = f"from 1 to n_layers={self.cfg.n_layers}"
+            raise ValueError(f"hidden_after: expected {expected}, got {hidden_after!r}")
+        p, grid = self.cfg.patch_size, self.cfg.grid
+        tokens, modulation = functional.patchify(x, p), self.modulation(t, y)
+        out, hidden = self._denoise(tokens, modulation, hidden_after)
+        image = functional.unpatchify(out, p, grid)
+        return image if hidden_after is None else (image, hidden)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         """Check shapes and dtypes: reading values would cost a device sync, and would not trace."""
@@ -296,30 +365,6 @@ class DiT(Conditioned):
                 f"x: expected {own}, as the model's weights are, got {x.dtype}; pass x.to({own}), "
                 "convert the model, or run it under torch.autocast"
             )
-
-
-def sincos_pos_embed(hidden: int, grid: int | tuple[int, int]) -> Tensor:
-    """Return fixed two-dimensional positions, row by row.
-
-    The first half of the channels encodes the column, the second half the row, each as
-    `[sin | cos]` of `position / 10000^(i / (hidden / 4))`.
-
-    Args:
-        hidden: number of channels, a multiple of 4.
-        grid: (rows, columns) of patches; an integer is a square of them.
-
-    Returns:
-        [1, rows*columns, hidden] float64.
-
-    Source: `get_2d_sincos_pos_embed` in the code of MAE (He et al. 2022) and of DiT.
-    """
-    rows, columns = height_and_width("grid", grid)
-    omega = 10000.0 ** -(torch.arange(hidden // 4, dtype=torch.float64) / (hidden // 4))
-    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * omega
-    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # [positions, D/2]
-    column = axis[None, :columns].expand(rows, -1, -1)
-    row = axis[:rows, None].expand(-1, columns, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, rows * columns, hidden)
 
 
 def config_of(model: nn.Module) -> DiTConfig | None:

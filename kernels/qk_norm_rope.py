@@ -36,9 +36,9 @@ from fastdit.kernels.launch import PREPARED, PreparedLaunch
 from fastdit.kernels.tensors import contiguous
 
 _HEADS = 128  # per program of the backward, one after another
-_CHUNKS, _CHANNELS = 128, 16  # a tile of the partial sums
+_CHUNKS, _CHANNELS = 128, 32  # a tile of the partial sums
 
-_NO_NORM, _RMS_NORM, _LAYER_NORM = range(3)
+_NO_NORM, _RMS_NORM, _LAYER_NORM = range(3)  # how many weights the queries have
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def qk_norm_rope_bwd_kernel(
     p_k_weight,  # [D], with a norm
     p_rope,  # [2, N, D / 2], where ROPE
     p_dqkv,  # [B, N, 3, H, D] out
-    p_partial,  # [B * chunks, 2, 2, D] out, with a norm: of q and k the sums for weight and bias
+    p_partial,  # [B * chunks, 2, NORM, D] out, with a norm: for q and k dweight, and dbias if any
     N,
     eps,
     H: tl.constexpr,
@@ -206,7 +206,7 @@ def qk_norm_rope_bwd_kernel(
 
     if NORM > 0:
         if i_part < 2:
-            p_sum = p_partial + (i_chunk.to(tl.int64) * 2 + i_part) * 2 * D
+            p_sum = p_partial + (i_chunk.to(tl.int64) * 2 + i_part) * NORM * D
             tl.store(p_sum + o_d0, tl.sum(b_dw0, 0)[None, :], mask=m_d0)
             tl.store(p_sum + o_d1, tl.sum(b_dw1, 0)[None, :], mask=m_d1)
             if NORM == 2:
@@ -299,19 +299,19 @@ def qk_norm_rope_bwd(
         config: one of `qk_norm_rope_bwd_configs`; None for the default.
 
     Returns:
-        (dqkv in qkv's dtype, the gradients of the weights [4, d] in float32); those that the norm
-        has not are undefined, and without a norm there are none: [0, d].
+        (dqkv in qkv's dtype, dweights [K, d] in float32: a row for each of the K weights
+        that are not None).
     """
     dout, qkv, rope = dout.contiguous(), qkv.contiguous(), contiguous(rope)
     q_weight, _, k_weight, _ = map(contiguous, weights)
     d, norm = qkv.shape[2] // (3 * n_heads), _norm(weights)
     dqkv = torch.empty_like(qkv)
-    dweights = qkv.new_empty((4 if norm else 0, d), dtype=torch.float32)
+    dweights = qkv.new_empty((2 * norm, d), dtype=torch.float32)
     if not qkv.numel():
         return dqkv, dweights.zero_()
     heads, sums = _prepare_bwd(qkv.shape, n_heads, norm, rope is not None, config)
     chunks = qkv.shape[0] * -(-qkv.shape[1] * n_heads // _HEADS)
-    partial = qkv.new_empty((chunks, 4, d), dtype=torch.float32) if norm else None
+    partial = qkv.new_empty((chunks, *dweights.shape), dtype=torch.float32) if norm else None
     heads((dout, qkv, q_weight, k_weight, rope, dqkv, partial), qkv.shape[1], float(eps))
     if partial is not None:
         sums((partial, dweights), chunks)
@@ -328,8 +328,8 @@ def _prepare_bwd(
     grid = (shape[0] * triton.cdiv(shape[1] * n_heads, _HEADS), 3)
     constants = _constants(d, n_heads, norm, rope) | {"HEADS": _HEADS} | config.all_kwargs()
     heads = PreparedLaunch(qk_norm_rope_bwd_kernel, grid, **constants)
-    grid = (triton.cdiv(4 * d, _CHANNELS),)
-    tile = dict(SIZE=4 * d, CHUNKS=_CHUNKS, BLOCK=_CHANNELS)
+    grid = (triton.cdiv(2 * norm * d, _CHANNELS),)
+    tile = dict(SIZE=2 * norm * d, CHUNKS=_CHUNKS, BLOCK=_CHANNELS)
     return heads, PreparedLaunch(sum_chunks_kernel, grid, **tile, num_warps=4)
 
 

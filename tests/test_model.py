@@ -21,6 +21,28 @@ DATA = Path(__file__).parent / "golden"
 PUBLISHED_SMALL = replace(
     PRESETS["DiT-S/2"], img_size=8, hidden=32, n_layers=2, n_heads=2, num_classes=10
 )
+LIGHTNING_SMALL = replace(
+    PUBLISHED_SMALL,
+    img_size=(3, 4),
+    patch_size=1,
+    in_channels=16,
+    hidden=24,  # a SwiGLU 64 wide, and heads of 12
+    learn_sigma=False,
+    norm="rms",
+    mlp="swiglu",
+    rope=True,
+    qk_norm="rms",
+)
+JIT_SMALL = replace(
+    LIGHTNING_SMALL,
+    img_size=16,
+    patch_size=4,
+    in_channels=3,
+    n_layers=3,
+    patch_bottleneck=5,
+    context_tokens=3,
+    context_start=1,
+)
 CONFIGS = {
     "toy": DiTConfig(),
     "odd-hidden": DiTConfig(hidden=63, n_heads=3, n_layers=2),
@@ -38,6 +60,12 @@ CONFIGS = {
     "high": DiTConfig(img_size=(12, 8), n_layers=1),
     "block-embedders": DiTConfig(embedders="block", hidden=32, n_layers=2, n_heads=2),
     "published-block": replace(PUBLISHED_SMALL, embedders="block"),
+    "lightning": LIGHTNING_SMALL,
+    "no-shift": replace(LIGHTNING_SMALL, norm="layer", modulation_shift=False, qk_norm="none"),
+    # With positions, since a bias of the keys alone changes no weight of attention.
+    "qk-norm": replace(PUBLISHED_SMALL, qk_norm="layer", qk_norm_eps=1e-5, rope=True),
+    "jit": JIT_SMALL,
+    "jit-split": replace(JIT_SMALL, modulation_act="none", null_class=False, context_start=None),
 }
 by_config = pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS.keys())
 

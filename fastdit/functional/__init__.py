@@ -22,8 +22,8 @@ from fastdit.functional.norms import (
     rms_norm_modulate,
 )
 from fastdit.functional.patches import patchify, unpatchify
+from fastdit.functional.positions import rope_table, sincos_pos_embed
 from fastdit.functional.steps import normal, sampler_update, trajectory
-from fastdit.reference import rope_table
 
 __all__ = [
     "attention",
@@ -38,6 +38,7 @@ __all__ = [
     "rms_norm_modulate",
     "rope_table",
     "sampler_update",
+    "sincos_pos_embed",
     "swiglu",
     "trajectory",
     "unpatchify",

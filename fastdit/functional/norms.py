@@ -19,7 +19,7 @@ def layer_norm_modulate(
     Args:
         x: [B, N, D], any float dtype.
         scale: [B, D], of any row stride, so that a `chunk` of one [B, 6D] tensor needs no copy.
-        shift: [B, D], like scale.
+        shift: [B, D], like scale; None adds nothing.
         eps: added to the variance.
         backend: "triton", "cpp" (all tensors in float32 on a CPU), "reference" or None.
 
@@ -35,6 +35,7 @@ def layer_norm_modulate(
     checks.check_modulation(x, scale=scale, shift=shift)
     chosen = choose("layer_norm_modulate", backend, x, scale, shift)
     if chosen != "reference":
+        shift = torch.zeros_like(scale) if shift is None else shift
         return registration.call(definitions.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
     if x.dtype == torch.float64:
         return reference.layer_norm_modulate(x, scale, shift, eps)
@@ -57,7 +58,7 @@ def gated_residual_layer_norm_modulate(
         y: [B, N, D], the sub-layer's output.
         gate: [B, D], any row stride.
         scale: [B, D], the next sub-layer's.
-        shift: [B, D], the next sub-layer's.
+        shift: [B, D], the next sub-layer's; None adds nothing.
         eps: added to the variance.
         backend: "triton", "cpp" (all tensors in float32 on a CPU), "reference" or None.
 
@@ -69,26 +70,28 @@ def gated_residual_layer_norm_modulate(
 
     Source: Peebles & Xie 2023, figure 3 (adaLN-Zero).
     """
-    checks.check_tokens("x", x)
-    checks.check_tokens("y", y)
-    if y.shape != x.shape:
-        raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
+    checks.check_residual(x, y)
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
-    checks.check_device(x, y=y)
     chosen = choose("gated_residual_layer_norm_modulate", backend, x, y, gate, scale, shift)
     if chosen != "reference":
+        shift = torch.zeros_like(scale) if shift is None else shift
         residual, modulated, _, _ = registration.call(
             definitions.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
         )
         return residual, modulated
     if x.dtype == torch.float64:
         return reference.gated_residual_layer_norm_modulate(x, y, gate, scale, shift, eps)
-    residual = torch.addcmul(x, gate[:, None], y).to(x.dtype)
+    residual = _gated_residual(x, y, gate)
     return residual, _layer_norm_modulate(residual, scale, shift, eps)
 
 
 def rms_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, eps: float = 1e-6
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    eps: float = 1e-6,
+    backend: str | None = None,
 ) -> Tensor:
     """Return RMSNorm with a learned weight, then modulated.
 
@@ -100,6 +103,7 @@ def rms_norm_modulate(
         shift: [B, D], like scale; None adds nothing.
         weight: [D].
         eps: added to the mean square.
+        backend: "triton", "cpp" (all tensors in float32 on a CPU), "reference" or None.
 
     Returns:
         [B, N, D] in scale's dtype.
@@ -109,7 +113,13 @@ def rms_norm_modulate(
 
     Source: Zhang & Sennrich 2019, equation 4; Peebles & Xie 2023, section 3.2 (adaLN).
     """
-    return reference.rms_norm_modulate(x, scale, shift, weight, eps)
+    checks.check_tokens("x", x)
+    checks.check_modulation(x, scale=scale, shift=shift)
+    checks.check_norm_weight(x, weight)
+    choose("rms_norm_modulate", backend, x, scale, weight, shift)
+    if x.dtype == torch.float64:
+        return reference.rms_norm_modulate(x, scale, shift, weight, eps)
+    return _rms_norm_modulate(x, scale, shift, weight, eps)
 
 
 def gated_residual_rms_norm_modulate(
@@ -120,6 +130,7 @@ def gated_residual_rms_norm_modulate(
     shift: Tensor | None,
     weight: Tensor,
     eps: float = 1e-6,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """End one sub-layer and begin the next: `r = x + gate * y`, and r's modulated RMSNorm.
 
@@ -131,16 +142,43 @@ def gated_residual_rms_norm_modulate(
         shift: [B, D], the next sub-layer's; None adds nothing.
         weight: [D], of the next sub-layer's norm.
         eps: added to the mean square.
+        backend: "triton", "cpp" (all tensors in float32 on a CPU), "reference" or None.
 
     Returns:
         (r, modulated): both [B, N, D]; r in x's dtype, modulated in scale's.
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
+
+    Source: Peebles & Xie 2023, figure 3 (adaLN-Zero), with the norm of `rms_norm_modulate`.
     """
-    return reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps)
+    checks.check_residual(x, y)
+    checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
+    checks.check_norm_weight(x, weight)
+    choose("gated_residual_rms_norm_modulate", backend, x, y, gate, scale, weight, shift)
+    if x.dtype == torch.float64:
+        return reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps)
+    residual = _gated_residual(x, y, gate)
+    return residual, _rms_norm_modulate(residual, scale, shift, weight, eps)
 
 
-def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None]).to(scale.dtype)
+def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return torch.addcmul(x, gate[:, None], y).to(x.dtype)
+
+
+def _layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    return _modulate(F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale, shift, scale.dtype)
+
+
+def _rms_norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor, eps: float
+) -> Tensor:
+    # The weight is multiplied into [B, D], which saves a pass over [B, N, D] in each direction.
+    normed = F.rms_norm(x, x.shape[-1:], eps=eps)
+    return _modulate(normed, weight * (1 + scale), shift, scale.dtype)
+
+
+def _modulate(x: Tensor, factor: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    factor = factor[:, None]
+    modulated = x * factor if shift is None else torch.addcmul(shift[:, None], x, factor)
+    return modulated.to(dtype)

@@ -19,6 +19,15 @@ def check_tokens(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a float dtype, got {x.dtype}")
 
 
+def check_residual(x: Tensor, y: Tensor) -> None:
+    """Check the residual stream x and the output y of a sub-layer."""
+    check_tokens("x", x)
+    check_tokens("y", y)
+    if y.shape != x.shape:
+        raise ValueError(f"y: expected x's shape {list(x.shape)}, got {list(y.shape)}")
+    check_device(x, y=y)
+
+
 def head_dim(qkv: Tensor, n_heads: int) -> int:
     """Return the head dim of packed queries, keys and values, after a check of their shape."""
     check_tokens("qkv", qkv)
@@ -70,17 +79,26 @@ def check_halves(x: Tensor) -> None:
         raise ValueError(f"x: expected a float dtype, got {x.dtype}")
 
 
-def check_modulation(x: Tensor, **modulation: Tensor) -> None:
-    """Check the shape, dtype and device of each modulation tensor."""
+def check_modulation(x: Tensor, **modulation: Tensor | None) -> None:
+    """Check the shape [B, D], dtype and device of each modulation tensor that is there."""
     B, _, D = x.shape
-    expected, device = (B, D), x.device
     for name, value in modulation.items():
-        if value.shape != expected:
-            raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
-        if value.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
-        if value.device != device:
-            raise _other_device(name, x, value)
+        if value is not None:
+            _check_vectors(name, value, x, (B, D))
+
+
+def check_norm_weight(x: Tensor, weight: Tensor) -> None:
+    """Check the shape [D], dtype and device of a norm's weight."""
+    _check_vectors("weight", weight, x, x.shape[-1:])
+
+
+def _check_vectors(name: str, value: Tensor, x: Tensor, expected: tuple[int, ...]) -> None:
+    if value.shape != expected:
+        raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name}: expected a float dtype, got {value.dtype}")
+    if value.device != x.device:
+        raise _other_device(name, x, value)
 
 
 def check_update_tensors(
@@ -165,7 +183,7 @@ def check_trajectory(
     check_weights(weights)
     cfg, K, B = weights.cfg, len(coefficients), x.shape[0]
     state = [B, cfg.n_tokens * cfg.patch_size**2, cfg.in_channels]
-    rows, width = (2 * B if guidance else B), (6 * cfg.n_layers + 2) * cfg.hidden
+    rows, width = (2 * B if guidance else B), cfg.modulation_width
     by_step, by_label, row = modulation
     labels = by_step.shape[1] if by_label is None and by_step.dim() == 3 else 1
     expected: dict[str, tuple[Tensor | None, list[int]]] = {

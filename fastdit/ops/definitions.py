@@ -165,8 +165,9 @@ def _qk_gradients(ctx: Any, dout: Tensor) -> Any:
     qkv, *weights, rope = ctx.saved_tensors
     backward = qk_norm_rope_backward
     dqkv, dweights = call(backward, dout, qkv, ctx.n_heads, *weights, rope, ctx.eps)
-    given = (None if w is None else dweights[i].to(w.dtype) for i, w in enumerate(weights))
-    return dqkv, None, *given, None, None
+    rows = iter(dweights.unbind())
+    gradients = (None if w is None else next(rows).to(w.dtype) for w in weights)
+    return dqkv, None, *gradients, None, None
 
 
 @op(shapes=lambda qkv, *_: _fresh(qkv), saves=_save_qk, gradients=_qk_gradients)
@@ -185,10 +186,10 @@ def qk_norm_rope(
 
 
 def _qk_backward_shapes(
-    dout: Tensor, qkv: Tensor, n_heads: int, q_weight: Tensor | None, *_: Any
+    dout: Tensor, qkv: Tensor, n_heads: int, *weights_rope_eps: Any
 ) -> tuple[Tensor, Tensor]:
+    rows = sum(w is not None for w in weights_rope_eps[:4])
     d = qkv.shape[-1] // (3 * n_heads)
-    rows = 0 if q_weight is None else 4
     return _fresh(qkv), qkv.new_empty((rows, d), dtype=torch.float32)
 
 
@@ -204,7 +205,7 @@ def qk_norm_rope_backward(
     rope: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """(dqkv, gradients of q_weight, q_bias, k_weight, k_bias [4, d], or [0, d] without a norm)"""
+    """(dqkv, dweights [K, d]: a row for each of the K weights that are not None)"""
     kernels = _kernels("qk_norm_rope", "triton")
     weights = q_weight, q_bias, k_weight, k_bias
     return kernels.qk_norm_rope_bwd(dout, qkv, n_heads, weights, rope, eps)

@@ -126,12 +126,12 @@ def _transforms() -> str | None:
     return "supports neither torch.func's transforms nor forward-mode derivatives"
 
 
-def _triton(*tensors: Tensor) -> str | None:
+def _triton(first: Tensor, *others: Tensor | None) -> str | None:
     """Why Triton's kernels cannot run on these tensors, or None."""
-    for t in tensors:
-        if t.dtype == torch.float64:
+    for t in (first, *others):
+        if t is not None and t.dtype == torch.float64:
             return _triton_on(t.device, t.dtype)
-    return _triton_on(tensors[0].device, torch.float32)
+    return _triton_on(first.device, torch.float32)
 
 
 def _triton_on(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -173,17 +173,17 @@ def _triton_qk_norm_rope(
         return "has no gradient of the rotary table"
     if head_dim > _MAX_HEAD_DIM:
         return f"takes head dims up to {_MAX_HEAD_DIM}, got {head_dim}"
-    return _triton(qkv, *(t for t in weights_and_rope if t is not None))
+    return _triton(qkv, *weights_and_rope)
 
 
-def _cpp_layer_norm(*tensors: Tensor) -> str | None:
+def _cpp_norm(*tensors: Tensor | None) -> str | None:
     for t in tensors:
-        if not t.is_cpu or t.dtype != torch.float32:
+        if t is not None and not (t.is_cpu and t.dtype == torch.float32):
             return f"expects float32 tensors on a CPU, got {t.dtype} on {t.device}"
     return _transforms()
 
 
-def _cpp_layer_norm_suits(x: Tensor, *others: Tensor) -> bool:
+def _cpp_norm_suits(x: Tensor, *others: Tensor | None) -> bool:
     # Sizes last: a tracer would guard its graph with what it compares.
     return _cpp_is_default() and x.numel() >= _CPP_ELEMENTS
 
@@ -250,12 +250,14 @@ def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
 
 
 _LAYER_NORM = {
-    "cpp": Backend(_cpp_layer_norm, _cpp_layer_norm_suits),
+    "cpp": Backend(_cpp_norm, _cpp_norm_suits),
     "triton": Backend(_triton, _always),
 }
 TABLE: dict[str, dict[str, Backend]] = {
     "layer_norm_modulate": _LAYER_NORM,
     "gated_residual_layer_norm_modulate": _LAYER_NORM,
+    "rms_norm_modulate": {},
+    "gated_residual_rms_norm_modulate": {},
     "attention": {"triton": Backend(_triton_attention, _always)},
     "qk_norm_rope": {"triton": Backend(_triton_qk_norm_rope, _always)},
     "swiglu": {"triton": Backend(_triton, _always)},

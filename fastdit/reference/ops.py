@@ -95,7 +95,9 @@ def qk_norm_rope(
 ) -> Tensor:
     """Norm and turn the queries and keys of packed qkv [B, N, 3D], head by head -> [B, N, 3D]."""
     B, N, D3 = qkv.shape
-    q, k, v = qkv.view(B, N, 3, n_heads, -1).transpose(1, 3).unbind(2)  # each [B, h, N, d]
+    q, k, v = (
+        qkv.view(B, N, 3, n_heads, D3 // (3 * n_heads)).transpose(1, 3).unbind(2)
+    )  # each [B, h, N, d]
     q, k = head_norm(q, q_weight, q_bias, eps), head_norm(k, k_weight, k_bias, eps)
     if rope is not None:
         q, k = rotate(q, rope), rotate(k, rope)

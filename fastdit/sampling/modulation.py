@@ -10,6 +10,7 @@ there is to compute.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
@@ -38,7 +39,10 @@ class Projection(ABC):
 
     def __init__(self, model: DiT) -> None:
         self.model, self.split = model, model.cfg.modulation_act == "none"
-        self._columns = [6 * model.cfg.hidden] * model.cfg.n_layers + [2 * model.cfg.hidden]
+        cfg = model.cfg
+        self._columns = [cfg.block_parts * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
+        # The class embedding, of which context tokens are made.
+        self._context = [cfg.hidden] if cfg.context_tokens else []
 
     @abstractmethod
     def _time(self, t: Tensor) -> Tensor:
@@ -48,8 +52,12 @@ class Projection(ABC):
         """
 
     @abstractmethod
-    def _project(self, c: Tensor, bias: bool = True) -> Tensor:
-        """Return the modulation of c [R, D], with the layers' biases or without: [R, width]."""
+    def _project(self, c: Tensor, e_y: Tensor | None, bias: bool = True) -> Tensor:
+        """Return the modulation of c [R, D], with the layers' biases or without: [R, width].
+
+        e_y, [R, D] or None for zeros, is the class embedding that a model with context tokens has
+        beside it.
+        """
 
     def _label(self, labels: Tensor | None) -> Tensor | None:
         """Return the labels' part of the conditioning: [R, D], or None where nothing is added."""
@@ -58,16 +66,18 @@ class Projection(ABC):
 
     def by_step(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return the rows of timesteps t [S]: [S, 1, width], or unless split [S, R, width]."""
-        c = self._time(t).unsqueeze(-2)
+        c, e_y = self._time(t).unsqueeze(-2), None
         if not self.split:
             e_y = self._label(labels)
             c = F.silu(c if e_y is None else c + e_y.unsqueeze(-3))
-        return self._project(c.flatten(-3, -2)).view(*c.shape[-3:-1], -1)
+        steps, rows = c.shape[-3:-1]
+        e_y = e_y.repeat(steps, 1) if e_y is not None and self._context else None
+        return self._project(c.flatten(-3, -2), e_y).view(steps, rows, -1)
 
     def by_label(self, labels: Tensor | None) -> Tensor | None:
         """Return the labels' rows `W e_y`, [R, width], or None where nothing is added."""
         e_y = self._label(labels) if self.split else None
-        return None if e_y is None else self._project(e_y, bias=False)
+        return None if e_y is None else self._project(e_y, e_y, bias=False)
 
 
 class LayerProjection(Projection):
@@ -80,7 +90,8 @@ class LayerProjection(Projection):
         # One layer's output stands beside the table while it is copied there, and beside both the
         # conditioning, before and after its SiLU, which counts where there is one for each block.
         beside = self._columns[0] + 2 * model.cfg.hidden * (len(model.embedders()) - 1)
-        self.row_bytes = (sum(self._columns) + beside) * self._dtype.itemsize
+        width = sum(self._columns + self._context)
+        self.row_bytes = (width + beside) * self._dtype.itemsize
 
     def _time(self, t: Tensor) -> Tensor:
         return self.model.time_conditioning(t)
@@ -95,9 +106,12 @@ class LayerProjection(Projection):
         for part, of_zeros in zip(self.model.modulation_parts(c), biases, strict=True):
             yield part - of_zeros
 
-    def _project(self, c: Tensor, bias: bool = True) -> Tensor:
-        table = c.new_empty(c.shape[-2], sum(self._columns), dtype=self._dtype)
-        for part, own in zip(self._parts(c, bias), table.split(self._columns, -1), strict=True):
+    def _project(self, c: Tensor, e_y: Tensor | None, bias: bool = True) -> Tensor:
+        columns = self._columns + self._context
+        table = c.new_empty(c.shape[-2], sum(columns), dtype=self._dtype)
+        of_label = [] if not self._context else [e_y if e_y is not None else torch.zeros(())]
+        parts = itertools.chain(self._parts(c, bias), of_label)
+        for part, own in zip(parts, table.split(columns, -1), strict=True):
             own.copy_(part)
         return table
 

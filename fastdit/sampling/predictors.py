@@ -126,7 +126,8 @@ def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
     """Return the signature of a fresh model, of which only one block is built."""
     # Not on "meta", which would import modules for a second. The caller's random state must stay.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        *own, children = _signature(DiT.from_config(replace(cfg, n_layers=1)))
+        one = replace(cfg, n_layers=1, context_start=None)
+        *own, children = _signature(DiT.from_config(one))
     *of_list, blocks = children["blocks"]
     alike = {str(i): blocks["0"] for i in range(cfg.n_layers)}
     return (*own, children | {"blocks": (*of_list, alike)})
@@ -258,7 +259,7 @@ def _copied(model: DiT, dtype: torch.dtype) -> DiT:
     def storage(t: Tensor) -> Tensor:
         # With its channels fastest, a convolution's weight is the matrix of the patch embedding.
         layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
-        kind = dtype if t.is_floating_point() else t.dtype
+        kind = dtype if t.is_floating_point() and t is not model.rope else t.dtype
         empty = torch.empty_like(t, dtype=kind, memory_format=layout)
         return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 

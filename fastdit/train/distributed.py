@@ -119,6 +119,8 @@ def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) ->
             if model.cfg.use_class_cond:
                 fully_shard(block.y_embed, mesh=mesh)
     for block in model.blocks:
+        if block.norm1.weight is not None:  # the block before it calls it
+            fully_shard(block.norm1, mesh=mesh, mp_policy=policy)
         fully_shard(block.adaLN_modulation, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)

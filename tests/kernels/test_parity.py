@@ -7,7 +7,7 @@ which every pair of choices occurs.
 import itertools
 import math
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEADS = {64: 1, 72: 1, 384: 4, 1152: 16}  # head dims 64, 72, 96, 72
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention")
+QK, SWIGLU = "qk_norm_rope", "swiglu"
+KINDS = ("layer", "layer rope", "rms", "rms rope", "rope")  # of QK: a norm, a rotation, or both
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,22 @@ class Case:
     N: int
     D: int
     view: str
+    kind: str = ""
 
     def __str__(self):
-        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}"
+        kind = f"-{self.kind.replace(' ', '-')}" if self.kind else ""
+        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}{kind}"
 
     def seeds(self, op):
         """Return how many seeds to pool so that the op's smallest tensor has 4096 elements.
 
-        That tensor is a modulation's gradient. Under the interpreter its long sums are judged at
+        That tensor is a modulation's gradient, or an output; gradients of the weights of QK's norms
+        have a test of their own. Under the interpreter a modulation's long sums are judged at
         N = 300 and D = 1152 only, since a long N elsewhere would take minutes.
         """
-        if op == "attention":
-            return -(-4096 // (self.B * self.N * self.D))
+        if op in ("attention", QK, SWIGLU):
+            width = 3 * self.D if op == QK else self.D
+            return -(-4096 // (self.B * self.N * width))
         if INTERPRETED and (self.N == 256 or (self.N == 300 and self.D < 1152)):
             return 1
         return -(-4096 // (self.B * self.D))
@@ -50,36 +56,41 @@ class Case:
         if op == "attention":
             head = 0.1 + (8 if self.dtype == "float32" else 1) * (self.N / 300) ** 2
             return self.seeds(op) * self.B * HEADS[self.D] * head
+        if op in (QK, SWIGLU):
+            return self.seeds(op) * self.B * (0.1 + self.N * HEADS[self.D] / 300)
         return self.seeds(op) * self.B * self.N * (1 + self.D / 400) / 1000
 
 
-CROSS = [
-    Case(*choices)
-    for choices in itertools.product(
-        DTYPES, (1, 3), (1, 5, 16, 63, 256, 300), HEADS, ("contiguous", "strided", "offset")
-    )
-]
+LENGTHS, VIEWS = (1, 5, 16, 63, 256, 300), ("contiguous", "strided", "offset")
+CROSS = [Case(*choices) for choices in itertools.product(DTYPES, (1, 3), LENGTHS, HEADS, VIEWS)]
+# A program of these takes heads or rows, whatever the length, so that few lengths and widths do.
+SHORT = [case for case in CROSS if case.N in (1, 5, 63) and case.D < 1152]
+CROSSES = {
+    QK: [replace(case, kind=kind) for case in SHORT for kind in KINDS],
+    SWIGLU: SHORT,
+}
 
 
 def pairs(case):
-    return set(itertools.combinations(enumerate(astuple(case)), 2))
+    return set(itertools.combinations((c for c in enumerate(astuple(case)) if c[1] != ""), 2))
 
 
 def pairwise_cover(op):
     """Choose cases that cover every pair of choices, greedily by new pairs per second."""
-    left = set().union(*map(pairs, CROSS))
+    cross = CROSSES.get(op, CROSS)
+    left = set().union(*map(pairs, cross))
     chosen = []
     while left:
-        best = max(CROSS, key=lambda c: len(pairs(c) & left) / (1 + c.cost(op)))
+        best = max(cross, key=lambda c: len(pairs(c) & left) / (1 + c.cost(op)))
         chosen.append(best)
         left -= pairs(best)
     return chosen
 
 
 def full_cross():
-    for op in OPS:
+    for op in (*OPS, *CROSSES):
         cover = pairwise_cover(op)
-        for case in CROSS:
+        for case in CROSSES.get(op, CROSS):
             marks = () if case in cover else pytest.mark.gpu
             yield pytest.param(op, case, marks=marks, id=f"{op}-{case}")
 
@@ -97,8 +108,16 @@ def lay_out(t, view):
     return flat[1:].view(t.shape)
 
 
-def make_tensors(op, B, N, D):
+def make_tensors(op, B, N, D, kind="", n_heads=1):
     """Return the inputs, then the upstream gradient of each output."""
+    if op == SWIGLU:
+        return [torch.randn(B, N, 2 * D), torch.randn(B, N, D)]
+    if op == QK:
+        weights = list(torch.randn(4, D // n_heads)) if kind != "rope" else [None] * 4
+        if "rms" in kind:
+            weights[1] = weights[3] = None
+        qkv, dout = torch.randn(2, B, N, 3 * D)
+        return [qkv, *weights, dout]
     if op == "attention":
         return [torch.randn(B, N, 3 * D), torch.randn(B, N, D)]
     gate, scale, shift = torch.randn(3, B, D)
@@ -106,23 +125,37 @@ def make_tensors(op, B, N, D):
     return [x, scale, shift, dh] if op == OPS[0] else [x, y, gate, scale, shift, dr, dh]
 
 
-def run(module, op, tensors, n_heads, **backend):
+def arguments_of(op, leaves, n_heads, kind):
+    if op != QK:
+        return *leaves, *{"attention": (n_heads,), SWIGLU: ()}.get(op, (1e-5,))
+    qkv, *weights = leaves
+    rope = None
+    if "rope" in kind:
+        pairs_of_a_head = qkv.shape[2] // (6 * n_heads)
+        angles = torch.arange(qkv.shape[1])[:, None] * torch.linspace(0.1, 1, pairs_of_a_head)
+        rope = torch.stack([angles.cos(), angles.sin()]).to(qkv.device)
+        rope = rope.double() if qkv.dtype == torch.float64 else rope
+    return qkv, n_heads, *weights, rope, 1e-5
+
+
+def run(module, op, tensors, n_heads, kind="", **backend):
     """Return every output and every input's gradient, flattened."""
-    count = {"attention": 1, OPS[0]: 3, OPS[1]: 5}[op]
-    leaves = [t.detach().requires_grad_() for t in tensors[:count]]
-    outs = getattr(module, op)(*leaves, n_heads if op == "attention" else 1e-5, **backend)
+    count = {"attention": 1, OPS[0]: 3, OPS[1]: 5, QK: 5, SWIGLU: 1}[op]
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors[:count]]
+    outs = getattr(module, op)(*arguments_of(op, leaves, n_heads, kind), **backend)
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.backward(outs, tensors[count:])
-    return [t.detach().flatten().cpu() for t in (*outs, *(leaf.grad for leaf in leaves))]
+    gradients = (leaf.grad for leaf in leaves if leaf is not None)
+    return [t.detach().flatten().cpu() for t in (*outs, *gradients)]
 
 
-def check(op, batches, n_heads=1, plain=reference):
+def check(op, batches, n_heads=1, plain=reference, kind=""):
     """Apply the error rule to the Triton op, pooled over batches of tensors."""
     runs = [
         (
-            run(functional, op, tensors, n_heads, backend="triton"),
-            run(plain, op, tensors, n_heads),
-            run(reference, op, [t.double() for t in tensors], n_heads),
+            run(functional, op, tensors, n_heads, kind, backend="triton"),
+            run(plain, op, tensors, n_heads, kind),
+            run(reference, op, [None if t is None else t.double() for t in tensors], n_heads, kind),
         )
         for tensors in batches
     ]
@@ -138,11 +171,24 @@ def check(op, batches, n_heads=1, plain=reference):
 @pytest.mark.parametrize(("op", "case"), list(full_cross()))
 def test_ops_and_their_gradients_meet_the_error_rule(op, case, device):
     dtype = DTYPES[case.dtype]
+    n_heads = HEADS[case.D]
     batches = [
-        [lay_out(t.to(device, dtype), case.view) for t in make_tensors(op, case.B, case.N, case.D)]
+        [
+            None if t is None else lay_out(t.to(device, dtype), case.view)
+            for t in make_tensors(op, case.B, case.N, case.D, case.kind, n_heads)
+        ]
         for _ in range(case.seeds(op))
     ]
-    check(op, batches, HEADS[case.D])
+    check(op, batches, n_heads, kind=case.kind)
+
+
+def test_gradients_of_head_norms_weights_meet_the_error_rule(device):
+    """A weight has few elements, so that seeds are pooled; the last has several partial sums."""
+    batches = [
+        [t.to(device) for t in make_tensors(QK, B, N, 128, "layer rope")]
+        for B, N in [(1, 3)] * 31 + [(2, 300)]
+    ]
+    check(QK, batches, kind="layer rope")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_auto_takes_the_trajectory_only_for_an_unchanged_dit():
         model.blocks[0].mlp[1] = torch.nn.SiLU()
 
     def by_attribute(model):
-        model.blocks[1].eps = 1e-2
+        model.blocks[1].norm2.eps = 1e-2
 
     def by_method(model):
         denoise = model.denoise
@@ -51,7 +51,7 @@ def test_auto_takes_the_trajectory_only_for_an_unchanged_dit():
 
     def by_private_method(model):
         run = model.blocks[0]._run
-        model.blocks[0]._run = lambda *args: run(*(2 * a for a in args))
+        model.blocks[0]._run = lambda x, *args: run(2 * x, *args)
 
     def by_shape(model):
         mlp = model.blocks[0].mlp

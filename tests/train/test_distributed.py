@@ -97,31 +97,33 @@ def test_bfloat16_shards_train_too(alone, tmp_path):
     assert {t.dtype for t in tensors.values()} == {torch.float32}
 
 
-OWN_EMBEDDERS = """
+OTHER_BLOCKS = """
 import os, torch, torch.distributed as dist, fastdit
 from fastdit.testing import randomize
 from fastdit.train.distributed import full_tensor, shard
 dist.init_process_group("gloo")
-alone, split = (
-    fastdit.DiT(hidden=8, n_layers=2, n_heads=2, null_class=True, embedders="block")
-    for _ in range(2)
-)
-randomize(alone), randomize(split)
-shard(split, torch.device("cpu"))
+own_embedders = dict(embedders="block")
+shared_norms = dict(norm="rms", qk_norm="rms", rope=True, mlp="swiglu", context_tokens=2)
 x, t = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.arange(4)
-for y in (torch.tensor([0, 3, 16, 5]), None):
-    for model in (alone, split):
-        model(x, t, y).square().mean().backward()
-for (name, a), b in zip(alone.named_parameters(), split.parameters(), strict=True):
-    torch.testing.assert_close(full_tensor(b.grad), a.grad, rtol=1e-4, atol=1e-6)
+for options in (own_embedders, shared_norms):
+    alone, split = (
+        fastdit.DiT(hidden=8, n_layers=2, n_heads=2, null_class=True, **options) for _ in range(2)
+    )
+    randomize(alone), randomize(split)
+    shard(split, torch.device("cpu"))
+    for y in (torch.tensor([0, 3, 16, 5]), None):
+        for model in (alone, split):
+            model(x, t, y).square().mean().backward()
+    for (name, a), b in zip(alone.named_parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(full_tensor(b.grad), a.grad, rtol=1e-4, atol=1e-6)
 dist.barrier()
 os._exit(0)  # Gloo's threads abort an interpreter that ends now and then
 """
 
 
-def test_embedders_of_blocks_can_be_split(tmp_path):
-    """The conditioning is computed before the blocks run, whose weights are gathered then."""
-    (tmp_path / "script.py").write_text(OWN_EMBEDDERS)
+def test_blocks_whose_weights_others_use_can_be_split(tmp_path):
+    """Embedders run before the blocks, and a block calls the norm that opens the next one."""
+    (tmp_path / "script.py").write_text(OTHER_BLOCKS)
     launcher = "-W ignore -m torch.distributed.run --standalone --nproc-per-node 2".split()
     done = subprocess.run(
         [sys.executable, *launcher, str(tmp_path / "script.py")],
