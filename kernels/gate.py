@@ -208,24 +208,31 @@ def _needs(
 
 
 def _qk_norm_rope(arch: str, every: bool) -> Iterator[Case]:
-    """Yield cases with norm and rotation, and where `every`, with one of them alone."""
+    """Yield cases with a LayerNorm and a rotation; and where `every`, with less than that."""
     B, N, h = 4, 256, 16
-    kinds = {"layer rope": (2, True), "rms rope": (1, True), "rope": (0, True), "rms": (1, False)}
-    for d in HEAD_DIMS:
-        for dtype in (_BF16, _F32) if every else (_BF16,):
+    for d in HEAD_DIMS if every else (64, 72, 128):
+        forwards, backwards = (
+            _chosen(configs(d), every)
+            for configs in (
+                qk_norm_rope.qk_norm_rope_fwd_configs,
+                qk_norm_rope.qk_norm_rope_bwd_configs,
+            )
+        )
+        weight, rope = _meta(d, dtype=_F32), _meta(2, N, d // 2, dtype=_F32)
+        layer, rms, none = (weight,) * 4, (weight, None) * 2, (None,) * 4
+        kinds = [("bf16 layer rope", _BF16, layer, rope)]
+        if every:
+            kinds += [("fp32 layer rope", _F32, layer, rope), ("bf16 rms", _BF16, rms, None)]
+            kinds += [("bf16 rope", _BF16, none, rope)]
+        for kind, dtype, weights, table in kinds:
             qkv = _meta(B, N, 3 * h * d, dtype=dtype)
-            for kind, (norm, turned) in kinds.items() if every else list(kinds.items())[:1]:
-                weight = _meta(d, dtype=_F32) if norm else None
-                bias = weight if norm == 2 else None
-                rope = _meta(2, N, d // 2, dtype=_F32) if turned else None
-                given = (h, (weight, bias, weight, bias), rope, 1e-6)
-                name = f"d{d} {'bf16' if dtype == _BF16 else 'fp32'} {kind}"
-                for config in _chosen(qk_norm_rope.qk_norm_rope_fwd_configs(d), every):
-                    call = partial(qk_norm_rope.qk_norm_rope_fwd, qkv, *given, config)
-                    yield Case(f"{name} {_name(config)}", arch, call)
-                for config in _chosen(qk_norm_rope.qk_norm_rope_bwd_configs(d), every):
-                    call = partial(qk_norm_rope.qk_norm_rope_bwd, qkv, qkv, *given, config)
-                    yield Case(f"{name} {_name(config)}", arch, call)
+            given = h, weights, table, 1e-6
+            for config in forwards:
+                call = partial(qk_norm_rope.qk_norm_rope_fwd, qkv, *given, config)
+                yield Case(f"d{d} {kind} {_name(config)}", arch, call)
+            for config in backwards:
+                call = partial(qk_norm_rope.qk_norm_rope_bwd, qkv, qkv, *given, config)
+                yield Case(f"d{d} {kind} {_name(config)}", arch, call)
 
 
 def _swiglu(arch: str, every: bool) -> Iterator[Case]:
@@ -233,9 +240,9 @@ def _swiglu(arch: str, every: bool) -> Iterator[Case]:
     for M in (3072, 170):
         for dtype in (_BF16, _F32) if every else (_BF16,):
             x, dout = _meta(4, 256, 2 * M, dtype=dtype), _meta(4, 256, M, dtype=dtype)
-            name = f"M{M} {'bf16' if dtype == _BF16 else 'fp32'}"
+            name, wide = f"M{M} {'bf16' if dtype == _BF16 else 'fp32'}", M % 8 == 0
             for config in _chosen(swiglu.swiglu_configs(M), every):
-                label, wide = f"{name} {_name(config)}", M % 8 == 0
+                label = f"{name} {_name(config)}"
                 forward = partial(swiglu.swiglu_fwd, x, config)
                 yield Case(label, arch, forward, wide_loads=wide)
                 backward = partial(swiglu.swiglu_bwd, dout, x, config)
