@@ -19,7 +19,10 @@ The floor is memory: the forward reads and writes 3D numbers for each token, and
 6D and writes 3D, which in 16 bits are 12D and 18D bytes. Angles and partial sums are left out: the
 programs that run together share a token's angles, and the sums are 1% of the rest.
 
-A head is held as two power-of-two pieces, of which the second is masked: 72 is 64 + 8.
+A head is held in a power of two of lanes; those past its end load nothing. 72 leaves 56 of 128
+idle, which costs little where memory is the floor. As two pieces, 64 + 8, it would leave none idle,
+but the compiler spreads these over the threads in different ways: on sm_90 a thread of the forward
+then has 45 loads, and as one piece 16.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels.common import power_of_two_pieces
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 from fastdit.kernels.tensors import contiguous
 
@@ -47,54 +49,37 @@ def _load(p, o, m):
 
 
 @triton.jit
-def _store(p, o, b, m):
-    tl.store(p + o, b.to(p.dtype.element_ty), mask=m)
-
-
-@triton.jit
-def _mean(b_0, b_1, D):
-    return ((tl.sum(b_0, 1) + tl.sum(b_1, 1)) / D)[:, None]
-
-
-@triton.jit
 def _own(i_part, p_q, p_k, o, m):
     """Load the channels of the queries' weight or of the keys'."""
     return tl.where(i_part == 0, _load(p_q, o, m), _load(p_k, o, m))
 
 
 @triton.jit
-def _turn(
-    b,
-    p_rope,
-    o_n,
-    m_n,
-    N,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIGN: tl.constexpr,
-):
-    """Turn the pairs of b [ROWS, WIDTH], a head's channels from FIRST on, by SIGN angles."""
-    o_pair = FIRST // 2 + tl.arange(0, WIDTH // 2)
-    m_pair = m_n[:, None] & (o_pair < D // 2)[None, :]
-    o_rope = o_n[:, None] * (D // 2) + o_pair[None, :]
+def _turn(b, p_rope, o_n, m_n, N, D: tl.constexpr, LANES: tl.constexpr, SIGN: tl.constexpr):
+    """Turn the pairs of heads b [ROWS, LANES] of tokens o_n [ROWS] by SIGN times their angles."""
+    o_pair = tl.arange(0, LANES // 2)[None, :]
+    m_pair = m_n[:, None] & (o_pair < D // 2)
+    o_rope = o_n[:, None] * (D // 2) + o_pair
     b_cos = _load(p_rope, o_rope, m_pair)
     b_sin = SIGN * _load(p_rope, N * (D // 2) + o_rope, m_pair)
-    b_even, b_odd = tl.split(tl.reshape(b, [ROWS, WIDTH // 2, 2]))
+    b_even, b_odd = tl.split(tl.reshape(b, [b.shape[0], LANES // 2, 2]))
     b = tl.join(b_even * b_cos - b_odd * b_sin, b_odd * b_cos + b_even * b_sin)
-    return tl.reshape(b, [ROWS, WIDTH])
+    return tl.reshape(b, [b.shape[0], LANES])
 
 
 @triton.jit
-def _normed(b_0, b_1, m_0, m_1, m_n, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """Return the two pieces of heads without their mean, times rstd, and rstd [ROWS, 1]."""
+def _mean(b, D):
+    return (tl.sum(b, 1) / D)[:, None]
+
+
+@triton.jit
+def _normed(b, m, m_n, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Return heads b [ROWS, LANES] without their mean, times rstd, and rstd [ROWS, 1]."""
     if NORM == 2:
-        b_mean = _mean(b_0, b_1, D)
-        b_0, b_1 = tl.where(m_0, b_0 - b_mean, 0.0), tl.where(m_1, b_1 - b_mean, 0.0)
-    b_square = _mean(b_0 * b_0, b_1 * b_1, D) + eps
-    b_rstd = tl.rsqrt(tl.where(m_n[:, None], b_square, 1.0))
-    return b_0 * b_rstd, b_1 * b_rstd, b_rstd
+        b = tl.where(m, b - _mean(b, D), 0.0)
+    # Rows past the end must not be infinite, since the backward adds them to its sums.
+    b_rstd = tl.rsqrt(tl.where(m_n[:, None], _mean(b * b, D) + eps, 1.0))
+    return b * b_rstd, b_rstd
 
 
 @triton.jit
@@ -110,8 +95,7 @@ def qk_norm_rope_fwd_kernel(
     eps,
     H: tl.constexpr,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    LANES: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -122,26 +106,22 @@ def qk_norm_rope_fwd_kernel(
     i_part = tl.program_id(1)
     o_row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     o_n, m_n = o_row // H, o_row < N * H
-    o_d0, o_d1 = tl.arange(0, D0)[None, :], D0 + tl.arange(0, D1)[None, :]
-    m_d0, m_d1 = o_d0 < D, o_d1 < D
-    m_0, m_1 = m_n[:, None] & m_d0, m_n[:, None] & m_d1
+    o_d = tl.arange(0, LANES)[None, :]
+    m_d = o_d < D
+    m = m_n[:, None] & m_d
     o_head = (i_b * N + o_n) * (3 * H * D) + (i_part * H + o_row % H) * D
-    o_0, o_1 = o_head[:, None] + o_d0, o_head[:, None] + o_d1
+    o = o_head[:, None] + o_d
 
-    b_0, b_1 = _load(p_qkv, o_0, m_0), _load(p_qkv, o_1, m_1)
+    b = _load(p_qkv, o, m)
     if i_part < 2:
         if NORM > 0:
-            b_0, b_1, _ = _normed(b_0, b_1, m_0, m_1, m_n, eps, D, NORM)
-            b_0 *= _own(i_part, p_q_weight, p_k_weight, o_d0, m_d0)
-            b_1 *= _own(i_part, p_q_weight, p_k_weight, o_d1, m_d1)
+            b, _ = _normed(b, m, m_n, eps, D, NORM)
+            b *= _own(i_part, p_q_weight, p_k_weight, o_d, m_d)
         if NORM == 2:
-            b_0 += _own(i_part, p_q_bias, p_k_bias, o_d0, m_d0)
-            b_1 += _own(i_part, p_q_bias, p_k_bias, o_d1, m_d1)
+            b += _own(i_part, p_q_bias, p_k_bias, o_d, m_d)
         if ROPE:
-            b_0 = _turn(b_0, p_rope, o_n, m_n, N, D, 0, D0, ROWS, 1)
-            b_1 = _turn(b_1, p_rope, o_n, m_n, N, D, D0, D1, ROWS, 1)
-    _store(p_out, o_0, b_0, m_0)
-    _store(p_out, o_1, b_1, m_1)
+            b = _turn(b, p_rope, o_n, m_n, N, D, LANES, 1)
+    tl.store(p_out + o, b.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -157,8 +137,7 @@ def qk_norm_rope_bwd_kernel(
     eps,
     H: tl.constexpr,
     D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
+    LANES: tl.constexpr,
     NORM: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -169,49 +148,39 @@ def qk_norm_rope_bwd_kernel(
     chunks = tl.cdiv(N * H, HEADS)
     i_b = (i_chunk // chunks).to(tl.int64)
     start = i_chunk % chunks * HEADS
-    o_d0, o_d1 = tl.arange(0, D0)[None, :], D0 + tl.arange(0, D1)[None, :]
-    m_d0, m_d1 = o_d0 < D, o_d1 < D
+    o_d = tl.arange(0, LANES)[None, :]
+    m_d = o_d < D
     # The sums stay element-wise until the end: threads reduce once per program, not per tile.
-    b_dw0, b_dw1 = tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
-    b_db0, b_db1 = tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32)
+    b_dweight = tl.zeros([ROWS, LANES], tl.float32)
+    b_dbias = tl.zeros([ROWS, LANES], tl.float32)
     for i_row in range(start, tl.minimum(start + HEADS, N * H), ROWS):
         o_row = i_row + tl.arange(0, ROWS)
         o_n, m_n = o_row // H, o_row < N * H
-        m_0, m_1 = m_n[:, None] & m_d0, m_n[:, None] & m_d1
+        m = m_n[:, None] & m_d
         o_head = (i_b * N + o_n) * (3 * H * D) + (i_part * H + o_row % H) * D
-        o_0, o_1 = o_head[:, None] + o_d0, o_head[:, None] + o_d1
-        b_d0, b_d1 = _load(p_dout, o_0, m_0), _load(p_dout, o_1, m_1)
+        o = o_head[:, None] + o_d
+        b_d = _load(p_dout, o, m)
         if i_part < 2:
             if ROPE:
-                b_d0 = _turn(b_d0, p_rope, o_n, m_n, N, D, 0, D0, ROWS, -1)
-                b_d1 = _turn(b_d1, p_rope, o_n, m_n, N, D, D0, D1, ROWS, -1)
+                b_d = _turn(b_d, p_rope, o_n, m_n, N, D, LANES, -1)
             if NORM > 0:
-                b_n0, b_n1 = _load(p_qkv, o_0, m_0), _load(p_qkv, o_1, m_1)
-                b_n0, b_n1, b_rstd = _normed(b_n0, b_n1, m_0, m_1, m_n, eps, D, NORM)
-                b_dw0 += b_d0 * b_n0
-                b_dw1 += b_d1 * b_n1
+                b_n, b_rstd = _normed(_load(p_qkv, o, m), m, m_n, eps, D, NORM)
+                b_dweight += b_d * b_n
                 if NORM == 2:
-                    b_db0 += b_d0
-                    b_db1 += b_d1
-                b_d0 *= _own(i_part, p_q_weight, p_k_weight, o_d0, m_d0)
-                b_d1 *= _own(i_part, p_q_weight, p_k_weight, o_d1, m_d1)
-                b_mean = _mean(b_d0 * b_n0, b_d1 * b_n1, D)
-                b_e0, b_e1 = b_d0 - b_n0 * b_mean, b_d1 - b_n1 * b_mean
+                    b_dbias += b_d
+                b_d *= _own(i_part, p_q_weight, p_k_weight, o_d, m_d)
+                b_e = b_d - b_n * _mean(b_d * b_n, D)
                 if NORM == 2:
-                    b_mean = _mean(b_d0, b_d1, D)
-                    b_e0, b_e1 = b_e0 - b_mean, b_e1 - b_mean
-                b_d0, b_d1 = b_rstd * b_e0, b_rstd * b_e1
-        _store(p_dqkv, o_0, b_d0, m_0)
-        _store(p_dqkv, o_1, b_d1, m_1)
+                    b_e -= _mean(b_d, D)
+                b_d = b_rstd * b_e
+        tl.store(p_dqkv + o, b_d.to(p_dqkv.dtype.element_ty), mask=m)
 
     if NORM > 0:
         if i_part < 2:
             p_sum = p_partial + (i_chunk.to(tl.int64) * 2 + i_part) * NORM * D
-            tl.store(p_sum + o_d0, tl.sum(b_dw0, 0)[None, :], mask=m_d0)
-            tl.store(p_sum + o_d1, tl.sum(b_dw1, 0)[None, :], mask=m_d1)
+            tl.store(p_sum + o_d, tl.sum(b_dweight, 0)[None, :], mask=m_d)
             if NORM == 2:
-                tl.store(p_sum + D + o_d0, tl.sum(b_db0, 0)[None, :], mask=m_d0)
-                tl.store(p_sum + D + o_d1, tl.sum(b_db1, 0)[None, :], mask=m_d1)
+                tl.store(p_sum + D + o_d, tl.sum(b_dbias, 0)[None, :], mask=m_d)
 
 
 @triton.jit
@@ -339,20 +308,17 @@ def _norm(weights: tuple[Tensor | None, ...]) -> int:
     return _RMS_NORM if weights[1] is None else _LAYER_NORM
 
 
-def _pieces(d: int) -> tuple[int, int]:
-    """As `power_of_two_pieces`, but no pair is divided."""
-    first, second = power_of_two_pieces(d)
-    return max(2, first), max(2, second)
+def _lanes(d: int) -> int:
+    return triton.next_power_of_2(max(2, d))
 
 
 def _constants(d: int, n_heads: int, norm: int, rope: bool) -> dict[str, int | bool]:
-    D0, D1 = _pieces(d)
-    return dict(H=n_heads, D=d, D0=D0, D1=D1, NORM=norm, ROPE=rope)
+    return dict(H=n_heads, D=d, LANES=_lanes(d), NORM=norm, ROPE=rope)
 
 
 def _rows(elements: int, d: int) -> int:
-    """Return how many heads have that many elements, as a power of two from 2 to `_HEADS`."""
-    return min(_HEADS, 1 << max(2, elements // sum(_pieces(d))).bit_length() - 1)
+    """Return how many heads have so many elements, at most `_HEADS`."""
+    return min(_HEADS, max(2, elements // _lanes(d)))
 
 
 def _configs(sizes: list[tuple[int, int]]) -> list[triton.Config]:
