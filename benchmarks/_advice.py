@@ -41,7 +41,7 @@ TABLES = {
     "sampler_update": Table("sampling.py", "sampler_update_configs", ("BLOCK", "num_warps")),
 }
 for _pass in ("fwd", "bwd"):
-    _own = Table("adaln.py", f"layer_norm_modulate_{_pass}_configs", ("ROWS", "num_warps"))
+    _own = Table("adaln_configs.py", f"norm_modulate_{_pass}_configs", ("ROWS", "num_warps"))
     TABLES[f"layer_norm_modulate_{_pass}"] = _own
     TABLES[f"gated_residual_layer_norm_modulate_{_pass}"] = _own
     _own = Table("qk_norm_rope.py", f"qk_norm_rope_{_pass}_configs", ("ROWS", "num_warps"))

@@ -29,7 +29,15 @@ from triton.runtime._async_compile import AsyncCompileMode
 
 from fastdit import PRESETS, DiffusionScheduler, DiTConfig
 from fastdit.flops import products
-from fastdit.kernels import adaln, aot, qk_norm_rope, sampling, swiglu, trajectory
+from fastdit.kernels import (
+    adaln,
+    adaln_configs,
+    aot,
+    qk_norm_rope,
+    sampling,
+    swiglu,
+    trajectory,
+)
 from fastdit.kernels import attention as attn
 from fastdit.kernels import attention_configs as sizes
 from fastdit.kernels.common import arch
@@ -83,20 +91,20 @@ def contests(group: str, device: torch.device) -> Iterator[Contest]:
 def _layer_norm(case: Case, device: torch.device, passes: tuple[str, ...]) -> Iterator[Contest]:
     D = case.shape[-1]
     configs = {
-        "fwd": adaln.layer_norm_modulate_fwd_configs(D),
-        "bwd": adaln.layer_norm_modulate_bwd_configs(D),
+        "fwd": adaln_configs.norm_modulate_fwd_configs(D),
+        "bwd": adaln_configs.norm_modulate_bwd_configs(D),
     }
 
     def prepare(gated: bool, backward: bool) -> Launch:
         (x, scale, shift), _ = inputs(case, device, seed=0)
         y, dh, dr = (torch.randn_like(x) for _ in range(3))
-        residual = (y, torch.randn_like(scale)) if gated else (None, None)
+        residual = (y, torch.randn_like(scale)) if gated else None
         if not backward:
-            return lambda c: adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-6, *residual, c)
+            return lambda c: adaln.norm_modulate_fwd(x, scale, shift, 1e-6, None, residual, c)
         # These stand for the forward's statistics, whose values do not affect the time.
-        mean, rstd = torch.zeros(2, *case.shape[:2], device=device)
-        of_residual = (dr, *residual) if gated else None
-        return lambda c: adaln.layer_norm_modulate_bwd(dh, x, scale, mean, rstd, of_residual, c)
+        given = dh, x, scale, torch.zeros(2, *case.shape[:2], device=device).unbind()
+        of_residual = (dr, *residual) if residual else None
+        return lambda c: adaln.norm_modulate_bwd(*given, residual=of_residual, config=c)
 
     for name in passes:
         for gated in (True, False):

@@ -23,7 +23,7 @@ from _harness import Results, Row, positive, synchronize
 from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE, Case, inputs, outputs
 
 from fastdit import functional
-from fastdit.ops import definitions
+from fastdit.ops import definitions, norms
 
 # Shapes of the toy, then of DiT-XL/2, each for four images.
 CASES = (
@@ -57,7 +57,7 @@ def calls(case: Case, device: torch.device) -> dict[str, Call]:
 def _lower(case: Case, tensors: list[torch.Tensor], options: dict[str, Any]) -> dict[str, Call]:
     from fastdit.kernels import adaln, attention, sampling
 
-    op = getattr(definitions, case.op)
+    op = getattr(norms if "norm" in case.op else definitions, case.op)
     if case.op == ATTENTION:
         heads = options["n_heads"]
         return {
@@ -73,10 +73,10 @@ def _lower(case: Case, tensors: list[torch.Tensor], options: dict[str, Any]) -> 
         }
     eps = options["eps"]
     x, *rest = tensors
-    gated = (rest[0], rest[1]) if case.op == GATED_LN else ()
+    gated = (rest[0], rest[1]) if case.op == GATED_LN else None
     return {
         "op": lambda: op(*tensors, eps),
-        "launcher": lambda: adaln.layer_norm_modulate_fwd(x, *rest[-2:], eps, *gated),
+        "launcher": lambda: adaln.norm_modulate_fwd(x, *rest[-2:], eps, None, gated),
     }
 
 

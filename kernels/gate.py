@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdit.kernels import (
     adaln,
+    adaln_configs,
     attention,
     attention_configs,
     qk_norm_rope,
@@ -131,7 +132,10 @@ def _name(config: triton.Config) -> str:
 
 
 def _adaln(arch: str, every: bool) -> Iterator[Case]:
-    """Yield cases with a float32 residual and bfloat16 branches, and with bfloat16 throughout."""
+    """Yield cases with a float32 residual and bfloat16 branches, and with bfloat16 throughout.
+
+    RMSNorm is compiled with a shift and without one.
+    """
     B, N = 4, 256
     for D in WIDTHS:
         for dtype in (_F32, _BF16) if every else (_F32,):
@@ -139,16 +143,20 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
             r, y = _meta(B, N, D, dtype=dtype), _meta(B, N, D, dtype=_BF16)
             gate, scale, shift = _meta(B, 3 * D, dtype=_BF16).chunk(3, dim=1)
             statistics = _meta(B, N, dtype=_F32)
-            for config in _chosen(adaln.layer_norm_modulate_fwd_configs(D), every):
-                for kind, residual in (("gated", (y, gate)), ("plain", (None, None))):
-                    arguments = (r, scale, shift, 1e-5, *residual, config)
-                    call = partial(adaln.layer_norm_modulate_fwd, *arguments)
-                    yield Case(f"{name} {kind} {_name(config)}", arch, call)
-            for config in _chosen(adaln.layer_norm_modulate_bwd_configs(D), every):
-                for kind, residual in (("gated", (r, y, gate)), ("plain", None)):
-                    arguments = (y, r, scale, statistics, statistics, residual, config)
-                    call = partial(adaln.layer_norm_modulate_bwd, *arguments)
-                    yield Case(f"{name} {kind} {_name(config)}", arch, call)
+            weight = _meta(D, dtype=dtype)
+            kinds = (("", None, shift), ("rms ", weight, shift), ("rms no shift ", weight, None))
+            for norm, w, added in kinds:
+                for config in _chosen(adaln_configs.norm_modulate_fwd_configs(D), every):
+                    for kind, residual in (("gated", (y, gate)), ("plain", None)):
+                        arguments = (r, scale, added, 1e-5, w, residual, config)
+                        call = partial(adaln.norm_modulate_fwd, *arguments)
+                        yield Case(f"{name} {norm}{kind} {_name(config)}", arch, call)
+                of = (None if w is not None else statistics, statistics)
+                for config in _chosen(adaln_configs.norm_modulate_bwd_configs(D), every):
+                    for kind, residual in (("gated", (r, y, gate)), ("plain", None)):
+                        arguments = (y, r, scale, of, w, residual, added is not None, config)
+                        call = partial(adaln.norm_modulate_bwd, *arguments)
+                        yield Case(f"{name} {norm}{kind} {_name(config)}", arch, call)
 
 
 def _attention(arch: str, every: bool) -> Iterator[Case]:
@@ -298,7 +306,8 @@ def _trajectory(arch: str, every: bool) -> Iterator[Case]:
         dtype = _BF16 if precision == "bf16" else _F32
         features = 2 * F if kind == "guided learned" else F
         tanh = kind == "given"
-        shape = Shape(N, F, features, 3 if F == 12 else 4, D, 4, D // d, tanh, 1e-6, 1e-6)
+        sizes = N, F, features, 3 if F == 12 else 4, D, 4, D // d, 4 * D
+        shape = Shape(*sizes, 6, False, 0, False, False, tanh, 1e-6, 1e-6, 1e-6)
         arguments = _trajectory_arguments(shape, kind, dtype)
         for config in _chosen(trajectory_configs(shape, dtype, arch), every):
             launch = partial(trajectory.trajectory, *arguments, shape, config)

@@ -51,8 +51,11 @@ class PreparedLaunch:
         self._in_order = tuple(constants[name] for name in names)
         self._compiled: dict[tuple[Any, ...], _Compiled] = {}
 
-    def __call__(self, tensors: Sequence[Tensor | None], *numbers: int | float) -> None:
-        """Launch on the current device and stream; a number must have the same type every time."""
+    def __call__(self, tensors: Sequence[Tensor | None], *numbers: int | float | None) -> None:
+        """Launch on the current device and stream; a number must have the same type every time.
+
+        A number may be None where the constants say that the kernel does not read it.
+        """
         pointers: list[int | None] = []
         kind: list[Any] = [n for n in numbers if type(n) is int]
         for t in tensors:
@@ -79,7 +82,10 @@ class PreparedLaunch:
         run(*grid, stream, function, metadata, None, None, None, *pointers, *numbers, *constants)
 
     def _through_triton(
-        self, key: tuple[Any, ...], tensors: Sequence[Tensor | None], numbers: Sequence[int | float]
+        self,
+        key: tuple[Any, ...],
+        tensors: Sequence[Tensor | None],
+        numbers: Sequence[int | float | None],
     ) -> None:
         kernel = self._kernel[self._grid](*tensors, *numbers, **self._constants)
         # Nothing is compiled where kernels are interpreted, or launches recorded.

@@ -15,9 +15,12 @@ class Shape(NamedTuple):
     takes them one after another in one tensor, the one in C++ their addresses:
 
     embed [D, F], position [N, D];
-    for each layer: qkv [3D, D], its bias, proj [D, D], its bias, fc1 [4D, D], its bias,
-    fc2 [D, 4D], its bias;
-    final [F_out, D], its bias
+    for each layer: qkv [3D, D], its bias, proj [D, D], its bias, fc1 [M, D], its bias,
+    fc2 [D, M], its bias, where fc1 of a SwiGLU is [2M, D]; then, of those that the model has, the
+    weights of the norms before attention and before the MLP, each [D], and the weights, then the
+    biases, of the queries' norm and of the keys', each [D / heads];
+    final [F_out, D], its bias; then, where there are such, the weight of the last norm [D], and
+    the rotary table [2, N, D / heads / 2]
     """
 
     tokens: int  # N
@@ -27,18 +30,25 @@ class Shape(NamedTuple):
     hidden: int  # D
     layers: int
     heads: int
+    mlp_hidden: int  # M
+    block_parts: int  # of a block's modulation: 6, or 4 without shifts
+    rms: bool  # RMSNorms with weights instead of LayerNorms
+    qk_norm: int  # of queries and keys; 0: none, 1: LayerNorm, 2: RMSNorm
+    rope: bool  # queries and keys are rotated
+    swiglu: bool  # instead of a GELU
     tanh_gelu: bool  # False: the exact GELU
-    eps: float  # of the LayerNorms before attention and at the end
-    mlp_eps: float  # of the LayerNorms before the MLPs
+    eps: float  # of the norms before attention and at the end
+    mlp_eps: float  # of the norms before the MLPs
+    qk_norm_eps: float
 
     @property
     def width(self) -> int:
         """The length of a row of modulation."""
-        return (6 * self.layers + 2) * self.hidden
+        return (self.block_parts * self.layers + 2) * self.hidden
 
     @property
     def weights(self) -> int:
-        """The number of packed weights."""
+        """The number of packed weights of a model that the kernel in Triton takes."""
         D = self.hidden
         ends = (self.features + self.tokens) * D + self.out_features * (D + 1)
         return ends + self.layers * layer_weights(D)

@@ -162,6 +162,15 @@ def trajectory_kernel(
 def obstacle(shape: Shape) -> str | None:
     """Return why the kernel cannot run a model, worded to follow its name, or None."""
     head = shape.hidden // shape.heads
+    options = {
+        "RMSNorms": shape.rms,
+        "modulation without shifts": shape.block_parts != 6,
+        "norms of queries and keys": shape.qk_norm,
+        "rotary positions": shape.rope,
+        "SwiGLU": shape.swiglu,
+    }
+    if refused := [name for name, has in options.items() if has]:
+        return f"takes no {refused[0]}"
     if shape.hidden not in (64, 128):
         return f"takes a hidden size of 64 or 128, got {shape.hidden}"
     if shape.tokens not in (16, 64):

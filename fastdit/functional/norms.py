@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import reference
-from fastdit.ops import checks, definitions, registration
+from fastdit.ops import checks, norms, registration
 from fastdit.ops.dispatch import choose
 
 
@@ -35,8 +35,7 @@ def layer_norm_modulate(
     checks.check_modulation(x, scale=scale, shift=shift)
     chosen = choose("layer_norm_modulate", backend, x, scale, shift)
     if chosen != "reference":
-        shift = torch.zeros_like(scale) if shift is None else shift
-        return registration.call(definitions.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
+        return registration.call(norms.layer_norm_modulate, x, scale, shift, eps, chosen)[0]
     if x.dtype == torch.float64:
         return reference.layer_norm_modulate(x, scale, shift, eps)
     return _layer_norm_modulate(x, scale, shift, eps)
@@ -74,9 +73,8 @@ def gated_residual_layer_norm_modulate(
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     chosen = choose("gated_residual_layer_norm_modulate", backend, x, y, gate, scale, shift)
     if chosen != "reference":
-        shift = torch.zeros_like(scale) if shift is None else shift
         residual, modulated, _, _ = registration.call(
-            definitions.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
+            norms.gated_residual_layer_norm_modulate, x, y, gate, scale, shift, eps, chosen
         )
         return residual, modulated
     if x.dtype == torch.float64:
@@ -116,7 +114,9 @@ def rms_norm_modulate(
     checks.check_tokens("x", x)
     checks.check_modulation(x, scale=scale, shift=shift)
     checks.check_norm_weight(x, weight)
-    choose("rms_norm_modulate", backend, x, scale, weight, shift)
+    chosen = choose("rms_norm_modulate", backend, x, scale, weight, shift)
+    if chosen != "reference":
+        return registration.call(norms.rms_norm_modulate, x, scale, shift, weight, eps, chosen)[0]
     if x.dtype == torch.float64:
         return reference.rms_norm_modulate(x, scale, shift, weight, eps)
     return _rms_norm_modulate(x, scale, shift, weight, eps)
@@ -155,7 +155,11 @@ def gated_residual_rms_norm_modulate(
     checks.check_residual(x, y)
     checks.check_modulation(x, gate=gate, scale=scale, shift=shift)
     checks.check_norm_weight(x, weight)
-    choose("gated_residual_rms_norm_modulate", backend, x, y, gate, scale, weight, shift)
+    chosen = choose("gated_residual_rms_norm_modulate", backend, x, y, gate, scale, weight, shift)
+    if chosen != "reference":
+        op, given = norms.gated_residual_rms_norm_modulate, (x, y, gate, scale, shift, weight)
+        residual, modulated, _ = registration.call(op, *given, eps, chosen)
+        return residual, modulated
     if x.dtype == torch.float64:
         return reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps)
     residual = _gated_residual(x, y, gate)

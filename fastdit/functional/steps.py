@@ -134,7 +134,8 @@ def trajectory(
     Args:
         x: [B, P, C] float32 or float64 tokens: all pixels in the model's token order.
         x0: like x, the x0 of the step before; zeros before a first step.
-        weights: the model's, in x's dtype or in 16 bits. "cpp" reads them where they are.
+        weights: the model's, in x's dtype or in 16 bits; the model has neither context tokens nor
+            a bottleneck of patches. "cpp" reads them where they are.
         modulation: that of the K steps; with guidance of 2B rows, the null label's last. Whether
             `rows` are in range is checked on a CPU only, since it would wait for a device.
         coefficients: [K, 10] float, as `sampler_update` takes them.
@@ -142,8 +143,8 @@ def trajectory(
         seeds: [B, 2] int64 (key, stream), or None where noise is given.
         noise: [K, B, P, C], z itself. With neither seeds nor noise z is 0.
         guidance: the scale, and the number of guided channels; guides all K steps.
-        backend: "triton" (CUDA; hidden 64 or 128, 16 or 64 tokens, head dims of 16 or 32; the error
-            names what a chip's registers do not allow), "cpp" (a CPU, float32; bfloat16 with
+        backend: "triton" (CUDA; the published DiT's block, hidden 64 or 128, 16 or 64 tokens, head
+            dims of 16 or 32; the error names what a chip's registers do not allow), "cpp" (a CPU, float32; bfloat16 with
             AVX512-BF16), "reference" or None.
 
     Returns:

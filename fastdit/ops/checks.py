@@ -154,6 +154,9 @@ def check_out(out: tuple[Tensor, Tensor] | None, like: Tensor, given: Sequence[T
 
 def check_weights(weights: DiTWeights) -> None:
     """Check that the tensors are those of the config, in one float dtype and on one device."""
+    if weights.cfg.context_tokens or weights.cfg.patch_bottleneck:
+        expected = "those of a model without context tokens and without a bottleneck of patches"
+        raise ValueError(f"weights: expected {expected}; call the model itself")
     shapes, tensors = weights.shapes(), weights.tensors
     if len(tensors) != len(shapes):
         raise ValueError(f"weights: expected {len(shapes)} tensors, got {len(tensors)}")
@@ -163,7 +166,8 @@ def check_weights(weights: DiTWeights) -> None:
             raise ValueError(f"weights: expected shape {list(shape)} at {i}, got {list(t.shape)}")
         if t.dtype not in FLOAT_DTYPES:
             raise ValueError(f"weights: expected a float dtype, got {t.dtype}")
-        if (t.dtype, t.device) != (first.dtype, first.device):
+        is_rope = weights.cfg.rope and i == len(shapes) - 1  # which may be float32 beside any
+        if t.device != first.device or (t.dtype != first.dtype and not is_rope):
             raise ValueError(
                 f"weights: expected one dtype and device, got {first.dtype} on {first.device} and "
                 f"{t.dtype} on {t.device}"

@@ -1,4 +1,4 @@
-"""The kernels as PyTorch ops: schema, shapes, gradients.
+"""The kernels as PyTorch ops, those of the norms aside: schema, shapes, gradients.
 
 `fastdit.functional` calls these ops for "triton" and "cpp", after it has checked the arguments.
 They trace under `torch.compile(fullgraph=True)`, and a kernel's module is imported when an op first
@@ -7,121 +7,13 @@ runs it.
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.ops.registration import call, no_derivative, op
-
-
-def _fresh(like: Tensor) -> Tensor:
-    """Return what a launcher allocates: a contiguous tensor of like's shape and dtype."""
-    return like.new_empty(like.shape)
-
-
-def _modulated(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a modulated LayerNorm of x, its means and its reciprocal standard deviations."""
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=scale.dtype), mean, rstd
-
-
-def _save_layer_norm(ctx: Any, inputs: Any, output: Any) -> None:
-    x, scale, _, _, ctx.backend = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, scale, mean, rstd)
-
-
-def _layer_norm_gradients(ctx: Any, dh: Tensor | None, *_: None) -> Any:
-    if dh is None:
-        return (None,) * 5
-    return *call(layer_norm_modulate_backward, dh, *ctx.saved_tensors, ctx.backend), None, None
-
-
-@op(
-    shapes=lambda x, scale, *_: _modulated(x, scale),
-    saves=_save_layer_norm,
-    gradients=_layer_norm_gradients,
-)
-def layer_norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, backend: str = "triton"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, mean, rstd)"""
-    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps)[1:]
-
-
-@op(
-    shapes=lambda dh, x, scale, *_: (_fresh(x), _fresh(scale), _fresh(scale)),
-    gradients=no_derivative,
-)
-def layer_norm_modulate_backward(
-    dh: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, backend: str = "triton"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dscale, dshift)"""
-    kernels = _kernels("adaln", backend)
-    dx, _, _, dscale, dshift = kernels.layer_norm_modulate_bwd(dh, x, scale, mean, rstd)
-    return dx, dscale, dshift
-
-
-def _save_gated(ctx: Any, inputs: Any, output: Any) -> None:
-    _, y, gate, scale, _, _, ctx.backend = inputs
-    r, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(r, y, gate, scale, mean, rstd)
-
-
-def _gated_gradients(ctx: Any, dr: Tensor | None, dh: Tensor | None, *_: None) -> Any:
-    saved = r, _, _, scale, _, _ = ctx.saved_tensors  # which may be unpacked once only
-    if dh is None:  # the modulated output was not used
-        if dr is None:
-            return (None,) * 7
-        dh = torch.zeros_like(r, dtype=scale.dtype)
-    backward = gated_residual_layer_norm_modulate_backward
-    return *call(backward, dr, dh, *saved, ctx.backend), None, None
-
-
-@op(
-    shapes=lambda x, y, gate, scale, *_: (_fresh(x), *_modulated(x, scale)),
-    saves=_save_gated,
-    gradients=_gated_gradients,
-)
-def gated_residual_layer_norm_modulate(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    eps: float,
-    backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(r, h, mean, rstd)"""
-    return _kernels("adaln", backend).layer_norm_modulate_fwd(x, scale, shift, eps, y, gate)
-
-
-@op(
-    shapes=lambda dr, dh, r, y, gate, scale, *_: tuple(map(_fresh, (r, y, gate, scale, scale))),
-    gradients=no_derivative,
-)
-def gated_residual_layer_norm_modulate_backward(
-    dr: Tensor | None,
-    dh: Tensor,
-    r: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    backend: str = "triton",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dy, dgate, dscale, dshift)"""
-    kernels = _kernels("adaln", backend)
-    return kernels.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (dr, y, gate))
+from fastdit.ops.registration import call, fresh, kernels, no_derivative, op
 
 
 def _save_attention(ctx: Any, inputs: Any, output: Any) -> None:
@@ -147,13 +39,13 @@ def _attention_shapes(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
 @op(shapes=_attention_shapes, saves=_save_attention, gradients=_attention_gradients)
 def attention(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
     """(out, lse)"""
-    return _kernels("attention", "triton").attention_fwd(qkv, n_heads)
+    return kernels("attention", "triton").attention_fwd(qkv, n_heads)
 
 
-@op(shapes=lambda dout, qkv, *_: _fresh(qkv), gradients=no_derivative)
+@op(shapes=lambda dout, qkv, *_: fresh(qkv), gradients=no_derivative)
 def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_heads: int) -> Tensor:
     """dqkv"""
-    return _kernels("attention", "triton").attention_bwd(dout, qkv, out, lse, n_heads)
+    return kernels("attention", "triton").attention_bwd(dout, qkv, out, lse, n_heads)
 
 
 def _save_qk(ctx: Any, inputs: Any, output: Any) -> None:
@@ -170,7 +62,7 @@ def _qk_gradients(ctx: Any, dout: Tensor) -> Any:
     return dqkv, None, *gradients, None, None
 
 
-@op(shapes=lambda qkv, *_: _fresh(qkv), saves=_save_qk, gradients=_qk_gradients)
+@op(shapes=lambda qkv, *_: fresh(qkv), saves=_save_qk, gradients=_qk_gradients)
 def qk_norm_rope(
     qkv: Tensor,
     n_heads: int,
@@ -182,7 +74,7 @@ def qk_norm_rope(
     eps: float,
 ) -> Tensor:
     weights = q_weight, q_bias, k_weight, k_bias
-    return _kernels("qk_norm_rope", "triton").qk_norm_rope_fwd(qkv, n_heads, weights, rope, eps)
+    return kernels("qk_norm_rope", "triton").qk_norm_rope_fwd(qkv, n_heads, weights, rope, eps)
 
 
 def _qk_backward_shapes(
@@ -190,7 +82,7 @@ def _qk_backward_shapes(
 ) -> tuple[Tensor, Tensor]:
     rows = sum(w is not None for w in weights_rope_eps[:4])
     d = qkv.shape[-1] // (3 * n_heads)
-    return _fresh(qkv), qkv.new_empty((rows, d), dtype=torch.float32)
+    return fresh(qkv), qkv.new_empty((rows, d), dtype=torch.float32)
 
 
 @op(shapes=_qk_backward_shapes, gradients=no_derivative)
@@ -206,9 +98,9 @@ def qk_norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, dweights [K, d]: a row for each of the K weights that are not None)"""
-    kernels = _kernels("qk_norm_rope", "triton")
     weights = q_weight, q_bias, k_weight, k_bias
-    return kernels.qk_norm_rope_bwd(dout, qkv, n_heads, weights, rope, eps)
+    launcher = kernels("qk_norm_rope", "triton").qk_norm_rope_bwd
+    return launcher(dout, qkv, n_heads, weights, rope, eps)
 
 
 def _halved(x: Tensor) -> Tensor:
@@ -225,23 +117,23 @@ def _swiglu_gradients(ctx: Any, dout: Tensor) -> Any:
 
 @op(shapes=_halved, saves=_save_swiglu, gradients=_swiglu_gradients)
 def swiglu(x: Tensor) -> Tensor:
-    return _kernels("swiglu", "triton").swiglu_fwd(x)
+    return kernels("swiglu", "triton").swiglu_fwd(x)
 
 
-@op(shapes=lambda dout, x: _fresh(x), gradients=no_derivative)
+@op(shapes=lambda dout, x: fresh(x), gradients=no_derivative)
 def swiglu_backward(dout: Tensor, x: Tensor) -> Tensor:
     """dx"""
-    return _kernels("swiglu", "triton").swiglu_bwd(dout, x)
+    return kernels("swiglu", "triton").swiglu_bwd(dout, x)
 
 
 def _update(
     backend: str, scale: float | None, channels: int | None, out: Any, *given: Tensor | None
 ) -> Any:
     guidance = None if scale is None else (scale, channels)
-    return _kernels("sampling", backend).sampler_update(*given, guidance, out=out)
+    return kernels("sampling", backend).sampler_update(*given, guidance, out=out)
 
 
-@op(shapes=lambda x, *_: (_fresh(x), _fresh(x)), gradients=no_derivative)
+@op(shapes=lambda x, *_: (fresh(x), fresh(x)), gradients=no_derivative)
 def sampler_update(
     x: Tensor,
     model_out: Tensor,
@@ -282,15 +174,15 @@ def sampler_update_out(
     shapes=lambda seeds, steps, n: seeds.new_empty((len(steps), len(seeds), n), dtype=torch.float32)
 )
 def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
-    return _kernels("sampling", "cpp").normal(seeds, steps, elements)
+    return kernels("sampling", "cpp").normal(seeds, steps, elements)
 
 
 @op(shapes=lambda x, weight, bias: x.new_empty((len(x), len(weight)), dtype=torch.float32))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _kernels("linear", "cpp").linear(x, weight, bias)
+    return kernels("linear", "cpp").linear(x, weight, bias)
 
 
-@op(shapes=lambda x, *_: (_fresh(x), _fresh(x)), gradients=no_derivative)
+@op(shapes=lambda x, *_: (fresh(x), fresh(x)), gradients=no_derivative)
 def trajectory(
     x: Tensor,
     x0: Tensor,
@@ -312,7 +204,7 @@ def trajectory(
     """
     by_step, rows, *by_label = modulation
     scale, channels = guidance or (1.0, 0)
-    return _kernels("trajectory", backend).trajectory(
+    return kernels("trajectory", backend).trajectory(
         x=x,
         x0=x0,
         weights=weights if backend == "cpp" else weights[0],
@@ -330,7 +222,7 @@ def trajectory(
 
 def trajectory_obstacle(sizes: list[int], eps: list[float]) -> str | None:
     """Return why the kernel in Triton takes no model of such a shape, or None."""
-    return _kernels("trajectory", "triton").obstacle(_shape([*sizes, *eps]))
+    return kernels("trajectory", "triton").obstacle(_shape([*sizes, *eps]))
 
 
 def build_cpp() -> None:
@@ -339,25 +231,16 @@ def build_cpp() -> None:
     Raises:
         RuntimeError: they cannot be built.
     """
-    _kernels("library", "cpp").library()
+    kernels("library", "cpp").library()
 
 
 def cpp_instruction_set() -> str:
     """Return the instruction set of the C++ kernels, which must be here: "plain" is any CPU's."""
-    return _kernels("instruction_set", "cpp").instruction_set()
-
-
-# Cached, since an import statement would take time at every launch.
-@functools.cache
-def _kernels(of: str, backend: str) -> Any:
-    """Import the module that has an op's launcher; `kernels.cpu` has all but LayerNorm in C++."""
-    if backend == "cpp":
-        of = "cpu.adaln" if of == "adaln" else "cpu"
-    return importlib.import_module(f"fastdit.kernels.{of}")
+    return kernels("instruction_set", "cpp").instruction_set()
 
 
 def _shape(values: Sequence[float]) -> Any:
     from fastdit.kernels.shape import Shape
 
-    *integers, tanh_gelu, eps, mlp_eps = values
-    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps)
+    *integers, tanh_gelu, eps, mlp_eps, qk_norm_eps = values
+    return Shape(*map(int, integers), bool(tanh_gelu), eps, mlp_eps, qk_norm_eps)

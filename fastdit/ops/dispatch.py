@@ -208,7 +208,16 @@ def _cpp_noise_suits(seeds: Tensor) -> bool:
     return not torch.compiler.is_compiling()
 
 
+def _other_tokens(cfg: DiTConfig) -> str | None:
+    """Why no trajectory takes a model whose tokens are more than embedded patches, or None."""
+    if cfg.context_tokens:
+        return "takes no context tokens"
+    return "takes no bottleneck of patches" if cfg.patch_bottleneck else None
+
+
 def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    if (reason := _other_tokens(cfg)) is not None:
+        return reason
     if device.type != "cpu":
         return f"expects tensors on a CPU, got {device}"
     if dtype == torch.bfloat16:
@@ -222,7 +231,7 @@ def _cpp_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) ->
 
 
 def _triton_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    reason = _triton_on(device, dtype)
+    reason = _triton_on(device, dtype) or _other_tokens(cfg)
     reason = reason or definitions.trajectory_obstacle(*kernel_shape(cfg))
     if reason is None and device.type == "cuda":
         reason = _spills(cfg, torch.cuda.get_device_properties(device), dtype)
@@ -249,15 +258,15 @@ def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
     return f"{few} on {properties.name}, got {features}; use patches of fewer pixels"
 
 
-_LAYER_NORM = {
+_NORM = {
     "cpp": Backend(_cpp_norm, _cpp_norm_suits),
     "triton": Backend(_triton, _always),
 }
 TABLE: dict[str, dict[str, Backend]] = {
-    "layer_norm_modulate": _LAYER_NORM,
-    "gated_residual_layer_norm_modulate": _LAYER_NORM,
-    "rms_norm_modulate": {},
-    "gated_residual_rms_norm_modulate": {},
+    "layer_norm_modulate": _NORM,
+    "gated_residual_layer_norm_modulate": _NORM,
+    "rms_norm_modulate": _NORM,
+    "gated_residual_rms_norm_modulate": _NORM,
     "attention": {"triton": Backend(_triton_attention, _always)},
     "qk_norm_rope": {"triton": Backend(_triton_qk_norm_rope, _always)},
     "swiglu": {"triton": Backend(_triton, _always)},

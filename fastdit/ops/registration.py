@@ -1,8 +1,9 @@
-"""How an op is registered with PyTorch, and called."""
+"""How an op is registered with PyTorch, called, and given its kernels."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,20 @@ from torch.overrides import has_torch_function
 from torch.torch_version import TorchVersion
 
 _INDUCTOR_FORMATS_UNKNOWN_OPS = TorchVersion(torch.__version__) < "2.13"
+
+
+# Cached, since an import statement would take time at every launch.
+@functools.cache
+def kernels(of: str, backend: str) -> Any:
+    """Import the module that has an op's launcher; `kernels.cpu` has all but norms in C++."""
+    if backend == "cpp":
+        of = "cpu.adaln" if of == "adaln" else "cpu"
+    return importlib.import_module(f"fastdit.kernels.{of}")
+
+
+def fresh(like: Tensor) -> Tensor:
+    """Return what a launcher allocates: a contiguous tensor of like's shape and dtype."""
+    return like.new_empty(like.shape)
 
 
 def call(op: Any, *args: Any) -> Any:

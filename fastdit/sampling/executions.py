@@ -72,6 +72,8 @@ def describe_automatic(cfg: DiTConfig) -> str:
     )
     if cfg.hidden > _PLAIN_HIDDEN:
         on_cpu += " or without AVX2"
+    if dispatch.obstacle("trajectory", "cpp", cfg, torch.device("cpu"), torch.float32):
+        on_cpu = "'eager' on a CPU"
     on_cuda = "'graph' on CUDA"
     if chips := sorted({win.arch for win in WINS if _covers(win, cfg)}):
         on_cuda += f", but 'trajectory' in 16 bits on {' and '.join(chips)}"
@@ -81,6 +83,11 @@ def describe_automatic(cfg: DiTConfig) -> str:
 # On CPUs other than x86, and on those without AVX2, the C++ has only the compiler's vectors of four
 # floats. There wider models, whose time is that of their products, are left to PyTorch.
 _PLAIN_HIDDEN = 512
+
+
+# The kernel in Triton takes the block of the published DiT alone.
+_PUBLISHED = DiTConfig()
+_BLOCK_OPTIONS = "norm modulation_shift qk_norm rope mlp patch_bottleneck context_tokens".split()
 
 
 class Win(NamedTuple):
@@ -101,7 +108,8 @@ WINS: tuple[Win, ...] = ()
 
 def _covers(win: Win, cfg: DiTConfig) -> bool:
     same = (win.tokens, win.hidden) == (cfg.n_tokens, cfg.hidden)
-    return same and cfg.n_layers <= win.layers
+    published = all(getattr(cfg, name) == getattr(_PUBLISHED, name) for name in _BLOCK_OPTIONS)
+    return same and published and cfg.n_layers <= win.layers
 
 
 def _arch(device: torch.device) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.kernels.columns import COLUMNS
@@ -81,10 +82,10 @@ def trajectory(
     low = weights[0].dtype == torch.bfloat16
     if instruction_set is not None and low != (instruction_set == _BFLOAT16):
         raise ValueError(f"instruction_set: {instruction_set} is not for {weights[0].dtype}")
-    # Biases and positions are float32 in any case; `kept` lives as long as the call has addresses.
-    vectors = {1, *range(3, len(weights), 2)}
+    # All but matrices are float32 in any case; `kept` lives as long as the call has addresses.
     kept = [
-        (t if low and i not in vectors else t.float()).contiguous() for i, t in enumerate(weights)
+        _even_rows(t) if low and t.dim() == 2 and i != 1 else t.float().contiguous()
+        for i, t in enumerate(weights)
     ]
     given["weights"] = torch.tensor([t.data_ptr() for t in kept], dtype=torch.int64)
     problem = Problem(**shape._asdict(), **sizes, **guided, **given, x=x, x0=x0)
@@ -197,6 +198,11 @@ def instruction_sets() -> list[str]:
 def peak_flop_per_second(repeats: int = 2_000_000) -> float:
     """Measure multiply-adds on registers alone, on PyTorch's number of threads."""
     return library().fastdit_peak(torch.get_num_threads(), repeats)
+
+
+def _even_rows(matrix: Tensor) -> Tensor:
+    """Return a matrix contiguous, with a zero behind rows of an odd number of elements."""
+    return F.pad(matrix, (0, 1)) if matrix.shape[1] % 2 else matrix.contiguous()
 
 
 def _float32(**given: Tensor | None) -> dict[str, Tensor | None]:

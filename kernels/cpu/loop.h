@@ -29,7 +29,15 @@ struct Loop : Network {
     });
   }
 
-  // Writes at.modulation of this thread's rows, with 1 + scale instead of scale.
+  // The weight of the norm that a part of modulation scales, or null.
+  const float* norm_weight(int64_t part) const {
+    if (part == 6 * p.layers) return w.final_norm;
+    const Layer& l = w.layers[part / 6];
+    return part % 6 ? l.norm2 : l.norm1;
+  }
+
+  // Writes at.modulation of this thread's rows: 1 + scale instead of scale, times the norm's weight
+  // where there is one, and zeros where the model has no shift.
   void modulate(int64_t step) const {
     const int64_t D = p.hidden, parts = 6 * p.layers + 2;
     for (int64_t r = mine.first_panel / panels; r < ceil_div(mine.last_panel, panels); r++) {
@@ -37,11 +45,19 @@ struct Loop : Network {
       const int64_t step_row = step * p.step_rows + (p.by_label ? 0 : label);
       const float* by_step = p.by_step + step_row * p.width();
       const float* by_label = p.by_label ? p.by_label + label * p.width() : nullptr;
-      float* out = at.modulation + r * p.width();
-      for (int64_t part = 0; part < parts; part++) {
+      float* out = at.modulation + r * p.laid_width();
+      for (int64_t part = 0; part < parts; part++, out += D) {
+        if (part % 3 == 1 && part < 6 * p.layers && p.block_parts == 4) {
+          for (int64_t j = 0; j < D; j++) out[j] = 0.f;
+          continue;
+        }
         const float one = part % 3 == 0 ? 1.f : 0.f;  // scale
-        for (int64_t j = part * D; j < (part + 1) * D; j++)
+        for (int64_t j = 0; j < D; j++)
           out[j] = one + (by_label ? by_step[j] + by_label[j] : by_step[j]);
+        if (const float* weight = part % 3 == 0 ? norm_weight(part) : nullptr)
+          for (int64_t j = 0; j < D; j++) out[j] *= weight[j];
+        by_step += D;
+        if (by_label) by_label += D;
       }
     }
   }
@@ -138,7 +154,7 @@ struct Loop : Network {
 
 static int64_t team_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
-  const int64_t of_panel = (3 + 1 + 4 + 2 * SLICES) * p.hidden + p.out_features;
+  const int64_t of_panel = (3 + 1 + 2 * SLICES) * p.hidden + mlp_features(p) + p.out_features;
   return rows * panels * of_panel * WIDTH + 2 * images * p.padded(WIDTH);
 }
 
@@ -146,7 +162,8 @@ static int64_t thread_floats(const Problem& p, int64_t images) {
   const int64_t rows = p.guided ? 2 * images : images, panels = ceil_div(p.tokens, WIDTH);
   const int64_t of_panel = p.features + 2 * p.hidden;
   const int64_t of_attention = PAIR * (panels * WIDTH + p.hidden / p.heads);
-  return (rows * panels * of_panel + of_attention + ceil_div(rows * p.width(), WIDTH)) * WIDTH;
+  const int64_t of_modulation = ceil_div(rows * p.laid_width(), WIDTH);
+  return (rows * panels * of_panel + of_attention + of_modulation) * WIDTH;
 }
 
 static int64_t useful_threads(const Problem& p) {
@@ -166,7 +183,7 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   Memory at;
   at.qkv = (vf*)take(shared, all * 3 * D);
   at.heads = (operand*)take(shared, all * D);  // in bfloat16 half of it
-  at.hidden = (operand*)take(shared, all * 4 * D);
+  at.hidden = (operand*)take(shared, all * mlp_features(p));
   at.out = (vf*)take(shared, all * p.out_features);
   at.sums = (vf*)take(shared, 2 * SLICES * all * D);
   at.state = take(shared, images * padded / WIDTH);
@@ -176,7 +193,7 @@ static void run(const Problem& p, const Weights& w, Team team, int64_t first_ima
   at.normed = (operand*)take(own, all * D);
   at.scores = (vf*)take(own, PAIR * panels * WIDTH);
   at.mixed = (vf*)take(own, PAIR * (D / p.heads));
-  at.modulation = take(own, ceil_div(rows * p.width(), WIDTH));
+  at.modulation = take(own, ceil_div(rows * p.laid_width(), WIDTH));
 
   Loop{{p, w, team, at, panels, all, {}, 1}, first_image, images, padded}.run();
 }

@@ -22,6 +22,11 @@ template <class F> INLINE vf sum_of(int64_t n, F f) {
   return (a + b) + (c + d);
 }
 
+// The features of an MLP between its linears, as products take them: in bfloat16 an even number.
+static int64_t mlp_features(const Problem& p) {
+  return ceil_div(p.mlp_hidden, FEATURES) * FEATURES;
+}
+
 struct Network {
   const Problem& p;
   const Weights& w;
@@ -33,24 +38,64 @@ struct Network {
   int64_t columns;  // the number of shares of the panels
 
   const float* modulation(int64_t panel, int64_t part) const {
-    return at.modulation + panel / panels * p.width() + part * p.hidden;
+    return at.modulation + panel / panels * p.laid_width() + part * p.hidden;
   }
 
-  // Writes at.normed of this thread's panels. Modulation has 1 + scale instead of scale.
-  void layer_norm(int64_t part, float eps) const {
+  // Writes at.normed of this thread's panels. Modulation has 1 + scale instead of scale, times the
+  // weight of an RMSNorm.
+  void norm(int64_t part, float eps) const {
+    if (p.rms)
+      norm<false>(part, eps);
+    else
+      norm<true>(part, eps);
+  }
+
+  template <bool CENTRED> void norm(int64_t part, float eps) const {
     const int64_t D = p.hidden;
     for (int64_t q = mine.first_panel; q < mine.last_panel; q++) {
       const vf* x = at.x + q * D;
       const float *scale = modulation(q, part), *shift = modulation(q, part + 1);
-      const vf mean = sum_of(D, [&](int64_t i) INLINED { return x[i]; }) / (float)D;
-      const vf variance = sum_of(D, [&](int64_t i) INLINED {
-        const vf d = x[i] - mean;
-        return d * d;
-      }) / (float)D;
-      const vf inverse = 1.f / square_root(variance + eps);
+      vf mean;
+      const vf inverse = 1.f / deviation<CENTRED>(x, D, eps, &mean);
       write_features(at.normed + q * D / FEATURES, D, [&](int64_t i) INLINED {
         return (x[i] - mean) * inverse * scale[i] + shift[i];
       });
+    }
+  }
+
+  // The root of a variance, or unless CENTRED of a mean square, plus eps. Writes the mean, or 0.
+  template <bool CENTRED>
+  static INLINED vf deviation(const vf* x, int64_t n, float eps, vf* mean) {
+    const vf m = CENTRED ? sum_of(n, [&](int64_t i) INLINED { return x[i]; }) / (float)n : vf{};
+    *mean = m;
+    const vf variance = sum_of(n, [&](int64_t i) INLINED {
+      const vf d = x[i] - m;
+      return d * d;
+    }) / (float)n;
+    return square_root(variance + eps);
+  }
+
+  // Norms and rotates the queries or keys of one head of a panel, multiplied by `scale`, where they
+  // lie: x [head dim].
+  void norm_and_rotate(vf* x, int64_t panel, const float* weight, const float* bias,
+                       float scale) const {
+    const int64_t d = p.hidden / p.heads;
+    if (p.qk_norm == 1) {
+      vf mean;
+      const vf inverse = scale / deviation<true>(x, d, p.qk_norm_eps, &mean);
+      for (int64_t i = 0; i < d; i++)
+        x[i] = (x[i] - mean) * inverse * weight[i] + bias[i] * scale;
+    } else if (p.qk_norm == 2) {
+      vf zero;
+      const vf inverse = scale / deviation<false>(x, d, p.qk_norm_eps, &zero);
+      for (int64_t i = 0; i < d; i++) x[i] = x[i] * inverse * weight[i];
+    }
+    if (!p.rope) return;
+    const vf *cosine = (const vf*)w.rope + panel % panels * d, *sine = cosine + d / 2;
+    for (int64_t i = 0; i < d / 2; i++) {
+      const vf even = x[2 * i], odd = x[2 * i + 1];
+      x[2 * i] = even * cosine[i] - odd * sine[i];
+      x[2 * i + 1] = odd * cosine[i] + even * sine[i];
     }
   }
 
@@ -127,7 +172,7 @@ struct Network {
     const float scale = 1.f / __builtin_sqrtf((float)d);
     for (int64_t part = 0; part < 3; part++) {
       const int64_t row = part * D + first * d;
-      const float factor = part == 0 ? scale : 1.f;
+      const float factor = part == 0 && !p.qk_norm ? scale : 1.f;
       product(mine.of_all_rows(), (const weight*)l.qkv + row * D, D, (last - first) * d, D, at.normed, D,
               [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
         vf* out = at.qkv + q * 3 * D + row + m;
@@ -135,6 +180,13 @@ struct Network {
         for (int64_t i = 0; i < n; i++) out[i] = (sums[i] + b[i]) * factor;
       });
     }
+    if (p.qk_norm || p.rope)
+      for (int64_t q = mine.first_panel; q < mine.last_panel; q++)
+        for (int64_t h = first; h < last; h++) {
+          vf *query = at.qkv + q * 3 * D + h * d, *key = query + D;
+          norm_and_rotate(query, q, l.q_weight, l.q_bias, scale);
+          norm_and_rotate(key, q, l.k_weight, l.k_bias, 1.f);
+        }
     if (columns > 1) team.wait();  // for the keys and values of a row's other panels
     for (int64_t h = first; h < last; h++)
       for (int64_t q = mine.first_panel, n; q < mine.last_panel; q += n) {
@@ -143,11 +195,16 @@ struct Network {
       }
   }
 
+  // The first of a slice's features of the MLP, an even one. The last slice ends with the features.
+  int64_t mlp_start(int64_t slice) const {
+    return least(p.mlp_hidden, 2 * slice_start(ceil_div(p.mlp_hidden, 2), slice));
+  }
+
   // Writes at.hidden of a slice.
   template <class Gelu> void into_hidden(const Layer& l, int64_t slice, Gelu gelu) const {
-    const int64_t D = p.hidden, M = 4 * D, start = slice_start(M, slice);
+    const int64_t D = p.hidden, M = mlp_features(p), start = mlp_start(slice);
     const weight* w = (const weight*)l.fc1 + start * D;
-    product(mine, w, D, slice_start(M, slice + 1) - start, D, at.normed, D,
+    product(mine, w, D, mlp_start(slice + 1) - start, D, at.normed, D,
             [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
       const float* b = l.fc1_bias + start + row;
       write_features(at.hidden + (q * M + start + row) / FEATURES, n, [&](int64_t i) INLINED {
@@ -156,23 +213,38 @@ struct Network {
     });
   }
 
+  // The same of a SwiGLU, whose two halves are computed together, so that at.hidden is written once.
+  void into_gated_hidden(const Layer& l, int64_t slice) const {
+    const int64_t D = p.hidden, M = mlp_features(p), start = mlp_start(slice);
+    const weight* w = (const weight*)l.fc1 + start * D;
+    products<2>(mine, {w, w + p.mlp_hidden * D}, D, mlp_start(slice + 1) - start, D, at.normed, D,
+                [&](int64_t q, int64_t row, int64_t n, const vf* sums) INLINED {
+      const float *a = l.fc1_bias + start + row, *b = a + p.mlp_hidden;
+      write_features(at.hidden + (q * M + start + row) / FEATURES, n, [&](int64_t i) INLINED {
+        return silu(sums[i] + a[i]) * (sums[ROWS + i] + b[i]);
+      });
+    });
+  }
+
   void layer(const Layer& l, int64_t first_part) const {
-    const int64_t D = p.hidden, M = 4 * D;
-    layer_norm(first_part, p.eps);
+    const int64_t D = p.hidden;
+    norm(first_part, p.eps);
     attention(l);
     // Wait for other threads' heads. If add_gated does not wait, other threads may also still read
     // this thread's keys, which the next layer overwrites.
     if (mine.parts > 1 || (columns > 1 && mine.has_all_slices())) team.wait();
     const int64_t cut = slice_start(p.heads, 1) * (D / p.heads);
     add_gated(0, l.proj, l.proj_bias, D, cut, at.heads, first_part + 2);
-    layer_norm(first_part + 3, p.mlp_eps);
+    norm(first_part + 3, p.mlp_eps);
     for (int64_t s = mine.first_slice; s < mine.last_slice; s++)
-      if (p.tanh_gelu)
+      if (p.swiglu)
+        into_gated_hidden(l, s);
+      else if (p.tanh_gelu)
         into_hidden(l, s, [](vf x) INLINED { return gelu_tanh(x); });
       else
         into_hidden(l, s, [](vf x) INLINED { return gelu_erf(x); });
     if (mine.parts > 1) team.wait();
-    add_gated(1, l.fc2, l.fc2_bias, M, slice_start(M, 1), at.hidden, first_part + 5);
+    add_gated(1, l.fc2, l.fc2_bias, mlp_features(p), mlp_start(1), at.hidden, first_part + 5);
   }
 
   // Computes at.out from at.in. Each thread has its own x.
@@ -185,7 +257,7 @@ struct Network {
       for (int64_t i = 0; i < n; i++) x[i] = sums[i] + position[i];
     });
     for (int64_t i = 0; i < p.layers; i++) layer(w.layers[i], 6 * i);
-    layer_norm(6 * p.layers, p.eps);
+    norm(6 * p.layers, p.eps);
     product(mine.without_slices(), (const weight*)w.final, D, p.out_features, D, at.normed, D,
             [&](int64_t q, int64_t r, int64_t n, const vf* sums) INLINED {
       vf* out = at.out + q * p.out_features + r;

@@ -26,10 +26,12 @@ struct Problem : fields::Problem {
   int64_t padded(int64_t width) const {
     return (elements() + 4 * width - 1) / (4 * width) * 4 * width;
   }
-  int64_t width() const { return (6 * layers + 2) * hidden; }
+  int64_t width() const { return (block_parts * layers + 2) * hidden; }
+  // As threads lay a row of modulation out: every block has six parts.
+  int64_t laid_width() const { return (6 * layers + 2) * hidden; }
   bool learned() const { return out_features != features; }
   // The floats of a layer's matrices qkv, proj, fc1 and fc2.
-  int64_t layer_matrices() const { return 12 * hidden * hidden; }
+  int64_t layer_matrices() const { return (4 * hidden + (2 + swiglu) * mlp_hidden) * hidden; }
 };
 static_assert(sizeof(Problem) == sizeof(fields::Problem));
 
@@ -44,6 +46,10 @@ struct Layer {
   const float* fc1_bias;
   const void* fc2;
   const float* fc2_bias;
+  // Null where the model has none.
+  const float *norm1, *norm2;       // [hidden]
+  const float *q_weight, *k_weight;  // [head dim], of the norms of queries and of keys
+  const float *q_bias, *k_bias;
 };
 struct Weights {
   const void *embed, *final;
@@ -51,6 +57,8 @@ struct Weights {
   const float* position;  // panels [tokens / width][hidden][width]
   const Layer* layers;
   const int32_t* place;  // the index in an image's panels of output for each padded element
+  const float* final_norm;  // [hidden], or null
+  const float* rope;  // panels [tokens / width][cosines, then sines: head dim][width], or null
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -31,10 +31,12 @@ static constexpr int FEATURES = 1;
 #endif
 INLINE vf add_product(vf sum, const float* a, vf b) { return sum + *a * b; }
 
-// Writes n features of a panel's tokens; f(i) is the vector of feature i. In bfloat16 n is even.
+// Writes n features of a panel's tokens; f(i) is the vector of feature i. In bfloat16 zeros follow
+// an odd number of features.
 template <class F> INLINE void write_features(operand* out, int64_t n, F f) {
 #ifdef BFLOAT16
-  for (int64_t i = 0; i < n; i += 2) out[i / 2] = to_operand(f(i), f(i + 1));
+  for (int64_t i = 0; i + 1 < n; i += 2) out[i / 2] = to_operand(f(i), f(i + 1));
+  if (n % 2) out[n / 2] = to_operand(f(n - 1), vf{});
 #else
   for (int64_t i = 0; i < n; i++) out[i] = f(i);
 #endif
@@ -83,7 +85,7 @@ static __attribute__((noinline)) void block(const A* a, int64_t a_stride, const 
 #pragma GCC unroll 2
     for (int v = 0; v < NV; v++) c[v * c_v + i] = sum[i][v];
 }
-static_assert(ROWS <= 12);
+static_assert(ROWS <= 12 && ROWS % 2 == 0);
 
 template <By BY, class A, class B, int MR = ROWS>
 INLINE void multiply(int rows, int vectors, const A* a, int64_t a_stride, const B* b, int64_t b_v,
@@ -121,16 +123,19 @@ struct Share {
   }
 };
 
-// Multiplies w [M][K], whose rows are w_stride apart, by in [panel][K], whose panels are in_v
-// features apart, for a thread's share; of bfloat16 K is even. Calls finish(panel, row, rows, sums)
-// for each block of rows, which begins at an even one if M is even.
-template <class Finish>
-INLINE void product(const Share& mine, const weight* w, int64_t w_stride, int64_t M, int64_t K,
-                    const operand* in, int64_t in_v, Finish finish) {
-  const int64_t unit = M % 2 ? 1 : 2, blocks = ceil_div(M, ROWS);
+// Multiplies COUNT matrices w [M][K], whose rows are w_stride apart, by in [panel][K], whose panels
+// are in_v features apart, for a thread's share; of bfloat16 K is even. Calls finish(panel, row,
+// rows, sums) for each block of rows, which begins at an even one; the sums of each further matrix
+// are ROWS vectors behind those of the one before.
+template <int COUNT, class Finish>
+INLINE void products(const Share& mine, const weight* const (&w)[COUNT], int64_t w_stride,
+                     int64_t M, int64_t K, const operand* in, int64_t in_v, Finish finish) {
+  const int64_t blocks = ceil_div(M, ROWS);
   const int64_t first = block_start(blocks, mine.parts, mine.part);
   const int64_t last = block_start(blocks, mine.parts, mine.part + 1);
-  auto start = [&](int64_t n) INLINED { return block_start(M / unit, blocks, n) * unit; };
+  auto start = [&](int64_t n) INLINED {
+    return least(M, block_start(ceil_div(M, 2), blocks, n) * 2);
+  };
   K /= FEATURES, in_v /= FEATURES;
   // Take as many panels at a time as stay in the first-level cache while all rows pass; or, if the
   // rows come from so far that they should be read seldom, as stay in the second-level cache.
@@ -143,13 +148,21 @@ INLINE void product(const Share& mine, const weight* w, int64_t w_stride, int64_
     for (int64_t n = first; n < last; n++) {
       const int64_t row = start(n), below = start(n + 1), rows = below - row;
       for (int64_t q = g; q < end; q += PAIR) {
-        vf sums[PAIR * ROWS];
+        vf sums[PAIR * COUNT * ROWS];
         const int64_t vectors = least(PAIR, end - q);
         const bool fetch = mine.far && q == g && n + 1 < last;
-        multiply<By::ROW>(rows, vectors, w + row * w_stride, w_stride, in + q * in_v, in_v, K, sums,
-                          ROWS, false, fetch ? w + below * w_stride : nullptr);
-        for (int64_t v = 0; v < vectors; v++) finish(q + v, row, rows, sums + v * ROWS);
+        for (int i = 0; i < COUNT; i++)
+          multiply<By::ROW>(rows, vectors, w[i] + row * w_stride, w_stride, in + q * in_v, in_v, K,
+                            sums + i * ROWS, COUNT * ROWS, false,
+                            fetch ? w[i] + below * w_stride : nullptr);
+        for (int64_t v = 0; v < vectors; v++) finish(q + v, row, rows, sums + v * COUNT * ROWS);
       }
     }
   }
+}
+
+template <class Finish>
+INLINE void product(const Share& mine, const weight* w, int64_t w_stride, int64_t M, int64_t K,
+                    const operand* in, int64_t in_v, Finish finish) {
+  products<1>(mine, {w}, w_stride, M, K, in, in_v, finish);
 }

@@ -60,7 +60,7 @@ Floats allocate(int64_t count) {
 
 // A model's weights for an instruction set with vectors of some width.
 struct Layout {
-  Floats position;
+  Floats position, rope;
   std::vector<Layer> layers;
   std::vector<int32_t> place;
   Weights weights;
@@ -72,10 +72,15 @@ struct Layout {
     auto floats = [&] { return reinterpret_cast<const float*>(*address++); };
     const void* embed = matrix();
     const float* of_tokens = floats();
+    auto floats_if = [&](bool present) { return present ? floats() : nullptr; };
     for (Layer& l : layers)
-      l = {matrix(), floats(), matrix(), floats(), matrix(), floats(), matrix(), floats()};
+      l = {matrix(), floats(), matrix(), floats(), matrix(), floats(), matrix(), floats(),
+           floats_if(p.rms), floats_if(p.rms), floats_if(p.qk_norm), floats_if(p.qk_norm),
+           floats_if(p.qk_norm == 1), floats_if(p.qk_norm == 1)};
     const void* last = matrix();
     const float* last_bias = floats();
+    const float* last_norm = floats_if(p.rms);
+    if (p.rope) rope = rope_panels(p, width, floats());
     position = allocate(panels * D * width);
     for (int64_t q = 0; q < panels; q++)
       for (int64_t i = 0; i < D; i++)
@@ -88,7 +93,21 @@ struct Layout {
       const int64_t output = p.learned() ? f / C * 2 * C + f % C : f;
       place[e] = (token / width * p.out_features + output) * width + token % width;
     }
-    weights = {embed, last, last_bias, position.get(), layers.data(), place.data()};
+    weights = {embed, last, last_bias, position.get(), layers.data(), place.data(), last_norm,
+               rope.get()};
+  }
+
+ private:
+  // Lays a table [cosines, sines][tokens][head dim / 2] out in panels.
+  static Floats rope_panels(const Problem& p, int64_t width, const float* table) {
+    const int64_t N = p.tokens, half = p.hidden / p.heads / 2, panels = ceil_div(N, width);
+    Floats laid = allocate(panels * 2 * half * width);
+    float* out = laid.get();
+    for (int64_t q = 0; q < panels; q++)
+      for (int64_t i = 0; i < 2 * half; i++)
+        for (int64_t n = q * width; n < (q + 1) * width; n++)
+          *out++ = n < N ? table[(i / half * N + n) * half + i % half] : 0.f;
+    return laid;
   }
 };
 

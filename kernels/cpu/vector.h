@@ -162,6 +162,8 @@ INLINE vf gelu_tanh(vf x) {
   return x / (exponential(at_most(minus_2u, 87.f)) + 1.f);
 }
 
+INLINE vf silu(vf x) { return x / (exponential(at_most(-x, 87.f)) + 1.f); }
+
 // Philox4x32-10 on WIDTH counters at a time.
 INLINE void philox(vu c[4], uint32_t key0, uint32_t key1) {
   for (int round = 0; round < 10; round++) {

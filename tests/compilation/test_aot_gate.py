@@ -45,8 +45,8 @@ def test_every_kernel_is_judged(machines):
     """Both attention forwards are judged, and all matrix work in 16 bits."""
     kernels = Counter(machine.kernel for _, machine in machines)
     assert set(kernels) == {
-        "layer_norm_modulate_fwd_kernel",
-        "layer_norm_modulate_bwd_kernel",
+        "norm_modulate_fwd_kernel",
+        "norm_modulate_bwd_kernel",
         "sum_partials_kernel",
         "attention_fwd_kernel",
         "attention_one_pass_fwd_kernel",

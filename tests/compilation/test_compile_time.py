@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastdit import functional
-from fastdit.ops import definitions
+from fastdit.ops import definitions, norms
 
 CPP = {"backend": "cpp"}
 
@@ -18,8 +18,8 @@ def inductor_knows_no_op(monkeypatch):
     from torch._inductor import config, exc, lowering
 
     for op in (
-        definitions.layer_norm_modulate,
-        definitions.gated_residual_layer_norm_modulate,
+        norms.layer_norm_modulate,
+        norms.gated_residual_layer_norm_modulate,
         definitions.sampler_update,
     ):
         monkeypatch.delitem(lowering.lowerings, op, raising=False)

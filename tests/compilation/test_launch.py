@@ -117,19 +117,28 @@ def layer_norm_inputs(dtype=torch.bfloat16, offset=0, row=None, B=2, N=5, D=64):
 
 def plain_layer_norm(**changes):
     x, _, _, scale, shift = layer_norm_inputs(**changes)
-    return lambda: adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-5)
+    return lambda: adaln.norm_modulate_fwd(x, scale, shift, 1e-5)
 
 
 def gated_layer_norm(**changes):
     x, y, gate, scale, shift = layer_norm_inputs(**changes)
-    return lambda: adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-5, y, gate)
+    return lambda: adaln.norm_modulate_fwd(x, scale, shift, 1e-5, None, (y, gate))
 
 
 def gated_layer_norm_backward(**changes):
     x, y, gate, scale, _ = layer_norm_inputs(**changes)
     statistics = torch.ones(x.shape[:2])
-    return lambda: adaln.layer_norm_modulate_bwd(
-        y, x, scale, statistics, statistics, (None, y, gate)
+    return lambda: adaln.norm_modulate_bwd(
+        y, x, scale, (statistics, statistics), None, (None, y, gate)
+    )
+
+
+def rms_norm_backward(**changes):
+    """Without a shift: the numbers of both launches then include None for what is not there."""
+    x, y, gate, scale, _ = layer_norm_inputs(**changes)
+    rstd, weight = torch.ones(x.shape[:2]), torch.ones(x.shape[-1])
+    return lambda: adaln.norm_modulate_bwd(
+        y, x, scale, (None, rstd), weight, (None, y, gate), shifted=False
     )
 
 
@@ -160,6 +169,7 @@ LAUNCHERS = [
     plain_layer_norm,
     gated_layer_norm,
     gated_layer_norm_backward,
+    rms_norm_backward,
     attention_forward,
     attention_backward,
     update,
@@ -299,7 +309,7 @@ def test_a_profilers_hook_sees_every_launch(hook, driver):
         call()
     finally:
         chain.remove(seen.append)
-    assert [metadata.get()["name"] for metadata in seen] == ["layer_norm_modulate_fwd_kernel"] * 2
+    assert [metadata.get()["name"] for metadata in seen] == ["norm_modulate_fwd_kernel"] * 2
 
 
 def test_a_switched_debugger_has_kernels_compiled_anew(driver, monkeypatch):
@@ -317,7 +327,7 @@ def test_launches_are_recorded_that_were_made_before(driver):
     call = gated_layer_norm()
     call()
     (recorded,) = aot.record(call)
-    assert recorded.kernel is adaln.layer_norm_modulate_fwd_kernel and len(driver.calls) == 1
+    assert recorded.kernel is adaln.norm_modulate_fwd_kernel and len(driver.calls) == 1
 
 
 def sums_launch(module):

@@ -10,32 +10,38 @@ import fastdit
 from fastdit import functional, reference
 from fastdit.kernels import (
     adaln,
+    adaln_configs,
     attention,
     attention_configs,
     common,
     qk_norm_rope,
     swiglu,
 )
-from fastdit.ops import definitions as ops
+from fastdit.ops import definitions, norms
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
 
 def inputs_of(op, device, B=2, N=5, D=48, requires_grad=False):
-    if op is ops.attention:
+    if op is definitions.attention:
         tensors, last = [torch.randn(B, N, 3 * D)], 2
     else:
         x, y = torch.randn(2, B, N, D)
         gate, scale, shift = torch.randn(3, B, D).bfloat16()
-        gated = op is ops.gated_residual_layer_norm_modulate
-        tensors, last = [x, y, gate, scale, shift] if gated else [x, scale, shift], 1e-5
+        weight = [torch.randn(D)] if op in RMS else []
+        tensors, last = [scale, shift, *weight], 1e-5
+        tensors = [x, y, gate, *tensors] if op in GATED else [x, *tensors]
     return [*(t.to(device).requires_grad_(requires_grad) for t in tensors), last]
 
 
 FORWARD = {
-    "layer_norm_modulate": ops.layer_norm_modulate,
-    "gated_residual_layer_norm_modulate": ops.gated_residual_layer_norm_modulate,
-    "attention": ops.attention,
+    "layer_norm_modulate": norms.layer_norm_modulate,
+    "gated_residual_layer_norm_modulate": norms.gated_residual_layer_norm_modulate,
+    "rms_norm_modulate": norms.rms_norm_modulate,
+    "gated_residual_rms_norm_modulate": norms.gated_residual_rms_norm_modulate,
+    "attention": definitions.attention,
 }
+RMS = {norms.rms_norm_modulate, norms.gated_residual_rms_norm_modulate}
+GATED = {norms.gated_residual_layer_norm_modulate, norms.gated_residual_rms_norm_modulate}
 by_op = pytest.mark.parametrize("op", FORWARD.values(), ids=FORWARD.keys())
 
 
@@ -46,17 +52,22 @@ def test_opcheck_is_clean(op, requires_grad, device):
 
 
 def test_opcheck_is_clean_for_the_backwards(device):
-    x, scale, shift, eps = inputs_of(ops.layer_norm_modulate, device)
-    h, mean, rstd = ops.layer_norm_modulate(x, scale, shift, eps)
+    x, scale, shift, eps = inputs_of(norms.layer_norm_modulate, device)
+    h, mean, rstd = norms.layer_norm_modulate(x, scale, shift, eps)
     backwards = torch.ops.fastdit
     opcheck(backwards.layer_norm_modulate_backward.default, (h, x, scale, mean, rstd))
-    gated = inputs_of(ops.gated_residual_layer_norm_modulate, device)
-    r, h, mean, rstd = ops.gated_residual_layer_norm_modulate(*gated)
+    gated = inputs_of(norms.gated_residual_layer_norm_modulate, device)
+    r, h, mean, rstd = norms.gated_residual_layer_norm_modulate(*gated)
     for dr in (None, torch.randn_like(r)):
         arguments = (dr, h, r, *gated[1:4], mean, rstd)
         opcheck(backwards.gated_residual_layer_norm_modulate_backward.default, arguments)
-    qkv, n_heads = inputs_of(ops.attention, device)
-    out, lse = ops.attention(qkv, n_heads)
+    weight, shifted = torch.randn(x.shape[-1], device=device), False
+    arguments = (h, x, scale, weight, rstd, shifted)
+    opcheck(backwards.rms_norm_modulate_backward.default, arguments)
+    arguments = (None, h, r, *gated[1:4], weight, rstd, shifted)
+    opcheck(backwards.gated_residual_rms_norm_modulate_backward.default, arguments)
+    qkv, n_heads = inputs_of(definitions.attention, device)
+    out, lse = definitions.attention(qkv, n_heads)
     opcheck(backwards.attention_backward.default, (out, qkv, out, lse, n_heads))
 
 
@@ -69,13 +80,14 @@ def test_a_second_derivative_is_refused(op, device):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("op", [name for name in FORWARD if "gated" in name])
 @pytest.mark.parametrize("used", ["residual", "modulated"])
-def test_one_output_unused_has_the_gradients_of_the_other(used, device):
-    *tensors, eps = inputs_of(ops.gated_residual_layer_norm_modulate, device, requires_grad=True)
+def test_one_output_unused_has_the_gradients_of_the_other(used, op, device):
+    *tensors, eps = inputs_of(FORWARD[op], device, requires_grad=True)
     index = ["residual", "modulated"].index(used)
     gradients = []
     for backend in ("triton", "reference"):
-        outs = functional.gated_residual_layer_norm_modulate(*tensors, eps, backend=backend)
+        outs = getattr(functional, op)(*tensors, eps, backend=backend)
         loss = outs[index].float().square().sum()
         gradients.append(torch.autograd.grad(loss, tensors, materialize_grads=True))
     for actual, plain in zip(*gradients, strict=True):
@@ -100,15 +112,15 @@ def qk_inputs(device, B=2, N=5, h=2, d=16, norm="layer", rope=True, requires_gra
 def test_opcheck_is_clean_for_qk_norm_rope(norm, device):
     """With gradients asked for, opcheck also runs the backward as a compiler sees it."""
     arguments = qk_inputs(device, norm=norm, requires_grad=True)
-    opcheck(ops.qk_norm_rope, arguments)
+    opcheck(definitions.qk_norm_rope, arguments)
     without = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
-    opcheck(ops.qk_norm_rope_backward, (torch.randn_like(without[0]), *without))
+    opcheck(definitions.qk_norm_rope_backward, (torch.randn_like(without[0]), *without))
 
 
 def test_opcheck_is_clean_for_swiglu(device):
     x = torch.randn(2, 5, 12, device=device, requires_grad=True)
-    opcheck(ops.swiglu, (x,))
-    opcheck(ops.swiglu_backward, (torch.randn(2, 5, 6, device=device), x.detach()))
+    opcheck(definitions.swiglu, (x,))
+    opcheck(definitions.swiglu_backward, (torch.randn(2, 5, 6, device=device), x.detach()))
 
 
 @pytest.mark.parametrize(("norm", "rope"), [("layer", True), ("rms", False)])
@@ -345,11 +357,12 @@ def test_every_layer_norm_configuration_computes_the_same(D, device):
     expected = reference.gated_residual_layer_norm_modulate(*leaves, 1e-5)
     expected[1].backward(dh.double())
     x, y, gate, scale, shift, dh = (t.to(device) for t in (x, y, gate, scale, shift, dh))
-    for config in adaln.layer_norm_modulate_fwd_configs(D):
-        r, h, mean, rstd = adaln.layer_norm_modulate_fwd(x, scale, shift, 1e-5, y, gate, config)
+    for config in adaln_configs.norm_modulate_fwd_configs(D):
+        r, h, *statistics = adaln.norm_modulate_fwd(x, scale, shift, 1e-5, None, (y, gate), config)
         assert max(map(relative_error, (r, h), expected)) < 1e-6, config
-    for config in adaln.layer_norm_modulate_bwd_configs(D):
-        got = adaln.layer_norm_modulate_bwd(dh, r, scale, mean, rstd, (None, y, gate), config)
+    for config in adaln_configs.norm_modulate_bwd_configs(D):
+        residual = None, y, gate
+        *got, _ = adaln.norm_modulate_bwd(dh, r, scale, statistics, None, residual, True, config)
         for actual, leaf in zip(got, leaves, strict=True):
             assert relative_error(actual, leaf.grad) < 1e-6, config
 
@@ -402,8 +415,8 @@ def test_attention_reads_any_view(view, device):
 def test_any_width_has_launchable_configurations():
     for D in range(1, 20_000, 7):
         for configs in (
-            adaln.layer_norm_modulate_fwd_configs,
-            adaln.layer_norm_modulate_bwd_configs,
+            adaln_configs.norm_modulate_fwd_configs,
+            adaln_configs.norm_modulate_bwd_configs,
         ):
             for config in configs(D):
                 warps, rows = config.num_warps, config.kwargs["ROWS"]
@@ -434,9 +447,9 @@ def test_opcheck_is_clean_for_the_sampler_update(requires_grad, device):
     seeds = torch.tensor([[7, 0], [7, 1]], device=device)
     arguments = (x, model_out, table, step, None, seeds, None, 4.0, 3)
     if not requires_grad:
-        opcheck(ops.sampler_update, arguments)
+        opcheck(definitions.sampler_update, arguments)
         return
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(ops.sampler_update, arguments, test_utils=checks)
+    opcheck(definitions.sampler_update, arguments, test_utils=checks)
     with pytest.raises(NotImplementedError, match="use backend='reference'"):
-        ops.sampler_update(*arguments)[0].sum().backward()
+        definitions.sampler_update(*arguments)[0].sum().backward()

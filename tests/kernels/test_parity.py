@@ -7,7 +7,7 @@ which every pair of choices occurs.
 import itertools
 import math
 import os
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEADS = {64: 1, 72: 1, 384: 4, 1152: 16}  # head dims 64, 72, 96, 72
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention")
+RMS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
 QK, SWIGLU = "qk_norm_rope", "swiglu"
 KINDS = ("layer", "layer rope", "rms", "rms rope", "rope")  # of QK: a norm, a rotation, or both
 
@@ -40,9 +41,9 @@ class Case:
     def seeds(self, op):
         """Return how many seeds to pool so that the op's smallest tensor has 4096 elements.
 
-        That tensor is a modulation's gradient, or an output; gradients of the weights of QK's norms
-        have a test of their own. Under the interpreter a modulation's long sums are judged at
-        N = 300 and D = 1152 only, since a long N elsewhere would take minutes.
+        That tensor is a modulation's gradient, or an output; weights of norms have tests of their
+        own. Under the interpreter a modulation's long sums are judged at N = 300 and D = 1152 only,
+        since a long N elsewhere would take minutes.
         """
         if op in ("attention", QK, SWIGLU):
             width = 3 * self.D if op == QK else self.D
@@ -61,27 +62,38 @@ class Case:
         return self.seeds(op) * self.B * self.N * (1 + self.D / 400) / 1000
 
 
-LENGTHS, VIEWS = (1, 5, 16, 63, 256, 300), ("contiguous", "strided", "offset")
-CROSS = [Case(*choices) for choices in itertools.product(DTYPES, (1, 3), LENGTHS, HEADS, VIEWS)]
-# A program of these takes heads or rows, whatever the length, so that few lengths and widths do.
-SHORT = [case for case in CROSS if case.N in (1, 5, 63) and case.D < 1152]
-CROSSES = {
-    QK: [replace(case, kind=kind) for case in SHORT for kind in KINDS],
-    SWIGLU: SHORT,
-}
+VIEWS = ("contiguous", "strided", "offset")
+CROSS = [
+    Case(*choices)
+    for choices in itertools.product(DTYPES, (1, 3), (1, 5, 16, 63, 256, 300), HEADS, VIEWS)
+]
+# Fewer lengths and widths suffice for RMSNorm's kernels, which are LayerNorm's with parts left out,
+# and for programs that take heads or rows of any token.
+RMS_CROSS, QK_CROSS, SWIGLU_CROSS = (
+    [Case(*choices) for choices in itertools.product(DTYPES, (1, 3), *sizes, VIEWS, kinds)]
+    for sizes, kinds in (
+        (((1, 40), (72, 1152)), ("", "no shift")),
+        (((1, 5, 63), (64, 72, 384)), KINDS),
+        (((1, 5, 63), (64, 72, 384)), ("",)),
+    )
+)
+CROSSES = dict.fromkeys(RMS, RMS_CROSS) | {QK: QK_CROSS, SWIGLU: SWIGLU_CROSS}
+
+
+def cross(op):
+    return CROSSES.get(op, CROSS)
 
 
 def pairs(case):
-    return set(itertools.combinations((c for c in enumerate(astuple(case)) if c[1] != ""), 2))
+    return set(itertools.combinations(enumerate(astuple(case)), 2))
 
 
 def pairwise_cover(op):
     """Choose cases that cover every pair of choices, greedily by new pairs per second."""
-    cross = CROSSES.get(op, CROSS)
-    left = set().union(*map(pairs, cross))
+    left = set().union(*map(pairs, cross(op)))
     chosen = []
     while left:
-        best = max(cross, key=lambda c: len(pairs(c) & left) / (1 + c.cost(op)))
+        best = max(cross(op), key=lambda c: len(pairs(c) & left) / (1 + c.cost(op)))
         chosen.append(best)
         left -= pairs(best)
     return chosen
@@ -90,7 +102,7 @@ def pairwise_cover(op):
 def full_cross():
     for op in (*OPS, *CROSSES):
         cover = pairwise_cover(op)
-        for case in CROSSES.get(op, CROSS):
+        for case in cross(op):
             marks = () if case in cover else pytest.mark.gpu
             yield pytest.param(op, case, marks=marks, id=f"{op}-{case}")
 
@@ -109,7 +121,7 @@ def lay_out(t, view):
 
 
 def make_tensors(op, B, N, D, kind="", n_heads=1):
-    """Return the inputs, then the upstream gradient of each output."""
+    """Return the inputs, some of which may be None, then the upstream gradient of each output."""
     if op == SWIGLU:
         return [torch.randn(B, N, 2 * D), torch.randn(B, N, D)]
     if op == QK:
@@ -122,7 +134,13 @@ def make_tensors(op, B, N, D, kind="", n_heads=1):
         return [torch.randn(B, N, 3 * D), torch.randn(B, N, D)]
     gate, scale, shift = torch.randn(3, B, D)
     x, y, dr, dh = torch.randn(4, B, N, D)
-    return [x, scale, shift, dh] if op == OPS[0] else [x, y, gate, scale, shift, dr, dh]
+    weight = [1 + torch.randn(D) / 2] if op in RMS else []
+    modulation = [scale, None if kind == "no shift" else shift, *weight]
+    return [x, y, gate, *modulation, dr, dh] if "gated" in op else [x, *modulation, dh]
+
+
+def change(tensors, function):
+    return [t if t is None else function(t) for t in tensors]
 
 
 def arguments_of(op, leaves, n_heads, kind):
@@ -140,8 +158,8 @@ def arguments_of(op, leaves, n_heads, kind):
 
 def run(module, op, tensors, n_heads, kind="", **backend):
     """Return every output and every input's gradient, flattened."""
-    count = {"attention": 1, OPS[0]: 3, OPS[1]: 5, QK: 5, SWIGLU: 1}[op]
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors[:count]]
+    count = len(tensors) - (2 if "gated" in op else 1)
+    leaves = change(tensors[:count], lambda t: t.detach().requires_grad_())
     outs = getattr(module, op)(*arguments_of(op, leaves, n_heads, kind), **backend)
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.backward(outs, tensors[count:])
@@ -155,7 +173,7 @@ def check(op, batches, n_heads=1, plain=reference, kind=""):
         (
             run(functional, op, tensors, n_heads, kind, backend="triton"),
             run(plain, op, tensors, n_heads, kind),
-            run(reference, op, [None if t is None else t.double() for t in tensors], n_heads, kind),
+            run(reference, op, change(tensors, torch.Tensor.double), n_heads, kind),
         )
         for tensors in batches
     ]
@@ -170,13 +188,12 @@ def check(op, batches, n_heads=1, plain=reference, kind=""):
 
 @pytest.mark.parametrize(("op", "case"), list(full_cross()))
 def test_ops_and_their_gradients_meet_the_error_rule(op, case, device):
-    dtype = DTYPES[case.dtype]
-    n_heads = HEADS[case.D]
+    dtype, n_heads = DTYPES[case.dtype], HEADS[case.D]
     batches = [
-        [
-            None if t is None else lay_out(t.to(device, dtype), case.view)
-            for t in make_tensors(op, case.B, case.N, case.D, case.kind, n_heads)
-        ]
+        change(
+            make_tensors(op, case.B, case.N, case.D, case.kind, n_heads),
+            lambda t: lay_out(t.to(device, dtype), case.view),
+        )
         for _ in range(case.seeds(op))
     ]
     check(op, batches, n_heads, kind=case.kind)
@@ -243,6 +260,25 @@ def test_attention_survives_scores_that_overflow_an_exponential(device):
 def test_layer_norm_takes_any_width(op, D, device):
     seeds = -(-4096 // (3 * D))
     check(op, [[t.to(device) for t in make_tensors(op, 3, 3, D)] for _ in range(seeds)])
+
+
+@pytest.mark.parametrize("D", [96, 600, 4096], ids="D{}".format)
+@pytest.mark.parametrize("op", RMS)
+def test_rms_norm_takes_any_width(op, D, device):
+    """Enough seeds are pooled for the weight's gradient, which sums over images and tokens."""
+    check(op, [[t.to(device) for t in make_tensors(op, 3, 3, D)] for _ in range(-(-4096 // D))])
+
+
+@pytest.mark.parametrize("op", RMS)
+def test_the_gradient_of_a_weight_sums_over_chunks_of_tokens(op, device):
+    """Programs of the backward take 32 tokens of an image."""
+    check(op, [[t.to(device) for t in make_tensors(op, 2, 70, 1152)] for _ in range(4)])
+
+
+@pytest.mark.parametrize("op", OPS[:2])
+def test_layer_norm_needs_no_shift(op, device):
+    batches = [make_tensors(op, 3, 5, 384, kind="no shift") for _ in range(4)]
+    check(op, [change(tensors, lambda t: t.to(device)) for tensors in batches])
 
 
 def two_passes(x, scale, shift, eps):

@@ -1,4 +1,4 @@
-"""The sampler update, the noise and the LayerNorms in C++, each called on its own."""
+"""The sampler update, the noise and the norms in C++, each called on its own."""
 
 import math
 
@@ -112,16 +112,22 @@ def test_a_learned_range_that_overflows_is_infinite():
         assert plain.isinf().all() or torch.allclose(own, plain, rtol=1e-5)
 
 
-LAYER_NORMS = ["layer_norm_modulate", "gated_residual_layer_norm_modulate"]
-by_layer_norm = pytest.mark.parametrize("op", LAYER_NORMS)
+NORMS = {
+    "layer_norm_modulate": ("x", "scale", "shift"),
+    "gated_residual_layer_norm_modulate": ("x", "y", "gate", "scale", "shift"),
+    "rms_norm_modulate": ("x", "scale", "shift", "weight"),
+    "gated_residual_rms_norm_modulate": ("x", "y", "gate", "scale", "shift", "weight"),
+}
+by_norm = pytest.mark.parametrize("op", NORMS)
 
 
-def layer_norm_inputs(op, shape):
+def norm_inputs(op, shape):
     """Return an op's inputs; the modulation is chunk views of one tensor, as in the model."""
     B, N, D = shape
     x, y = torch.randn(2, B, N, D)
     gate, scale, shift = torch.randn(B, 3 * D).chunk(3, dim=1)
-    return [x, scale, shift] if op == LAYER_NORMS[0] else [x, y, gate, scale, shift]
+    given = dict(x=x, y=y, gate=gate, scale=scale, shift=shift, weight=torch.randn(D))
+    return [given[name] for name in NORMS[op]]
 
 
 def outputs_and_gradients(op, inputs, upstream, backend):
@@ -132,21 +138,25 @@ def outputs_and_gradients(op, inputs, upstream, backend):
     return [t.detach() for t in (*outs, *(leaf.grad for leaf in leaves))]
 
 
-@by_layer_norm
+@by_norm
 @pytest.mark.parametrize("width", [7, 33, 64])
-def test_layer_norms_are_the_same_in_every_instruction_set(op, width):
-    inputs = layer_norm_inputs(op, (3, 70, width))
-    x, scale, shift = inputs[0], *inputs[-2:]
-    gated = inputs[1:3] if len(inputs) == 5 else []
+def test_norms_are_the_same_in_every_instruction_set(op, width):
+    inputs = norm_inputs(op, (3, 70, width))
+    given = dict(zip(NORMS[op], inputs, strict=True))
+    x, scale, shift = (given[name] for name in ("x", "scale", "shift"))
+    weight, residual = given.get("weight"), None
     dr, dh = torch.randn(2, *x.shape)
     runs = []
     for name in cpu.instruction_sets():
-        r, h, mean, rstd = adaln.layer_norm_modulate_fwd(
-            x, scale, shift, 1e-5, *gated, instruction_set=name
+        if "y" in given:
+            residual = given["y"], given["gate"]
+        r, h, *statistics = adaln.norm_modulate_fwd(
+            x, scale, shift, 1e-5, weight, residual, instruction_set=name
         )
-        residual = (dr, *gated) if gated else None
-        gradients = adaln.layer_norm_modulate_bwd(
-            dh, r, scale, mean, rstd, residual, instruction_set=name
+        if residual is not None:
+            residual = dr, *residual
+        gradients = adaln.norm_modulate_bwd(
+            dh, r, scale, statistics, weight, residual, instruction_set=name
         )
         runs.append([t for t in (r, h, *gradients) if t is not None])
     for run in runs:
@@ -154,10 +164,10 @@ def test_layer_norms_are_the_same_in_every_instruction_set(op, width):
             assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@by_layer_norm
-def test_layer_norms_have_the_same_bits_for_any_batch_and_number_of_threads(op):
+@by_norm
+def test_norms_have_the_same_bits_for_any_batch_and_number_of_threads(op):
     torch.manual_seed(0)
-    inputs, upstream = layer_norm_inputs(op, (9, 150, 40)), torch.randn(2, 9, 150, 40).unbind()
+    inputs, upstream = norm_inputs(op, (9, 150, 40)), torch.randn(2, 9, 150, 40).unbind()
     before = torch.get_num_threads()
     try:
         runs = []
@@ -166,40 +176,44 @@ def test_layer_norms_have_the_same_bits_for_any_batch_and_number_of_threads(op):
             runs.append(outputs_and_gradients(op, inputs, upstream, "cpp"))
     finally:
         torch.set_num_threads(before)
-    alone = outputs_and_gradients(op, [t[4:5] for t in inputs], [u[4:5] for u in upstream], "cpp")
+    one_image = [t[4:5] if t.dim() > 1 else t for t in inputs]
+    alone = outputs_and_gradients(op, one_image, [u[4:5] for u in upstream], "cpp")
     for first, second, third, one in zip(*runs, alone, strict=True):
         assert torch.equal(first, second) and torch.equal(first, third)
-        assert torch.equal(first[4:5], one)
+        # The gradient of a weight [D] is a sum over the images.
+        assert first.dim() == 1 or torch.equal(first[4:5], one)
 
 
-@by_layer_norm
-def test_layer_norms_take_any_strides_and_empty_inputs(op):
-    inputs = layer_norm_inputs(op, (3, 5, 10))
-    strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in inputs]
+@by_norm
+def test_norms_take_any_strides_and_empty_inputs(op):
+    inputs = norm_inputs(op, (3, 5, 10))
+    strided = [t.mT.contiguous().mT if t.dim() > 1 else t.repeat_interleave(2)[::2] for t in inputs]
     upstream = torch.randn(3, 10, 5).transpose(1, 2), torch.randn(3, 1, 1).expand(3, 5, 10)
     expected = outputs_and_gradients(op, inputs, [u.contiguous() for u in upstream], "cpp")
     for a, b in zip(outputs_and_gradients(op, strided, upstream, "cpp"), expected, strict=True):
         assert torch.equal(a, b)
     for shape in ((0, 5, 10), (2, 0, 10)):
-        empty = outputs_and_gradients(
-            op, layer_norm_inputs(op, shape), [torch.ones(shape)] * 2, "cpp"
-        )
+        empty = outputs_and_gradients(op, norm_inputs(op, shape), [torch.ones(shape)] * 2, "cpp")
         assert all(not t.any() for t in empty)
 
 
-@by_layer_norm
+@by_norm
 def test_a_nan_stays_in_its_token(op):
-    inputs = layer_norm_inputs(op, (2, 40, 20))
+    inputs = norm_inputs(op, (2, 40, 20))
     inputs[0][1, 7, 3] = math.nan
     out = getattr(functional, op)(*inputs, backend="cpp")
     out = out[1] if isinstance(out, tuple) else out
     assert out[1, 7].isnan().all() and out.isnan().sum() == 20
 
 
-@by_layer_norm
-def test_layer_norms_pass_opcheck(op):
-    inputs = [t.requires_grad_() for t in layer_norm_inputs(op, (2, 3, 10))]
-    torch.library.opcheck(getattr(torch.ops.fastdit, op).default, (*inputs, 1e-5, "cpp"))
+@by_norm
+def test_norms_pass_opcheck(op):
+    inputs = [t.requires_grad_() for t in norm_inputs(op, (2, 3, 10))]
+    call = getattr(torch.ops.fastdit, op).default
+    torch.library.opcheck(call, (*inputs, 1e-5, "cpp"))
+    if "rms" in op:
+        inputs[NORMS[op].index("shift")] = None
+        torch.library.opcheck(call, (*inputs, 1e-5, "cpp"))
 
 
 def test_an_update_in_place_passes_opcheck():
@@ -209,9 +223,9 @@ def test_an_update_in_place_passes_opcheck():
     torch.library.opcheck(torch.ops.fastdit.sampler_update_out.default, (*given, *out))
 
 
-@by_layer_norm
-def test_layer_norms_in_cpp_take_only_float32_and_differentiate_once(op):
-    inputs = layer_norm_inputs(op, (2, 3, 10))
+@by_norm
+def test_norms_in_cpp_take_only_float32_and_differentiate_once(op):
+    inputs = norm_inputs(op, (2, 3, 10))
     with pytest.raises(ValueError, match="backend: 'cpp' expects float32 tensors on a CPU"):
         getattr(functional, op)(*(t.bfloat16() for t in inputs), backend="cpp")
     x = inputs[0].requires_grad_()
@@ -222,10 +236,10 @@ def test_layer_norms_in_cpp_take_only_float32_and_differentiate_once(op):
         torch.autograd.grad(dx.sum(), x)
 
 
-@by_layer_norm
-def test_only_large_layer_norms_run_in_cpp_by_default(op):
+@by_norm
+def test_only_large_norms_run_in_cpp_by_default(op):
     for shape, backend in (((4, 16, 64), "reference"), ((98, 16, 64), "cpp")):
-        inputs = layer_norm_inputs(op, shape)
+        inputs = norm_inputs(op, shape)
         default, named = (getattr(functional, op)(*inputs, backend=b) for b in (None, backend))
         other = getattr(functional, op)(*inputs, backend={"cpp": "reference"}.get(backend, "cpp"))
         pick = (lambda out: out[1]) if isinstance(default, tuple) else (lambda out: out)

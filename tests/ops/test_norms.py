@@ -33,15 +33,15 @@ def inputs_of(op, shape, dtype=torch.float32, shifted=True):
     return [given[name] for name in OPS[op]]
 
 
-def outputs(module, op, inputs, *options):
-    out = getattr(module, op)(*inputs, *options)
+def outputs(module, op, inputs, *options, **named):
+    out = getattr(module, op)(*inputs, *options, **named)
     return out if isinstance(out, tuple) else (out,)
 
 
-def outputs_and_gradients(module, op, inputs, upstream):
+def outputs_and_gradients(module, op, inputs, upstream, **named):
     """Return all outputs and all inputs' gradients, flattened."""
     leaves = [t if t is None else t.detach().requires_grad_() for t in inputs]
-    outs = outputs(module, op, leaves, 1e-5)
+    outs = outputs(module, op, leaves, 1e-5, **named)
     torch.autograd.backward(outs, [upstream] * len(outs))
     gradients = [leaf.grad for leaf in leaves if leaf is not None]
     return [t.detach().flatten() for t in (*outs, *gradients)]
@@ -79,8 +79,12 @@ def test_every_element_in_float64_is_its_formula(op, shifted):
 
 
 @by_op
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-def test_norms_and_their_gradients_meet_the_error_rule(op, shifted, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [*((dtype, "reference") for dtype in DTYPES.values()), (torch.float32, "cpp")],
+    ids=[*DTYPES, "float32-cpp"],
+)
+def test_norms_and_their_gradients_meet_the_error_rule(op, shifted, dtype, backend):
     """Eight seeds are pooled, so that the smallest tensor, a weight, has enough elements."""
     shape, runs = (3, 35, 520), []
     for _ in range(8):
@@ -88,7 +92,7 @@ def test_norms_and_their_gradients_meet_the_error_rule(op, shifted, dtype):
         exact = [t if t is None else t.double() for t in inputs]
         runs.append(
             (
-                outputs_and_gradients(functional, op, inputs, upstream),
+                outputs_and_gradients(functional, op, inputs, upstream, backend=backend),
                 outputs_and_gradients(reference, op, inputs, upstream),
                 outputs_and_gradients(reference, op, exact, upstream.double()),
             )
@@ -175,3 +179,7 @@ def test_function_transforms_differentiate_the_norms(op, shifted):
     _, tangent = torch.func.jvp(out, given, ones)
     difference = (out(*(t + h for t in given)) - out(*(t - h for t in given))) / (2 * h)
     assert torch.allclose(tangent, difference, atol=1e-2)
+    with pytest.raises(ValueError, match="backend: 'cpp' supports neither torch.func's"):
+        torch.func.jvp(
+            lambda x: getattr(functional, op)(x, *inputs[1:], backend="cpp"), given[:1], ones[:1]
+        )

@@ -11,6 +11,7 @@ import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler, functional, reference
 from fastdit.ops.trajectory import DiTWeights
 from fastdit.sampling import trajectory
+from fastdit.sampling.executions import describe_automatic
 from fastdit.sampling.loop import Plan
 from fastdit.sampling.predictors import DiTPredictor
 from fastdit.sampling.trajectory import TrajectoryLoop
@@ -29,6 +30,22 @@ GUIDED = DiTConfig(
     ln_eps=1e-6,
     mlp_ln_eps=1e-4,
     learn_sigma=True,
+)
+
+# Two by three patches, and an MLP 21 wide.
+NEWER = DiTConfig(
+    img_size=(4, 6),
+    patch_size=2,
+    in_channels=4,
+    hidden=8,
+    n_layers=2,
+    n_heads=2,
+    null_class=True,
+    norm="rms",
+    modulation_shift=False,
+    qk_norm="layer",
+    rope=True,
+    mlp="swiglu",
 )
 
 
@@ -52,12 +69,62 @@ def test_200_steps_equal_the_reference_loop():
     assert relative_error(images, exact) < 1e-5
 
 
-@pytest.mark.parametrize("cfg", [DiTConfig(), replace(GUIDED, hidden=96)], ids=["split", "silu"])
+@pytest.mark.parametrize("act", ["none", "silu"])
+@pytest.mark.parametrize("qk_norm", ["layer", "rms"])
+def test_the_options_of_newer_blocks_equal_the_reference_loop(act, qk_norm):
+    cfg = replace(NEWER, modulation_act=act, qk_norm=qk_norm, learn_sigma=True)
+    model, scheduler = make_model(cfg), DiffusionScheduler(5, schedule="cosine")
+    plain = reference.DiT.from_config(cfg).double()
+    plain.load_state_dict(model.state_dict())
+    z = torch.randn(6, 2, *cfg.sample_shape, generator=torch.Generator().manual_seed(2))
+    labels, guidance = torch.arange(2), Guidance(2.0, channels=3)
+    sampler = Sampler(model, scheduler, execution="trajectory", guidance=guidance)
+    given = z[0].double(), labels, z[1:].double()
+    exact = reference.sample(plain, scheduler, *given, guidance=guidance)
+    assert relative_error(sampler(labels, x_T=z[0], noise=z[1:]), exact) < 1e-5
+
+
+def test_a_changed_rotary_table_is_used():
+    model, scheduler = make_model(NEWER), DiffusionScheduler(3)
+    for name, p in model.named_parameters():  # so that attention is a large part of the output
+        if "norm" in name:
+            p.fill_(1.0)
+        elif "attn.proj" in name:
+            p.mul_(10.0)
+    images = {}
+    for name in ("before", "after"):
+        images[name] = Sampler(model, scheduler, execution="trajectory")([1, 2])
+        eager = Sampler(model, scheduler, execution="eager")([1, 2])
+        assert relative_error(images[name], eager) < 1e-5
+        model.rope = model.rope.roll(1, dims=1)
+    assert relative_error(images["after"], images["before"]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("option", "phrase"),
+    [
+        (dict(context_tokens=2), "takes no context tokens"),
+        (dict(patch_bottleneck=3), "takes no bottleneck of patches"),
+    ],
+)
+def test_other_tokens_are_sampled_eagerly(option, phrase):
+    model, scheduler = make_model(replace(NEWER, **option)), DiffusionScheduler(3)
+    assert Sampler(make_model(NEWER), scheduler).execution_for() == "trajectory"
+    assert Sampler(model, scheduler).execution_for() == "eager"
+    assert "'eager' on a CPU" in describe_automatic(model.cfg)
+    assert "on a CPU 'trajectory' in float32" in describe_automatic(NEWER)
+    with pytest.raises(ValueError, match=f"'trajectory' {phrase}"):
+        Sampler(model, scheduler, execution="trajectory")
+
+
+@pytest.mark.parametrize(
+    "cfg", [DiTConfig(), replace(GUIDED, hidden=96), NEWER], ids=["split", "silu", "newer"]
+)
 def test_an_image_has_the_same_bits_in_any_batch_of_a_sampler(cfg):
     """Other labels, another number of threads and another bound of the tables change no bit."""
     before = torch.get_num_threads()
     model, scheduler = make_model(cfg), DiffusionScheduler(7, schedule="cosine")
-    row = (6 * cfg.n_layers + 2) * cfg.hidden * 4
+    row = cfg.modulation_width * 4
     images = []
     try:
         for threads in (1, 2, 3):
@@ -189,8 +256,8 @@ def test_a_trajectory_takes_inference_mode():
 
 @pytest.mark.parametrize(
     "cfg",
-    [DiTConfig(), GUIDED, DiTConfig(hidden=16, n_layers=2, n_heads=2, embedders="block")],
-    ids=["split", "silu", "block"],
+    [DiTConfig(), GUIDED, DiTConfig(hidden=16, n_layers=2, n_heads=2, embedders="block"), NEWER],
+    ids=["split", "silu", "block", "newer"],
 )
 def test_the_cache_follows_every_weight(cfg):
     """The changes go through `p.data`, so PyTorch's version counters do not show them."""
