@@ -20,12 +20,14 @@ from fastdit.update import Guidance
 OPS = (
     "layer_norm_modulate",
     "gated_residual_layer_norm_modulate",
+    "rms_norm_modulate",
+    "gated_residual_rms_norm_modulate",
     "attention",
     "sampler_update",
     "qk_norm_rope",
     "swiglu",
 )
-PLAIN_LN, GATED_LN, ATTENTION, UPDATE, QK, SWIGLU = OPS
+PLAIN_LN, GATED_LN, PLAIN_RMS, GATED_RMS, ATTENTION, UPDATE, QK, SWIGLU = OPS
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -60,6 +62,7 @@ _ROWS = ((64, 256, 1152), (256, 256, 1152), (256, 256, 384), (1024, 64, 64))
 FULL = (
     *(Case(op, shape) for op in (PLAIN_LN, GATED_LN) for shape in _ROWS),
     *(Case(op, (64, 256, 1152), "float32") for op in (PLAIN_LN, GATED_LN)),
+    *(Case(op, (64, 256, 1152)) for op in (PLAIN_RMS, GATED_RMS)),
     *(Case(ATTENTION, (B, N, 16, 72)) for B, N in ((64, 256), (16, 1024))),
     *(Case(ATTENTION, shape) for shape in ((64, 256, 16, 64), (16, 1024, 12, 64))),
     Case(ATTENTION, (64, 256, 16, 64), "float32"),
@@ -70,8 +73,11 @@ FULL = (
 )
 # The toy when it samples and when it trains, DiT-S/4, DiT-XL/2.
 _CPU_ROWS = ((64, 16, 64), (256, 16, 64), (8, 64, 384), (2, 256, 1152))
+# RMSNorm in training: the toy, S/4 and B/2.
+_CPU_RMS_ROWS = ((256, 16, 64), (16, 64, 384), (4, 256, 768))
 CPU = (
     *(Case(op, shape, "float32") for op in (PLAIN_LN, GATED_LN) for shape in _CPU_ROWS),
+    *(Case(op, shape, "float32") for op in (PLAIN_RMS, GATED_RMS) for shape in _CPU_RMS_ROWS),
     *(Case(ATTENTION, shape, "float32") for shape in ((64, 16, 4, 16), (4, 256, 6, 64))),
     Case(UPDATE, (64, 3, 16, 16), "float32"),
     Case(UPDATE, (16, 4, 32, 32), "mixed"),
@@ -81,6 +87,8 @@ CPU = (
 QUICK = (
     Case(PLAIN_LN, (2, 16, 72)),
     Case(GATED_LN, (2, 16, 72), "float32"),
+    Case(PLAIN_RMS, (2, 16, 72), "float32"),
+    Case(GATED_RMS, (2, 16, 72)),
     Case(ATTENTION, (2, 20, 2, 72)),
     Case(ATTENTION, (2, 16, 2, 16), "float32"),
     Case(UPDATE, (3, 4, 8, 8), "mixed"),
@@ -118,7 +126,7 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
         (PLAIN_LN, True): (3, 3),  # dh, x; dx. scale; dscale, dshift
         (GATED_LN, False): (4, 3),  # x, y; r, h. gate, scale, shift
         (GATED_LN, True): (6, 5),  # dr, dh, r, y; dx, dy. gate, scale; dgate, dscale, dshift
-    }[case.op, backward]
+    }[case.op.replace("rms", "layer"), backward]  # a weight [D] is next to nothing
     return (tokens * B * N * D + modulation * B * D) * item, 0
 
 
@@ -157,9 +165,10 @@ def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], d
         return [x, out, coefficients, torch.tensor(5, device=device)], options
     B, N, D = case.shape
     modulation = randn(B, 6 * D).chunk(6, dim=1)  # views, as in a DiT
-    if case.op == PLAIN_LN:
-        return [randn(B, N, D), *modulation[:2]], {"eps": 1e-6}
-    return [randn(B, N, D), randn(B, N, D), *modulation[:3]], {"eps": 1e-6}
+    weight = [randn(D)] if case.op in (PLAIN_RMS, GATED_RMS) else []
+    if case.op in (PLAIN_LN, PLAIN_RMS):
+        return [randn(B, N, D), *modulation[:2], *weight], {"eps": 1e-6}
+    return [randn(B, N, D), randn(B, N, D), *modulation[:3], *weight], {"eps": 1e-6}
 
 
 def ways(case: Case, quick: bool) -> list[str]:

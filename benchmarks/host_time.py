@@ -20,7 +20,7 @@ from typing import Any
 import _harness as harness
 import torch
 from _harness import Results, Row, positive, synchronize
-from _ops import ATTENTION, GATED_LN, PLAIN_LN, UPDATE, Case, inputs, outputs
+from _ops import ATTENTION, GATED_LN, GATED_RMS, PLAIN_LN, UPDATE, Case, inputs, outputs
 
 from fastdit import functional
 from fastdit.ops import definitions, norms
@@ -73,10 +73,13 @@ def _lower(case: Case, tensors: list[torch.Tensor], options: dict[str, Any]) -> 
         }
     eps = options["eps"]
     x, *rest = tensors
-    gated = (rest[0], rest[1]) if case.op == GATED_LN else None
+    gated = (rest.pop(0), rest.pop(0)) if case.op in (GATED_LN, GATED_RMS) else None
+    scale, shift, *weight = rest
     return {
         "op": lambda: op(*tensors, eps),
-        "launcher": lambda: adaln.norm_modulate_fwd(x, *rest[-2:], eps, None, gated),
+        "launcher": lambda: adaln.norm_modulate_fwd(
+            x, scale, shift, eps, weight[0] if weight else None, gated
+        ),
     }
 
 

@@ -4,6 +4,7 @@
     python benchmarks/train_throughput.py --seeds 0 1 2   # then train the toy fully, and judge
     python benchmarks/train_throughput.py --preset DiT-XL/2 --batch 64 --precision bfloat16 \\
         --way "plain compiled" "fastdit compiled"
+    python benchmarks/train_throughput.py --options modern   # RMSNorm, SwiGLU, RoPE, qk-norm
 
 The loops take turns of some steps each, round by round, and all stay in memory. Speeds are medians
 over the rounds. Ratios are to the plain loop, eager and compiled, where these are among the loops;
@@ -25,7 +26,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _harness as harness
 import _loops as loops
@@ -45,6 +46,11 @@ from fastdit.train.runtime import PRECISIONS
 from fastdit.train.sources import Shapes, Source
 
 SAMPLES_PER_CLASS = 10
+# The options of a block that are put in place of the preset's.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "preset": {},
+    "modern": {"norm": "rms", "mlp": "swiglu", "rope": True, "qk_norm": "rms"},
+}
 RATE_COLUMNS = harness.columns(
     f"way; {FIGURE}, min, max: .0f; ratio, to compiled: .2f; MFU: .3f; memory MiB: .1f; "
     "loss: .3f; first step s: .1f"
@@ -184,6 +190,7 @@ def print_summary(rows: list[Row]) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = harness.parser(__doc__, device=True)
     parser.add_argument("--preset", default="toy", choices=fastdit.PRESETS)
+    parser.add_argument("--options", default="preset", choices=OPTIONS, help="of the blocks")
     parser.add_argument("--batch", nargs="+", type=positive, help="default: the recipe's")
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--checkpointing", action="store_true", help="in fastdit's loops")
@@ -195,7 +202,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     own.add_argument("--full-steps", type=positive, default=Recipe.steps, help="of a full training")
     own.add_argument("--per-class", type=positive, default=200, help="training images of a class")
     args = parser.parse_args(argv)
-    if args.seeds and args.preset != "toy":
+    if args.seeds and (args.preset != "toy" or args.options != "preset"):
         parser.error("--seeds: only the toy is trained fully")
     return args
 
@@ -204,7 +211,7 @@ def main() -> None:
     args = parse()
     warnings.simplefilter("ignore", TerminalSNRWarning)  # the seed recipe has it on purpose
     toy = args.preset == "toy"
-    config = fastdit.PRESETS[args.preset]
+    config = replace(fastdit.PRESETS[args.preset], **OPTIONS[args.options])
     recipe = replace(RECIPES["seed" if toy else "dit"], steps=100_000, label_dropout=0.0, ema=None)
     batches = args.batch or [recipe.batch_size]
     source: Source = Shapes(args.per_class) if toy else loops.RandomLatents(config)

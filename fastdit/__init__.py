@@ -9,6 +9,7 @@ images = sampler([0, 5, 10], seed=7)  # [3, C, H, W], about -1 to 1
 from fastdit.checkpoints import load, save
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
+from fastdit.flow import FlowMatching
 from fastdit.model import DiT
 from fastdit.sampling import Sampler
 from fastdit.update import Guidance
@@ -22,6 +23,7 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "DiffusionScheduler",
+    "FlowMatching",
     "Guidance",
     "Sampler",
     "load",

@@ -222,10 +222,65 @@ _PUBLISHED = DiTConfig(
 )
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 
-PRESETS: dict[str, DiTConfig] = {"toy": DiTConfig()} | {
-    f"DiT-{size}/{patch}": replace(
-        _PUBLISHED, patch_size=patch, n_layers=depth, hidden=width, n_heads=heads
-    )
-    for size, (depth, width, heads) in _SIZES.items()
-    for patch in (2, 4, 8)
+
+def _sized(base: DiTConfig, sizes: tuple[int, int, int], **options: Any) -> DiTConfig:
+    depth, width, heads = sizes
+    return replace(base, n_layers=depth, hidden=width, n_heads=heads, **options)
+
+
+# Yao et al., "Reconstruction vs. Generation" (2025), and `configs/` of their code: 16 x 16 x 32 is
+# VA-VAE's latent of a 256 x 256 image.
+_LIGHTNING = replace(
+    _PUBLISHED,
+    img_size=16,
+    patch_size=1,
+    in_channels=32,
+    norm="rms",
+    rope=True,
+    mlp="swiglu",
+    learn_sigma=False,
+)
+_LIGHTNING_SIZES = {
+    "B": (12, 768, 12),
+    "XL": (28, 1152, 16),
+    "1p0B": (24, 1536, 24),
+    "1p6B": (28, 1792, 28),
 }
+
+# Li & He, "Back to Basics: Let Denoising Generative Models Denoise" (2025), and `model_jit.py`: the
+# patch grows with the image, so that 256 tokens stay.
+_JIT = replace(
+    _LIGHTNING, img_size=256, patch_size=16, in_channels=3, qk_norm="rms", context_tokens=32
+)
+_JIT_SIZES = {  # size, width of the bottleneck, and blocks before the context tokens
+    "B": ((12, 768, 12), 128, 4),
+    "L": ((24, 1024, 16), 128, 8),
+    "H": ((32, 1280, 16), 256, 10),
+}
+
+PRESETS: dict[str, DiTConfig] = (
+    {"toy": DiTConfig()}
+    # Ma et al., "SiT" (2024), kept DiT's network.
+    | {
+        f"{project}-{size}/{patch}": _sized(_PUBLISHED, sizes, patch_size=patch)
+        for project in ("DiT", "SiT")
+        for size, sizes in _SIZES.items()
+        for patch in (2, 4, 8)
+    }
+    | {
+        f"LightningDiT-{size}/1": _sized(_LIGHTNING, sizes)
+        for size, sizes in _LIGHTNING_SIZES.items()
+    }
+    | {
+        f"JiT-{size}/{patch}": _sized(
+            _JIT,
+            sizes,
+            patch_size=patch,
+            img_size=16 * patch,
+            patch_bottleneck=bottleneck,
+            context_start=start,
+        )
+        for size, (sizes, bottleneck, start) in _JIT_SIZES.items()
+        for patch in (16, 32)
+    }
+)

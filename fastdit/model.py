@@ -15,13 +15,15 @@ from fastdit.blocks import Block, Conditioned, Norm, PatchEmbed
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.diffusion import timestep_embedding
 from fastdit.errors import check_range, height_and_width, unknown_name
+from fastdit.flow import published_flow
 from fastdit.functional import sincos_pos_embed as sincos_pos_embed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _INIT_STD = 0.02  # of embeddings and learned positions
-_LATENT_SCALE = 8  # pixels along a side of one cell of a published model's latents
+# Pixels along a side of one cell of a published model's latents.
+_LATENT_SCALES = {"DiT": 8, "SiT": 8, "LightningDiT": 16}
 
 
 class DiT(Conditioned):
@@ -35,8 +37,8 @@ class DiT(Conditioned):
     """
 
     blocks: list[Block]  # an nn.ModuleList
-    # Options of the `DiffusionScheduler` that the model was trained with; `fastdit.load` sets them
-    # where they are known.
+    # Options of the `DiffusionScheduler` or, with a "path", of the `FlowMatching` that the model
+    # was trained with; `fastdit.load` sets them where they are known.
     diffusion: dict[str, Any] | None = None
     rope: Tensor | None
 
@@ -114,8 +116,12 @@ class DiT(Conditioned):
 
         Args:
             name: a key of `fastdit.PRESETS`, such as "DiT-XL/2".
-            image_size: side of the images in pixels, or (height, width); None is the preset's, 256
-                or the toy's 16. A published model works on their latents, an eighth of that size.
+            image_size: side of the images in pixels, or (height, width); None is the preset's: 256,
+                512 of JiT-*/32, or the toy's 16. A DiT or a SiT works on their latents, an eighth
+                of that size, and a LightningDiT on a sixteenth.
+
+        Returns:
+            The model; its `diffusion` is the flow that the published one was trained on, or None.
 
         Raises:
             ValueError: the name is unknown, or the size is not a multiple of what it must be.
@@ -124,10 +130,12 @@ class DiT(Conditioned):
             raise unknown_name("name", name, PRESETS)
         cfg = PRESETS[name]
         if image_size is not None:
-            scale = 1 if name == "toy" else _LATENT_SCALE
+            scale = _LATENT_SCALES.get(name.partition("-")[0], 1)
             height, width = height_and_width("image_size", image_size, scale * cfg.patch_size)
             cfg = replace(cfg, img_size=(height // scale, width // scale))
-        return cls.from_config(cfg)
+        model, flow = cls.from_config(cfg), published_flow(name, cfg.sample_shape[1])
+        model.diffusion = None if flow is None else flow.options
+        return model
 
     @torch.no_grad()
     def _init_weights(self) -> None:

@@ -98,12 +98,17 @@ def _fill_normal(out: Tensor, key: Tensor, step: Tensor, stream: Tensor) -> None
     # into an index expression and multiply it in 32 bits.
     quads = torch.arange(out.shape[1], device=out.device) + (key & 0)
     r0, r1, r2, r3 = philox4x32((quads, step, stream, torch.zeros_like(stream)), key)
-    torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1, out=out)
+    torch.stack([*box_muller(r0, r1), *box_muller(r2, r3)], dim=-1, out=out)
 
 
-def _box_muller(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
+def box_muller(r0: Tensor, r1: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return the two normals of two 32-bit words, int64 tensors of one shape, computed in a dtype.
+
+    In float64 they do not depend on an element's place in the tensor, once rounded to float32, as
+    those of vectorised functions in float32 do.
+    """
     u = r0.float() * 2**-32 + 2**-33
     signed = r1 - ((r1 & 0x80000000) << 1)  # the same 32 bits, read as int32
-    angle = signed.float() * 2**-31 * math.pi
-    radius = torch.sqrt(-2 * torch.log(u))
+    angle = (signed.float() * 2**-31).to(dtype) * math.pi
+    radius = torch.sqrt(-2 * torch.log(u.to(dtype)))
     return radius * torch.cos(angle), radius * torch.sin(angle)

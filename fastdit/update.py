@@ -40,8 +40,10 @@ class Guidance:
 
     Attributes:
         scale: 1 gives the conditional prediction, 0 the one with the null label.
-        interval: (low, high): only timesteps low <= t < high are guided. The others take the
-            conditional prediction, and the null one is not computed. None guides all.
+        interval: (low, high), outside which the conditional prediction is taken and the null one
+            is not computed. Integers are timesteps of a DiffusionScheduler, of which those with
+            low <= t < high are guided. Floats are times of a FlowMatching, the model's own from 0
+            to 1, of which those with low <= t <= high are guided. None guides all.
         channels: number of channels of eps, counted from the first, that are guided; None guides
             all. The other channels and a learned variance come from the conditional prediction.
             Peebles & Xie's `forward_with_cfg` guides 3 of the 4 latent channels.
@@ -54,19 +56,14 @@ class Guidance:
     """
 
     scale: float
-    interval: tuple[int, int] | None = None
+    interval: tuple[int, int] | tuple[float, float] | None = None
     channels: int | None = None
 
     def __post_init__(self) -> None:
         # Stored as plain Python numbers, since guidance is compared, hashed and compiled against.
         object.__setattr__(self, "scale", _finite(self.scale))
         if self.interval is not None:
-            low, high = _integers(self.interval, count=2)
-            if not 0 <= low < high:
-                raise ValueError(
-                    f"interval: expected integers 0 <= low < high, got {self.interval!r}"
-                )
-            object.__setattr__(self, "interval", (low, high))
+            object.__setattr__(self, "interval", _interval(self.interval))
         if self.channels is not None:
             (channels,) = _integers([self.channels], count=1)
             if channels < 1:
@@ -75,9 +72,12 @@ class Guidance:
                 )
             object.__setattr__(self, "channels", channels)
 
-    def active(self, t: int) -> bool:
-        """Return whether timestep t is guided."""
-        return self.interval is None or self.interval[0] <= t < self.interval[1]
+    def active(self, t: int | float) -> bool:
+        """Return whether a timestep, which is an integer, or a flow's time, a float, is guided."""
+        if self.interval is None:
+            return True
+        low, high = self.interval
+        return low <= t <= high if isinstance(t, float) else low <= t < high
 
 
 def _finite(value: Any) -> float:
@@ -88,6 +88,33 @@ def _finite(value: Any) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {value!r}")
     return scale
+
+
+def _interval(interval: Any) -> tuple[int, int] | tuple[float, float]:
+    """Return two integers, or two floats where one of them is a float."""
+    try:
+        times = [float(value) for value in interval]
+    except (TypeError, ValueError):
+        times = []
+    if not times or all(_is_integer(value) for value in interval):
+        low, high = _integers(interval, count=2)
+        if not 0 <= low < high:
+            raise ValueError(f"interval: expected integers 0 <= low < high, got {interval!r}")
+        return low, high
+    if len(times) != 2 or not 0 <= times[0] < times[1] <= 1:
+        raise ValueError(
+            "interval: expected times 0 <= low < high <= 1 of a FlowMatching, or two integers, "
+            f"timesteps of a DiffusionScheduler, got {interval!r}"
+        )
+    return times[0], times[1]
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _integers(values: Any, count: int) -> list[int]:

@@ -13,13 +13,11 @@ RMSNorm subtracts no mean, and its weight w multiplies 1 + scale_b (Zhang & Senn
 
 Backward, from dh and, in the gated op, dr; the sums run over the tokens of a sample:
 
-    dn = dh * (1 + scale_b)
-    dx = rstd * (dn - mean(dn) - n * mean(dn * n)) + dr
+    dn = dh * (1 + scale_b),  dx = rstd * (dn - mean(dn) - n * mean(dn * n)) + dr
     dy = gate_b * dx,  dgate_b = sum dx * y,  dscale_b = sum dh * n,  dshift_b = sum dh
 
-For RMSNorm dn has the factor w too, and mean(dn) is left out. With g_b = sum dh * n:
-
-    dscale_b = w * g_b,  dw = sum over b of (1 + scale_b) * g_b
+For RMSNorm dn has the factor w too, and mean(dn) is left out. With g_b = sum dh * n, dscale_b is
+w * g_b, and dw is the sum of (1 + scale_b) * g_b over samples.
 
 A row of D channels is held as two power-of-two pieces, of which the second is masked. D = 1152 is
 1024 + 128 and leaves no lane idle, and neither do 64, 72, 96, 384, 768 and 1024. The worst case is
@@ -29,18 +27,15 @@ D just past three quarters of a power of two, where almost a quarter of the lane
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.kernels.adaln_configs import (
-    TOKENS,
-    norm_modulate_bwd_configs,
-    norm_modulate_fwd_configs,
-)
-from fastdit.kernels.common import power_of_two_pieces
+from fastdit.kernels import adaln_configs as configs
+from fastdit.kernels.common import arch, power_of_two_pieces
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 from fastdit.kernels.tensors import contiguous, rows_of
 
@@ -263,9 +258,7 @@ def sum_partials_kernel(
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
     p_partial += i_b * chunks * 3 * D + o_d
-    b_g = tl.zeros([BLOCK], tl.float32)
-    b_dshift = tl.zeros([BLOCK], tl.float32)
-    b_dgate = tl.zeros([BLOCK], tl.float32)
+    b_g = b_dshift = b_dgate = tl.zeros([BLOCK], tl.float32)
     for _ in range(chunks):
         b_g += tl.load(p_partial, mask=m_d, other=0.0)
         if SHIFTED:
@@ -283,6 +276,12 @@ def sum_partials_kernel(
         tl.store(p_dshift + o_out, b_dshift.to(p_dshift.dtype.element_ty), mask=m_d)
     if GATED:
         tl.store(p_dgate + o_out, b_dgate.to(p_dgate.dtype.element_ty), mask=m_d)
+
+
+class _Kind(NamedTuple):
+    GATED: bool
+    RMS: bool
+    SHIFTED: bool
 
 
 def norm_modulate_fwd(
@@ -317,7 +316,7 @@ def norm_modulate_fwd(
     rstd = x.new_empty((B, N), dtype=torch.float32)
     mean = torch.empty_like(rstd) if weight is None else None
     if x.numel():
-        kind = gate is not None, weight is not None, shift is not None
+        kind = _Kind(gate is not None, weight is not None, shift is not None)
         launch = _prepare_fwd(B, N, D, kind, config)
         tensors = (x, y, gate, scale, shift, weight, r, h, mean, rstd)
         launch(tensors, s_gate, s_scale, s_shift, N, float(eps))
@@ -326,13 +325,12 @@ def norm_modulate_fwd(
 
 @functools.lru_cache(PREPARED)
 def _prepare_fwd(
-    B: int, N: int, D: int, kind: tuple[bool, bool, bool], config: triton.Config | None
+    B: int, N: int, D: int, kind: _Kind, config: triton.Config | None
 ) -> PreparedLaunch:
-    """Return the launch of a kind, which is (GATED, RMS, SHIFTED)."""
-    config = config or norm_modulate_fwd_configs(D)[0]
+    config = config or configs.norm_modulate_fwd_configs(D)[0]
     D0, D1 = power_of_two_pieces(D)
     grid = (B * triton.cdiv(N, config.kwargs["ROWS"]),)
-    constants = dict(D=D, D0=D0, D1=D1) | _flags(kind)
+    constants = dict(D=D, D0=D0, D1=D1) | kind._asdict()
     return PreparedLaunch(norm_modulate_fwd_kernel, grid, **constants, **config.all_kwargs())
 
 
@@ -358,8 +356,8 @@ def norm_modulate_bwd(
         (dx, dy, dgate, dscale, dshift, dweight) in the dtypes of r, y, gate, scale, scale and
         weight; each is None where the forward had no such input.
     """
-    B, N, D = r.shape
-    (mean, rstd), (dr, y, gate) = statistics, residual or (None, None, None)
+    (B, N, D), (mean, rstd) = r.shape, statistics
+    dr, y, gate = residual or (None, None, None)
     dh, r, dr, y, weight = dh.contiguous(), r.contiguous(), *map(contiguous, (dr, y, weight))
     (gate, s_gate), (scale, s_scale) = rows_of(gate), rows_of(scale)
     dx = torch.empty_like(r)
@@ -370,9 +368,10 @@ def norm_modulate_bwd(
     parts = None if weight is None else r.new_empty((B, D), dtype=torch.float32)
     sums = (dscale, dshift, dgate, parts)
     if r.numel():
-        partial = r.new_empty((B, triton.cdiv(N, TOKENS), 3, D), dtype=torch.float32)
-        kind = gate is not None, weight is not None, shifted
-        over_rows, over_chunks = _prepare_bwd(B, N, D, kind, dr is not None, config)
+        partial = r.new_empty((B, triton.cdiv(N, configs.TOKENS), 3, D), dtype=torch.float32)
+        kind = _Kind(gate is not None, weight is not None, shifted)
+        rms_on = None if weight is None else arch(r.device)
+        over_rows, over_chunks = _prepare_bwd(r.shape, kind, dr is not None, rms_on, config)
         tensors = (dh, dr, r, y, gate, scale, weight, mean, rstd, dx, dy, partial)
         over_rows(tensors, s_gate, s_scale, N)
         own = (None, None, None) if weight is None else (scale, weight, s_scale)
@@ -387,23 +386,15 @@ def norm_modulate_bwd(
 
 @functools.lru_cache(PREPARED)
 def _prepare_bwd(
-    B: int,
-    N: int,
-    D: int,
-    kind: tuple[bool, bool, bool],
-    has_dr: bool,
-    config: triton.Config | None,
+    shape: torch.Size, kind: _Kind, has_dr: bool, rms_on: str | None, config: triton.Config | None
 ) -> tuple[PreparedLaunch, PreparedLaunch]:
     """Return the launches of the pass over the rows and of the sum of its partial sums."""
-    config = config or norm_modulate_bwd_configs(D)[0]
+    B, N, D = shape
+    config = config or configs.norm_modulate_bwd_configs(D, rms_on)[0]
     D0, D1 = power_of_two_pieces(D)
-    grid = (B * triton.cdiv(N, TOKENS),)
-    constants = dict(D=D, D0=D0, D1=D1, HAS_DR=has_dr, TOKENS=TOKENS) | _flags(kind)
+    grid = (B * triton.cdiv(N, configs.TOKENS),)
+    constants = dict(D=D, D0=D0, D1=D1, HAS_DR=has_dr, TOKENS=configs.TOKENS) | kind._asdict()
     constants |= config.all_kwargs()
     rows = PreparedLaunch(norm_modulate_bwd_kernel, grid, **constants)
-    grid, constants = (B, triton.cdiv(D, _SUMS)), dict(D=D, BLOCK=_SUMS) | _flags(kind)
+    grid, constants = (B, triton.cdiv(D, _SUMS)), dict(D=D, BLOCK=_SUMS) | kind._asdict()
     return rows, PreparedLaunch(sum_partials_kernel, grid, **constants, num_warps=1)
-
-
-def _flags(kind: tuple[bool, bool, bool]) -> dict[str, bool]:
-    return dict(zip(("GATED", "RMS", "SHIFTED"), kind, strict=True))

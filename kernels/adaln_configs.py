@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 
+from fastdit.kernels.attention_configs import family_of
 from fastdit.kernels.common import power_of_two_pieces
 
 TOKENS = 32  # per program of the backward: its three partial sums are 1/32 of a pass over the rows
@@ -22,23 +23,30 @@ def norm_modulate_fwd_configs(D: int) -> list[triton.Config]:
     return _configs([(own, count) for own, count in sizes if count <= 16])
 
 
-def norm_modulate_bwd_configs(D: int) -> list[triton.Config]:
-    """Return the launch configurations for D channels, the default first."""
+def norm_modulate_bwd_configs(D: int, rms_on: str | None = None) -> list[triton.Config]:
+    """Return the launch configurations for D channels, the default first.
+
+    Args:
+        rms_on: the architecture that runs RMSNorm; None for LayerNorm, which fits on all alike.
+    """
     width = sum(power_of_two_pieces(D))
     warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
     # A thread holds three sums and four inputs of its part of a tile; up to 18 channels fit.
     rows = _power_of_two_below(min(TOKENS, 18 * 32 * warps // width))
     half = rows // 2
     wide = half * power_of_two_pieces(D)[0] >= 8 * 32 * warps  # a thread loads 8 at once
-    return _configs([(rows, warps), (half, warps)] if wide else [(rows, warps)])
+    sizes = [(rows, warps), (half, warps)] if wide else [(rows, warps)]
+    # Without a cap ptxas rounds the registers down, and spills a few of them.
+    capped = rms_on is not None and family_of(rms_on) in ("sm_80", "sm_100") and warps <= 8
+    return _configs(sizes, 224 if capped else None)
 
 
 def _power_of_two_below(n: int) -> int:
     return 1 << max(1, n).bit_length() - 1
 
 
-def _configs(sizes: list[tuple[int, int]]) -> list[triton.Config]:
+def _configs(sizes: list[tuple[int, int]], registers: int | None = None) -> list[triton.Config]:
     return [
-        triton.Config({"ROWS": rows}, num_warps=warps, num_stages=1)
+        triton.Config({"ROWS": rows}, num_warps=warps, num_stages=1, maxnreg=registers)
         for rows, warps in dict.fromkeys(sizes)
     ]

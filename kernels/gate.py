@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import torch
 import triton
@@ -134,7 +135,7 @@ def _name(config: triton.Config) -> str:
 def _adaln(arch: str, every: bool) -> Iterator[Case]:
     """Yield cases with a float32 residual and bfloat16 branches, and with bfloat16 throughout.
 
-    RMSNorm is compiled with a shift and without one.
+    With `every`, both norms are compiled with a shift and without one.
     """
     B, N = 4, 256
     for D in WIDTHS:
@@ -143,20 +144,27 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
             r, y = _meta(B, N, D, dtype=dtype), _meta(B, N, D, dtype=_BF16)
             gate, scale, shift = _meta(B, 3 * D, dtype=_BF16).chunk(3, dim=1)
             statistics = _meta(B, N, dtype=_F32)
-            weight = _meta(D, dtype=dtype)
-            kinds = (("", None, shift), ("rms ", weight, shift), ("rms no shift ", weight, None))
-            for norm, w, added in kinds:
+            of_norm = {
+                "": (None, shift, (statistics, statistics), None),
+                "no shift ": (None, None, (statistics, statistics), None),
+                "rms ": (_meta(D, dtype=dtype), shift, (None, statistics), arch),
+                "rms no shift ": (_meta(D, dtype=dtype), None, (None, statistics), arch),
+            }
+            both = {"gated ": (r, y, gate), "plain ": None}
+            # A gated RMSNorm needs the most registers; one of its kinds stands for both.
+            few = ["rms gated "] if D in (72, 1152) else ["rms no shift gated "]
+            for (norm, given), (form, residual) in product(of_norm.items(), both.items()):
+                if not every and norm + form not in ("gated ", "plain ", *few):
+                    continue
+                weight, added, kept, rms_on = given
                 for config in _chosen(adaln_configs.norm_modulate_fwd_configs(D), every):
-                    for kind, residual in (("gated", (y, gate)), ("plain", None)):
-                        arguments = (r, scale, added, 1e-5, w, residual, config)
-                        call = partial(adaln.norm_modulate_fwd, *arguments)
-                        yield Case(f"{name} {norm}{kind} {_name(config)}", arch, call)
-                of = (None if w is not None else statistics, statistics)
-                for config in _chosen(adaln_configs.norm_modulate_bwd_configs(D), every):
-                    for kind, residual in (("gated", (r, y, gate)), ("plain", None)):
-                        arguments = (y, r, scale, of, w, residual, added is not None, config)
-                        call = partial(adaln.norm_modulate_bwd, *arguments)
-                        yield Case(f"{name} {norm}{kind} {_name(config)}", arch, call)
+                    arguments = (r, scale, added, 1e-5, weight, residual and residual[1:], config)
+                    call = partial(adaln.norm_modulate_fwd, *arguments)
+                    yield Case(f"{name} {norm}{form}{_name(config)}", arch, call)
+                for config in _chosen(adaln_configs.norm_modulate_bwd_configs(D, rms_on), every):
+                    arguments = (y, r, scale, kept, weight, residual, added is not None, config)
+                    call = partial(adaln.norm_modulate_bwd, *arguments)
+                    yield Case(f"{name} {norm}{form}{_name(config)}", arch, call)
 
 
 def _attention(arch: str, every: bool) -> Iterator[Case]:

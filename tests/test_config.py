@@ -112,10 +112,25 @@ def test_config_is_frozen():
         DiTConfig().hidden = 128
 
 
-# Millions of trained parameters as in Peebles & Xie 2023, table 1; for XL/2 exactly the number in
-# its checkpoint, which includes the fixed position embedding.
+# Millions of trained parameters as in Peebles & Xie 2023, table 1, and as LightningDiT's and JiT's
+# own models have; for XL/2 exactly the number in its checkpoint, which includes the fixed position
+# embedding.
 @pytest.mark.parametrize(
-    ("name", "millions"), [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)]
+    ("name", "millions"),
+    [
+        ("DiT-S/2", 33),
+        ("DiT-B/2", 130),
+        ("DiT-L/2", 458),
+        ("DiT-XL/2", 675),
+        ("SiT-XL/2", 675),
+        ("LightningDiT-XL/1", 675),
+        ("JiT-B/16", 131),
+        ("JiT-L/16", 459),
+        ("JiT-H/16", 953),
+        ("JiT-B/32", 133),
+        ("JiT-L/32", 462),
+        ("JiT-H/32", 956),
+    ],
 )
 def test_presets_have_the_published_sizes(name, millions):
     with torch.device("meta"):
@@ -127,7 +142,10 @@ def test_presets_have_the_published_sizes(name, millions):
 
 
 def test_presets_cover_all_published_names():
-    published = {f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+    sizes = [f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
+    published = {f"{project}-{size}" for project in ("DiT", "SiT") for size in sizes}
+    published |= {f"LightningDiT-{size}/1" for size in ("B", "XL", "1p0B", "1p6B")}
+    published |= {f"JiT-{size}/{patch}" for size in ("B", "L", "H") for patch in (16, 32)}
     assert set(PRESETS) == published | {"toy"}
 
 

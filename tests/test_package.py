@@ -139,6 +139,7 @@ LAYERS = [
     {"errors", "testing", "update"},
     {"config", "data"},
     {"diffusion", "noise", "flops"},
+    {"flow"},
     {"reference", "solvers"},
     {"ops"},
     {"functional"},

@@ -86,6 +86,21 @@ def test_the_example_of_a_published_checkpoint_runs(tmp_path, monkeypatch):
     assert names["latents"].shape == (2, 4, 32, 32)
 
 
+def test_the_examples_of_a_lightningdit_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    preset = fastdit.PRESETS["LightningDiT-XL/1"]
+    model = fastdit.DiT.from_config(replace(preset, hidden=16, n_layers=1, n_heads=2, img_size=2))
+    fastdit.save(model, "lightningdit-xl-imagenet256-800ep.pt", layout="hustvl/LightningDiT")
+    names = {"fastdit": fastdit}
+    statistics = {"mean": torch.full((1, 32, 1, 1), 3.0), "std": torch.ones(1, 32, 1, 1)}
+    torch.save(statistics, "latents_stats.pt")
+    _, lightning, stats, *_ = examples("checkpoints.md")
+    exec(compile(lightning, "checkpoints.md", "exec"), names)
+    before = names["latents"]
+    exec(compile(stats, "checkpoints.md", "exec"), names)
+    assert before.shape == (2, 32, 2, 2) and torch.allclose(names["latents"], before + 3)
+
+
 def test_the_example_of_the_architecture_runs():
     names = {"fastdit": fastdit, "model": fastdit.DiT()}
     exec(compile(examples("architecture.md")[0], "architecture.md", "exec"), names)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdit import DiffusionScheduler, Sampler
+from fastdit import DiffusionScheduler, FlowMatching, Sampler
 from fastdit.diffusion import spaced_timesteps, strided_timesteps
 from fastdit.solvers import DDIM, DDPM, SOLVERS, DPMSolverPP, Heun
 from fastdit.testing import relative_error
@@ -74,16 +74,42 @@ def test_strided_timesteps_are_the_published_ones():
 
 
 @pytest.mark.parametrize("steps", [0, 11, 2.0, True, "5"])
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    "solver", [n for n, s in SOLVERS.items() if DiffusionScheduler in s.processes]
+)
 def test_an_impossible_number_of_steps_is_an_error(solver, steps):
     with pytest.raises(ValueError, match="steps: expected an integer from 1 to T = 10, got"):
         Sampler(Wavy(), DiffusionScheduler(10), solver, steps, sample_shape=SHAPE)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(
+    ("process", "can"),
+    [
+        (DiffusionScheduler(10), "DiffusionScheduler, which are ddpm, ddim, dpm++, heun; got"),
+        (FlowMatching(), "FlowMatching, which are dpm++, heun, euler, euler-maruyama, dopri5; got"),
+    ],
+    ids=["diffusion", "flow"],
+)
+def test_a_solver_that_a_process_cannot_take_is_an_error_that_names_those_it_can(
+    process, can, solver
+):
+    if solver in can.split("; ")[0].replace(",", " ").split():
+        SOLVERS[solver].table(process)
+        return
+    with pytest.raises(ValueError) as error:
+        Sampler(Wavy(), process, solver, sample_shape=SHAPE)
+    assert f"solver: expected one that takes a {can} {SOLVERS[solver]}" == str(error.value)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: DDIM(eta=1.5), "eta: expected a number from 0 to 1, got 1.5"),
+        (
+            lambda: Heun(shift=0.3).table(DiffusionScheduler(50)),
+            "shift: expected 1, since only a FlowMatching is shifted, got 0.3",
+        ),
         (lambda: DDPM(clip=0.0), "clip: expected a positive number, or None, got 0.0"),
         (
             lambda: DiffusionScheduler(50, prediction="v"),

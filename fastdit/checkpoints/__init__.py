@@ -9,7 +9,9 @@
 `pickles`, which runs no code in them, and `folders`, for those of diffusers. `entries` finds the
 weights in what a file holds, `inference` the config that they belong to, and `translation` turns
 the names and rows of other projects into fastdit's. `matching` compares them with a model, and
-`adaptation` fits a loaded model to other data.
+`adaptation` fits a loaded model to other data. `projects` says which projects extend the names of
+facebookresearch/DiT and how, `diffusions` which diffusion or flow a model was trained on, and
+`latent_stats` reads how its latents were normalised.
 """
 
 from fastdit.checkpoints.loading import inspect, load, verify

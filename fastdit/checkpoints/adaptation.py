@@ -15,8 +15,7 @@ from fastdit.model import DiT, sincos_pos_embed
 _SEED = 0  # of everything that is drawn
 _MAX_ELEMENTS = 2**31  # of a weight that is made anew; more is a mistake
 _CLASS_TABLE = "y_embed.weight"  # the end of its name, since each block may have one of its own
-_PATCHES = ("patch_embed.proj.weight", "patch_embed.proj.bias")
-_FINAL = ("final_linear.weight", "final_linear.bias")
+_OF_CHANNELS = ("patch_embed.", "final_linear.")  # beginnings of names
 
 
 @torch.no_grad()
@@ -87,7 +86,7 @@ def adapted(
         made.append(f"the positions of {_by(cfg.grid)} patches{how}")
     if cfg.in_channels != before.in_channels:
         fresh = _drawn(cfg, len(tables))
-        new |= {name: fresh[name] for name in (*_PATCHES, *_FINAL)}
+        new |= {name: t for name, t in fresh.items() if name.startswith(_OF_CHANNELS)}
         made.append(f"the patch embedding of {_count(cfg.in_channels, 'channel')}")
         made.append("the final linear, which starts at zero")
     return _with_weights(cfg, model, state | {n: t.to(state[n]) for n, t in new.items()}), made
@@ -114,7 +113,8 @@ def _drawn(cfg: DiTConfig, tables: int) -> dict[str, Tensor]:
     rows = max(1, tables) * cfg.num_classes
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(_SEED)
-        fresh = DiT.from_config(replace(cfg, n_layers=1, num_classes=rows)).state_dict()
+        one = replace(cfg, n_layers=1, num_classes=rows, context_start=None)
+        fresh = DiT.from_config(one).state_dict()
     return {_CLASS_TABLE if n.endswith(_CLASS_TABLE) else n: t for n, t in fresh.items()}
 
 
@@ -133,6 +133,7 @@ def _with_weights(cfg: DiTConfig, model: DiT, state: dict[str, Tensor]) -> DiT:
     with torch.device("meta"):
         fitted = DiT.from_config(cfg)
     fitted.load_state_dict(state, assign=True)
+    fitted.make_rope()
     for p, own in zip(fitted.parameters(), model.parameters(), strict=True):
         p.requires_grad_(own.requires_grad)
     return fitted.train(model.training)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdit.checkpoints.pickles import Placeholder
+from fastdit.checkpoints.projects import JIT, projects_of
 from fastdit.errors import first_few
 
 # Data parallelism, torch.compile, FSDP and activation checkpointing.
@@ -22,7 +23,9 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 # A part of a name that every model of one layout has, and none of another one.
 _MARKERS = ("patch_embed", "x_embedder", "transformer_blocks")
 _AVERAGED = ("ema", "average", "shadow")
+_FIRST_AVERAGE = "model_ema1"  # of JiT's two the one that it evaluates
 _PREFERRED = ("model", "state_dict", "")  # where several weights are not averaged
+_SECTIONS = ("model", "data", "transport")  # of LightningDiT's arguments
 OWN = "fastdit"  # the entry of a state dict's metadata that holds the config
 _MAX_DEPTH = 5
 _MAX_ENTRIES = 10_000  # which may be fewer dicts, each of them in many others
@@ -51,7 +54,7 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
     Args:
         content: what the file holds.
         wanted: the name of an entry or prefix, or several joined by dots; None prefers averaged
-            weights, then "model", then "state_dict".
+            weights, JiT's first ones, then "model", then "state_dict".
 
     Raises:
         ValueError: there is no DiT in the content, `wanted` is not in it, or the choice is open.
@@ -71,6 +74,9 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
         by_name = ([e for e in chosen if name in (*e.names[-1:], e.label)] for name in _PREFERRED)
         if len(chosen) > 1 and not chosen[0].averaged:
             chosen = next((some for some in by_name if some), chosen)
+    if len(chosen) > 1:
+        firsts = [entry for entry in chosen if _FIRST_AVERAGE in entry.names]
+        chosen = [entry for entry in firsts if JIT in projects_of(entry.tensors)] or chosen
     if len(chosen) > 1:
         these = _listed([entry.label for entry in chosen])
         raise ValueError(f"weights: several fit; pass weights= with one of {these}")
@@ -101,7 +107,7 @@ def arguments_of(content: Any) -> dict[str, Any]:
     """Return what a file says of its model besides the tensors, if anything.
 
     This is the config that `fastdit.save` writes to other layouts, or the command line or the
-    hyperparameters of a training run.
+    hyperparameters of a training run. Those in LightningDiT's sections are returned beside them.
     """
     if not isinstance(content, Mapping):
         return {}
@@ -115,7 +121,9 @@ def arguments_of(content: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             value = getattr(value, "__dict__", None)
         if isinstance(value, Mapping):
-            return {str(name): setting for name, setting in value.items()}
+            own = {str(name): setting for name, setting in value.items()}
+            sections = (own[name] for name in _SECTIONS if isinstance(own.get(name), Mapping))
+            return {str(name): v for section in sections for name, v in section.items()} | own
     return {}
 
 

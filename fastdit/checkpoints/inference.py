@@ -12,17 +12,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastdit.checkpoints.projects import ROPE
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.errors import height_and_width
 from fastdit.model import sincos_pos_embed
 
 _PUBLISHED_CLASSES = 1000  # of ImageNet
 _MATRICES = ("t_embed.0.weight", "final_linear.weight")
+_BOTTLENECK = "patch_embed.reduce.weight"
 _DIMENSIONS = {"pos_embed": 3, "patch_embed.proj.weight": 4} | dict.fromkeys(_MATRICES, 2)
 
 
@@ -44,17 +46,32 @@ class Told:
 
 
 def published_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
-    """Return the config of a DiT of facebookresearch/DiT, whose tensors have fastdit's names.
+    """Return the config of a DiT of one of `projects`, whose tensors have fastdit's names.
+
+    A table of rotary positions (`projects.ROPE`) may be among them.
 
     Raises:
         ValueError: a tensor that tells the config is missing, or an option is open.
     """
     D, C, p, layers = _sizes(state, "y_embed.weight")
-    heads = _heads(layers, D, PRESETS["DiT-XL/2"], told)
+    bottleneck, context = state.get(_BOTTLENECK), state.get("context_pos")
+    qk_norm = _qk_norm(state)
+    heads = _stored_heads(state, D) or _heads(layers, D, PRESETS["DiT-XL/2"], told)
     rows = len(state["y_embed.weight"])
-    null = _null_class(rows, told)
+    null = bottleneck is not None or _null_class(rows, told)  # JiT always drops labels
+    parts = state.get("blocks.0.adaLN_modulation.weight")
     return replace(
         PRESETS["DiT-XL/2"],
+        norm="rms" if "blocks.0.norm1.weight" in state else "layer",
+        modulation_shift=parts is None or parts.dim() != 2 or len(parts) != 4 * D,
+        qk_norm=qk_norm,
+        qk_norm_eps=1e-5 if qk_norm == "layer" else 1e-6,  # of torch's LayerNorm; of their RMSNorms
+        # JiT, whose patches pass a bottleneck, computes its rotary positions and stores none.
+        rope=ROPE[0] in state or bottleneck is not None,
+        mlp="swiglu" if "blocks.0.mlp.w12.weight" in state else "gelu",
+        patch_bottleneck=None if bottleneck is None else len(bottleneck),
+        context_tokens=None if context is None else _context_tokens(context),
+        context_start=None if context is None else _context_start(layers, D, told),
         img_size=_image_size(state["pos_embed"], p, told),
         patch_size=p,
         in_channels=C,
@@ -104,6 +121,43 @@ def bare_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:
     )
 
 
+def _qk_norm(state: Mapping[str, Tensor]) -> Literal["none", "layer", "rms"]:
+    """Return the kind of norm of the queries and keys of a state's first block."""
+    if "blocks.0.attn.q_norm.weight" not in state:
+        return "none"
+    return "layer" if "blocks.0.attn.q_norm.bias" in state else "rms"
+
+
+def _stored_heads(state: Mapping[str, Tensor], width: int) -> int | None:
+    """Return the number of heads if a tensor is as wide as a head."""
+    for name in ("blocks.0.attn.q_norm.weight", ROPE[0]):
+        if name in state:
+            shape = list(state[name].shape)
+            if not shape or not shape[-1] or width % shape[-1]:
+                expected = f"as many values as a head, which divide the width {width}"
+                raise ValueError(f"{name}: expected {expected}, got shape {shape}")
+            return width // shape[-1]
+    return None
+
+
+def _context_tokens(positions: Tensor) -> int:
+    if positions.dim() != 3 or not positions.shape[1]:
+        got = list(positions.shape)
+        raise ValueError(f"context_pos: expected shape [1, tokens, width], got {got}")
+    return positions.shape[1]
+
+
+def _context_start(layers: int, width: int, told: Told) -> int | None:
+    """Return the number of blocks before the context tokens: as told, or a third as published."""
+    if "context_start" in told.arguments:
+        return _integer(told.arguments["context_start"])
+    published = {(c.n_layers, c.hidden): c.context_start for c in PRESETS.values()}
+    if (known := published.get((layers, width))) is not None:
+        return known
+    told.assumed.append("context_start")
+    return layers // 3 or None
+
+
 def _heads(layers: int, width: int, like: DiTConfig, told: Told) -> int:
     """Return the number of heads: as told, as of the published size, or as of the toy."""
     heads = told.n_heads or _integer(told.arguments.get("n_heads"))
@@ -141,6 +195,8 @@ def _integer(value: Any) -> int | None:
 def _sizes(state: Mapping[str, Tensor], *more: str) -> tuple[int, int, int, int]:
     """Return width, channels, patch size and layers, once the tensors that tell them are there."""
     dims = _DIMENSIONS | dict.fromkeys(more, 2)
+    if _BOTTLENECK in state:
+        dims = dims | {_BOTTLENECK: 4}
     missing = [name for name in dims if name not in state]
     if missing:
         raise ValueError(f"tensors that tell the config are missing: {', '.join(missing)}")
@@ -148,6 +204,8 @@ def _sizes(state: Mapping[str, Tensor], *more: str) -> tuple[int, int, int, int]
     if [len(shape) for shape in shapes.values()] != list(dims.values()):
         raise ValueError(f"tensors that tell the config have unexpected dimensions: {shapes}")
     D, C, p, _ = shapes["patch_embed.proj.weight"]
+    if _BOTTLENECK in shapes:
+        _, C, p, _ = shapes[_BOTTLENECK]
     if 0 in (D, C, p, *shapes["pos_embed"]):
         raise ValueError(f"tensors that tell the config are empty: {shapes}")
     return D, C, p, count_layers(state)

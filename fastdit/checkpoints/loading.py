@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints import diffusions, folders, translation
 from fastdit.checkpoints.adaptation import adapted
+from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.digests import check_digests
 from fastdit.checkpoints.entries import (
     arguments_of,
@@ -28,17 +29,12 @@ from fastdit.checkpoints.matching import (
     empty_model,
     without_extras,
 )
-from fastdit.checkpoints.native import (
-    PUBLISHED_DIFFUSION,
-    CheckpointInfo,
-    info_of,
-    read_safetensors,
-)
+from fastdit.checkpoints.native import CheckpointInfo, info_of, read_safetensors
 from fastdit.checkpoints.pickles import check_records, is_pickle, read_pickle
+from fastdit.checkpoints.projects import PROJECTS
 from fastdit.checkpoints.runs import locate, run_weights
 from fastdit.config import DiTConfig
-from fastdit.diffusion import PREDICTIONS, SCHEDULES
-from fastdit.errors import FLOAT_DTYPES, check_positive, unknown_name, warn
+from fastdit.errors import FLOAT_DTYPES, check_positive, warn
 from fastdit.model import DiT, config_of, unwrap
 
 # The toy was published with 200 linear steps.
@@ -67,7 +63,7 @@ def load(
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_channels: int | None = None,
-    diffusion: Mapping[str, Any] | None = None,
+    diffusion: Mapping[str, Any] | str | None = None,
     weights: str | None = None,
 ) -> DiT:
     """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
@@ -79,8 +75,8 @@ def load(
 
     Args:
         source: a file that `fastdit.save` wrote; the folder of a run of `fastdit train`, or one of
-            its checkpoints; a checkpoint of facebookresearch/DiT or a project with the same
-            tensors, which is a .pt, .ckpt or safetensors file, or what it holds; a bare state dict
+            its checkpoints; a checkpoint of facebookresearch/DiT, SiT, LightningDiT, REPA or JiT,
+            which is a .pt, .ckpt or safetensors file, or what it holds; a bare state dict
             of a `fastdit.DiT`; a folder of diffusers' DiT or of a pipeline with one; or a live
             module of any of these projects. Prefixes of wrappers ("module.", "_orig_mod.") and
             entries that hold the weights are removed in all of them.
@@ -90,8 +86,9 @@ def load(
         img_size: size of the images, or (height, width); for a grid of patches that the file does
             not tell, or else to fit the model to.
         in_channels: number of channels to fit the model to.
-        diffusion: options of the `DiffusionScheduler` that the model was trained with, such as
-            `{"T": 1000, "schedule": "linear"}`; they override what is stored or assumed.
+        diffusion: "flow" or "ddpm", where the file leaves it open, as a SiT's and a DiT's tensors
+            do; or options of the `FlowMatching` or the `DiffusionScheduler` that the model was
+            trained with, such as `{"T": 1000, "schedule": "linear"}`, which override what is told.
         weights: the entry of a training checkpoint to take: "ema", "model" or another name, or
             several joined by dots. None prefers averaged weights.
 
@@ -143,7 +140,7 @@ def inspect(
     n_heads: int | None = None,
     null_class: bool | None = None,
     img_size: int | tuple[int, int] | None = None,
-    diffusion: Mapping[str, Any] | None = None,
+    diffusion: Mapping[str, Any] | str | None = None,
     weights: str | None = None,
 ) -> CheckpointInfo:
     """Return what a checkpoint holds besides its weights, stored or inferred from its tensors.
@@ -237,7 +234,7 @@ def _resolve(
     found: _Source,
     told: Told,
     weights: str | None,
-    diffusion: Mapping[str, Any] | None,
+    diffusion: Mapping[str, Any] | str | None,
     lenient: bool = False,
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Return what a source is, and its tensors under fastdit's names.
@@ -263,8 +260,9 @@ def _resolve(
     if diffusion is not None:
         info = replace(
             info,
-            diffusion=_checked_diffusion(diffusion, info.diffusion),
+            diffusion=diffusions.checked(diffusion, info.diffusion),
             assumed=tuple(name for name in info.assumed if name != "diffusion"),
+            by_name=(),
         )
     return info, tensors
 
@@ -299,28 +297,32 @@ def _translate(
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Return what another project's tensors are, and fastdit's state dict for them."""
     diffusion: dict[str, Any] | None = dict(PUBLISHED_DIFFUSION)
+    by_name = False
     try:
         tensors = find_weights(found.content, weights)
         layout = translation.layout_of(tensors)
-        if layout == "facebookresearch/DiT":
+        if layout in PROJECTS:
             config, state = translation.from_facebook(tensors, told)
-            if _is_flow(told.arguments):
-                diffusion = None
+            file = found.name if found.is_file else ""
+            told_by = diffusions.told_by_file(tensors, told.arguments, file, config)
+            diffusion, by_name = told_by
         elif layout == "diffusers" and isinstance(found.config, Mapping):
             config, state = translation.from_diffusers(tensors, found.config)
+            told.assumed.append("diffusion")
         elif layout == "fastdit":
             config, state = _own_config(found, tensors, told), dict(tensors)
             if config.pos_embed == "learned":
                 diffusion = dict(_TOY_DIFFUSION)
+            told.assumed.append("diffusion")
         else:
             raise ValueError(f"expected a fastdit header, got none; {describe_layout(tensors)}")
     except ValueError as error:
         raise ValueError(f"{found.name}: {error}") from error
-    if not found.is_file:
+    if not found.is_file and "diffusion" in told.assumed:
         diffusion = None
-    elif diffusion is not None:
-        told.assumed.append("diffusion")
-    return CheckpointInfo(config, diffusion, found.labels, tuple(told.assumed)), state
+        told.assumed.remove("diffusion")
+    names = ("diffusion",) * by_name
+    return CheckpointInfo(config, diffusion, found.labels, tuple(told.assumed), names), state
 
 
 def _own_config(found: _Source, tensors: Mapping[str, Tensor], told: Told) -> DiTConfig:
@@ -329,37 +331,15 @@ def _own_config(found: _Source, tensors: Mapping[str, Tensor], told: Told) -> Di
     return bare_config(tensors, told) if stored is None else DiTConfig.from_saved(stored)
 
 
-def _is_flow(arguments: Mapping[str, Any]) -> bool:
-    """Return whether a run's arguments name a SiT, whose tensors are a DiT's."""
-    return str(arguments.get("model", "")).startswith("SiT")
-
-
-def _checked_diffusion(given: Mapping[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a diffusion's options, those that are not given as they are known or published."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"diffusion: expected a dict of options, got {type(given).__name__}")
-    for name in given:
-        if name not in PUBLISHED_DIFFUSION:
-            raise unknown_name("diffusion", name, PUBLISHED_DIFFUSION)
-    options = {**(known or PUBLISHED_DIFFUSION), **given}
-    check_positive("diffusion: T", options["T"])
-    for name, known_names in (("schedule", SCHEDULES), ("prediction", PREDICTIONS)):
-        if options[name] not in list(known_names):
-            raise unknown_name(f"diffusion: {name}", options[name], known_names)
-    return options
-
-
 def _say_assumed(name: str, info: CheckpointInfo) -> None:
     """Warn of what a checkpoint does not tell."""
     if not info.assumed:
         return
     values = info.config.to_dict()
     if info.diffusion is not None:
-        values["diffusion"] = "({T} {schedule} steps, {prediction})".format_map(info.diffusion)
+        values["diffusion"] = diffusions.in_words(info.diffusion)
     said = ", ".join(f"{option} {values.get(option)}" for option in info.assumed)
-    like_sit = "diffusion" in info.assumed and info.config.pos_embed == "sincos"
-    hint = "; a SiT has the same tensors" * like_sit
     advice = "pass what differs to load, or by options such as --diffusion"
-    if "gelu" in info.assumed:
+    if "gelu" in info.assumed or "context_start" in info.assumed:
         advice += ", or build fastdit.DiT with its options, call load_state_dict and fastdit.save"
-    warn(f"{name}: what it does not tell is assumed: {said}{hint}; {advice}")
+    warn(f"{name}: what it does not tell is assumed: {said}; {advice}")

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from fastdit.checkpoints import diffusions
 from fastdit.checkpoints.digests import check_digests, digests_of
 from fastdit.checkpoints.matching import describe_layout
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
-
-# Peebles & Xie 2023, section 4: the linear schedule of ADM.
-PUBLISHED_DIFFUSION = {"T": 1000, "schedule": "linear", "prediction": "epsilon"}
+from fastdit.flow import FlowMatching
 
 _HEADER = "fastdit"  # the metadata entry that holds the header, as JSON
 _ATTEMPTS = 20
-_DIFFUSION_TYPES = {key: type(value) for key, value in PUBLISHED_DIFFUSION.items()}
 
 
 @dataclass(frozen=True)
@@ -33,17 +31,19 @@ class CheckpointInfo:
 
     Attributes:
         config: the model's config.
-        diffusion: keyword arguments of the `DiffusionScheduler` that the model was trained with, or
-            None if they are not known.
+        diffusion: options of the `DiffusionScheduler` or, with a "path", of the `FlowMatching` that
+            the model was trained with; None if they are not known.
         labels: the names of the classes, or None if they are not stored.
         assumed: names of options of the config, and "diffusion", that the checkpoint does not tell;
             their values are those of the published models.
+        by_name: "diffusion", if only the name of the file tells it.
     """
 
     config: DiTConfig
     diffusion: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
     assumed: tuple[str, ...] = ()
+    by_name: tuple[str, ...] = ()
 
 
 def write_tensors(
@@ -127,20 +127,16 @@ def info_of(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Checkpoi
     config = DiTConfig.from_saved(header["config"])
     diffusion, labels = header.get("diffusion"), header.get("labels")
     recipe, assumed = header.get("recipe"), header.get("assumed", [])
-    if isinstance(recipe, dict):
-        diffusion = {key: recipe.get(key) for key in ("T", "schedule")}
-    if diffusion is not None:
-        if isinstance(diffusion, dict):
-            diffusion = {"prediction": "epsilon"} | diffusion  # the only one in older releases
-        types = isinstance(diffusion, dict) and {k: type(v) for k, v in diffusion.items()}
-        if types != _DIFFUSION_TYPES:
-            raise ValueError(f"{path}: expected a diffusion of T and schedule, got {diffusion!r}")
-        diffusion = {name: diffusion[name] for name in PUBLISHED_DIFFUSION}  # in one order
+    if isinstance(recipe, dict):  # of a run, which has a path where it trains a flow
+        of_flow = [field.name for field in fields(FlowMatching)]
+        names = ["T", "schedule"] if recipe.get("path") is None else of_flow
+        diffusion = {name: recipe.get(name) for name in names}
     check_labels(f"{path}: labels", labels, config)
     if not isinstance(assumed, list) or not all(isinstance(name, str) for name in assumed):
         raise ValueError(f"{path}: expected names of what was assumed, got {assumed!r:.80}")
-    names = None if labels is None else tuple(labels)
-    return CheckpointInfo(config, diffusion, names, tuple(assumed))
+    named = None if labels is None else tuple(labels)
+    diffusion = diffusions.from_header(path, diffusion)
+    return CheckpointInfo(config, diffusion, named, tuple(assumed))
 
 
 def check_labels(what: str, labels: Any, config: DiTConfig) -> None:

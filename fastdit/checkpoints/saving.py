@@ -7,7 +7,6 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,24 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints.diffusions import NOTE
 from fastdit.checkpoints.entries import OWN
-from fastdit.checkpoints.inference import Told
 from fastdit.checkpoints.matching import check_keys, empty_model
 from fastdit.checkpoints.native import check_labels, write_tensors
+from fastdit.checkpoints.projects import PROJECTS, wrapped
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.flow import Process
 from fastdit.model import config_of, unwrap
 
-SAVED_LAYOUTS = ("fastdit", "facebookresearch/DiT", "diffusers")
+SAVED_LAYOUTS = ("fastdit", *PROJECTS, "diffusers")
 
 
 def save(
     model: nn.Module,
     path: str | os.PathLike[str],
-    scheduler: DiffusionScheduler | None = None,
+    scheduler: Process | None = None,
     labels: Sequence[str] | None = None,
     *,
     layout: str = "fastdit",
@@ -45,12 +45,13 @@ def save(
             stored.
         path: the file to write; an older file is replaced once the new one is whole on disk. In a
             diffusers folder this holds for each file, and the config is missing in between.
-        scheduler: the diffusion that the model was trained with, for sampling from the file; None
-            takes the model's `diffusion`, which `load` sets where it is known.
+        scheduler: the diffusion or flow that the model was trained with, for sampling from the
+            file; None takes the model's `diffusion`, which `load` sets where it is known.
         labels: names of the classes, `num_classes` of them.
-        layout: "fastdit", a safetensors file; "facebookresearch/DiT", a .pt file of the state dict
-            that its code loads; or "diffusers", a folder for its `from_pretrained`. The latter two
-            store neither scheduler nor labels, and only models that their projects can express.
+        layout: "fastdit", a safetensors file; "facebookresearch/DiT", "willisma/SiT",
+            "hustvl/LightningDiT", "sihyun-yu/REPA" or "LTH14/JiT", a .pt file as that project's
+            code loads it; or "diffusers", a folder for its `from_pretrained`. All but the first
+            take neither scheduler nor labels, and only models that their projects can express.
         assumed: names of what was assumed and not known, as in `CheckpointInfo`, to be said again
             by whoever reads the file.
 
@@ -84,18 +85,22 @@ def save(
     if layout == "diffusers":
         _save_folder(cfg, state, Path(path))
         return
-    theirs = translation.to_facebook(state)
-    told = Told(cfg.n_heads, cfg.null_class, cfg.img_size)
-    stored, _ = translation.from_facebook(theirs, told)
-    if replace(stored, init=cfg.init) != cfg:
-        raise ValueError(f"layout: {layout!r} can store such a DiT only as {stored}, got {cfg}")
+    theirs = translation.to_project(layout, cfg, state)
+    content = wrapped(layout, {name: t.detach().cpu() for name, t in theirs.items()})
+    _save_pickle(content, cfg.to_dict() | {NOTE: inner.diffusion}, path)
+
+
+def _save_pickle(
+    content: Mapping[str, Any], note: dict[str, Any], path: str | os.PathLike[str]
+) -> None:
+    """Write what a project's code loads, with a note that only fastdit looks for."""
     # Modules look up their own names only in the metadata of a state dict.
-    written = OrderedDict((name, t.detach().cpu()) for name, t in theirs.items())
-    written._metadata = {OWN: cfg.to_dict()}  # type: ignore[attr-defined]
-    content = io.BytesIO()  # torch.save reports a full disk as an error of its own
-    torch.save(written, content)
+    written = OrderedDict(content)
+    written._metadata = {OWN: note}  # type: ignore[attr-defined]
+    buffer = io.BytesIO()  # torch.save reports a full disk as an error of its own
+    torch.save(written, buffer)
     with atomic_path(path) as aside:
-        aside.write_bytes(content.getbuffer())
+        aside.write_bytes(buffer.getbuffer())
 
 
 def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,8 +1,12 @@
 """Translation of other projects' DiT checkpoints, names and rows, to fastdit's layout and back.
 
 The other projects store modulation as (shift, scale, gate) and fastdit as (scale, shift, gate).
-The rows are permuted here, so that the model needs to know one order only. No value of a weight
-changes, and translating back gives the same bits.
+The rows are permuted here, so that the model needs to know one order only; where there are no
+shifts, both are (scale, gate). No value of a weight changes, and translating back gives the same
+bits.
+
+SiT, LightningDiT, REPA and JiT extend the names of facebookresearch/DiT (`projects`), and are
+translated as it is.
 
 diffusers stores queries, keys and values separately, computes its position embedding, and has
 embedders in every block; those of a model that was trained elsewhere are copies. Its network also
@@ -21,26 +25,43 @@ import torch
 from torch import Tensor
 
 from fastdit.checkpoints.inference import Told, count_layers, published_config
+from fastdit.checkpoints.projects import (
+    DIT,
+    JIT,
+    LIGHTNING,
+    check_expressible,
+    projects_of,
+    rope_tensors,
+    take_rope,
+    without_legacy_names,
+)
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.model import sincos_pos_embed
 
 # Every checkpoint of a layout has a key with this prefix, and no checkpoint of another has one.
 PREFIXES = {
     "patch_embed.": "fastdit",
-    "x_embedder.": "facebookresearch/DiT",
+    "x_embedder.": DIT,
     "transformer_blocks.": "diffusers",
 }
 
 # Pairs of parts of names, the project's and fastdit's, which are replaced in this order.
-_FACEBOOK = (
-    ("x_embedder.", "patch_embed."),
+_AFTER_PATCHES = (
     ("t_embedder.mlp.", "t_embed."),
     ("y_embedder.embedding_table.", "y_embed."),
     (".mlp.fc1.", ".mlp.0."),
     (".mlp.fc2.", ".mlp.2."),
     ("final_layer.adaLN_modulation.1.", "final_mod."),
     ("final_layer.linear.", "final_linear."),
+    ("final_layer.norm_final.", "final_norm."),
     (".adaLN_modulation.1.", ".adaLN_modulation."),
+    ("in_context_posemb", "context_pos"),
+)
+_FACEBOOK = (("x_embedder.", "patch_embed."), *_AFTER_PATCHES)
+_JIT = (
+    ("x_embedder.proj1.", "patch_embed.reduce."),
+    ("x_embedder.proj2.", "patch_embed.proj."),
+    *_AFTER_PATCHES,
 )
 _DIFFUSERS = (
     ("pos_embed.proj.", "patch_embed.proj."),
@@ -57,34 +78,44 @@ _DIFFUSERS_EMBEDDER = (
     ("timestep_embedder.linear_2.", "t_embed.2."),
     ("class_embedder.embedding_table.", "y_embed."),
 )
+_SWAPS = {2: (1, 0), 6: (1, 0, 2, 4, 3, 5)}  # orders of a modulation's parts
 _MODULATION = re.compile(r"(blocks\.\d+\.adaLN_modulation|final_mod)\.(weight|bias)")
 
 
 def layout_of(keys: Iterable[str]) -> str | None:
-    """Return the name of the layout that a checkpoint's keys belong to, or None."""
+    """Return the name of the layout that a checkpoint's keys belong to, or None.
+
+    A SiT's keys are those of facebookresearch/DiT.
+    """
+    keys = list(keys)
     found = (name for key in keys for start, name in PREFIXES.items() if key.startswith(start))
-    return next(found, None)
+    layout = next(found, None)
+    return next(iter(projects_of(keys)), DIT) if layout == DIT else layout
 
 
 def from_facebook(tensors: Mapping[str, Tensor], told: Told) -> tuple[DiTConfig, dict[str, Tensor]]:
-    """Return the config and fastdit's state dict for a state dict of facebookresearch/DiT.
+    """Return the config and fastdit's state dict for one of `projects`.
 
     Args:
-        tensors: the state dict.
+        tensors: the project's state dict.
         told: what is known of the model besides its tensors; it gets what was assumed.
 
     Raises:
-        ValueError: a tensor that the config is inferred from is missing, or an option of the
-            config is open.
+        ValueError: a tensor that the config is inferred from is missing, an option of the config
+            is open, or stored rotary positions are not those of the config.
     """
+    names = _JIT if JIT in projects_of(tensors) else _FACEBOOK
+    parts = _block_parts(tensors.get("blocks.0.adaLN_modulation.1.weight"))
     state: dict[str, Tensor] = {}
-    for name, t in tensors.items():
-        _add(state, _renamed(name, _FACEBOOK), t)
-    return published_config(state, told), state
+    for name, t in without_legacy_names(tensors).items():
+        _add(state, _renamed(name, names), t, parts)
+    cfg = published_config(state, told)
+    take_rope(state, cfg)
+    return cfg, state
 
 
 def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict in facebookresearch/DiT's layout; the inverse of `from_facebook`.
+    """Return the state dict in the names of `projects`; the inverse of `from_facebook`.
 
     Raises:
         ValueError: the blocks have embedders of their own, or the model has no classes.
@@ -93,7 +124,27 @@ def to_facebook(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError("layout: that of facebookresearch/DiT has no embedders='block'")
     if "y_embed.weight" not in state:
         raise ValueError("layout: that of facebookresearch/DiT has class conditioning, got none")
-    return {_renamed_back(name, _FACEBOOK): _swapped(name, t) for name, t in state.items()}
+    names = _JIT if "patch_embed.reduce.weight" in state else _FACEBOOK
+    parts = _block_parts(state.get("blocks.0.adaLN_modulation.weight"))
+    return {_renamed_back(name, names): _swapped(name, t, parts) for name, t in state.items()}
+
+
+def to_project(project: str, cfg: DiTConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict that the model of one of `projects` loads.
+
+    Raises:
+        ValueError: the project's model cannot express the config.
+    """
+    theirs = to_facebook(state)
+    check_expressible(project, cfg)
+    if cfg.rope and project == LIGHTNING:
+        dtype = state["pos_embed"].dtype
+        theirs |= {name: t.to(dtype) for name, t in rope_tensors(cfg).items()}
+    told = Told(cfg.n_heads, cfg.null_class, cfg.img_size, cfg.to_dict())
+    stored, _ = from_facebook(theirs, told)
+    if replace(stored, init=cfg.init) != cfg:
+        raise ValueError(f"layout: {project!r} can store such a DiT only as {stored}, got {cfg}")
+    return theirs
 
 
 def from_diffusers(
@@ -250,16 +301,25 @@ def _renamed_back(name: str, pairs: Sequence[tuple[str, str]]) -> str:
     return _renamed(name, [(own, theirs) for theirs, own in reversed(pairs)])
 
 
-def _add(state: dict[str, Tensor], name: str, t: Tensor) -> None:
+def _add(state: dict[str, Tensor], name: str, t: Tensor, block_parts: int = 6) -> None:
     if name in state:
         raise ValueError(f"two tensors have the name {name}")
-    state[name] = _swapped(name, t)
+    state[name] = _swapped(name, t, block_parts)
 
 
-def _swapped(name: str, rows: Tensor) -> Tensor:
+def _block_parts(weight: Tensor | None) -> int:
+    """Return the number of parts of a block's modulation, whose linear has this weight."""
+    whole = weight is not None and weight.dim() == 2 and weight.shape[1] > 0
+    return len(weight) // weight.shape[1] if whole else 6  # type: ignore[union-attr, arg-type]
+
+
+def _swapped(name: str, rows: Tensor, block_parts: int = 6) -> Tensor:
     """Return a modulation's rows with shift and scale exchanged, and any other tensor as it is."""
-    parts = 2 if name.startswith("final_mod") else 6
-    if not _MODULATION.fullmatch(name) or not rows.dim() or len(rows) % parts:
-        return rows  # a wrong shape is reported where shapes are compared
+    parts = 2 if name.startswith("final_mod") else block_parts
+    # Without shifts nothing is exchanged; a wrong shape is reported where shapes are compared.
+    if not _MODULATION.fullmatch(name) or parts not in _SWAPS or not rows.dim():
+        return rows
+    if len(rows) % parts:
+        return rows
     pieces = rows.chunk(parts)
-    return torch.cat([pieces[i] for i in (1, 0, 2, 4, 3, 5)[:parts]])
+    return torch.cat([pieces[i] for i in _SWAPS[parts]])

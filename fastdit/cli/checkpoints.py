@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastdit.checkpoints.native import PUBLISHED_DIFFUSION
+from fastdit.checkpoints.diffusions import parse
 from fastdit.cli.common import option
-from fastdit.errors import unknown_name
 
 Heads = Annotated[
     int | None,
@@ -23,8 +22,8 @@ ImageSize = Annotated[
 Diffusion = Annotated[
     str | None,
     option(
-        "The diffusion of its training, such as T=1000,schedule=linear,prediction=epsilon, in "
-        "place of what is stored or assumed."
+        "The diffusion of its training: flow, ddpm, or options in place of what is told, such as "
+        "path=linear,prediction=velocity or T=1000,schedule=linear,prediction=epsilon."
     ),
 ]
 Weights = Annotated[
@@ -45,7 +44,7 @@ def answers(
         "n_heads": n_heads,
         "null_class": null_class,
         "img_size": None if img_size is None else parse_size("--img-size", img_size),
-        "diffusion": None if diffusion is None else _parse_diffusion(diffusion),
+        "diffusion": None if diffusion is None else parse(diffusion),
         "weights": weights,
     }
 
@@ -57,17 +56,3 @@ def parse_size(flag: str, text: str) -> int | tuple[int, int]:
         raise ValueError(f"{flag}: expected a size such as 32 or 16x64, got {text!r}")
     height, width = int(sides[0]), int(sides[-1])
     return height if height == width else (height, width)
-
-
-def _parse_diffusion(text: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not equals:
-            raise ValueError(f"--diffusion: expected name=value, comma-separated, got {part!r}")
-        if name not in PUBLISHED_DIFFUSION:
-            raise unknown_name("--diffusion", name, PUBLISHED_DIFFUSION)
-        if name == "T" and not value.isdecimal():
-            raise ValueError(f"--diffusion: expected T to be a number of steps, got {value!r}")
-        parsed[name] = int(value) if name == "T" else value
-    return parsed

@@ -7,6 +7,8 @@ from pathlib import Path
 from fastdit.train.recipe import Recipe
 from fastdit.train.sources import Images, Latents, Source, is_shards, open_data, variants_of
 
+_MIRRORED = ("dit", "sit", "lightning")  # recipes that were published with mirror images
+
 
 def check_no_pictures(pictures: dict) -> None:
     """Raise a ValueError if an option of pictures is given, but no pictures."""
@@ -57,4 +59,4 @@ def describe_data(source: Source, recipe: Recipe) -> str | None:
     if variants_of(source) > 1:
         return "latents with flips"
     advice = ", which the published recipe has: fastdit encode --flip"
-    return "latents without flips" + advice * (recipe.name == "dit")
+    return "latents without flips" + advice * (recipe.name in _MIRRORED)

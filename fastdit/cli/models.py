@@ -27,6 +27,7 @@ from fastdit.config import PRESETS
 from fastdit.data.latents import VAE_HELP, LatentShards, encode_folder, load_vae
 from fastdit.data.shards import PLAN
 from fastdit.errors import first_few, unknown_name
+from fastdit.flow import published_flow
 from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
 from fastdit.train.changes import describe, recorded
@@ -84,7 +85,8 @@ def info(
     """
     with plain_errors(context):
         if model in PRESETS:
-            found = CheckpointInfo(PRESETS[model])
+            flow = published_flow(model, PRESETS[model].sample_shape[1])
+            found = CheckpointInfo(PRESETS[model], None if flow is None else flow.options)
         elif Path(model).exists():
             told = answers(n_heads, null_class, img_size, diffusion, weights)
             found = inspect(Path(model), **told)
@@ -116,11 +118,13 @@ def _print_found(found: CheckpointInfo, is_file: bool) -> None:
     if found.diffusion is not None:
         values["diffusion"] = ", ".join(f"{k} {v}" for k, v in found.diffusion.items())
     elif is_file:
-        values["diffusion"] = "not told; it can be passed by --diffusion"
+        values["diffusion"] = "not told; it can be passed by --diffusion, such as flow or ddpm"
     if found.labels is not None:
         values["labels"] = first_few(found.labels, _SHOWN_LABELS)
     for name, value in values.items():
-        print(f"{name:16} {value}" + "  (assumed)" * (name in found.assumed))
+        how = "  (assumed)" * (name in found.assumed)
+        how += "  (told by the file's name)" * (name in found.by_name)
+        print(f"{name:16} {value}{how}")
 
 
 def _print_history(file: Path) -> None:

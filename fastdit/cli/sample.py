@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
+from fastdit.checkpoints.latent_stats import read_latent_stats
 from fastdit.checkpoints.runs import WEIGHTS_FILE, locate
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
@@ -30,14 +31,23 @@ from fastdit.cli.common import (
     plain_errors,
 )
 from fastdit.cli.labels import parse_labels
+from fastdit.cli.solvers import (
+    Clip,
+    Interval,
+    Name,
+    Shift,
+    SolverOptions,
+    Steps,
+    parse_interval,
+    parse_solver,
+)
 from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.data.latents import VAE_HELP, decode, digest, latent_channels, load_vae
+from fastdit.data.latents import VAE_HELP, LatentStats, decode, digest, latent_channels, load_vae
 from fastdit.data.shards import parts_of, write_sharded_npz
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import unknown_name
+from fastdit.flow import process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import SOLVERS
 from fastdit.train.distributed import processes
 from fastdit.update import Guidance
 
@@ -49,6 +59,8 @@ _FLAGS = {
     "guidance.channels": "--guidance-channels",
     "scale": "--guidance-scale",
     "channels": "--guidance-channels",
+    "guidance.interval": "--guidance-interval",
+    "interval": "--guidance-interval",
 }
 
 
@@ -87,12 +99,11 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[int, option("Images sampled together.", min=1)] = 64,
-    solver: Annotated[str, option(f"{', '.join(SOLVERS)}.")] = "ddpm",
-    steps: Annotated[int | None, option("Sampling steps.  [every step of the training]")] = None,
-    clip: Annotated[
-        float | None,
-        option("Clip the predicted image to [-clip, clip]; 1 for pixels.  [no clipping]"),
-    ] = None,
+    solver: Name = None,
+    steps: Steps = None,
+    clip: Clip = None,
+    shift: Shift = None,
+    solver_options: SolverOptions = None,
     guidance_scale: Annotated[
         float | None,
         option("Scale of guidance by a null class: 1 is none, 0 samples without labels."),
@@ -100,11 +111,19 @@ def sample(
     guidance_channels: Annotated[
         int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)
     ] = None,
+    guidance_interval: Interval = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.  [the weights']")] = None,
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
     vae: Annotated[str | None, option(f"The AutoencoderKL to decode by: {VAE_HELP}.")] = None,
+    latent_stats: Annotated[
+        Path | None,
+        option(
+            "File of the mean and deviation by which the training's latents were normalised, such "
+            "as LightningDiT's latents_stats.pt; the autoencoder's own are written or decoded."
+        ),
+    ] = None,
     n_heads: Heads = None,
     null_class: NullClass = None,
     img_size: ImageSize = None,
@@ -127,28 +146,25 @@ def sample(
         where = device_of(device)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)
-        if solver not in SOLVERS:
-            raise unknown_name("--solver", solver, SOLVERS)
-        guidance = None
-        if guidance_scale is not None:
-            guidance = Guidance(guidance_scale, channels=guidance_channels)
-        elif guidance_channels is not None:
-            raise ValueError("--guidance-channels: expected --guidance-scale beside it, got none")
+        process = process_of(trained_on)
+        solver, chosen = parse_solver(solver, process, clip, shift, solver_options)
+        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval)
         sampler = Sampler(
             load(checkpoint, **told).to(where),
-            DiffusionScheduler(**trained_on),
-            replace(SOLVERS[solver], clip=clip),
+            process,
+            chosen,
             steps,
             guidance=guidance,
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,
         )
-        decoder = None if vae is None else load_vae(vae, where)
-        takes, makes = decoder and latent_channels(decoder), found.config.in_channels
-        if takes not in (None, makes):
-            raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {makes}")
+        finish = _Finish(
+            None if latent_stats is None else read_latent_stats(latent_stats),
+            None if vae is None else load_vae(vae, where),
+        )
+        finish.check(found.config.in_channels)
         if num_images is None:
-            _sample_grid(out, sampler, decoder, wanted, noise, count, batch_size)
+            _sample_grid(out, sampler, finish, wanted, noise, count, batch_size)
             return
         plan = dict(
             num=num_images,
@@ -161,21 +177,57 @@ def sample(
             guidance=guidance and asdict(guidance),
             dtype=dtype,
             execution=sampler.execution_for(),
-            vae=decoder and digest(decoder),
+            vae=finish.decoder and digest(finish.decoder),
             checkpoint=_digest(locate(checkpoint, weights)),
         )
-        for name in ("weights", "diffusion"):  # an older release's shards have no such entries
-            if told[name] is not None:
-                plan[name] = told[name]
+        # An older release's shards have no such entries.
+        later = dict(weights=told["weights"], diffusion=told["diffusion"])
+        later |= dict(shift=shift, solver_options=solver_options)
+        later["latent_stats"] = finish.stats and asdict(finish.stats)
+        plan |= {name: value for name, value in later.items() if value is not None}
         if first_index:
             plan["first_index"] = first_index
-        _sample_many(out, sampler, decoder, noise, plan)
+        _sample_many(out, sampler, finish, noise, plan)
+
+
+def _guidance(scale: float | None, channels: int | None, interval: str | None) -> Guidance | None:
+    if scale is not None:
+        return Guidance(scale, parse_interval(interval), channels)
+    for flag, value in (("channels", channels), ("interval", interval)):
+        if value is not None:
+            raise ValueError(f"--guidance-{flag}: expected --guidance-scale beside it, got none")
+    return None
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """What becomes of a model's samples before they are written."""
+
+    stats: LatentStats | None
+    decoder: nn.Module | None
+
+    def check(self, channels: int) -> None:
+        """Raise a ValueError unless both are for as many channels as the model makes."""
+        takes = channels if self.decoder is None else latent_channels(self.decoder)
+        if takes != channels:
+            raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {channels}")
+        if self.stats is not None and len(self.stats.mean) != channels:
+            got = f"{len(self.stats.mean)} channels, but the model makes {channels}"
+            raise ValueError(f"--latent-stats: they are of {got}")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.stats is not None:
+            images = self.stats.undo(images)
+        if self.decoder is not None:
+            # Statistics are of the autoencoder's own latents, which need no other scale.
+            images = decode(self.decoder, images, scale=None if self.stats is None else 1.0)
+        return images
 
 
 def _sample_grid(
     out: Path,
     sampler: Sampler,
-    decoder: nn.Module | None,
+    finish: _Finish,
     labels: list[int],
     noise: Noise,
     count: int | None,
@@ -191,26 +243,22 @@ def _sample_grid(
             rows = [labels[j // per_label] for j in range(i, min(i + size, total))]
             batches.append(sample_batch(sampler, rows, noise, i, progress=True).cpu())
             bar.update(len(rows))
-    images = torch.cat(batches)
-    if decoder is not None:
-        images = decode(decoder, images)
+    images = finish(torch.cat(batches))
     _write(out, images, columns=per_label)
     print(f"wrote {total} image{'s' * (total > 1)} to {out}")
 
 
 def _sample_many(
-    out: Path, sampler: Sampler, decoder: nn.Module | None, noise: Noise, plan: dict[str, Any]
+    out: Path, sampler: Sampler, finish: _Finish, noise: Noise, plan: dict[str, Any]
 ) -> None:
     """Sample `plan["num"]` images into one NPZ, on all processes together."""
     labels, size = plan["labels"], plan["batch_size"]
     noise.check(-(-plan["num"] // size) * size)
-    pixels = decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
+    pixels = finish.decoder is not None or sampler.sample_shape[0] in PIXEL_CHANNELS
 
     def make(first: int) -> np.ndarray:
         rows = [labels[(noise.first + first + i) % len(labels)] for i in range(size)]
-        images = sample_batch(sampler, rows, noise, first)
-        if decoder is not None:
-            images = decode(decoder, images)
+        images = finish(sample_batch(sampler, rows, noise, first))
         return to_pixels(images) if pixels else images.cpu().numpy()
 
     # After a stop one process may have most of its batches left while the others wait for it.
@@ -271,10 +319,10 @@ def _inspect(
         )
     found = inspect(checkpoint, **told)
     if found.diffusion is None:
-        advice = "pass it, such as --diffusion T=1000,schedule=linear"
-        flow = "(a SiT's is flow matching, which fastdit does not have)"
+        advice = "pass it: --diffusion flow for a SiT, --diffusion ddpm for a DiT"
+        more = "or options such as --diffusion T=1000,schedule=linear"
         raise ValueError(
-            f"{checkpoint}: it does not name its training's diffusion {flow}; {advice}"
+            f"{checkpoint}: it does not name its training's diffusion; {advice}, {more}"
         )
     makes = found.config.in_channels
     if out.suffix == ".png" and not decoded and makes not in PIXEL_CHANNELS:

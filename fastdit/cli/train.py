@@ -23,6 +23,7 @@ from fastdit.cli.data import describe_data
 from fastdit.cli.losses import print_losses
 from fastdit.cli.trainers import ImageOptions, continue_run, find_saved, start_run
 from fastdit.data.latents import SCALING, VAE_HELP, latent_channels, load_vae, scaling_factor
+from fastdit.train.alignment import ALIGN_WEIGHT
 from fastdit.train.changes import describe
 from fastdit.train.distributed import processes
 from fastdit.train.monitor import Monitor
@@ -94,6 +95,42 @@ def train(
     label_dropout: Annotated[float | None, _recipe_option("Share of labels dropped.")] = None,
     T: Annotated[int | None, _recipe_option("Diffusion steps T.", "--diffusion-steps")] = None,
     schedule: Annotated[str | None, _recipe_option("linear, linear-scaled or cosine.")] = None,
+    beta2: Annotated[float | None, _recipe_option("AdamW's decay of squared gradients.")] = None,
+    path: Annotated[str | None, _recipe_option("A flow's: linear, gvp or vp.")] = None,
+    prediction: Annotated[
+        str | None, _recipe_option("A flow's: velocity, epsilon, sample or score.")
+    ] = None,
+    clean_at: Annotated[int | None, _recipe_option("A flow's time at the data, 1 or 0.")] = None,
+    time_scale: Annotated[
+        float | None, _recipe_option("What a flow's times are embedded at, as their factor.")
+    ] = None,
+    noise_scale: Annotated[float | None, _recipe_option("Deviation of a flow's noise.")] = None,
+    min_noise: Annotated[
+        float | None, _recipe_option("Least divisor of a predicted image's error; 0: none.")
+    ] = None,
+    time_draw: Annotated[
+        str | None, _recipe_option("A flow's times: uniform or logit-normal.")
+    ] = None,
+    time_mean: Annotated[float | None, _recipe_option("Of that normal; below 0: noise.")] = None,
+    time_deviation: Annotated[float | None, _recipe_option("Of that normal.")] = None,
+    time_shift: Annotated[
+        float | None, _recipe_option("Shift of a flow's times; below 1: towards noise.")
+    ] = None,
+    direction_loss: Annotated[
+        float | None, _recipe_option("Weight of the loss of a velocity's direction.")
+    ] = None,
+    features: Annotated[
+        Path | None,
+        option(
+            "An encoder's features of the images, with which a hidden state is aligned: .npy or "
+            ".safetensors of [images, tokens, width]."
+        ),
+    ] = None,
+    align_weight: Annotated[
+        float | None, option(f"Weight of that alignment.  [{ALIGN_WEIGHT}]")
+    ] = None,
+    align_depth: Annotated[int | None, _recipe_option("Blocks before the hidden state.")] = None,
+    align_width: Annotated[int | None, _recipe_option("Width of its projector.")] = None,
     seed: Annotated[int | None, _recipe_option("Seed of data, weights, order, noise.")] = None,
     precision: Annotated[str, option("float32 or bfloat16 (autocast).")] = "float32",
     compile: Annotated[str, option("torch.compile: none, block or whole.")] = "none",
@@ -133,7 +170,7 @@ def train(
             size = None if image_size is None else parse_size("--image-size", image_size)
             pictures: dict = dict(image_size=size, flip=flip, skip_bad=skip_bad)
             pictures |= dict(cache=cache or out / "images", rank=world.rank, world=world.size)
-            images = ImageOptions(data, per_class, new_data, pictures)
+            images = ImageOptions(data, per_class, new_data, pictures, features)
             saved = find_saved(resume, out)
             resumed = saved is not None
             if new_data and (resume == "no" or data is None and per_class is None):

@@ -9,12 +9,18 @@ from typing import Any, NamedTuple
 from fastdit.checkpoints import inspect, load
 from fastdit.cli.data import check_no_pictures, reopen_data
 from fastdit.config import PRESETS, DiTConfig
+from fastdit.data.features import Features
 from fastdit.errors import unknown_name
+from fastdit.flow import published_flow
 from fastdit.model import DiT
-from fastdit.train.recipe import RECIPES, Recipe
+from fastdit.train.alignment import ALIGN_WEIGHT
+from fastdit.train.recipe import DIFFUSION_OPTIONS, FLOW_OPTIONS, FLOW_RECIPES, RECIPES, Recipe
 from fastdit.train.run_folder import RunFolder, Saved, read
 from fastdit.train.sources import Shapes, Source, open_data
 from fastdit.train.trainer import Trainer
+
+# What a checkpoint has learned of a flow, and nothing but its training can tell.
+_NEEDED_OF_FLOWS = ("path", "prediction", "clean_at")
 
 
 class ImageOptions(NamedTuple):
@@ -24,6 +30,10 @@ class ImageOptions(NamedTuple):
     per_class: int | None
     new_data: bool
     pictures: dict[str, Any]  # options of `open_data`
+    features: Path | None  # of an encoder
+
+    def open_features(self) -> Features | None:
+        return None if self.features is None else Features(self.features)
 
 
 def start_run(
@@ -40,8 +50,13 @@ def start_run(
     changes = _changes(given)
     if "steps" in changes and "warmup" not in changes:
         changes["warmup"] = min(RECIPES[name].warmup, changes["steps"] - 1)
+    if images.features is not None:
+        changes.setdefault("align_weight", ALIGN_WEIGHT)
+    if model is not None and origin is None:
+        changes = _published_process(model, given) | changes
     recipe = replace(RECIPES[name], **changes)
     source = _open(images, recipe.seed, options["out"])
+    options = options | {"features": images.open_features()}
     if origin is None:
         return Trainer(_fitted_config(model or "toy", recipe, source), recipe, source, **options)
     if model is not None:
@@ -51,11 +66,33 @@ def start_run(
     if recipe.label_dropout and not initial.cfg.null_class:
         got = f"{recipe.label_dropout}, but {origin} has no null class to learn from them"
         raise ValueError(f"--label-dropout: expected 0, got {got}")
-    recipe = replace(recipe, **_diffusion_of(initial, origin, given))
+    recipe = replace(recipe, **_process_of(initial, origin, recipe, given))
     trainer = Trainer(initial.cfg, recipe, source, initial=initial, **options)
     assert trainer.origin is not None
     trainer.origin["path"] = str(origin.resolve())
     return trainer
+
+
+def _published_process(model: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the flow that a preset was published with; none for a diffusion.
+
+    Raises:
+        ValueError: there is no such preset, or no recipe is named for one with a flow.
+    """
+    if model not in PRESETS:
+        raise unknown_name("--model", model, PRESETS)
+    flow = published_flow(model, PRESETS[model].sample_shape[1])
+    if flow is None:
+        return {}
+    if given["name"] is None:
+        why = f"since {model} was published with a flow, got none"
+        raise ValueError(f"--recipe: expected one of {', '.join(FLOW_RECIPES)}, {why}")
+    if given["name"] not in FLOW_RECIPES:  # asked for, as is the model
+        return {}
+    options = flow.options
+    if given["path"] or given["prediction"]:
+        del options["min_noise"]  # which belongs to the published ones
+    return options
 
 
 def _load_initial(origin: Path, source: Source) -> DiT:
@@ -66,21 +103,34 @@ def _load_initial(origin: Path, source: Source) -> DiT:
     return load(origin, num_classes=classes, img_size=H if H == W else (H, W), in_channels=C)
 
 
-def _diffusion_of(model: DiT, origin: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Return T and schedule, as far as no option gives them, of the model's own diffusion.
+def _process_of(model: DiT, origin: Path, recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what the model's own process says of the recipe, as far as no option does.
 
     Raises:
-        ValueError: the checkpoint does not tell them, or the model predicts no noise.
+        ValueError: the checkpoint does not tell its process, or the recipe does not train such.
     """
-    diffusion = model.diffusion or inspect(origin).diffusion or {}
-    if (prediction := diffusion.get("prediction", "epsilon")) != "epsilon":
-        why = "fastdit train trains models that predict the noise"
+    options = model.diffusion or inspect(origin).diffusion or {}
+    known = FLOW_OPTIONS if recipe.path else DIFFUSION_OPTIONS
+    missing = [name for name in known if given[name] is None]
+    if not options:
+        needed = _NEEDED_OF_FLOWS if recipe.path else known
+        if asked := [name for name in needed if name in missing]:
+            flags = {"T": "--diffusion-steps", "clean_at": "--clean-at"}
+            passed = " and ".join(flags.get(name, f"--{name}") for name in asked)
+            what = "flow" if recipe.path else "diffusion"
+            raise ValueError(f"--from: {origin} does not tell its {what}; pass {passed}")
+        return {}
+    if ("path" in options) != (recipe.path is not None):
+        its, ours = "a diffusion", "a flow"
+        if "path" in options:
+            its, ours = ours, its
+        names = [n for n, r in RECIPES.items() if (r.path is None) != (recipe.path is None)]
+        why = f"{origin} was trained on {its}, and {recipe.name!r} trains {ours}"
+        raise ValueError(f"--recipe: expected one of {', '.join(names)}, since {why}")
+    if not recipe.path and (prediction := options.get("prediction", "epsilon")) != "epsilon":
+        why = "fastdit train trains diffusions that predict the noise"
         raise ValueError(f"--from: {origin} predicts {prediction!r}; {why}")
-    missing = [name for name in ("T", "schedule") if given[name] is None]
-    if missing and not diffusion:
-        flags = " and ".join({"T": "--diffusion-steps"}.get(n, f"--{n}") for n in missing)
-        raise ValueError(f"--from: {origin} does not tell its diffusion; pass {flags}")
-    return {name: diffusion[name] for name in missing}
+    return {name: options[name] for name in missing}
 
 
 def _check_same_origin(trainer: Trainer, origin: Path | None) -> None:
@@ -110,15 +160,15 @@ def _reopen(images: ImageOptions, saved: Saved) -> Source | None:
         raise ValueError("--per-class: expected none beside --data")
     if images.new_data and images.per_class is not None:
         check_no_pictures(images.pictures)
-        seed = Recipe.from_dict(saved.header["recipe"], complete=True).seed
+        seed = Recipe.from_saved(saved.header["recipe"]).seed
         return Shapes(images.per_class, seed)
     return reopen_data(saved.header, images.data, images.pictures, images.new_data)
 
 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the recipe that options set; a clip or ema of 0 means None."""
+    """Return the fields of the recipe that options set; 0 means None where that is a value."""
     changes = {field: value for field, value in given.items() if value is not None}
-    return changes | {field: None for field in ("clip", "ema") if given[field] == 0}
+    return changes | {field: None for field in ("clip", "ema", "min_noise") if given[field] == 0}
 
 
 def _fitted_config(model: str, recipe: Recipe, source: Source) -> DiTConfig:
@@ -166,6 +216,7 @@ def continue_run(
     """Return the trainer of a saved run, from now on with the options that differ."""
     source = _reopen(images, saved)
     changes, new_data = _changes(given), images.new_data
+    options = options | {"features": images.open_features()}
     trainer = Trainer.resume(saved, source=source, changes=changes, new_data=new_data, **options)
     fitted = None if model is None else _fitted_config(model, trainer.recipe, trainer.source)
     if fitted is not None:  # an earlier release gave published sizes a null class in any case

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +114,53 @@ def scaling_factor(vae: Any) -> float:
     return float(vae.config.scaling_factor)
 
 
+@dataclass(frozen=True)
+class LatentStats:
+    """How a model's latents are normalised: `(latent - mean) / std * multiplier`, by channel.
+
+    Attributes:
+        mean, std: one number for each channel.
+        multiplier: 1 of LightningDiT's published models.
+
+    Raises:
+        ValueError: the numbers are not as many of each, not finite, or do not divide.
+
+    Source: `datasets/img_latent_dataset.py` and `inference.py` of LightningDiT.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std):
+            got = f"{len(self.mean)} and {len(self.std)}"
+            raise ValueError(f"std: expected as many numbers as of the mean, got {got}")
+        if not all(map(math.isfinite, (*self.mean, *self.std, self.multiplier))):
+            raise ValueError("mean: expected finite numbers, and so of std and the multiplier")
+        if min(*self.std, self.multiplier) <= 0:
+            got = f"{min(self.std):g} and {self.multiplier:g}"
+            raise ValueError(f"std: expected positive numbers and multiplier, got {got}")
+
+    def undo(self, latents: Tensor) -> Tensor:
+        """Return a model's latents [B, C, h, w] as the autoencoder decodes them."""
+        if latents.dim() != 4 or latents.shape[1] != len(self.mean):
+            shape = list(latents.shape)
+            expected = f"shape [B, {len(self.mean)}, h, w] for these statistics"
+            raise ValueError(f"latents: expected {expected}, got {shape}")
+        mean, std = latents.new_tensor([self.mean, self.std])[:, None, :, None, None]
+        return latents * std / self.multiplier + mean
+
+
 @torch.no_grad()
-def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE) -> Tensor:
+def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE, scale: float | None = None) -> Tensor:
     """Decode latents a few images at a time, so that memory does not grow with their number.
 
     Args:
-        vae: an `AutoencoderKL`; latents are divided by its `config.scaling_factor`.
+        vae: an `AutoencoderKL`.
         latents: [B, C, h, w] in any float dtype, on any device.
         at_once: images decoded together.
+        scale: what latents are divided by; None is `vae.config.scaling_factor`.
 
     Returns:
         [B, 3, H, W] float32 on the CPU, about -1 to 1.
@@ -136,9 +177,10 @@ def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE) -> Tensor:
         shape = list(latents.shape)
         raise ValueError(f"latents: expected shape [B, {channels}, h, w] for this VAE, got {shape}")
     parameter = next(vae.parameters())
+    scale = vae.config.scaling_factor if scale is None else scale
     images = []
     for some in latents.split(at_once):
-        scaled = some.to(parameter.device, parameter.dtype) / vae.config.scaling_factor
+        scaled = some.to(parameter.device, parameter.dtype) / scale
         images.append(vae.decode(scaled).sample.float().cpu())
     return torch.cat(images)
 

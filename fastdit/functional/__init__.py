@@ -1,6 +1,6 @@
 """The ops of a DiT and of its sampling.
 
-LayerNorm and softmax are computed in at least float32. With mixed dtypes a residual keeps x's
+Norms and softmax are computed in at least float32. With mixed dtypes a residual keeps x's
 dtype, and a modulated output takes scale's.
 
 Those that kernels exist for take a `backend`, which runs the op or raises:
@@ -11,7 +11,7 @@ Those that kernels exist for take a `backend`, which runs the op or raises:
   none, and `normal` has no "triton".
 - "reference": plain PyTorch, which torch.compile can fuse.
 - None: the first of these that can run and suits. "cpp" does not suit while torch.compile traces,
-  for LayerNorms of fewer than 100,000 elements, and for updates that need a gradient.
+  for norms of fewer than 100,000 elements, and for updates that need a gradient.
 """
 
 from fastdit.functional.attention import attention, qk_attention, qk_norm_rope

@@ -144,8 +144,8 @@ def trajectory(
         noise: [K, B, P, C], z itself. With neither seeds nor noise z is 0.
         guidance: the scale, and the number of guided channels; guides all K steps.
         backend: "triton" (CUDA; the published DiT's block, hidden 64 or 128, 16 or 64 tokens, head
-            dims of 16 or 32; the error names what a chip's registers do not allow), "cpp" (a CPU, float32; bfloat16 with
-            AVX512-BF16), "reference" or None.
+            dims of 16 or 32; the error names what a chip's registers do not allow), "cpp" (a CPU,
+            float32; bfloat16 with AVX512-BF16), "reference" or None.
 
     Returns:
         (x, x0) after the last step, of x's shape and dtype.

@@ -1,7 +1,8 @@
 """From labels and seeds to images; users need only `Sampler`.
 
 `sampler` and `arguments` check a call, `executions` lists the ways to run its loop, `loop` and
-`trajectory` are the two kinds of loop, `steps` and `graphs` run one step, `predictors` says what a
+`trajectory` are the two kinds of loop of planned steps, `adaptive` the loop of a solver that
+chooses its own, `steps` and `graphs` run one step, `predictors` says what a
 model does in a loop, and `modulation` what is computed ahead of the steps.
 """
 

@@ -14,12 +14,14 @@ from torch import nn
 from fastdit.config import DiTConfig
 from fastdit.model import config_of, unwrap
 from fastdit.ops import dispatch
+from fastdit.sampling.adaptive import AdaptiveLoop
 from fastdit.sampling.graphs import Graphed
 from fastdit.sampling.loop import Loop, Plan, StepLoop
 from fastdit.sampling.predictors import (
     DiTPredictor,
     ImageLayout,
     ModelPredictor,
+    Predictor,
     TokenLayout,
     is_standard_dit,
     is_unmodified_dit,
@@ -34,6 +36,7 @@ class Subject(NamedTuple):
     model: nn.Module
     device: torch.device  # the model's
     dtype: torch.dtype  # of its forward
+    adaptive: bool = False  # whether the solver chooses its own steps
 
 
 class Execution(NamedTuple):
@@ -121,6 +124,8 @@ def _arch(device: torch.device) -> str:
 
 
 def _needs_dit(subject: Subject) -> str | None:
+    if subject.adaptive:
+        return "takes steps that are planned ahead, which 'dopri5' does not"
     if is_standard_dit(subject.model):
         return None
     name = type(unwrap(subject.model)).__name__
@@ -135,9 +140,10 @@ def _needs_cuda(subject: Subject) -> str | None:
 
 
 def _needs_plain_weights(subject: Subject) -> str | None:
-    model, device, dtype = subject
-    if not is_standard_dit(model):
-        return _needs_dit(subject)
+    reason = _needs_dit(subject)
+    model, device, dtype, _ = subject
+    if reason is not None or not is_standard_dit(model):
+        return reason
     backend = "cpp" if device.type == "cpu" else "triton"
     reason = dispatch.obstacle("trajectory", backend, model.cfg, device, dtype)
     if reason is None and not is_unmodified_dit(model):
@@ -151,7 +157,7 @@ def _trajectory_suits(subject: Subject) -> bool:
     On a CPU it is faster than compiled steps for every model, at every batch
     (benchmarks/crossover.py and sample_throughput.py on two cores with AVX-512).
     """
-    model, device, dtype = subject
+    model, device, dtype, _ = subject
     if not is_standard_dit(model):
         return False
     if device.type == "cpu":
@@ -170,19 +176,30 @@ def _stepwise(step: Callable[[], Step], copies: bool) -> Callable[[Subject, Plan
     """Return a `build` for loops of single steps; with `copies` a DiT is copied first."""
 
     def build(subject: Subject, plan: Plan) -> Loop:
-        model, device, dtype = subject
-        if is_standard_dit(model):
-            dit = DiTPredictor(model, dtype, copies)
-            return StepLoop(dit, device, dtype, plan, step())
-        cfg = config_of(unwrap(model))
-        layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
-        return StepLoop(ModelPredictor(model, device, dtype, layout), device, dtype, plan, step())
+        predictor = _predictor(subject, plan, copies)
+        return StepLoop(predictor, subject.device, subject.dtype, plan, step())
 
     return build
 
 
+def _predictor(subject: Subject, plan: Plan, copies: bool) -> Predictor:
+    model, device, dtype, _ = subject
+    if is_standard_dit(model):
+        return DiTPredictor(model, dtype, copies)
+    cfg = config_of(unwrap(model))
+    layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
+    return ModelPredictor(model, device, dtype, layout)
+
+
+def _eager(subject: Subject, plan: Plan) -> Loop:
+    if not subject.adaptive:
+        return _stepwise(Eager, copies=False)(subject, plan)
+    predictor = _predictor(subject, plan, copies=False)
+    return AdaptiveLoop(predictor, subject.device, subject.dtype, plan)
+
+
 def _whole_loop(subject: Subject, plan: Plan) -> Loop:
-    model, device, dtype = subject
+    model, device, dtype, _ = subject
     assert is_standard_dit(model)
     return TrajectoryLoop(DiTPredictor(model, dtype, copies=False), device, dtype, plan)
 
@@ -194,5 +211,5 @@ EXECUTIONS: dict[str, Execution] = {
         _needs_cuda, lambda subject: subject.device.type == "cuda", _stepwise(Graphed, copies=True)
     ),
     "compile": Execution(_needs_dit, lambda subject: False, _stepwise(Compiled, copies=True)),
-    "eager": Execution(lambda subject: None, lambda subject: True, _stepwise(Eager, copies=False)),
+    "eager": Execution(lambda subject: None, lambda subject: True, _eager),
 }

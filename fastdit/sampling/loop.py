@@ -69,6 +69,8 @@ class Loop(ABC):
         dtype = torch.promote_types(self.dtype, torch.float32)
         if request.x_T is None:
             x = self._seeded(request.keys, torch.zeros(1, dtype=torch.int64, device=self.device))[0]
+            if self.plan.table.noise_scale != 1:
+                x = x * self.plan.table.noise_scale
         else:
             x = self._layout.to_state(request.x_T.to(self.device))
         # A copy, since the caller's x_T must not change, and no view, since a compiled step would
@@ -104,7 +106,7 @@ class StepLoop(Loop):
         predictor.refresh()
         guided = [guidance is not None and guidance.active(t) for t in table.timesteps]
         with self._without_autocast():
-            conditioning = predictor.begin(table.timesteps, request.labels, table_bytes)
+            conditioning = predictor.begin(table.model_times, request.labels, table_bytes)
             state, coefficients = self._start(request)
             noise = self._noise(request, state.x, len(table.timesteps))
             steps = progress_bar(progress, guided)

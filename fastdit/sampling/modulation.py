@@ -23,6 +23,13 @@ from fastdit.blocks import Conditioned
 from fastdit.model import DiT
 from fastdit.ops.trajectory import Modulation
 
+
+def model_times(times: Sequence[int] | Sequence[float], device: torch.device) -> Tensor:
+    """Return what the model is called with at some timesteps: int64, or float32 for fractions."""
+    fractions = any(isinstance(t, float) for t in times)
+    return torch.tensor(times, dtype=torch.float32 if fractions else torch.int64, device=device)
+
+
 Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -198,7 +205,7 @@ class ChunkedTables(Tables):
     def __init__(
         self,
         projection: Projection,
-        timesteps: Sequence[int],
+        timesteps: Sequence[int] | Sequence[float],
         labels: Sequence[int] | None,
         max_bytes: int,
     ) -> None:
@@ -226,7 +233,7 @@ class ChunkedTables(Tables):
                 f"{fixed + step_bytes} bytes, got {max_bytes}"
             )
         self._projection, self._first = projection, 0
-        self._timesteps = torch.tensor(timesteps, device=device)
+        self._timesteps = model_times(timesteps, device)
         self._labels = torch.tensor(distinct, device=device) if distinct else None
         nothing = torch.empty(0, device=device)
         super().__init__(
@@ -251,7 +258,9 @@ class TableStore:
     than the steps, or else of the last batch's labels; nothing if they exceed the bound of memory.
     """
 
-    def __init__(self, projection: Projection, timesteps: Sequence[int], max_bytes: int) -> None:
+    def __init__(
+        self, projection: Projection, timesteps: Sequence[int] | Sequence[float], max_bytes: int
+    ) -> None:
         """Keep rows while the model's weights stay; arguments as `ChunkedTables` has them."""
         self._projection, self._timesteps, self._max_bytes = projection, timesteps, max_bytes
         self._by_step: Tensor | None = None
@@ -272,7 +281,7 @@ class TableStore:
             wanted = torch.tensor(distinct, device=device) if distinct else None
             self._by_label, self._distinct = self._projection.by_label(wanted), distinct
         if self._by_step is None:
-            t = torch.tensor(self._timesteps, device=device)
+            t = model_times(self._timesteps, device)
             self._by_step = self._projection.by_step(t, None)
         return Tables(self._by_step, self._by_label, _rows(labels, distinct, device))
 

@@ -15,7 +15,7 @@ from fastdit import functional
 from fastdit.config import DiTConfig
 from fastdit.errors import check_finite
 from fastdit.model import DiT
-from fastdit.sampling.modulation import ChunkedTables, LayerProjection
+from fastdit.sampling.modulation import ChunkedTables, LayerProjection, model_times
 
 
 class Predictor(Protocol):
@@ -30,7 +30,7 @@ class Predictor(Protocol):
         """Take the model's present weights; raise a ValueError where one is not finite."""
 
     def begin(
-        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+        self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
     ) -> Callable[..., Tensor]:
         """Do for a batch what its steps need not repeat.
 
@@ -187,7 +187,7 @@ class DiTPredictor:
             self._found_finite = marks
 
     def begin(
-        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+        self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
     ) -> Callable[..., Tensor]:
         return ChunkedTables(LayerProjection(self.model), timesteps, labels, table_bytes).rows
 
@@ -206,7 +206,8 @@ class DiTPredictor:
 class ModelPredictor:
     """Any model, called as `model(x, t, y)`; the conditioning is [rows, 2] of t and y.
 
-    Without labels it is [rows, 1].
+    Without labels it is [rows, 1]. It is int64, or float64 where t is fractional, which holds both
+    exactly.
     """
 
     def __init__(
@@ -223,10 +224,12 @@ class ModelPredictor:
         check_finite("model", dict(self.model.named_parameters()))
 
     def begin(
-        self, timesteps: Sequence[int], labels: list[int] | None, table_bytes: int
+        self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
     ) -> Callable[..., Tensor]:
-        t = torch.tensor(timesteps, device=self.device)
-        y = [] if labels is None else [torch.tensor(labels, device=self.device)]
+        t = model_times(timesteps, self.device)
+        if t.is_floating_point():
+            t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)
+        y = [] if labels is None else [torch.tensor(labels, dtype=t.dtype, device=self.device)]
 
         def conditioning(k: int, rows: int, out: Tensor | None = None) -> Tensor:
             return torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1, out=out)
@@ -234,7 +237,9 @@ class ModelPredictor:
         return conditioning
 
     def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        t, y = conditioning[:, 0], conditioning[:, 1] if conditioning.shape[1] == 2 else None
+        t, y = conditioning[:, 0], conditioning[:, 1].long() if conditioning.shape[1] == 2 else None
+        if t.is_floating_point():
+            t = t.to(torch.promote_types(self.dtype, torch.float32))
         images = self.layout.to_images(x).to(self.dtype)
         if len(t) != len(x):
             images = torch.cat([images, images])

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name, warn
+from fastdit.flow import FlowMatching, Process, process_of
 from fastdit.model import DiT, config_of, unwrap
 from fastdit.sampling import arguments
+from fastdit.sampling.adaptive import integrator
 from fastdit.sampling.arguments import Generators, Labels
 from fastdit.sampling.executions import EXECUTIONS, Subject, automatic, obstacle
 from fastdit.sampling.loop import Loop, Plan, Progress, Request
@@ -25,7 +26,7 @@ TABLE_BYTES = 2**30
 
 
 class Sampler:
-    """Samples images from a noise predictor.
+    """Samples images from a model of a diffusion or of a flow.
 
         sampler = Sampler(model, DiffusionScheduler(T=200))
         images = sampler([0, 5, 10], seed=7)
@@ -41,8 +42,8 @@ class Sampler:
     def __init__(
         self,
         model: nn.Module,
-        scheduler: DiffusionScheduler | None = None,
-        solver: str | Solver = "ddpm",
+        scheduler: Process | None = None,
+        solver: str | Solver | None = None,
         steps: int | None = None,
         *,
         guidance: Guidance | None = None,
@@ -54,18 +55,25 @@ class Sampler:
         """Prepare to sample.
 
         Args:
-            model: called as `model(x, t, y)` with x [B, C, H, W], t [B] int64 and y [B] int64 or
-                None; returns the predicted noise, like x, or [B, 2C, H, W] with the learned
-                variance. It is sampled on the device of its first parameter (on the CPU if it has
+            model: called as `model(x, t, y)` with x [B, C, H, W], t [B] int64 (for a FlowMatching
+                float32, times its `time_scale`) and y [B] int64 or None; returns its prediction,
+                like x, or [B, 2C, H, W] with the learned variance, which a flow does not use. It is
+                sampled on the device of its first parameter (on the CPU if it has
                 none) and keeps its mode. A compiled or data-parallel `fastdit.DiT` is unwrapped,
                 since `execution` says how it runs.
-            scheduler: the diffusion that the model was trained on; None takes `model.diffusion`,
-                which `fastdit.load` sets where a checkpoint tells it.
-            solver: "ddpm" (ancestral), "ddim", "dpm++" (DPM-Solver++(2M)) or "heun", or one of
-                `fastdit.solvers` with its options, such as `DDIM(eta=0.5)` or `DDPM(clip=1.0)`.
-            steps: number of the scheduler's T steps to take; None takes all. The solver's docstring
-                says which. Heun's method calls the model twice a step, except in the last.
-            guidance: classifier-free guidance; needs a DiT with `null_class`.
+            scheduler: the `DiffusionScheduler` or the `FlowMatching` that the model was trained
+                on; None takes `model.diffusion`, which `fastdit.load` sets where a checkpoint tells
+                it.
+            solver: a name, or one of `fastdit.solvers` with its options, such as `DDIM(eta=0.5)` or
+                `Euler(shift=0.3)`. Of a DiffusionScheduler "ddpm" (ancestral, the default) or
+                "ddim"; of a FlowMatching "euler" (the default), "euler-maruyama" or "dopri5", which
+                chooses its steps and runs eagerly only; of both "dpm++" (DPM-Solver++(2M)) or
+                "heun".
+            steps: number of steps: of a scheduler's T, where None takes all, or of a flow, where
+                None is 250, or 50 for "heun" and "dpm++". The solver's docstring says which.
+                Heun's method calls the model twice a step, except in the last.
+            guidance: classifier-free guidance; needs a DiT with `null_class`. An interval is of
+                integers for a DiffusionScheduler, of times from 0 to 1 for a FlowMatching.
             dtype: of the forward, including its residual stream, which in the C++ trajectory is
                 float32; None is the model's own, or under autocast autocast's dtype. A dtype that
                 is not the model's own needs a `fastdit.DiT`. The sampler's state is at least
@@ -93,10 +101,14 @@ class Sampler:
         """
         if not isinstance(model, nn.Module):
             raise ValueError(f"model: expected a Module, got {type(model).__name__}")
-        if not isinstance(scheduler, DiffusionScheduler | None):
+        if not isinstance(scheduler, Process | None):
             got = type(scheduler).__name__
-            raise ValueError(f"scheduler: expected a DiffusionScheduler, got {got}")
-        if not isinstance(solver, Solver) and not (isinstance(solver, str) and solver in SOLVERS):
+            raise ValueError(
+                f"scheduler: expected a DiffusionScheduler or a FlowMatching, got {got}"
+            )
+        if not isinstance(solver, Solver | None) and not (
+            isinstance(solver, str) and solver in SOLVERS
+        ):
             raise unknown_name("solver", solver, SOLVERS)
         if execution not in ("auto", *EXECUTIONS):
             raise unknown_name("execution", execution, ("auto", *EXECUTIONS))
@@ -106,8 +118,13 @@ class Sampler:
         self.model = inner if is_standard_dit(inner) else model
         self.config = config_of(inner)
         self.sample_shape = arguments.sample_shape(sample_shape, self.config)
+        self.process = scheduler or _own_process(inner)
+        if solver is None:
+            solver = "euler" if isinstance(self.process, FlowMatching) else "ddpm"
         self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
-        self.table = self.solver.table(scheduler or _own_scheduler(inner), steps)
+        self.table = self.solver.table(self.process, steps)
+        if self.table.ode is not None:
+            integrator()  # an error here if it is missing
         self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
         self.execution = execution
         self._check_guidance()
@@ -144,13 +161,16 @@ class Sampler:
                 B of them for `seeds`, as diffusers' pipelines take them. No number is drawn from
                 them, so a second call with the same generator makes the same images.
             first_index: index of the first image, so that a set can be sampled in parts.
-            x_T: [B, C, H, W] to start from instead of the seed's noise.
+            x_T: [B, C, H, W] to start from instead of the seed's noise; a flow's `noise_scale`
+                multiplies the seed's noise and not x_T.
             noise: [S, B, C, H, W] to add instead of the seed's: the k-th of S evaluations of the
-                model uses noise[k]. The last one adds none, and deterministic solvers never do.
+                model uses noise[k]. The last one adds none, unless it is that of
+                `EulerMaruyama(last_step=None)`, and deterministic solvers never do.
             progress: True shows a progress bar on stderr. A function is called after each
                 evaluation of the model as `progress(k, x0)`, with k from 0 and the image predicted
                 so far, [B, C, H, W]; under "trajectory" each is then an op of its own. On CUDA
-                both run ahead of the device.
+                both run ahead of the device. "dopri5" makes one image after another, and those
+                whose turn has not come are zeros in x0.
 
         Returns:
             [B, C, H, W] on the model's device: float32, or float64 for a float64 model.
@@ -218,6 +238,20 @@ class Sampler:
                 f"guidance.channels: expected at most the model's {cfg.in_channels}, got "
                 f"{guidance.channels}"
             )
+        if guidance.interval is None:
+            return
+        integers = all(isinstance(bound, int) for bound in guidance.interval)
+        if isinstance(self.process, FlowMatching):
+            if guidance.interval[1] > 1:
+                raise ValueError(
+                    "guidance.interval: expected times from 0 to 1, since the model's process is a "
+                    f"FlowMatching, got {guidance.interval}"
+                )
+        elif not integers:
+            raise ValueError(
+                "guidance.interval: expected integers, since the model's process is a "
+                f"DiffusionScheduler of {self.process.T} timesteps, got {guidance.interval}"
+            )
 
     def _check_dtype(self) -> None:
         dtype, own = self.dtype, self._device_and_dtype()[1]
@@ -266,7 +300,7 @@ class Sampler:
         if self.dtype is None and own != torch.float64 and is_standard_dit(self.model):
             if torch.is_autocast_enabled(device.type):
                 dtype = torch.get_autocast_dtype(device.type)
-        return Subject(self.model, device, dtype)
+        return Subject(self.model, device, dtype, self.table.ode is not None)
 
     def _current_loop(self) -> Loop:
         """Return the loop of this dtype and execution, a new one if the model has moved."""
@@ -298,12 +332,12 @@ class Sampler:
         return y.tolist() + [self.config.num_classes] * len(y)
 
 
-def _own_scheduler(model: nn.Module) -> DiffusionScheduler:
-    """Return the diffusion that a model knows it was trained on."""
+def _own_process(model: nn.Module) -> Process:
+    """Return the diffusion or the flow that a model knows it was trained on."""
     options = model.diffusion if isinstance(model, DiT) else None
     if options is None:
         raise ValueError(
-            "scheduler: expected the DiffusionScheduler of the model's training, since the model "
-            "does not know it, got None"
+            "scheduler: expected the DiffusionScheduler or the FlowMatching of the model's "
+            "training, since the model does not know it, got None"
         )
-    return DiffusionScheduler(**options)
+    return process_of(options)

@@ -23,7 +23,7 @@ _CALL_FLOP = 1e11  # of one op on a CPU, where it cannot be interrupted: a quart
 class _Kept(NamedTuple):
     """What is made of a model's weights, and kept while they stay the same."""
 
-    made_for: tuple[DiTConfig, tuple[int, ...], int]  # the config, the timesteps and `table_bytes`
+    made_for: tuple[DiTConfig, tuple[float, ...], int]  # the config, the times and `table_bytes`
     copies: list[Tensor]  # of the weights, to tell whether they are still the same
     tables: TableStore
     weights: DiTWeights | None = None  # those that the op reads on CUDA
@@ -92,7 +92,7 @@ class TrajectoryLoop(Loop):
 
         PyTorch's counters of changes would miss some: `p.data.mul_` passes them by.
         """
-        model, timesteps = self._dit.model, self.plan.table.timesteps
+        model, timesteps = self._dit.model, self.plan.table.model_times
         table_bytes = self.plan.table_bytes
         made_for = model.cfg, tuple(timesteps), table_bytes
         if self.device.type != "cpu":

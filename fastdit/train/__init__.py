@@ -9,9 +9,10 @@ The loop is in `trainer`, and its parts are in the other files:
 
 - what is computed: `recipe` has the settings, `sources` the training sets, `batches` the checks
   of what they return, `loading` the order of the images and the batches, `objective` the noise
-  and the loss of a batch, `losses` the formulas, and `ema` the averaged weights;
-- how it is computed: `runtime` has device, precision and the like, and `distributed` everything
-  about several processes;
+  and the loss of a batch, `losses` the formulas, `flows` what only flows have, `alignment` the loss
+  of a hidden state, and `ema` the averaged weights;
+- how it is computed: `runtime` has device, precision and the like, `placement` moves, splits and
+  compiles, and `distributed` has everything about several processes;
 - what is kept: `state` has a run's tensors, `run_folder` its files, and `changes` what may differ
   when a run goes on;
 - what is shown: `monitor` has the outputs, `samples` makes the grids' images, and `meter` measures

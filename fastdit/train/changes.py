@@ -37,6 +37,14 @@ _KEPT = {
     "schedule": "its weights have learned these noise levels",
     "seed": "the order of its images and all of its noise follow from it",
     "name": "change single options instead, such as lr or steps",
+    "path": "its weights have learned it",
+    "prediction": "its weights have learned it",
+    "clean_at": "its weights have learned this direction of time",
+    "time_scale": "its weights have learned these times",
+    "noise_scale": "its weights have learned these noise levels",
+    "min_noise": "it is part of what the model's output means",
+    "align_depth": "its projector has learned from this block",
+    "align_width": "its projector has this width",
 }
 
 
@@ -94,7 +102,7 @@ def continue_saved(
     """
     header, path = saved.header, saved.path
     config = DiTConfig.from_saved(header["config"])
-    before = Recipe.from_dict(header["recipe"], complete=True)
+    before = Recipe.from_saved(header["recipe"])
     step = header["step"]
     if type(step) is not int or not 0 <= step <= before.steps:
         raise ValueError(f"{path}: expected a step in [0, {before.steps}], got {step!r}")
@@ -128,13 +136,29 @@ def continue_saved(
     return Continued(config, recipe, source, step, changes, tensors, entry)
 
 
-def advice(checkpoint: Path, folder: RunFolder, lr: float, runtime: Runtime) -> str:
-    """Return how to go on from a run's last good checkpoint after a loss that is not finite."""
-    file, out = shlex.quote(str(checkpoint)), shlex.quote(str(folder.path))
+def divergence(
+    recipe: Recipe, runtime: Runtime, folder: RunFolder | None, step: int, first: int
+) -> str:
+    """Say at which step a loss was not finite, and how to go on.
+
+    Args:
+        recipe: the run's.
+        runtime: how it is computed.
+        folder: the run's folder, if it has one.
+        step: the step, counted from 0.
+        first: number of the step's first sample.
+    """
+    message = (
+        f"step {step + 1} of {recipe.steps}, lr {recipe.lr_at(step):g}, on samples {first} to "
+        f"{first + recipe.batch_size - 1} of seed {recipe.seed}"
+    )
+    if folder is None or not (saved := folder.checkpoints()):
+        return f"{message}; start again with a lower lr"
+    file, out, lr = shlex.quote(str(saved[-1][1])), shlex.quote(str(folder.path)), recipe.lr / 2
     other = " or --precision float32" * (runtime.precision != "float32")
     return (
-        f"the last good checkpoint is {file}. Go on from it with a lower rate: fastdit train "
-        f"--resume {file} --out {out} --lr {lr:g}{other} (beside options that are not the "
+        f"{message}; the last good checkpoint is {file}. Go on from it with a lower rate: fastdit "
+        f"train --resume {file} --out {out} --lr {lr:g}{other} (beside options that are not the "
         f"recipe's), or in Python Trainer.resume(..., changes={{'lr': {lr:g}}})"
     )
 
@@ -191,6 +215,10 @@ def _changed_recipe(
     if "ema" in entry and recipe.ema is None:
         why = "the run's averaged weights would be lost"
         raise ValueError(f"ema: expected a decay, as the run was started with, got none; {why}")
+    if "align_weight" in entry and not all(entry["align_weight"]):
+        old, new = entry["align_weight"]
+        why = "an alignment lasts for a whole run, since its projector is trained with it"
+        raise ValueError(f"align_weight: the run was started with {old}, got {new}; {why}")
     return recipe, entry
 
 

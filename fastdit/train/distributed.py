@@ -126,6 +126,14 @@ def shard(model: DiT, device: torch.device, dtype: torch.dtype | None = None) ->
     fully_shard(model, mesh=mesh)
 
 
+def shard_whole(module: nn.Module, device: torch.device) -> None:
+    """Split the weights of a small module as `shard` does a model's, all gathered together."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
+
+
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a module so that its gradients are averaged over the processes (DDP)."""
     on_cuda = [device] if device.type == "cuda" else None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from fastdit.data.features import Features
 from fastdit.noise import philox4x32
 from fastdit.train.batches import BatchChecker
 from fastdit.train.changes import Numbering
 from fastdit.train.objective import random_key
 from fastdit.train.recipe import Recipe
 from fastdit.train.runtime import Runtime
-from fastdit.train.sources import ImageBatch, Source, variants_of
+from fastdit.train.sources import FeaturedBatch, ImageBatch, Source, variants_of
+
+Batch = ImageBatch | FeaturedBatch
 
 
 class BatchLoader:
@@ -29,6 +33,7 @@ class BatchLoader:
         *,
         num_classes: int | None = None,
         numbering: Numbering | None = None,
+        features: Features | None = None,
     ) -> None:
         """Prepare to load the batches of a recipe, whose size must divide into micro-batches.
 
@@ -43,8 +48,11 @@ class BatchLoader:
             num_classes: number of the model's classes, for the labels' range; None does not look
                 at labels, which suits a model without classes.
             numbering: the numbers of the samples; None is that of a run that never changed.
+            features: an encoder's of the images, which the batches get too; row `r + k * images` is
+                that of variant k of image r.
         """
         self._source, self._recipe, self._runtime = source, recipe, runtime
+        self._features = features
         self._prefetch = runtime.device.type != "cpu" if prefetch is None else prefetch
         self._numbering = numbering or Numbering(recipe.batch_size)
         self._order = ShuffledOrder(len(source), recipe.seed, self._numbering.data_sample)
@@ -56,9 +64,9 @@ class BatchLoader:
         )
         self._variants, self._key = variants_of(source), random_key(recipe.seed, "variants")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastdit-data")
-        self._next: tuple[tuple[int, int], Future[ImageBatch]] | None = None
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
 
-    def load(self, step: int, micro_batch: int = 0) -> tuple[ImageBatch, Tensor]:
+    def load(self, step: int, micro_batch: int = 0) -> tuple[Batch, Tensor]:
         """Return a micro-batch on the run's device: (images, [b] int64 sample numbers)."""
         device = self._runtime.device
         numbers = self._numbers(step, micro_batch)
@@ -71,8 +79,7 @@ class BatchLoader:
         self._next = None
         if self._prefetch and following[0] < self._recipe.steps:
             self._next = following, self._worker.submit(self._take, self._numbers(*following))
-        parts = (None if t is None else t.to(device, non_blocking=True) for t in images)
-        on_device = ImageBatch(*parts)  # type: ignore[arg-type]
+        on_device = _each(images, lambda t: t.to(device, non_blocking=True))
         return on_device, torch.arange(numbers.start, numbers.stop, device=device)
 
     def _numbers(self, step: int, micro_batch: int) -> range:
@@ -82,17 +89,25 @@ class BatchLoader:
         first = self._numbering.first(step) + (world.rank * parts + micro_batch) * size
         return range(first, first + size)
 
-    def _take(self, numbers: range) -> ImageBatch:
+    def _take(self, numbers: range) -> Batch:
         rows = self._order.rows(numbers.start, len(numbers))
         versions = rows
         if self._variants > 1:
             drawn = draw_variants(self._key, numbers, self._variants)
             versions = rows + drawn * len(self._source)
-        images = self._checker.check(self._source.take(versions), rows)
+        checked = self._checker.check(self._source.take(versions), rows)
+        images: Batch = checked
+        if self._features is not None:
+            images = FeaturedBatch(*checked, self._features.take(versions))
         if self._runtime.device.type != "cuda":
             return images
-        pinned = (None if t is None else t.pin_memory() for t in images)
-        return ImageBatch(*pinned)  # type: ignore[arg-type]
+        return _each(images, lambda t: t.pin_memory())
+
+
+def _each(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """Return a batch with each of its tensors changed."""
+    parts = (None if t is None else change(t) for t in batch)
+    return type(batch)(*parts)  # type: ignore[arg-type]
 
 
 def draw_variants(key: int, numbers: range, variants: int) -> Tensor:

@@ -1,4 +1,8 @@
-"""The training loss: the noise's squared error, and a variational bound for a learned variance."""
+"""The training losses, of a diffusion and of a flow.
+
+That of a diffusion is the noise's squared error, and a variational bound for a learned variance.
+That of a flow is the squared error of whatever the model predicts.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.flow import FlowMatching
 
 
 def diffusion_loss(
@@ -53,6 +58,42 @@ def diffusion_loss(
     wide = torch.promote_types(x0.dtype, torch.float32)
     predicted, v, x0, x_t = (part.to(wide) for part in (predicted, v, x0, x_t))
     return loss + _bound(predicted.detach(), v, x0, x_t, t, scheduler).mean()
+
+
+def flow_loss(
+    model_out: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    flow: FlowMatching,
+    direction: float = 0.0,
+) -> Tensor:
+    """Return the weighted squared error of what a model predicts on a flow.
+
+    Args:
+        model_out: [B, C, H, W] what the flow's model predicts, or [B, 2C, H, W], of which the first
+            C channels are the prediction and the others are not trained.
+        x0: [B, C, H, W] clean images.
+        t: [B] float times, within the flow's `training_span`.
+        eps: [B, C, H, W] standard normal noise.
+        flow: the flow, whose `target` and `loss_weight` are meant.
+        direction: weight of `1 - cos`, with the cosine of predicted and true velocity over the
+            channels; the flow must predict velocities.
+
+    Returns:
+        [] the mean over the batch.
+
+    Source: Ma et al. 2024 (SiT), equations 4 and 5, and their code, without weighting; Li & He 2025
+    (JiT), equation 6, for images with `min_noise`; Yao et al. 2025 (LightningDiT) for the
+    direction.
+    """
+    predicted, target = model_out[:, : x0.shape[1]], flow.target(x0, eps, t)
+    target = target.to(predicted.dtype)
+    weight = flow.loss_weight(t).to(predicted.dtype)
+    loss = (weight * ((predicted - target) ** 2).flatten(1).mean(1)).mean()
+    if direction:
+        loss = loss + direction * (1 - F.cosine_similarity(predicted, target, dim=1)).mean()
+    return loss
 
 
 def _bound(

@@ -51,6 +51,15 @@ class Runtime:
         """Whether the weights are split over processes."""
         return self.strategy == "fsdp" and self.world.size > 1
 
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raise a ValueError unless a batch divides into the processes' micro-batches."""
+        parts = self.world.size * self.accumulate
+        if batch_size % parts:
+            why = f"{self.world.size} processes x {self.accumulate} micro-batches"
+            raise ValueError(
+                f"batch_size: expected a multiple of {parts} ({why}), got {batch_size}"
+            )
+
     def environment(self) -> dict[str, Any]:
         """Return what a step's bits depend on, besides config, recipe and data."""
         return {

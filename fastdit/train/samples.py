@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdit.config import DiTConfig
 from fastdit.data.latents import decode
 from fastdit.data.shapes import LABEL_NAMES, SHAPES, judge
-from fastdit.diffusion import DiffusionScheduler
+from fastdit.flow import FlowMatching, Process
 from fastdit.model import DiT
 from fastdit.sampling.sampler import Sampler
 from fastdit.train.monitor import Shown
@@ -24,7 +24,7 @@ _SEED = 0
 
 
 def shapes_sampler(
-    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing, per_class: int = 10
+    config: DiTConfig, scheduler: Process, showing: Showing, per_class: int = 10
 ) -> Callable[[DiT], Shown]:
     """Return a function that samples a model of the coloured shapes.
 
@@ -45,7 +45,7 @@ def shapes_sampler(
 
 
 def latents_sampler(
-    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing, vae: Any
+    config: DiTConfig, scheduler: Process, showing: Showing, vae: Any
 ) -> Callable[[DiT], Shown]:
     """Return a function that samples a model of latents and decodes the samples.
 
@@ -63,7 +63,7 @@ def latents_sampler(
 
 
 def pixels_sampler(
-    config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing
+    config: DiTConfig, scheduler: Process, showing: Showing
 ) -> Callable[[DiT], Shown]:
     """Return a function that samples a model of any pixels.
 
@@ -80,21 +80,24 @@ def pixels_sampler(
     return sample
 
 
-def _checked(config: DiTConfig, scheduler: DiffusionScheduler, showing: Showing) -> Showing:
+def _checked(config: DiTConfig, scheduler: Process, showing: Showing) -> Showing:
     """Return the showing, without guidance if the model has no null class.
 
     A number of steps that the solver cannot take is refused here, not after hours of training.
     """
-    steps = scheduler.T if showing.steps is None else showing.steps
-    try:
-        showing.solver.spacing(scheduler.T, steps)
-    except ValueError as error:
-        got = f"since samples take {steps} steps of the solver, got {scheduler.T}"
-        raise ValueError(f"T: expected a multiple of {steps}, {got} ({error})") from error
+    if isinstance(scheduler, FlowMatching):
+        showing.solver.table(scheduler, showing.steps)
+    else:
+        steps = scheduler.T if showing.steps is None else showing.steps
+        try:
+            showing.solver.spacing(scheduler.T, steps)
+        except ValueError as error:
+            got = f"since samples take {steps} steps of the solver, got {scheduler.T}"
+            raise ValueError(f"T: expected a multiple of {steps}, {got} ({error})") from error
     return showing if config.null_class else replace(showing, guidance=None)
 
 
-def _sample(model: DiT, scheduler: DiffusionScheduler, showing: Showing, labels: Tensor) -> Tensor:
+def _sample(model: DiT, scheduler: Process, showing: Showing, labels: Tensor) -> Tensor:
     sampler = Sampler(model, scheduler, showing.solver, showing.steps, guidance=showing.guidance)
     if model.cfg.use_class_cond:
         return sampler(labels, seed=_SEED)

@@ -27,6 +27,15 @@ class ImageBatch(NamedTuple):
     labels: Tensor  # [b] int64
 
 
+class FeaturedBatch(NamedTuple):
+    """An `ImageBatch` with an encoder's features of the images, which a run adds to it."""
+
+    mean: Tensor
+    std: Tensor | None
+    labels: Tensor
+    features: Tensor  # [b, N, z]
+
+
 class Source(Protocol):
     """A set of labelled images.
 

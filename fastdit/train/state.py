@@ -14,17 +14,26 @@ from fastdit.checkpoints.digests import digests_of
 from fastdit.checkpoints.matching import check_keys
 from fastdit.config import DiTConfig
 from fastdit.model import DiT
+from fastdit.train.alignment import Alignment
 from fastdit.train.distributed import World, copy_full_tensor, full_tensor
 from fastdit.train.ema import EMA
 from fastdit.train.run_folder import Saved
 
 
 def run_tensors(
-    model: DiT, optimizer: torch.optim.Optimizer, ema: EMA | None, history: Tensor
+    model: DiT,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    history: Tensor,
+    alignment: Alignment | None = None,
 ) -> dict[str, Tensor]:
     """Return the live tensors of a run, under the names they have in a checkpoint."""
     tensors = {f"model.{name}": p for name, p in model.state_dict().items()}
-    for name, p in model.named_parameters():
+    trained = dict(model.named_parameters())
+    if alignment is not None:
+        trained |= (projector := dict(alignment.named_parameters()))
+        tensors |= projector
+    for name, p in trained.items():
         for entry, tensor in optimizer.state.get(p, {}).items():
             tensors[f"optimizer.{name}.{entry}"] = tensor
     if ema is not None:
@@ -56,6 +65,7 @@ def model_from(config: DiTConfig, gathered: Mapping[str, Tensor]) -> DiT:
     with torch.device("meta"):
         model = DiT.from_config(config)
     model.load_state_dict(state, assign=True)
+    model.make_rope()  # which no file holds
     return model.requires_grad_(False)
 
 

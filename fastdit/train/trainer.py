@@ -21,17 +21,20 @@ from torch import Tensor, nn
 
 from fastdit.checkpoints import save
 from fastdit.config import DiTConfig
+from fastdit.data.features import Features
 from fastdit.diffusion import DiffusionScheduler
 from fastdit.errors import warn
 from fastdit.model import DiT
 from fastdit.train import distributed
-from fastdit.train.changes import Numbering, advice, continue_saved
+from fastdit.train.alignment import describe_features, make_alignment, reopen_features
+from fastdit.train.changes import Numbering, continue_saved, divergence
 from fastdit.train.ema import EMA
 from fastdit.train.loading import BatchLoader
 from fastdit.train.meter import Meter
 from fastdit.train.monitor import Monitor
 from fastdit.train.objective import Objective
-from fastdit.train.recipe import Recipe
+from fastdit.train.placement import place, wrap
+from fastdit.train.recipe import BETA1, Recipe
 from fastdit.train.run_folder import RunFolder, Saved
 from fastdit.train.runtime import PRECISIONS, Runtime
 from fastdit.train.sources import Source, check_fits
@@ -77,6 +80,7 @@ class Trainer:
         save_every: int = 100,
         keep: int = 2,
         initial: DiT | None = None,
+        features: Features | None = None,
     ) -> None:
         """Set up a run at step 0.
 
@@ -91,6 +95,8 @@ class Trainer:
             initial: a model of this config, such as `fastdit.load` fits to the data, from whose
                 weights to start; they are trained in float32 whatever their dtype is. None draws
                 fresh ones.
+            features: an encoder's of the images, with which `recipe.align_weight` aligns the model;
+                row `r + k * images` is that of variant k of image r (`Source`).
 
         Raises:
             ValueError: config, recipe, data and runtime do not fit each other.
@@ -98,30 +104,44 @@ class Trainer:
         """
         self.runtime = runtime = runtime or Runtime()
         check_fits(config, source)
-        if config.learn_sigma and recipe.T < 2:
+        if config.learn_sigma and recipe.path is None and recipe.T < 2:
             raise ValueError(f"T: a learned variance needs 2 or more, got {recipe.T}")
         if save_every < 1:
             raise ValueError(f"save_every: expected at least 1, got {save_every}")
-        parts = runtime.world.size * runtime.accumulate
-        if recipe.batch_size % parts:
-            why = f"{runtime.world.size} processes x {runtime.accumulate} micro-batches"
-            got = recipe.batch_size
-            raise ValueError(f"batch_size: expected a multiple of {parts} ({why}), got {got}")
+        runtime.check_batch_size(recipe.batch_size)
         self.folder = None if out is None else RunFolder(out, keep)
         if self.folder is not None:
             self.folder.check_unused()
-        self.config, self.recipe, self.source = config, recipe, source
+        self.config, self.recipe, self.source, self.features = config, recipe, source, features
         self.save_every = save_every
-        self.scheduler = DiffusionScheduler(recipe.T, runtime.device, recipe.schedule)
+        self.scheduler = recipe.process(runtime.device)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
             self.model = DiT.from_config(config).float()
+            self.alignment = make_alignment(config, recipe, source, features)
         # What is kept of the initial model: the digest of its weights, and what a caller adds.
         self.origin = None if initial is None else copy_weights(self.model, initial)
-        self.objective = self._place()
+        place(self.model, self.alignment, runtime)
+        objective = Objective(
+            self.model,
+            config,
+            self.scheduler,
+            recipe.seed,
+            recipe.label_dropout,
+            PRECISIONS[runtime.precision],
+            flow=recipe.flow_training(),
+            alignment=self.alignment,
+        )
+        self.objective = wrap(objective, runtime)
         trained = [p for _, p in self._trained()]
+        if self.alignment is not None:
+            trained += self.alignment.parameters()
         self.optimizer = torch.optim.AdamW(
-            trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            trained,
+            lr=recipe.lr,
+            betas=(BETA1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+            fused=True,
         )
         self.ema = None if recipe.ema is None else EMA(self._trained())
         self.step = 0
@@ -145,28 +165,8 @@ class Trainer:
             self.runtime,
             num_classes=cfg.num_classes if cfg.use_class_cond else None,
             numbering=self.numbering,
+            features=self.features,
         )
-
-    def _place(self) -> nn.Module:
-        """Move, split and compile the model as the runtime says; return the loss that trains it."""
-        model, recipe, runtime = self.model, self.recipe, self.runtime
-        precision = PRECISIONS[runtime.precision]
-        if not runtime.split:
-            model.to(runtime.device)
-        for block in model.blocks:
-            block.checkpointing = runtime.checkpointing
-            if runtime.compile == "block":
-                block.compile(dynamic=False)
-        if runtime.split:
-            distributed.shard(model, runtime.device, precision)
-        objective = Objective(
-            model, self.config, self.scheduler, recipe.seed, recipe.label_dropout, precision
-        )
-        if runtime.compile == "whole":
-            objective.compile(dynamic=False)
-        if runtime.world.size > 1 and not runtime.split:
-            return distributed.replicate(objective, runtime.device)
-        return objective
 
     def run(self, monitor: Monitor | None = None) -> TrainResult:
         """Take all remaining steps, and save at the end.
@@ -187,6 +187,7 @@ class Trainer:
                 "config": self.config.to_dict(),
                 "recipe": asdict(self.recipe),
                 "data": {**self.source.identity, "folder": None},
+                "features": self.features and self.features.identity,
                 "numbering": asdict(self.numbering),
                 "save_every": self.save_every,
                 **monitor.cadence,
@@ -203,7 +204,7 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         meter = Meter(self.config, recipe.batch_size, runtime, self.step)
         first_step = self.step
-        if first_step < recipe.steps:
+        if first_step < recipe.steps and isinstance(self.scheduler, DiffusionScheduler):
             self.scheduler.warn_of_signal()  # since compiled calls of q_sample cannot warn
         if first_step == 0:
             self._warn_of_null_row()
@@ -293,23 +294,14 @@ class Trainer:
         fresh[0] = self.runtime.world.total(fresh[0].clone()) / self.runtime.world.size
         for i, (loss, norm) in enumerate(fresh.T.tolist()):
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise FloatingPointError(self._divergence(self._read_to + i, loss, norm))
+                at, first = self._read_to + i, self.numbering.first(self._read_to + i)
+                told = divergence(self.recipe, self.runtime, self.folder, at, first)
+                raise FloatingPointError(f"loss is {loss}, gradient norm {norm} at {told}")
         self._read_to = self.step
         if self.step == 0:
             return {}
         loss, norm = self.history[:, self.step - 1].tolist()
         return {"loss": loss, "grad_norm": norm, "lr": self.recipe.lr_at(self.step - 1)}
-
-    def _divergence(self, step: int, loss: float, norm: float) -> str:
-        recipe, first = self.recipe, self.numbering.first(step)
-        message = (
-            f"loss is {loss}, gradient norm {norm} at step {step + 1} of {recipe.steps}, lr "
-            f"{recipe.lr_at(step):g}, on samples {first} to {first + recipe.batch_size - 1} of "
-            f"seed {recipe.seed}"
-        )
-        if self.folder is None or not (saved := self.folder.checkpoints()):
-            return f"{message}; start again with a lower lr"
-        return f"{message}; {advice(saved[-1][1], self.folder, recipe.lr / 2, self.runtime)}"
 
     def sampling_model(self) -> DiT | None:
         """Return a copy of the model on the host, with averaged weights if there are any.
@@ -333,6 +325,7 @@ class Trainer:
             "environment": self.runtime.environment(),
             "changes": self.changes,
             "origin": self.origin,
+            "features": describe_features(self.features),
         }
         gathered = gather(self._tensors(), self.runtime.world)
         if gathered:
@@ -343,7 +336,7 @@ class Trainer:
         self.runtime.world.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
-        return run_tensors(self.model, self.optimizer, self.ema, self.history)
+        return run_tensors(self.model, self.optimizer, self.ema, self.history, self.alignment)
 
     @classmethod
     def resume(
@@ -357,6 +350,7 @@ class Trainer:
         new_data: bool = False,
         save_every: int = 100,
         keep: int = 2,
+        features: Features | None = None,
     ) -> Trainer:
         """Return a run at the step of a checkpoint, such as `RunFolder(out).newest()`.
 
@@ -370,19 +364,23 @@ class Trainer:
             runtime: how to compute the run; it need not be the one before.
             source: the images; None opens them from where they were.
             changes: fields of the recipe with the values that they have from this step on, such as
-                `{"steps": 20_000, "lr": 1e-4}`. Everything but T, schedule, seed and name may
-                change. A cosine is that of the new steps and lr, so a longer run's rate rises again
-                at the change. An average that begins here begins at the present weights.
+                `{"steps": 20_000, "lr": 1e-4}`. Everything may change but seed, name, what the
+                process and the alignment are, and whether there is one. A cosine is that of the new
+                steps and lr, so a longer run's rate rises again at the change. An average that
+                begins here begins at the present weights.
             new_data: whether source may hold other images than the run's, of the same shape and
                 classes; the samples go on with a new pass over them.
             save_every, keep: as for the constructor.
+            features: of the images; None opens the run's from where they were.
 
         Raises:
             ValueError: the checkpoint is not of such a run, the data are not the run's, or a change
                 makes no sense for it; the message says why.
         """
         run = continue_saved(saved, source, changes or {}, new_data)
-        trainer = cls(run.config, run.recipe, run.source, None, runtime, save_every=save_every)
+        features = reopen_features(saved.header.get("features"), features, new_data)
+        rest: dict[str, Any] = dict(save_every=save_every, features=features)
+        trainer = cls(run.config, run.recipe, run.source, None, runtime, **rest)
         trainer.folder, trainer.origin = RunFolder(out, keep), saved.header.get("origin")
         trainer._set_changes(run.changes)
         trainer.step = trainer._read_to = trainer._saved_at = run.step

@@ -2,7 +2,7 @@
 
 `structs.h` and `problem.h` declare what the parts share, `team.h` has the threads that share an
 image, `vector.h` the mathematics, `product.h` the matrix products, `update.h` a solver's step,
-`network.h` the forward, `loop.h` the loop over steps, and `adaln.h` LayerNorm with modulation.
+`network.h` the forward, `loop.h` the loop over steps, and `adaln.h` the norms with modulation.
 `plain.cpp`, `avx2.cpp`, `avx512.cpp` and `avx512_bf16.cpp` compile these headers for one
 instruction set each. `trajectory.cpp` and `adaln.cpp` are the C interface, and distribute images
 and rows over threads.

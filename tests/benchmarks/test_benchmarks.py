@@ -174,6 +174,41 @@ def test_toy_recipes_adds_one_change_a_row(tmp_path):
     assert all(0 <= row["shape"] <= 1 and 0 < row["loss"] < 2 for row in rows)
 
 
+def test_train_throughput_takes_newer_options_of_the_blocks(tmp_path):
+    arguments = "--options modern --rounds 1 --steps 1 --batch 16 --per-class 1"
+    ways = ("--way", "plain eager", "fastdit eager", "--json", tmp_path / "r.json")
+    done = run("train_throughput.py", *arguments.split(), *ways)
+    assert done.returncode == 0, done.stderr
+    plain, own = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert own["ratio"] > 0 and own["loss"] == pytest.approx(plain["loss"], rel=0.2)
+
+
+def test_flow_steps_samples_both_toys_and_goes_on_with_its_trainings(tmp_path):
+    path, plot = tmp_path / "r.json", tmp_path / "r.png"
+    arguments = "--scale 0.0005 --per-class 1 --images 8 --compile none --steps 1 5".split()
+    paths = ("--runs", tmp_path / "runs", "--json", path, "--plot", plot)
+    done = run("flow_steps.py", *arguments, *paths)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    found = [(row["recipe"], row["solver"], row["guidance"]) for row in rows]
+    assert found == [
+        *(
+            ("sharp", s, g)
+            for g in (None, 3.0)
+            for s in ("ancestral", "DDIM", "DPM-Solver++", "Heun")
+        ),
+        *(("flow", s, g) for g in (None, 3.0) for s in ("Euler", "Heun", "DPM-Solver++")),
+    ]
+    assert all(0 <= row[n][what] <= 1 for row in rows for n in "15" for what in ("colour", "shape"))
+    assert [row["evaluations"] for row in rows if row["recipe"] == "flow"] == [5, 9, 5] * 2
+    with Image.open(plot) as image:
+        assert image.format == "PNG"
+    again = run("flow_steps.py", *arguments, *paths)
+    assert again.returncode == 0 and json.loads(path.read_text())["rows"] == rows
+    other = run("flow_steps.py", *arguments[:-1], *paths, "--scale", 0.001)
+    assert other.returncode == 1 and "--runs: " in other.stderr
+
+
 def test_inductive_bias_trains_both_models_alike(tmp_path):
     path, plot = tmp_path / "r.json", tmp_path / "r.png"
     arguments = ("--images", 16, 32, "--steps", 2, 3, "--samples", 1, "--json", path)

@@ -240,22 +240,28 @@ def test_projectors_are_left_out_and_named():
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks.0.attn.q_norm.weight", "feat_rope.freqs_cos", "norm_final.weight"]
+    ("name", "shape", "message"),
+    [
+        ("blocks.0.attn.q_norm.weight", 8, "missing blocks.0.attn.k_norm.weight"),
+        ("blocks.0.attn.q_norm.weight", 3, "q_norm.weight: expected as many values as a head"),
+        ("feat_rope.freqs_cos", (16, 8), "feat_rope.freqs_cos: expected the rotary positions"),
+        ("blocks.0.norm1.weight", 16, "missing blocks.0.norm2.weight"),
+        ("norm_final.weight", 3, "unexpected norm_final.weight"),
+    ],
 )
-def test_extra_tensors_that_take_part_in_a_forward_are_an_error(name):
-    """LightningDiT's normalised queries and rotary positions are another network."""
-    with pytest.raises(ValueError, match=f"unexpected {name}"):
-        fastdit.load(published_state() | {name: torch.ones(3)}, **ANSWERS)
+def test_extra_tensors_that_take_part_in_a_forward_are_an_error(name, shape, message):
+    """A part of LightningDiT's normalised queries or rotary positions is another network."""
+    extra = torch.ones(shape)
+    with pytest.raises(ValueError, match=message):
+        fastdit.load(published_state() | {name: extra}, **ANSWERS)
 
 
-def test_an_assumed_diffusion_is_said_and_can_be_overridden(tmp_path):
+def test_the_diffusion_of_a_sits_and_a_dits_tensors_is_open_and_answered(tmp_path):
     """A SiT has a DiT's tensors, and its samples by a DDPM's steps are noise."""
     torch.save(published_state(), tmp_path / "m.pt")
     info = inspect(tmp_path / "m.pt", **ANSWERS)
-    assert info.diffusion == DiffusionScheduler(1000).options and info.assumed == ("diffusion",)
-    with pytest.warns(UserWarning, match=r"diffusion \(1000 linear steps, epsilon\); a SiT"):
-        model = fastdit.load(tmp_path / "m.pt", **ANSWERS)
-    assert model.diffusion is None
+    assert info.diffusion is None and info.assumed == () and info.by_name == ()
+    assert fastdit.load(tmp_path / "m.pt", **ANSWERS).diffusion is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = fastdit.load(tmp_path / "m.pt", **ANSWERS, diffusion={"schedule": "cosine"})
@@ -263,16 +269,9 @@ def test_an_assumed_diffusion_is_said_and_can_be_overridden(tmp_path):
     fastdit.save(model, tmp_path / "own.safetensors")
     own = inspect(tmp_path / "own.safetensors")
     assert own.diffusion == model.diffusion and own.assumed == ()
-    for bad in ({"steps": 3}, {"T": 0}, {"schedule": "sine"}, {"prediction": "x"}):
+    for bad in ({"steps": 3}, {"T": 0}, {"schedule": "sine"}, {"prediction": "x"}, "sit"):
         with pytest.raises(ValueError, match="diffusion"):
             fastdit.load(tmp_path / "m.pt", **ANSWERS, diffusion=bad)
-
-
-def test_arguments_that_name_a_sit_leave_its_diffusion_open(tmp_path):
-    args = argparse.Namespace(model="SiT-XL/2", num_classes=10)
-    torch.save({"ema": published_state(), "args": args}, tmp_path / "m.pt")
-    info = inspect(tmp_path / "m.pt", n_heads=2)
-    assert info.diffusion is None and info.assumed == ()
 
 
 @pytest.mark.parametrize("size", [(4, 16), (16, 4), (2, 32), 8])

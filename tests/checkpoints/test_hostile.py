@@ -139,7 +139,9 @@ def test_sizes_that_no_memory_holds_are_value_errors(option, size):
 
 @pytest.mark.parametrize("diffusion", [5, True, [("T", 5)], "linear"])
 def test_a_diffusion_of_another_type_is_a_value_error(diffusion):
-    with pytest.raises(ValueError, match="diffusion: expected a dict of options, got"):
+    with pytest.raises(
+        ValueError, match="diffusion: expected (one of flow, ddpm|.flow. or .ddpm., or a)"
+    ):
         fastdit.load(fastdit.DiT(n_layers=1), diffusion=diffusion)
 
 

@@ -15,7 +15,8 @@ from torch import nn
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, Guidance, Sampler
 from fastdit.checkpoints.inference import Told
-from fastdit.checkpoints.translation import from_facebook, to_facebook
+from fastdit.checkpoints.projects import PROJECTS
+from fastdit.checkpoints.translation import from_facebook, to_facebook, to_project
 from fastdit.model import sincos_pos_embed
 from fastdit.testing import randomize, relative_error
 
@@ -40,10 +41,12 @@ def test_the_config_is_inferred_from_shapes():
 
 @pytest.mark.parametrize("name", [n for n in fastdit.PRESETS if n != "toy"])
 def test_every_preset_is_recognised_with_its_heads(name):
+    cfg = fastdit.PRESETS[name]
     with torch.device("meta"):
-        model = fastdit.DiT.from_config(fastdit.PRESETS[name])
-    told, _ = from_facebook(to_facebook(model.state_dict()), Told())
-    assert told == fastdit.PRESETS[name]
+        model = fastdit.DiT.from_config(cfg)
+    project = next(p for p in PROJECTS if p.endswith(f"/{name.partition('-')[0]}"))
+    told, _ = from_facebook(to_project(project, cfg, model.state_dict()), Told())
+    assert told == cfg
 
 
 def test_heads_that_shapes_do_not_tell_are_asked_for():

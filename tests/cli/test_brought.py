@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastdit
-from fastdit import DiffusionScheduler
+from fastdit import DiffusionScheduler, FlowMatching
 from fastdit.checkpoints.translation import to_facebook
 from fastdit.testing import randomize
 
@@ -48,41 +48,46 @@ def test_a_bare_toy_is_sampled_and_what_is_assumed_is_said(run, tmp_path, prefix
     assert "gelu erf" in done.stderr and "diffusion=" not in done.stderr
 
 
-def test_a_repa_checkpoint_is_sampled_by_a_told_diffusion(run, tmp_path):
+def test_a_repa_checkpoint_is_sampled_by_its_flow_or_a_told_diffusion(run, tmp_path):
     """It is a SiT's, with projectors beside the averaged weights."""
     raw, averaged = made(PUBLISHED), made(PUBLISHED)
     content = {
         "model": to_facebook(raw.state_dict()),
         "ema": to_facebook(averaged.state_dict()) | {"projectors.0.0.weight": torch.ones(2, 2)},
         "opt": {"state": {}},
-        "args": argparse.Namespace(model="SiT-XL/2", num_classes=10),
+        "args": argparse.Namespace(model="SiT-XL/2", encoder_depth=8, num_classes=10),
         "steps": 3,
     }
     torch.save(content, tmp_path / "repa.pt")
     command = ("sample", tmp_path / "repa.pt", *BRIEF, "--n-heads", 2, "--out", tmp_path / "s.npz")
-    done = run(*command)
-    assert done.exit_code == 1 and "a SiT's is flow matching" in done.stderr
     printed = run("info", tmp_path / "repa.pt", "--n-heads", 2).stdout
-    assert "diffusion        not told" in printed, printed
+    assert "path linear, prediction velocity, clean_at 0, " in printed, printed
     for weights, model in (("ema", averaged), ("model", raw)):
-        done = run(*command, "--diffusion", "T=50,schedule=cosine", "--weights", weights)
-        assert done.exit_code == 0, done.output
-        assert ("left out" in done.stderr) == (weights == "ema")
-        sampler = fastdit.Sampler(model, DiffusionScheduler(50, schedule="cosine"), steps=2)
-        assert np.array_equal(latents_of(tmp_path / "s.npz"), sampler([1]).numpy())
+        for options, process in (
+            ((), FlowMatching(clean_at=0)),
+            (("--diffusion", "T=50,schedule=cosine"), DiffusionScheduler(50, schedule="cosine")),
+        ):
+            done = run(*command, *options, "--weights", weights)
+            assert done.exit_code == 0, done.output
+            assert ("left out" in done.stderr) == (weights == "ema")
+            sampler = fastdit.Sampler(model, process, steps=2)
+            assert np.array_equal(latents_of(tmp_path / "s.npz"), sampler([1]).numpy())
 
 
-def test_a_sits_sample_says_what_is_assumed(run, tmp_path):
-    torch.save(to_facebook(made(PUBLISHED).state_dict()), tmp_path / "sit.pt")
-    command = ("sample", tmp_path / "sit.pt", *BRIEF, "--n-heads", 2, "--out", tmp_path / "s.npz")
+def test_a_file_that_may_be_a_sits_or_a_dits_is_sampled_as_it_is_told(run, tmp_path):
+    model = made(PUBLISHED)
+    torch.save(to_facebook(model.state_dict()), tmp_path / "xl.pt")
+    command = ("sample", tmp_path / "xl.pt", *BRIEF, "--n-heads", 2, "--out", tmp_path / "s.npz")
     done = run(*command)
     assert done.exit_code == 1 and "(--null-class or --no-null-class" in done.stderr
     done = run(*command, "--null-class")
-    assert done.exit_code == 0, done.output
-    assert "is assumed: diffusion (1000 linear steps, epsilon); a SiT has the same" in done.stderr
-    assert "pass what differs to load, or by options such as --diffusion" in done.stderr
-    done = run(*command, "--null-class", "--diffusion", "T=1000,schedule=linear")
-    assert done.exit_code == 0 and "assumed" not in done.stderr
+    assert done.exit_code == 1 and done.stderr.count("\n") == 1, done.output
+    assert "--diffusion flow for a SiT, --diffusion ddpm for a DiT" in done.stderr
+    for told, process in (("flow", FlowMatching()), ("ddpm", DiffusionScheduler(1000))):
+        done = run(*command, "--null-class", "--diffusion", told)
+        assert done.exit_code == 0 and not done.stderr.count("warning"), done.output
+        expected = fastdit.Sampler(model, process, steps=2)([1])
+        assert np.array_equal(latents_of(tmp_path / "s.npz"), expected.numpy())
 
 
 def test_fine_tuning_says_which_command_takes_the_answer(run, tmp_path):

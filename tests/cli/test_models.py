@@ -1,14 +1,18 @@
 """`fastdit convert` and `fastdit info`: what they keep, and what they print."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastdit
 from fastdit import DiffusionScheduler, Sampler
 from fastdit.testing import randomize
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_a_published_checkpoint_is_converted_sampled_and_converted_back(run, tmp_path):
@@ -17,7 +21,7 @@ def test_a_published_checkpoint_is_converted_sampled_and_converted_back(run, tmp
     randomize(model)
     theirs, own = tmp_path / "theirs.pt", tmp_path / "own.safetensors"
     fastdit.save(model, theirs, layout="facebookresearch/DiT")
-    done = run("convert", theirs, own, "--n-heads", 2)
+    done = run("convert", theirs, own, "--n-heads", 2, "--diffusion", "ddpm")
     assert done.exit_code == 0, done.output
     assert "1 layers of width 32 with 2 heads, 5 classes, images of 4 x 32 x 32" in done.stdout
     assert all(
@@ -67,8 +71,10 @@ def test_info_says_what_is_assumed_and_convert_keeps_saying_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--diffusion", "T"), "--diffusion: expected name=value"),
+        (("--diffusion", "T"), "--diffusion: expected flow, ddpm, or name=value"),
         (("--diffusion", "steps=3"), "--diffusion: expected one of T, schedule, prediction"),
+        (("--diffusion", "clean_at=x"), "--diffusion: expected clean_at to be a number, got 'x'"),
+        (("--diffusion", "path=straight"), "--diffusion: path: expected one of linear, gvp, vp"),
         (("--diffusion", "T=x"), "--diffusion: expected T to be a number of steps"),
         (("--img-size", "4x4x4"), "--img-size: expected a size such as 32 or 16x64"),
         (("--weights", "ema"), "weights: "),
@@ -77,6 +83,28 @@ def test_info_says_what_is_assumed_and_convert_keeps_saying_it(run, tmp_path):
 def test_bad_answers_are_one_line(run, checkpoint, option, message):
     done = run("info", checkpoint, *option)
     assert done.exit_code == 1 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_info_names_every_convention_of_a_flow(run, tmp_path):
+    """A preset's, a layout's, and one that only the name of a file tells."""
+    of_jit = (
+        "path linear, prediction sample, clean_at 1, time_scale 1.0, noise_scale 2.0, min_noise"
+    )
+    assert f"diffusion        {of_jit} 0.05\n" in run("info", "JiT-B/32").stdout
+    golden = load_file(GOLDEN / "repa.safetensors")
+    state = {n.removeprefix("model/"): t for n, t in golden.items() if n.startswith("model/")}
+    torch.save(state, tmp_path / "repa.pt")
+    printed = run("info", tmp_path / "repa.pt").stdout
+    for part in ("prediction velocity, clean_at 0, time_scale 1.0,", "qk_norm          layer\n"):
+        assert part in printed, printed
+    state = {n: t for n, t in state.items() if "_norm" not in n and "projectors" not in n}
+    torch.save(state, tmp_path / "SiT-tiny.pt")
+    command = ("info", tmp_path / "SiT-tiny.pt", "--n-heads", 2)
+    printed = run(*command).stdout
+    assert "clean_at 1, time_scale 1.0, noise_scale 1.0, min_noise None  (told by the f" in printed
+    printed = run(*command, "--diffusion", "path=gvp,clean_at=0,time_scale=1e3").stdout
+    assert "path gvp, prediction velocity, clean_at 0, time_scale 1000.0, noise_scale" in printed
+    assert "min_noise None\n" in printed
 
 
 def test_convert_keeps_the_header(run, checkpoint, tmp_path):

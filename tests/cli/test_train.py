@@ -136,14 +136,15 @@ def test_a_run_says_whether_its_latents_have_flips(run, flipped_latents, tmp_pat
     assert whole == resumed
 
 
-@pytest.mark.parametrize("recipe", ["seed", "dit"])
+@pytest.mark.parametrize("recipe", ["seed", "dit", "sit"])
 def test_missing_flips_are_named_where_the_recipe_has_them(run, latents, tmp_path, recipe):
-    arguments = ["--data", latents[0], "--diffusion-steps", 25, "--schedule", "cosine"]
-    brief = ["--steps", 1, "--batch-size", 4, "--recipe", recipe, "--out", tmp_path / "run"]
-    done = run("train", *arguments, *brief)
+    arguments = ["--data", latents[0], "--recipe", recipe]
+    if recipe != "sit":
+        arguments += ["--diffusion-steps", 25, "--schedule", "cosine"]
+    done = run("train", *arguments, *"--steps 1 --batch-size 4 --out".split(), tmp_path / "run")
     assert done.exit_code == 0, done.output
     advice = "data: latents without flips, which the published recipe has: fastdit encode --flip\n"
-    assert (advice in done.stderr) == (recipe == "dit")
+    assert (advice in done.stderr) == (recipe != "seed")
     assert "data: latents without flips" in done.stderr
 
 
@@ -174,7 +175,10 @@ def test_latents_are_shown_through_a_vae(run, latents, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--recipe", "sahrp"), "--recipe: expected one of seed, sharp, dit; got 'sahrp'; did you"),
+        (
+            ("--recipe", "sahrp"),
+            "--recipe: expected one of seed, sharp, dit, sit, lightning, flow; got",
+        ),
         (("--model", "DiT-S/3"), "--model: expected one of toy, DiT-S/2"),
         (("--data", "nowhere", "--image-size", 8), "nowhere: no such folder"),
         (("--data", "nowhere"), "nowhere: no such folder"),

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 import fastdit
 from fastdit import DiffusionScheduler
+from fastdit.checkpoints.latent_stats import read_latent_stats
 from fastdit.cli.app import app
 from fastdit.data.images import to_pixels
 from fastdit.data.latents import (
     LatentShards,
+    LatentStats,
     centre_crop,
     decode,
     encode,
@@ -68,6 +70,91 @@ def test_what_cannot_be_decoded_is_named(vae_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"vae: needs the package diffusers; pip install 'fastdit"):
         load_vae(vae_folder)
+
+
+STATS = {"mean": torch.tensor([1.0, -2, 0.5, 0]), "std": torch.tensor([2.0, 1, 0.5, 3])}
+
+
+def as_lightning(path):
+    torch.save({name: t.view(1, 4, 1, 1) for name, t in STATS.items()}, path)
+
+
+def as_safetensors(path):
+    save_file(STATS, path)
+
+
+@pytest.mark.parametrize("write", [as_lightning, as_safetensors])
+def test_statistics_of_latents_are_read_and_undone(tmp_path, write):
+    write(tmp_path / "latents_stats.pt")
+    stats = read_latent_stats(tmp_path / "latents_stats.pt")
+    assert stats == LatentStats((1.0, -2.0, 0.5, 0.0), (2.0, 1.0, 0.5, 3.0))
+    own = torch.randn(2, 4, 3, 5)
+    mean, std = (t.view(1, 4, 1, 1) for t in STATS.values())
+    scaled = replace(stats, multiplier=0.5)
+    assert torch.allclose(stats.undo((own - mean) / std), own, atol=1e-6)
+    assert torch.allclose(scaled.undo((own - mean) / std * 0.5), own, atol=1e-6)
+    with pytest.raises(ValueError, match=r"latents: expected shape \[B, 4, h, w\] .* got \[2, 3"):
+        stats.undo(own[:, :3])
+
+
+def test_a_multiplier_beside_the_statistics_is_read(tmp_path):
+    torch.save(STATS | {"multiplier": 0.25}, tmp_path / "stats.pt")
+    assert read_latent_stats(tmp_path / "stats.pt").multiplier == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"mean": torch.zeros(4)},
+            r"expected mean and std, as of latents_stats.pt, got \['mean'\]",
+        ),
+        (STATS["mean"], "expected mean and std, as of latents_stats.pt, got Tensor"),
+        (
+            STATS | {"std": torch.ones(3)},
+            "std: expected as many numbers as of the mean, got 4 and 3",
+        ),
+        (STATS | {"std": torch.zeros(4)}, "std: expected positive numbers and multiplier, got 0"),
+        (STATS | {"std": torch.ones(4, 4)}, r"std: expected one a channel, got \[4, 4\]"),
+        (STATS | {"mean": torch.full((4,), torch.nan)}, "mean: expected finite numbers"),
+        (STATS | {"mean": [0.0] * 4}, "mean: expected float values, got list"),
+        (STATS | {"multiplier": torch.ones(2)}, "multiplier: expected one number, got 2"),
+    ],
+)
+def test_other_files_than_statistics_are_one_clear_error(tmp_path, content, message):
+    torch.save(content, tmp_path / "stats.pt")
+    with pytest.raises(ValueError, match=f"stats.pt: {message}"):
+        read_latent_stats(tmp_path / "stats.pt")
+
+
+def test_the_command_line_undoes_the_statistics(vae_folder, tmp_path):
+    """The autoencoder's own latents are written, or decoded without its scaling factor."""
+    cfg = replace(fastdit.PRESETS["SiT-S/8"], img_size=8, hidden=16, n_layers=1, n_heads=2)
+    model = fastdit.DiT.from_config(replace(cfg, num_classes=3))
+    randomize(model)
+    fastdit.save(model, tmp_path / "m", fastdit.FlowMatching())
+    as_lightning(tmp_path / "stats.pt")
+    out = tmp_path / "s.npz"
+    command = ["sample", tmp_path / "m", "--labels", "1", "--steps", "2", "--out", out]
+    command = [*map(str, command), "--latent-stats", str(tmp_path / "stats.pt")]
+    latents = fastdit.Sampler(model, fastdit.FlowMatching(), steps=2)([1] * 4)
+    expected = LatentStats((1.0, -2.0, 0.5, 0.0), (2.0, 1.0, 0.5, 3.0)).undo(latents)
+    for many in ([], ["--num-images", "4"]):
+        done = CliRunner().invoke(app, [*command, *many])
+        assert done.exit_code == 0, done.output
+        with np.load(out) as file:
+            assert np.array_equal(file["latents"], expected.numpy())
+    done = CliRunner().invoke(app, [*command, "--vae", str(vae_folder / "vae")])
+    assert done.exit_code == 0, done.output
+    images = decode(load_vae(vae_folder / "vae"), expected, scale=1.0)
+    with np.load(out) as file:
+        assert np.array_equal(file["arr_0"], to_pixels(images))
+    torch.save({name: t[:3] for name, t in STATS.items()}, tmp_path / "stats.pt")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "--latent-stats: they are of 3 channels, but the model makes 4" in done.stderr
+    done = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "none.pt")])
+    assert done.exit_code == 1 and "none.pt: no such file" in done.stderr
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npz"])

@@ -217,6 +217,22 @@ def test_qk_attention_runs_both_kernels(device):
     assert relative_error(out, functional.qk_attention(*arguments, backend="reference")) < 1e-5
 
 
+def test_heads_and_rows_compile_whole(device):
+    """A graph of `qk_attention` and `swiglu`, with its gradients, is that of the ops."""
+    qkv, h, *weights, table, eps = qk_inputs(device, requires_grad=True)
+    gradients = []
+
+    def call(qkv, *weights):
+        return functional.swiglu(functional.qk_attention(qkv, h, *weights, table, eps))
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for function in (compiled, call):
+        loss = function(qkv, *weights).square().sum()
+        gradients.append(torch.autograd.grad(loss, [qkv, *weights]))
+    for actual, expected in zip(*gradients, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 @by_op
 def test_an_empty_batch_is_an_empty_result(op, device):
     *tensors, last = inputs_of(op, device, B=0, requires_grad=True)

@@ -311,6 +311,11 @@ def test_nothing_is_launched_for_an_empty_batch(device):
         (dict(heads=1), "takes head dims of 16 or 32, got 64"),
         (dict(features=68), "takes up to 64 features of a token, a multiple of 4, got 68"),
         (dict(features=27), "takes up to 64 features of a token, a multiple of 4, got 27"),
+        (dict(rms=True), "takes no RMSNorms"),
+        (dict(block_parts=4), "takes no modulation without shifts"),
+        (dict(qk_norm=2), "takes no norms of queries and keys"),
+        (dict(rope=True), "takes no rotary positions"),
+        (dict(swiglu=True), "takes no SwiGLU"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

@@ -305,6 +305,12 @@ def test_float64_swiglu_is_its_formula():
     assert torch.allclose(functional.swiglu(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_swiglu_compiles_whole():
+    x, counter = torch.randn(3, 8), CompileCounter()
+    compiled = torch.compile(functional.swiglu, backend=counter, fullgraph=True)
+    assert torch.equal(compiled(x), functional.swiglu(x)) and counter.frame_count == 1
+
+
 def test_swiglus_errors_name_the_argument():
     for x, message in (
         (torch.zeros(2, 7), "x: expected an even last dimension, got shape [2, 7]"),

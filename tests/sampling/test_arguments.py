@@ -53,7 +53,10 @@ def test_a_shape_that_is_no_sequence(value):
     [
         ((None, DiffusionScheduler(4)), "model: expected a Module, got NoneType"),
         ((torch.sin, DiffusionScheduler(4)), "model: expected a Module, got builtin"),
-        ((DiT(n_layers=1), 50), "scheduler: expected a DiffusionScheduler, got int"),
+        (
+            (DiT(n_layers=1), 50),
+            "scheduler: expected a DiffusionScheduler or a FlowMatching, got int",
+        ),
         ((DiT(n_layers=1), DiffusionScheduler(4), ["ddim"]), "solver: expected one of"),
     ],
 )

@@ -112,7 +112,7 @@ def plain_loop(model, table, x, labels, noise, guidance):
 
 
 @by_execution
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++", "heun"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("cfg", "guidance"), CASES.values(), ids=CASES.keys())
 @torch.no_grad()

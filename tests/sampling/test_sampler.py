@@ -222,7 +222,8 @@ def test_bad_calls_are_value_errors_before_any_work(labels, options, message):
     [
         (
             {"solver": "ddmp"},
-            "solver: expected one of ddpm, ddim, dpm++, heun; got 'ddmp'; did you mean",
+            "solver: expected one of ddpm, ddim, dpm++, heun, euler, euler-maruyama, dopri5; got "
+            "'ddmp'; did you mean 'ddpm'?",
         ),
         ({"execution": "grpah"}, "got 'grpah'; did you mean 'graph'?"),
         ({"guidance": 4.0}, "guidance: expected fastdit.Guidance(scale), got 4.0"),
@@ -382,5 +383,5 @@ def test_a_loaded_model_brings_the_diffusion_of_its_training(tmp_path):
     loaded = fastdit.load(tmp_path / "m.safetensors")
     expected = Sampler(model, DiffusionScheduler(12, schedule="cosine"))([3], seed=5)
     assert torch.equal(Sampler(loaded, steps=None)([3], seed=5), expected)
-    with pytest.raises(ValueError, match="scheduler: expected the DiffusionScheduler of the model"):
+    with pytest.raises(ValueError, match="scheduler: expected the DiffusionScheduler or the Flow"):
         Sampler(model)

@@ -1,0 +1,84 @@
+"""The sampling loop of a solver that chooses its own steps."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit import functional
+from fastdit.sampling.loop import Loop, Progress, Request, progress_bar
+
+_FIRST_STEP = 0.01  # of time; where its error is too large, the method shortens it
+
+
+def integrator() -> Callable[..., Any]:
+    """Return the `odeint` of torchdiffeq; raise a ValueError where it is not installed."""
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        message = "solver: 'dopri5' needs the package torchdiffeq; pip install 'fastdit[ode]'"
+        raise ValueError(message) from error
+    return odeint
+
+
+class AdaptiveLoop(Loop):
+    """Solves a flow's equation for one image after another, eagerly.
+
+    A step is accepted or not by the error of the whole state, so that images which are solved
+    together would depend on each other. Every step waits for the device.
+    """
+
+    def sample(self, request: Request, progress: Progress) -> Tensor:
+        ode = self.plan.table.ode
+        assert ode is not None
+        odeint, count = integrator(), itertools.count()
+        self._predictor.refresh()
+        with self._without_autocast(), progress_bar(progress) as bar:
+            x = self._start(request)[0].x
+            x0 = torch.zeros_like(x)
+            times = torch.tensor(ode.flow.span, dtype=torch.float64, device=x.device)
+            # Without these the first step is sought outside the span, and the last one ends there.
+            options = {"first_step": _FIRST_STEP, "step_t": times[1:]}
+            how = dict(rtol=ode.rtol, atol=ode.atol, method="dopri5", options=options)
+
+            def velocity(image: slice, t: Tensor, now: Tensor) -> Tensor:
+                change, x0[image] = self._velocity(float(t), now, request.labels, image)
+                bar.update()
+                if callable(progress):
+                    progress(next(count), self._layout.to_images(x0).clone())
+                return change
+
+            for i in range(len(x)):
+                image = slice(i, i + 1)
+                x[image] = odeint(functools.partial(velocity, image), x[image], times, **how)[-1]
+            return self._layout.to_images(x)
+
+    def _velocity(
+        self, t: float, x: Tensor, labels: list[int] | None, image: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity of one image's state at time t, and the predicted x0."""
+        ode, guidance, table_bytes = self.plan.table.ode, self.plan.guidance, self.plan.table_bytes
+        assert ode is not None
+        is_guided = guidance is not None and guidance.active(t)
+        own = None
+        if labels is not None:
+            own = labels[image] + (labels[len(labels) // 2 :][image] if is_guided else [])
+        conditioning = self._predictor.begin([t * ode.flow.time_scale], own, table_bytes)
+        change, x0 = functional.sampler_update(
+            x,
+            self._predictor(x, conditioning(0, 2 if is_guided else 1)),
+            ode.row(t).to(x.device, x.dtype),
+            0,
+            guidance=guidance if is_guided else None,
+        )
+        if not change.isfinite().all():  # torchdiffeq would only say that its steps get too short
+            raise FloatingPointError(
+                f"model: expected finite predictions, but at t = {t:g} they hold NaN or Inf; "
+                f"{self.dtype} may be too narrow for it"
+            )
+        return change, x0
