@@ -101,9 +101,7 @@ def train(
         str | None, _recipe_option("A flow's: velocity, epsilon, sample or score.")
     ] = None,
     clean_at: Annotated[int | None, _recipe_option("A flow's time at the data, 1 or 0.")] = None,
-    time_scale: Annotated[
-        float | None, _recipe_option("What a flow's times are embedded at, as their factor.")
-    ] = None,
+    time_scale: Annotated[float | None, _recipe_option("Factor of embedded times.")] = None,
     noise_scale: Annotated[float | None, _recipe_option("Deviation of a flow's noise.")] = None,
     min_noise: Annotated[
         float | None, _recipe_option("Least divisor of a predicted image's error; 0: none.")
@@ -111,8 +109,10 @@ def train(
     time_draw: Annotated[
         str | None, _recipe_option("A flow's times: uniform or logit-normal.")
     ] = None,
-    time_mean: Annotated[float | None, _recipe_option("Of that normal; below 0: noise.")] = None,
-    time_deviation: Annotated[float | None, _recipe_option("Of that normal.")] = None,
+    time_mean: Annotated[
+        float | None, _recipe_option("The normal's mean; below 0 draws more noise.")
+    ] = None,
+    time_deviation: Annotated[float | None, _recipe_option("The normal's deviation.")] = None,
     time_shift: Annotated[
         float | None, _recipe_option("Shift of a flow's times; below 1: towards noise.")
     ] = None,
@@ -129,7 +129,7 @@ def train(
     align_weight: Annotated[
         float | None, option(f"Weight of that alignment.  [{ALIGN_WEIGHT}]")
     ] = None,
-    align_depth: Annotated[int | None, _recipe_option("Blocks before the hidden state.")] = None,
+    align_depth: Annotated[int | None, _recipe_option("Blocks before the aligned state.")] = None,
     align_width: Annotated[int | None, _recipe_option("Width of its projector.")] = None,
     seed: Annotated[int | None, _recipe_option("Seed of data, weights, order, noise.")] = None,
     precision: Annotated[str, option("float32 or bfloat16 (autocast).")] = "float32",
