@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from fastdit.cli.common import option
 from fastdit.errors import unknown_name
-from fastdit.flow import FlowMatching, Process
-from fastdit.solvers import SOLVERS, FlowSolver, Solver
+from fastdit.flow import Process
+from fastdit.solvers import SOLVERS, FlowSolver, Solver, default_solver
 
 Name = Annotated[
     str | None, option(f"{', '.join(SOLVERS)}.  [ddpm of a diffusion, euler of a flow]")
@@ -46,7 +46,7 @@ def parse_solver(
 ) -> tuple[str, Solver]:
     """Return a solver's name, the process's default where there is none, and the solver."""
     if name is None:
-        name = "euler" if isinstance(process, FlowMatching) else "ddpm"
+        name = default_solver(process)
     if name not in SOLVERS:
         raise unknown_name("--solver", name, SOLVERS)
     solver = SOLVERS[name]

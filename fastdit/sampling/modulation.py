@@ -23,14 +23,17 @@ from fastdit.blocks import Conditioned
 from fastdit.model import DiT
 from fastdit.ops.trajectory import Modulation
 
-
-def model_times(times: Sequence[int] | Sequence[float], device: torch.device) -> Tensor:
-    """Return what the model is called with at some timesteps: int64, or float32 for fractions."""
-    fractions = any(isinstance(t, float) for t in times)
-    return torch.tensor(times, dtype=torch.float32 if fractions else torch.int64, device=device)
-
-
 Linear: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def time_tensor(
+    times: Sequence[int] | Sequence[float],
+    device: torch.device,
+    fractional: torch.dtype = torch.float32,
+) -> Tensor:
+    """Return times as a tensor: int64, or the dtype for fractions where they are floats."""
+    floats = any(isinstance(t, float) for t in times)
+    return torch.tensor(times, dtype=fractional if floats else torch.int64, device=device)
 
 
 class Projection(ABC):
@@ -233,7 +236,7 @@ class ChunkedTables(Tables):
                 f"{fixed + step_bytes} bytes, got {max_bytes}"
             )
         self._projection, self._first = projection, 0
-        self._timesteps = model_times(timesteps, device)
+        self._timesteps = time_tensor(timesteps, device)
         self._labels = torch.tensor(distinct, device=device) if distinct else None
         nothing = torch.empty(0, device=device)
         super().__init__(
@@ -281,7 +284,7 @@ class TableStore:
             wanted = torch.tensor(distinct, device=device) if distinct else None
             self._by_label, self._distinct = self._projection.by_label(wanted), distinct
         if self._by_step is None:
-            t = model_times(self._timesteps, device)
+            t = time_tensor(self._timesteps, device)
             self._by_step = self._projection.by_step(t, None)
         return Tables(self._by_step, self._by_label, _rows(labels, distinct, device))
 

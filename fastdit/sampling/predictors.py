@@ -15,7 +15,7 @@ from fastdit import functional
 from fastdit.config import DiTConfig
 from fastdit.errors import check_finite
 from fastdit.model import DiT
-from fastdit.sampling.modulation import ChunkedTables, LayerProjection, model_times
+from fastdit.sampling.modulation import ChunkedTables, LayerProjection, time_tensor
 
 
 class Predictor(Protocol):
@@ -226,9 +226,7 @@ class ModelPredictor:
     def begin(
         self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
     ) -> Callable[..., Tensor]:
-        t = model_times(timesteps, self.device)
-        if t.is_floating_point():
-            t = torch.tensor(timesteps, dtype=torch.float64, device=self.device)
+        t = time_tensor(timesteps, self.device, torch.float64)
         y = [] if labels is None else [torch.tensor(labels, dtype=t.dtype, device=self.device)]
 
         def conditioning(k: int, rows: int, out: Tensor | None = None) -> Tensor:

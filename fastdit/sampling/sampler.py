@@ -19,7 +19,7 @@ from fastdit.sampling.arguments import Generators, Labels
 from fastdit.sampling.executions import EXECUTIONS, Subject, automatic, obstacle
 from fastdit.sampling.loop import Loop, Plan, Progress, Request
 from fastdit.sampling.predictors import is_standard_dit
-from fastdit.solvers import SOLVERS, Solver
+from fastdit.solvers import SOLVERS, Solver, default_solver
 from fastdit.update import Guidance
 
 TABLE_BYTES = 2**30
@@ -120,7 +120,7 @@ class Sampler:
         self.sample_shape = arguments.sample_shape(sample_shape, self.config)
         self.process = scheduler or _own_process(inner)
         if solver is None:
-            solver = "euler" if isinstance(self.process, FlowMatching) else "ddpm"
+            solver = default_solver(self.process)
         self.solver = solver if isinstance(solver, Solver) else SOLVERS[solver]
         self.table = self.solver.table(self.process, steps)
         if self.table.ode is not None:

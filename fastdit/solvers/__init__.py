@@ -5,7 +5,15 @@
 `FlowSolver` as a frozen dataclass, write its rows, and name it in `SOLVERS`.
 """
 
-from fastdit.solvers.base import SOLVERS, FlowSolver, Nodes, Ode, Solver, StepTable
+from fastdit.solvers.base import (
+    SOLVERS,
+    FlowSolver,
+    Nodes,
+    Ode,
+    Solver,
+    StepTable,
+    default_solver,
+)
 from fastdit.solvers.diffusion import DDIM, DDPM
 from fastdit.solvers.flow import DIFFUSIONS, LAST_STEPS, Dopri5, Euler, EulerMaruyama
 from fastdit.solvers.shared import DPMSolverPP, Heun
@@ -39,4 +47,5 @@ __all__ = [
     "Ode",
     "Solver",
     "StepTable",
+    "default_solver",
 ]

@@ -18,6 +18,11 @@ from fastdit.update import Coefficients
 SOLVERS: dict[str, Solver] = {}
 
 
+def default_solver(process: Process) -> str:
+    """Return the name of the solver that a process is sampled by where none is asked for."""
+    return "euler" if isinstance(process, FlowMatching) else "ddpm"
+
+
 def number(name: str, value: Any) -> float:
     """Return a value as a float; raise a ValueError where it is no number."""
     if isinstance(value, str | bool):
@@ -26,6 +31,14 @@ def number(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected a number, got {value!r}") from error
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a value as a float; raise a ValueError unless it is positive and finite."""
+    value = number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+    return value
 
 
 class Ode(NamedTuple):
@@ -154,9 +167,7 @@ class FlowSolver(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "shift", number("shift", self.shift))
-        if not (self.shift > 0 and math.isfinite(self.shift)):
-            raise ValueError(f"shift: expected a positive number, got {self.shift}")
+        object.__setattr__(self, "shift", positive("shift", self.shift))
 
     def grid(self, flow: FlowMatching, steps: int) -> Tensor:
         """Return the times of a flow to step through before the shift: [steps + 1] float64."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdit.errors import unknown_name
 from fastdit.flow import Amplitudes, FlowMatching, Process
-from fastdit.solvers.base import FlowSolver, Ode, Solver, StepTable, coefficients, number
+from fastdit.solvers.base import FlowSolver, Ode, Solver, StepTable, coefficients, number, positive
 from fastdit.update import Coefficients
 
 
@@ -85,9 +85,7 @@ class EulerMaruyama(FlowSolver):
             raise unknown_name("diffusion", self.diffusion, DIFFUSIONS)
         if self.last_step not in LAST_STEPS:
             raise unknown_name("last_step", self.last_step, LAST_STEPS)
-        object.__setattr__(self, "norm", number("norm", self.norm))
-        if not (self.norm > 0 and math.isfinite(self.norm)):
-            raise ValueError(f"norm: expected a positive number, got {self.norm}")
+        object.__setattr__(self, "norm", positive("norm", self.norm))
         object.__setattr__(self, "last_size", number("last_size", self.last_size))
         if not 0 < self.last_size < 1:
             raise ValueError(f"last_size: expected a number between 0 and 1, got {self.last_size}")
@@ -164,9 +162,7 @@ class Dopri5(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rtol", "atol"):
-            object.__setattr__(self, name, number(name, getattr(self, name)))
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
 
     def table(self, process: Process, steps: int | None = None) -> StepTable:
         self._check_process(process)
