@@ -44,6 +44,10 @@ for _pass in ("fwd", "bwd"):
     _own = Table("adaln_configs.py", f"norm_modulate_{_pass}_configs", ("ROWS", "num_warps"))
     TABLES[f"layer_norm_modulate_{_pass}"] = _own
     TABLES[f"gated_residual_layer_norm_modulate_{_pass}"] = _own
+    _own = Table("qk_norm_rope.py", f"qk_norm_rope_{_pass}_configs", ("ROWS", "num_warps"))
+    TABLES[f"qk_norm_rope_{_pass}"] = _own
+    _own = Table("swiglu.py", "swiglu_configs", ("ROWS", "COLUMNS", "num_warps"))
+    TABLES[f"swiglu_{_pass}"] = _own
 
 
 def best_of(rows: Iterable[Row]) -> list[Row]:

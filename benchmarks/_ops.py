@@ -24,8 +24,10 @@ OPS = (
     "gated_residual_rms_norm_modulate",
     "attention",
     "sampler_update",
+    "qk_norm_rope",
+    "swiglu",
 )
-PLAIN_LN, GATED_LN, PLAIN_RMS, GATED_RMS, ATTENTION, UPDATE = OPS
+PLAIN_LN, GATED_LN, PLAIN_RMS, GATED_RMS, ATTENTION, UPDATE, QK, SWIGLU = OPS
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -38,7 +40,11 @@ DTYPES = MODEL_DTYPES | {"mixed": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one shape: (B, N, D), for attention (B, N, h, d), for the update (B, C, H, W)."""
+    """One op on one shape.
+
+    It is (B, N, D); for attention and `qk_norm_rope` (B, N, h, d); for the update (B, C, H, W); for
+    `swiglu` (B, N, M), with M the width of the output.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -62,6 +68,8 @@ FULL = (
     Case(ATTENTION, (64, 256, 16, 64), "float32"),
     Case(UPDATE, (64, 4, 32, 32), "mixed"),
     Case(UPDATE, (256, 3, 16, 16), "float32"),
+    *(Case(QK, shape) for shape in ((64, 256, 16, 72), (64, 256, 16, 64), (1024, 16, 4, 16))),
+    *(Case(SWIGLU, shape) for shape in ((64, 256, 3072), (64, 256, 2730), (1024, 16, 170))),
 )
 # The toy when it samples and when it trains, DiT-S/4, DiT-XL/2.
 _CPU_ROWS = ((64, 16, 64), (256, 16, 64), (8, 64, 384), (2, 256, 1152))
@@ -73,6 +81,8 @@ CPU = (
     *(Case(ATTENTION, shape, "float32") for shape in ((64, 16, 4, 16), (4, 256, 6, 64))),
     Case(UPDATE, (64, 3, 16, 16), "float32"),
     Case(UPDATE, (16, 4, 32, 32), "mixed"),
+    *(Case(QK, shape, "float32") for shape in ((64, 16, 4, 16), (8, 64, 6, 64))),
+    *(Case(SWIGLU, shape, "float32") for shape in ((64, 16, 170), (8, 64, 1024))),
 )
 QUICK = (
     Case(PLAIN_LN, (2, 16, 72)),
@@ -83,6 +93,8 @@ QUICK = (
     Case(ATTENTION, (2, 16, 2, 16), "float32"),
     Case(UPDATE, (3, 4, 8, 8), "mixed"),
     Case(UPDATE, (3, 3, 8, 8), "float32"),
+    Case(QK, (2, 20, 2, 72)),
+    Case(SWIGLU, (2, 16, 72)),
 )
 
 
@@ -103,6 +115,11 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
         if backward:  # qkv, out, dout; dqkv. S, dP, dQ, dK, dV are 2 B N^2 D each.
             return 8 * B * N * D * item, 10 * B * N * N * D
         return 4 * B * N * D * item, 4 * B * N * N * D  # qkv; out. S and O.
+    if case.op == QK:
+        # qkv; out. dout, qkv; dqkv. Weights and angles are too few to count.
+        return math.prod(case.shape) * (9 if backward else 6) * item, 0
+    if case.op == SWIGLU:
+        return math.prod(case.shape) * (5 if backward else 3) * item, 0  # x; out. dout, x; dx
     B, N, D = case.shape
     tokens, modulation = {
         (PLAIN_LN, False): (2, 2),  # x; h. scale, shift
@@ -114,7 +131,10 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
 
 
 def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
-    """Return the positional tensors, none of which is zero, and the keyword arguments."""
+    """Return the positional tensors, none of which is zero, and the keyword arguments.
+
+    A backward computes the gradients of the former, and of the latter where they ask for one.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
@@ -123,6 +143,16 @@ def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], d
     if case.op == ATTENTION:
         B, N, h, d = case.shape
         return [randn(B, N, 3 * h * d)], {"n_heads": h}
+    if case.op == QK:  # with all that it can do
+        B, N, h, d = case.shape
+        names = ("q_weight", "q_bias", "k_weight", "k_bias")
+        options: dict[str, Any] = {name: randn(d).requires_grad_() for name in names}
+        angles = randn(N, d // 2, dtype=torch.float32)
+        rope = torch.stack([angles.cos(), angles.sin()])
+        return [randn(B, N, 3 * h * d)], {"n_heads": h, "rope": rope, "eps": 1e-6} | options
+    if case.op == SWIGLU:
+        B, N, M = case.shape
+        return [randn(B, N, 2 * M)], {}
     if case.op == UPDATE:
         B, C, H, W = case.shape
         guided = case.dtype == "mixed"
@@ -173,8 +203,13 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 @functools.lru_cache(maxsize=1)
 def oracle(case: Case, device: torch.device) -> tuple[Tensor, ...]:
     tensors, options = inputs(case, device, seed=0)
-    tensors = [t.double() if t.is_floating_point() else t for t in tensors]
-    return tuple(t.cpu() for t in outputs(getattr(reference, case.op)(*tensors, **options)))
+
+    def exact(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().double() if floats else value
+
+    arguments, options = map(exact, tensors), {name: exact(v) for name, v in options.items()}
+    return tuple(t.cpu() for t in outputs(getattr(reference, case.op)(*arguments, **options)))
 
 
 def copies(moved: int, device: torch.device) -> int:

@@ -24,12 +24,20 @@ import torch
 import triton
 from _advice import print_advice
 from _harness import Results, attempt
-from _ops import ATTENTION, PLAIN_LN, UPDATE, Case, inputs
+from _ops import ATTENTION, PLAIN_LN, QK, SWIGLU, UPDATE, Case, inputs
 from triton.runtime._async_compile import AsyncCompileMode
 
 from fastdit import PRESETS, DiffusionScheduler, DiTConfig
 from fastdit.flops import products
-from fastdit.kernels import adaln, adaln_configs, aot, sampling, trajectory
+from fastdit.kernels import (
+    adaln,
+    adaln_configs,
+    aot,
+    qk_norm_rope,
+    sampling,
+    swiglu,
+    trajectory,
+)
 from fastdit.kernels import attention as attn
 from fastdit.kernels import attention_configs as sizes
 from fastdit.kernels.common import arch
@@ -73,6 +81,9 @@ def contests(group: str, device: torch.device) -> Iterator[Contest]:
         for shape in ((16, 1024, 16, 72), (64, 256, 16, 64), (64, 64, 16, 72)):
             yield from _attention(Case(ATTENTION, shape), device, ("fwd", "dq", "dkv"))
         yield _update(Case(UPDATE, (64, 4, 32, 32), "mixed"), device)
+        for d in (72, 64):
+            yield from _qk_norm_rope(Case(QK, (64, 256, 16, d)), device)
+        yield from _swiglu(Case(SWIGLU, (64, 256, 3072)), device)
         for changes in ({"img_size": 32}, {"hidden": 128}):
             yield _trajectory(DiTConfig(**changes), 132, device)
 
@@ -135,6 +146,41 @@ def _update(case: Case, device: torch.device) -> Contest:
 
     configs = sampling.sampler_update_configs()
     return Contest("sampler_update", case.size, case.dtype, configs, prepare)
+
+
+def _qk_norm_rope(case: Case, device: torch.device) -> Iterator[Contest]:
+    h, d = case.shape[2:]
+    configs = {
+        "fwd": qk_norm_rope.qk_norm_rope_fwd_configs(d),
+        "bwd": qk_norm_rope.qk_norm_rope_bwd_configs(d),
+    }
+
+    def prepare(backward: bool) -> Launch:
+        (qkv,), options = inputs(case, device, seed=0)
+        names = ("q_weight", "q_bias", "k_weight", "k_bias")
+        given = h, tuple(options[name].detach() for name in names), options["rope"], 1e-6
+        if not backward:
+            return lambda c: qk_norm_rope.qk_norm_rope_fwd(qkv, *given, c)
+        dout = torch.randn_like(qkv)
+        return lambda c: qk_norm_rope.qk_norm_rope_bwd(dout, qkv, *given, c)
+
+    for name, own in configs.items():
+        make = functools.partial(prepare, name == "bwd")
+        yield Contest(f"qk_norm_rope_{name}", case.size, case.dtype, own, make)
+
+
+def _swiglu(case: Case, device: torch.device) -> Iterator[Contest]:
+    def prepare(backward: bool) -> Launch:
+        (x,), _ = inputs(case, device, seed=0)
+        if not backward:
+            return lambda c: swiglu.swiglu_fwd(x, c)
+        dout = torch.randn(case.shape, device=device, dtype=x.dtype)
+        return lambda c: swiglu.swiglu_bwd(dout, x, c)
+
+    for name in ("fwd", "bwd"):
+        make = functools.partial(prepare, name == "bwd")
+        configs = swiglu.swiglu_configs(case.shape[-1])
+        yield Contest(f"swiglu_{name}", case.size, case.dtype, configs, make)
 
 
 def _trajectory(cfg: DiTConfig, B: int, device: torch.device) -> Contest:

@@ -58,9 +58,11 @@ def calls(case: Case, function: Callable[..., Any], backward: bool, device: torc
         if not backward:
             return torch.no_grad()(lambda: function(*tensors, **options))
         leaves = [t.detach().requires_grad_() for t in tensors]
+        weights = [o for o in options.values() if isinstance(o, torch.Tensor) and o.requires_grad]
         outs = ops.outputs(function(*leaves, **options))
         upstream = [torch.randn_like(out) for out in outs]
-        return lambda: torch.autograd.grad(outs, leaves, upstream, retain_graph=True)
+        asked = leaves + weights
+        return lambda: torch.autograd.grad(outs, asked, upstream, retain_graph=True)
 
     return [call(seed) for seed in range(ops.copies(ops.work(case, backward)[0], device))]
 

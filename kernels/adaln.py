@@ -258,7 +258,9 @@ def sum_partials_kernel(
     o_d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_d = o_d < D
     p_partial += i_b * chunks * 3 * D + o_d
-    b_g = b_dshift = b_dgate = tl.zeros([BLOCK], tl.float32)
+    b_g = tl.zeros([BLOCK], tl.float32)
+    b_dshift = tl.zeros([BLOCK], tl.float32)
+    b_dgate = tl.zeros([BLOCK], tl.float32)
     for _ in range(chunks):
         b_g += tl.load(p_partial, mask=m_d, other=0.0)
         if SHIFTED:
@@ -309,8 +311,7 @@ def norm_modulate_fwd(
     B, N, D = x.shape
     y, gate = residual or (None, None)
     x, y, weight = x.contiguous(), contiguous(y), contiguous(weight)
-    gate, s_gate = rows_of(gate)
-    (scale, s_scale), (shift, s_shift) = rows_of(scale), rows_of(shift)
+    (gate, s_gate), (scale, s_scale), (shift, s_shift) = map(rows_of, (gate, scale, shift))
     r = x if gate is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=scale.dtype)
     rstd = x.new_empty((B, N), dtype=torch.float32)
@@ -374,12 +375,11 @@ def norm_modulate_bwd(
         over_rows, over_chunks = _prepare_bwd(r.shape, kind, dr is not None, rms_on, config)
         tensors = (dh, dr, r, y, gate, scale, weight, mean, rstd, dx, dy, partial)
         over_rows(tensors, s_gate, s_scale, N)
-        own = (None, None, None) if weight is None else (scale, weight, s_scale)
-        over_chunks((partial, *own[:2], *sums), own[2], partial.shape[1])
+        own, s_own = ((None, None), None) if weight is None else ((scale, weight), s_scale)
+        over_chunks((partial, *own, *sums), s_own, partial.shape[1])
     else:
-        for t in sums:
-            if t is not None:
-                t.zero_()
+        for t in filter(torch.is_tensor, sums):
+            t.zero_()
     dweight = None if parts is None or weight is None else parts.sum(0).to(weight.dtype)
     return dx, dy, dgate, dscale, dshift, dweight
 

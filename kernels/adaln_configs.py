@@ -11,7 +11,7 @@ TOKENS = 32  # per program of the backward: its three partial sums are 1/32 of a
 
 
 def norm_modulate_fwd_configs(D: int) -> list[triton.Config]:
-    """Return the launch configurations for D channels, the default first."""
+    """Return the configurations for D channels, the default first; RMSNorm takes no other."""
     width = sum(power_of_two_pieces(D))
     warps = min(16, _power_of_two_below(width // 2048))
     # A warp owns whole rows, so that no sum crosses warps; 2048 channels are 64 registers a thread.
@@ -27,7 +27,7 @@ def norm_modulate_bwd_configs(D: int, rms_on: str | None = None) -> list[triton.
     """Return the launch configurations for D channels, the default first.
 
     Args:
-        rms_on: the architecture that runs RMSNorm; None for LayerNorm, which fits on all alike.
+        rms_on: the architecture that runs RMSNorm, which has the default alone; None for LayerNorm.
     """
     width = sum(power_of_two_pieces(D))
     warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
@@ -35,10 +35,11 @@ def norm_modulate_bwd_configs(D: int, rms_on: str | None = None) -> list[triton.
     rows = _power_of_two_below(min(TOKENS, 18 * 32 * warps // width))
     half = rows // 2
     wide = half * power_of_two_pieces(D)[0] >= 8 * 32 * warps  # a thread loads 8 at once
-    sizes = [(rows, warps), (half, warps)] if wide else [(rows, warps)]
-    # Without a cap ptxas rounds the registers down, and spills a few of them.
-    capped = rms_on is not None and family_of(rms_on) in ("sm_80", "sm_100") and warps <= 8
-    return _configs(sizes, 224 if capped else None)
+    if rms_on is None:
+        return _configs([(rows, warps), (half, warps)] if wide else [(rows, warps)])
+    # Without a cap ptxas rounds the registers down on sm_100, and spills two of them or three.
+    capped = family_of(rms_on) == "sm_100" and warps <= 8
+    return _configs([(rows, warps)], 224 if capped else None)
 
 
 def _power_of_two_below(n: int) -> int:

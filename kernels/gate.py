@@ -21,7 +21,9 @@ from fastdit.kernels import (
     adaln_configs,
     attention,
     attention_configs,
+    qk_norm_rope,
     sampling,
+    swiglu,
     trajectory,
 )
 from fastdit.kernels.aot import SHARED_LIMIT, TENSOR_MEMORY_LIMIT, Machine
@@ -70,6 +72,8 @@ def cases(arch: str, every: bool = False) -> Iterator[Case]:
     """Yield the default launch of each kernel and size, or every one that the tuner may choose."""
     yield from _adaln(arch, every)
     yield from _attention(arch, every)
+    yield from _qk_norm_rope(arch, every)
+    yield from _swiglu(arch, every)
     yield from _sampling(arch, every)
     yield from _trajectory(arch, every)
 
@@ -153,7 +157,8 @@ def _adaln(arch: str, every: bool) -> Iterator[Case]:
                 if not every and norm + form not in ("gated ", "plain ", *few):
                     continue
                 weight, added, kept, rms_on = given
-                for config in _chosen(adaln_configs.norm_modulate_fwd_configs(D), every):
+                choice = every and weight is None
+                for config in _chosen(adaln_configs.norm_modulate_fwd_configs(D), choice):
                     arguments = (r, scale, added, 1e-5, weight, residual and residual[1:], config)
                     call = partial(adaln.norm_modulate_fwd, *arguments)
                     yield Case(f"{name} {norm}{form}{_name(config)}", arch, call)
@@ -217,6 +222,48 @@ def _needs(
         for kernel, (config, _, products) in kernels.items()
     }
     return flop, {kernel: config.kwargs[own] for kernel, (config, own, _) in kernels.items()}
+
+
+def _qk_norm_rope(arch: str, every: bool) -> Iterator[Case]:
+    """Yield cases with a LayerNorm and a rotation; and where `every`, with less than that."""
+    B, N, h = 4, 256, 16
+    for d in HEAD_DIMS if every else (64, 72, 128):
+        forwards, backwards = (
+            _chosen(configs(d), every)
+            for configs in (
+                qk_norm_rope.qk_norm_rope_fwd_configs,
+                qk_norm_rope.qk_norm_rope_bwd_configs,
+            )
+        )
+        weight, rope = _meta(d, dtype=_F32), _meta(2, N, d // 2, dtype=_F32)
+        layer, rms, none = (weight,) * 4, (weight, None) * 2, (None,) * 4
+        kinds = [("bf16 layer rope", _BF16, layer, rope)]
+        if every:
+            kinds += [("fp32 layer rope", _F32, layer, rope), ("bf16 rms", _BF16, rms, None)]
+            kinds += [("bf16 rope", _BF16, none, rope)]
+        for kind, dtype, weights, table in kinds:
+            qkv = _meta(B, N, 3 * h * d, dtype=dtype)
+            given = h, weights, table, 1e-6
+            for config in forwards:
+                call = partial(qk_norm_rope.qk_norm_rope_fwd, qkv, *given, config)
+                yield Case(f"d{d} {kind} {_name(config)}", arch, call)
+            for config in backwards:
+                call = partial(qk_norm_rope.qk_norm_rope_bwd, qkv, qkv, *given, config)
+                yield Case(f"d{d} {kind} {_name(config)}", arch, call)
+
+
+def _swiglu(arch: str, every: bool) -> Iterator[Case]:
+    """Yield cases of XL and of the toy, whose rows of 170 are aligned to 4 bytes only."""
+    for M in (3072, 170):
+        for dtype in (_BF16, _F32) if every else (_BF16,):
+            x, dout = _meta(4, 256, 2 * M, dtype=dtype), _meta(4, 256, M, dtype=dtype)
+            name, wide = f"M{M} {'bf16' if dtype == _BF16 else 'fp32'}", M % 8 == 0
+            for config in _chosen(swiglu.swiglu_configs(M), every):
+                label = f"{name} {_name(config)}"
+                forward = partial(swiglu.swiglu_fwd, x, config)
+                yield Case(label, arch, forward, wide_loads=wide)
+                backward = partial(swiglu.swiglu_bwd, dout, x, config)
+                yield Case(label, arch, backward, wide_loads=wide)
 
 
 def _sampling(arch: str, every: bool) -> Iterator[Case]:

@@ -79,9 +79,11 @@ def qk_norm_rope(
     """
     weights = q_weight, q_bias, k_weight, k_bias
     d = checks.check_head_parts(qkv, n_heads, weights, rope)
-    choose("qk_norm_rope", backend, qkv, d, *weights, rope)
+    chosen = choose("qk_norm_rope", backend, qkv, d, *weights, rope)
     if q_weight is None and rope is None:
         return qkv.clone()
+    if chosen == "triton":
+        return registration.call(definitions.qk_norm_rope, qkv, n_heads, *weights, rope, eps)
     if qkv.dtype == torch.float64:
         exact = (None if t is None else t.double() for t in (*weights, rope))
         q_weight, q_bias, k_weight, k_bias, rope = exact

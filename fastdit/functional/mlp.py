@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.ops import checks
+from fastdit.ops import checks, definitions, registration
 from fastdit.ops.dispatch import choose, fuses_gelu
 
 
@@ -50,6 +50,7 @@ def swiglu(x: Tensor, backend: str | None = None) -> Tensor:
     Source: Shazeer 2020 (GLU Variants Improve Transformer), equation 6.
     """
     checks.check_halves(x)
-    choose("swiglu", backend, x)
+    if choose("swiglu", backend, x) == "triton":
+        return registration.call(definitions.swiglu, x)
     a, b = x.chunk(2, dim=-1)
     return F.silu(a) * b

@@ -48,6 +48,84 @@ def attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_he
     return kernels("attention", "triton").attention_bwd(dout, qkv, out, lse, n_heads)
 
 
+def _save_qk(ctx: Any, inputs: Any, output: Any) -> None:
+    qkv, ctx.n_heads, *tensors, ctx.eps = inputs
+    ctx.save_for_backward(qkv, *tensors)
+
+
+def _qk_gradients(ctx: Any, dout: Tensor) -> Any:
+    qkv, *weights, rope = ctx.saved_tensors
+    backward = qk_norm_rope_backward
+    dqkv, dweights = call(backward, dout, qkv, ctx.n_heads, *weights, rope, ctx.eps)
+    rows = iter(dweights.unbind())
+    gradients = (None if w is None else next(rows).to(w.dtype) for w in weights)
+    return dqkv, None, *gradients, None, None
+
+
+@op(shapes=lambda qkv, *_: fresh(qkv), saves=_save_qk, gradients=_qk_gradients)
+def qk_norm_rope(
+    qkv: Tensor,
+    n_heads: int,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    rope: Tensor | None,
+    eps: float,
+) -> Tensor:
+    weights = q_weight, q_bias, k_weight, k_bias
+    return kernels("qk_norm_rope", "triton").qk_norm_rope_fwd(qkv, n_heads, weights, rope, eps)
+
+
+def _qk_backward_shapes(
+    dout: Tensor, qkv: Tensor, n_heads: int, *weights_rope_eps: Any
+) -> tuple[Tensor, Tensor]:
+    rows = sum(w is not None for w in weights_rope_eps[:4])
+    d = qkv.shape[-1] // (3 * n_heads)
+    return fresh(qkv), qkv.new_empty((rows, d), dtype=torch.float32)
+
+
+@op(shapes=_qk_backward_shapes, gradients=no_derivative)
+def qk_norm_rope_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    n_heads: int,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    rope: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(dqkv, dweights [K, d]: a row for each of the K weights that are not None)"""
+    weights = q_weight, q_bias, k_weight, k_bias
+    launcher = kernels("qk_norm_rope", "triton").qk_norm_rope_bwd
+    return launcher(dout, qkv, n_heads, weights, rope, eps)
+
+
+def _halved(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _save_swiglu(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _swiglu_gradients(ctx: Any, dout: Tensor) -> Any:
+    return call(swiglu_backward, dout, *ctx.saved_tensors)
+
+
+@op(shapes=_halved, saves=_save_swiglu, gradients=_swiglu_gradients)
+def swiglu(x: Tensor) -> Tensor:
+    return kernels("swiglu", "triton").swiglu_fwd(x)
+
+
+@op(shapes=lambda dout, x: fresh(x), gradients=no_derivative)
+def swiglu_backward(dout: Tensor, x: Tensor) -> Tensor:
+    """dx"""
+    return kernels("swiglu", "triton").swiglu_bwd(dout, x)
+
+
 def _update(
     backend: str, scale: float | None, channels: int | None, out: Any, *given: Tensor | None
 ) -> Any:

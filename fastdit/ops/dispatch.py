@@ -49,7 +49,8 @@ def choose(op: str, backend: str | None, *given: Any) -> str:
         backend: the one that the caller named, or None for the first in the table that suits and
             can run, and "reference" where there is none.
         given: what the op's entries look at: its tensors, the one like the output first; for
-            "attention" (qkv, head dim), for "trajectory" (config, device, dtype of the weights).
+            "attention" and "qk_norm_rope" qkv, the head dim, and then other tensors or None; for
+            "trajectory" (config, device, dtype of the weights).
 
     Raises:
         ValueError: the named backend is unknown, or cannot run; the message says why.
@@ -165,6 +166,17 @@ def _triton_attention(qkv: Tensor, head_dim: int) -> str | None:
     return _triton(qkv)
 
 
+def _triton_qk_norm_rope(
+    qkv: Tensor, head_dim: int, *weights_and_rope: Tensor | None
+) -> str | None:
+    rope = weights_and_rope[-1]
+    if rope is not None and rope.requires_grad:
+        return "has no gradient of the rotary table"
+    if head_dim > _MAX_HEAD_DIM:
+        return f"takes head dims up to {_MAX_HEAD_DIM}, got {head_dim}"
+    return _triton(qkv, *weights_and_rope)
+
+
 def _cpp_norm(*tensors: Tensor | None) -> str | None:
     for t in tensors:
         if t is not None and not (t.is_cpu and t.dtype == torch.float32):
@@ -257,8 +269,8 @@ TABLE: dict[str, dict[str, Backend]] = {
     "rms_norm_modulate": _NORM,
     "gated_residual_rms_norm_modulate": _NORM,
     "attention": {"triton": Backend(_triton_attention, _always)},
-    "qk_norm_rope": {},
-    "swiglu": {},
+    "qk_norm_rope": {"triton": Backend(_triton_qk_norm_rope, _always)},
+    "swiglu": {"triton": Backend(_triton, _always)},
     "sampler_update": {
         "cpp": Backend(_cpp_update, _cpp_update_suits),
         "triton": Backend(_triton, _always),

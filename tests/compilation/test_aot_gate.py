@@ -52,6 +52,11 @@ def test_every_kernel_is_judged(machines):
         "attention_one_pass_fwd_kernel",
         "attention_dq_bwd_kernel",
         "attention_dkv_bwd_kernel",
+        "qk_norm_rope_fwd_kernel",
+        "qk_norm_rope_bwd_kernel",
+        "sum_chunks_kernel",
+        "swiglu_fwd_kernel",
+        "swiglu_bwd_kernel",
         "sampler_update_kernel",
         "trajectory_kernel",
     }

@@ -331,7 +331,7 @@ def test_launches_are_recorded_that_were_made_before(driver):
 
 
 def sums_launch(module):
-    constants = dict(D=64, GATED=False, BLOCK=256, num_warps=1)
+    constants = dict(D=64, GATED=False, RMS=False, SHIFTED=True, BLOCK=256, num_warps=1)
     return module.PreparedLaunch(adaln.sum_partials_kernel, (1, 1), **constants)
 
 
@@ -358,6 +358,6 @@ def test_an_integer_that_is_new_at_every_call_is_not_kept_for_ever(driver):
     prepared = sums_launch(launch)
     partial, scale, shift = torch.zeros(1, 1, 3, 64), torch.zeros(1, 64), torch.zeros(1, 64)
     for chunks in range(1, 3 * launch._KINDS):
-        prepared((partial, scale, shift, None), chunks)
-        assert driver.calls[-1][4][4] == chunks
+        prepared((partial, None, None, scale, shift, None, None), None, chunks)
+        assert driver.calls[-1][4][8] == chunks
     assert len(prepared._compiled) <= launch._KINDS

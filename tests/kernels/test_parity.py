@@ -21,6 +21,8 @@ HEADS = {64: 1, 72: 1, 384: 4, 1152: 16}  # head dims 64, 72, 96, 72
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = ("layer_norm_modulate", "gated_residual_layer_norm_modulate", "attention")
 RMS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate")
+QK, SWIGLU = "qk_norm_rope", "swiglu"
+KINDS = ("layer", "layer rope", "rms", "rms rope", "rope")  # of QK: a norm, a rotation, or both
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,22 @@ class Case:
     N: int
     D: int
     view: str
-    shifted: bool = True
+    kind: str = ""
 
     def __str__(self):
-        shift = "" if self.shifted else "-no-shift"
-        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}{shift}"
+        kind = f"-{self.kind.replace(' ', '-')}" if self.kind else ""
+        return f"{self.dtype}-B{self.B}-N{self.N}-D{self.D}-{self.view}{kind}"
 
     def seeds(self, op):
         """Return how many seeds to pool so that the op's smallest tensor has 4096 elements.
 
-        That tensor is a modulation's gradient; RMSNorm's weight has tests of its own. Under the
-        interpreter its long sums are judged at N = 300 and D = 1152 only, since a long N elsewhere
-        would take minutes.
+        That tensor is a modulation's gradient, or an output; weights of norms have tests of their
+        own. Under the interpreter a modulation's long sums are judged at N = 300 and D = 1152 only,
+        since a long N elsewhere would take minutes.
         """
-        if op == "attention":
-            return -(-4096 // (self.B * self.N * self.D))
+        if op in ("attention", QK, SWIGLU):
+            width = 3 * self.D if op == QK else self.D
+            return -(-4096 // (self.B * self.N * width))
         if INTERPRETED and (self.N == 256 or (self.N == 300 and self.D < 1152)):
             return 1
         return -(-4096 // (self.B * self.D))
@@ -54,27 +57,31 @@ class Case:
         if op == "attention":
             head = 0.1 + (8 if self.dtype == "float32" else 1) * (self.N / 300) ** 2
             return self.seeds(op) * self.B * HEADS[self.D] * head
+        if op in (QK, SWIGLU):
+            return self.seeds(op) * self.B * (0.1 + self.N * HEADS[self.D] / 300)
         return self.seeds(op) * self.B * self.N * (1 + self.D / 400) / 1000
 
 
+VIEWS = ("contiguous", "strided", "offset")
 CROSS = [
     Case(*choices)
-    for choices in itertools.product(
-        DTYPES, (1, 3), (1, 5, 16, 63, 256, 300), HEADS, ("contiguous", "strided", "offset")
-    )
+    for choices in itertools.product(DTYPES, (1, 3), (1, 5, 16, 63, 256, 300), HEADS, VIEWS)
 ]
-
-# RMSNorm's kernels are LayerNorm's with parts left out, so that fewer lengths and widths suffice.
-RMS_CROSS = [
-    Case(*choices)
-    for choices in itertools.product(
-        DTYPES, (1, 3), (1, 40), (72, 1152), ("contiguous", "strided", "offset"), (True, False)
+# Fewer lengths and widths suffice for RMSNorm's kernels, which are LayerNorm's with parts left out,
+# and for programs that take heads or rows of any token.
+RMS_CROSS, QK_CROSS, SWIGLU_CROSS = (
+    [Case(*choices) for choices in itertools.product(DTYPES, (1, 3), *sizes, VIEWS, kinds)]
+    for sizes, kinds in (
+        (((1, 40), (72, 1152)), ("", "no shift")),
+        (((1, 5, 63), (64, 72, 384)), KINDS),
+        (((1, 5, 63), (64, 72, 384)), ("",)),
     )
-]
+)
+CROSSES = dict.fromkeys(RMS, RMS_CROSS) | {QK: QK_CROSS, SWIGLU: SWIGLU_CROSS}
 
 
 def cross(op):
-    return RMS_CROSS if op in RMS else CROSS
+    return CROSSES.get(op, CROSS)
 
 
 def pairs(case):
@@ -93,7 +100,7 @@ def pairwise_cover(op):
 
 
 def full_cross():
-    for op in (*OPS, *RMS):
+    for op in (*OPS, *CROSSES):
         cover = pairwise_cover(op)
         for case in cross(op):
             marks = () if case in cover else pytest.mark.gpu
@@ -113,14 +120,22 @@ def lay_out(t, view):
     return flat[1:].view(t.shape)
 
 
-def make_tensors(op, B, N, D, shifted=True):
-    """Return the inputs, one of which may be None, then the upstream gradient of each output."""
+def make_tensors(op, B, N, D, kind="", n_heads=1):
+    """Return the inputs, some of which may be None, then the upstream gradient of each output."""
+    if op == SWIGLU:
+        return [torch.randn(B, N, 2 * D), torch.randn(B, N, D)]
+    if op == QK:
+        weights = list(torch.randn(4, D // n_heads)) if kind != "rope" else [None] * 4
+        if "rms" in kind:
+            weights[1] = weights[3] = None
+        qkv, dout = torch.randn(2, B, N, 3 * D)
+        return [qkv, *weights, dout]
     if op == "attention":
         return [torch.randn(B, N, 3 * D), torch.randn(B, N, D)]
     gate, scale, shift = torch.randn(3, B, D)
     x, y, dr, dh = torch.randn(4, B, N, D)
     weight = [1 + torch.randn(D) / 2] if op in RMS else []
-    modulation = [scale, shift if shifted else None, *weight]
+    modulation = [scale, None if kind == "no shift" else shift, *weight]
     return [x, y, gate, *modulation, dr, dh] if "gated" in op else [x, *modulation, dh]
 
 
@@ -128,24 +143,37 @@ def change(tensors, function):
     return [t if t is None else function(t) for t in tensors]
 
 
-def run(module, op, tensors, n_heads, **backend):
+def arguments_of(op, leaves, n_heads, kind):
+    if op != QK:
+        return *leaves, *{"attention": (n_heads,), SWIGLU: ()}.get(op, (1e-5,))
+    qkv, *weights = leaves
+    rope = None
+    if "rope" in kind:
+        pairs_of_a_head = qkv.shape[2] // (6 * n_heads)
+        angles = torch.arange(qkv.shape[1])[:, None] * torch.linspace(0.1, 1, pairs_of_a_head)
+        rope = torch.stack([angles.cos(), angles.sin()]).to(qkv.device)
+        rope = rope.double() if qkv.dtype == torch.float64 else rope
+    return qkv, n_heads, *weights, rope, 1e-5
+
+
+def run(module, op, tensors, n_heads, kind="", **backend):
     """Return every output and every input's gradient, flattened."""
     count = len(tensors) - (2 if "gated" in op else 1)
     leaves = change(tensors[:count], lambda t: t.detach().requires_grad_())
-    outs = getattr(module, op)(*leaves, n_heads if op == "attention" else 1e-5, **backend)
+    outs = getattr(module, op)(*arguments_of(op, leaves, n_heads, kind), **backend)
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.backward(outs, tensors[count:])
     gradients = (leaf.grad for leaf in leaves if leaf is not None)
     return [t.detach().flatten().cpu() for t in (*outs, *gradients)]
 
 
-def check(op, batches, n_heads=1, plain=reference):
+def check(op, batches, n_heads=1, plain=reference, kind=""):
     """Apply the error rule to the Triton op, pooled over batches of tensors."""
     runs = [
         (
-            run(functional, op, tensors, n_heads, backend="triton"),
-            run(plain, op, tensors, n_heads),
-            run(reference, op, change(tensors, torch.Tensor.double), n_heads),
+            run(functional, op, tensors, n_heads, kind, backend="triton"),
+            run(plain, op, tensors, n_heads, kind),
+            run(reference, op, change(tensors, torch.Tensor.double), n_heads, kind),
         )
         for tensors in batches
     ]
@@ -160,15 +188,24 @@ def check(op, batches, n_heads=1, plain=reference):
 
 @pytest.mark.parametrize(("op", "case"), list(full_cross()))
 def test_ops_and_their_gradients_meet_the_error_rule(op, case, device):
-    dtype = DTYPES[case.dtype]
+    dtype, n_heads = DTYPES[case.dtype], HEADS[case.D]
     batches = [
         change(
-            make_tensors(op, case.B, case.N, case.D, case.shifted),
+            make_tensors(op, case.B, case.N, case.D, case.kind, n_heads),
             lambda t: lay_out(t.to(device, dtype), case.view),
         )
         for _ in range(case.seeds(op))
     ]
-    check(op, batches, HEADS[case.D])
+    check(op, batches, n_heads, kind=case.kind)
+
+
+def test_gradients_of_head_norms_weights_meet_the_error_rule(device):
+    """A weight has few elements, so that seeds are pooled; the last has several partial sums."""
+    batches = [
+        [t.to(device) for t in make_tensors(QK, B, N, 128, "layer rope")]
+        for B, N in [(1, 3)] * 31 + [(2, 300)]
+    ]
+    check(QK, batches, kind="layer rope")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +277,7 @@ def test_the_gradient_of_a_weight_sums_over_chunks_of_tokens(op, device):
 
 @pytest.mark.parametrize("op", OPS[:2])
 def test_layer_norm_needs_no_shift(op, device):
-    batches = [make_tensors(op, 3, 5, 384, shifted=False) for _ in range(4)]
+    batches = [make_tensors(op, 3, 5, 384, kind="no shift") for _ in range(4)]
     check(op, [change(tensors, lambda t: t.to(device)) for tensors in batches])
 
 

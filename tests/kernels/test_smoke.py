@@ -3,6 +3,7 @@
 On a GPU the shapes are those of DiT-XL/2 and the file takes seconds; interpreted they are tiny.
 """
 
+import functools
 import os
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ import fastdit
 from fastdit import DiffusionScheduler, Guidance, Sampler, functional, noise, reference
 from fastdit.ops.trajectory import DiTWeights, Modulation
 from fastdit.sampling.predictors import TokenLayout
-from fastdit.testing import check_against_oracle, randomize
+from fastdit.testing import check_against_oracle, randomize, relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter lacks bfloat16
@@ -43,13 +44,14 @@ OPS = {
         1e-6,
     ),
     "attention": (lambda: [torch.randn(B, N, 3 * D)], HEADS),
+    "swiglu": (lambda: [torch.randn(B, N, 2 * D)],),
 }
 
 
-def results(module, op, tensors, last, **backend):
+def results(function, tensors, *rest):
     """Return the outputs and the gradients of all inputs, under one upstream gradient."""
     leaves = [t.detach().requires_grad_() for t in tensors]
-    outs = getattr(module, op)(*leaves, last, **backend)
+    outs = function(*leaves, *rest)
     outs = outs if isinstance(outs, tuple) else (outs,)
     own = torch.Generator().manual_seed(1)
     upstream = [torch.randn(out.shape, generator=own).to(out) for out in outs]
@@ -58,14 +60,43 @@ def results(module, op, tensors, last, **backend):
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_and_its_gradients_meet_the_error_rule(op, device):
-    make, last = OPS[op]
+    make, *last = OPS[op]
     tensors = [t.to(device, DTYPE) for t in make()]
-    actual = results(functional, op, tensors, last, backend="triton")
-    plain = results(reference, op, tensors, last)
-    oracle = results(reference, op, [t.double() for t in tensors], last)
+    own, formula = (
+        functools.partial(getattr(functional, op), backend="triton"),
+        getattr(reference, op),
+    )
+    actual, plain = results(own, tensors, *last), results(formula, tensors, *last)
+    oracle = results(formula, [t.double() for t in tensors], *last)
     for triple in zip(actual, plain, oracle, strict=True):
         if triple[0].dim() > 1:  # a weight [D] has too few elements to be judged
             check_against_oracle(*triple)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_qk_norm_rope_and_its_gradients_meet_the_error_rule(norm, device):
+    """The weights' gradients have too few elements for the rule; they are bounded beside it."""
+    d, images = D // HEADS, 4 if INTERPRETED else B
+    weights = [torch.randn(d) for _ in range(4 if norm == "layer" else 2)]
+    angles = torch.arange(N)[:, None] * torch.linspace(0.1, 1, d // 2)
+    table = torch.stack([angles.cos(), angles.sin()]).to(device)
+
+    def call(op, qkv, *given, **backend):
+        q_weight, q_bias, k_weight, k_bias = (
+            given if norm == "layer" else (given[0], None, given[1], None)
+        )
+        rope = table.to(torch.promote_types(qkv.dtype, torch.float32))
+        return op(qkv, HEADS, q_weight, q_bias, k_weight, k_bias, rope, **backend)
+
+    tensors = [t.to(device, DTYPE) for t in (torch.randn(images, N, 3 * D), *weights)]
+    own = functools.partial(call, functional.qk_norm_rope, backend="triton")
+    plain = functools.partial(call, reference.qk_norm_rope)
+    actual, expected = results(own, tensors), results(plain, tensors)
+    oracle = results(plain, [t.double() for t in tensors])
+    for triple in zip(actual[:2], expected[:2], oracle[:2], strict=True):
+        check_against_oracle(*triple)
+    for gradient, exact in zip(actual[2:], oracle[2:], strict=True):
+        assert relative_error(gradient, exact) < 2 * torch.finfo(DTYPE).eps
 
 
 def test_an_update_with_guidance_and_its_own_noise_meets_the_error_rule(device):

@@ -263,6 +263,23 @@ def test_an_error_names_the_argument(function, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("function", [functional.qk_norm_rope, functional.qk_attention])
+def test_triton_raises_where_it_cannot_run(function):
+    with pytest.raises(ValueError, match=r"backend: 'triton' (expects|needs|computes)"):
+        function(qkv.double(), 2, w, None, w, backend="triton")
+    with pytest.raises(ValueError, match=r"backend: 'triton' takes head dims up to 128, got 136"):
+        function(
+            torch.zeros(1, 1, 3 * 136),
+            1,
+            w.new_zeros(136),
+            None,
+            w.new_zeros(136),
+            backend="triton",
+        )
+    with pytest.raises(ValueError, match="backend: expected"):
+        function(qkv, 2, w, None, w, backend="cpp")
+
+
 @by_dtype
 def test_swiglu_meets_the_error_rule(dtype):
     x, upstream = torch.randn(5, 33, 2 * 36), torch.randn(5, 33, 36)
@@ -286,6 +303,12 @@ def test_float64_swiglu_is_its_formula():
     for i in range(5):
         expected[..., i] = x[..., i] / (1 + (-x[..., i]).exp()) * x[..., 5 + i]
     assert torch.allclose(functional.swiglu(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_swiglu_compiles_whole():
+    x, counter = torch.randn(3, 8), CompileCounter()
+    compiled = torch.compile(functional.swiglu, backend=counter, fullgraph=True)
+    assert torch.equal(compiled(x), functional.swiglu(x)) and counter.frame_count == 1
 
 
 def test_swiglus_errors_name_the_argument():
