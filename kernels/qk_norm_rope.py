@@ -16,8 +16,9 @@ Backward, from dout; the statistics are computed again, and the sums run over al
     dweight = sum dy * n,  dbias = sum dy
 
 The floor is memory: the forward reads and writes 3D numbers for each token, and the backward reads
-6D and writes 3D, which in 16 bits are 12D and 18D bytes. Angles and partial sums are left out: the
-programs that run together share a token's angles, and the sums are 1% of the rest.
+5D, since it needs no values, and writes 3D: in 16 bits 12D and 16D bytes. Angles and partial sums
+are left out: the programs that run together share a token's angles, and the sums are 1% of the
+rest.
 
 A head is held in a power of two of lanes; those past its end load nothing. 72 leaves 56 of 128
 idle, which costs little where memory is the floor. As two pieces, 64 + 8, it would leave none idle,
