@@ -23,7 +23,7 @@ class Coefficients(NamedTuple):
     x0_eps: Tensor
     x0_limit: Tensor  # inf: no clipping
     x: Tensor
-    eps: Tensor
+    eps: Tensor  # of what the model returns, be it noise or not; x0_eps likewise
     x0: Tensor
     x0_prev: Tensor
     sigma: Tensor  # 0: no noise is added, and the next two are not used

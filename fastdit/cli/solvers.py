@@ -29,7 +29,7 @@ SolverOptions = Annotated[
     str | None,
     option(
         "Other options of the solver's class, such as eta=1 for ddim, rtol=1e-5 for dopri5, or "
-        "diffusion=linear,norm=1,last_step=mean,last_size=0.04 for euler-maruyama."
+        "diffusion=linear,last_step=mean for euler-maruyama, which has norm and last_size too."
     ),
 ]
 Interval = Annotated[

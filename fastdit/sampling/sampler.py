@@ -58,9 +58,9 @@ class Sampler:
             model: called as `model(x, t, y)` with x [B, C, H, W], t [B] int64 (for a FlowMatching
                 float32, times its `time_scale`) and y [B] int64 or None; returns its prediction,
                 like x, or [B, 2C, H, W] with the learned variance, which a flow does not use. It is
-                sampled on the device of its first parameter (on the CPU if it has
-                none) and keeps its mode. A compiled or data-parallel `fastdit.DiT` is unwrapped,
-                since `execution` says how it runs.
+                sampled on the device of its first parameter (on the CPU if it has none) and keeps
+                its mode. A compiled or data-parallel `fastdit.DiT` is unwrapped, since `execution`
+                says how it runs.
             scheduler: the `DiffusionScheduler` or the `FlowMatching` that the model was trained
                 on; None takes `model.diffusion`, which `fastdit.load` sets where a checkpoint tells
                 it.

@@ -64,7 +64,7 @@ class StepTable(NamedTuple):
     # floats for a FlowMatching.
     timesteps: list[int] | list[float]
     coefficients: Tensor  # [S, 10] float64 on the CPU, as `functional.sampler_update` takes them
-    time_scale: float = 1  # a time times it is what the model gets
+    time_scale: float = 1  # a time times it is what the model gets; an integer keeps timesteps so
     noise_scale: float = 1.0  # the noise of a seed times it is the first state
     ode: Ode | None = None  # for a method that chooses its own steps; the table is then empty
 
