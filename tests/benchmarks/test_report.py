@@ -307,6 +307,15 @@ def test_the_plan_fits_a_first_command_and_its_units_take_their_options(benchmar
     assert so_far == sorted(so_far)
 
 
+def test_the_plan_times_every_op(benchmarks):
+    import _units
+    from _ops import OPS
+
+    commands = [list(map(str, unit.command)) for unit in _units.plan(8)]
+    timed = [own[own.index("--op") + 1] for own in commands if own[0] == "kernels.py"]
+    assert sorted(timed) == sorted(OPS)
+
+
 def test_plan_is_printed_and_writes_nothing(tmp_path, start):
     process = start(BENCHMARKS / "report.py", "--plan", "--out", tmp_path / "out")
     assert "tune-trajectory" in output_of(process)
