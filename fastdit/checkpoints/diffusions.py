@@ -55,12 +55,12 @@ class Found(NamedTuple):
 
 
 def told_by_file(
-    names: Mapping[str, Any], arguments: Mapping[str, Any], file: str, cfg: DiTConfig
+    tensors: Mapping[str, Any], arguments: Mapping[str, Any], file: str, cfg: DiTConfig
 ) -> Found:
     """Return what a file of facebookresearch/DiT's names tells of its diffusion.
 
     Args:
-        names: the tensors, whose names tell the project.
+        tensors: by names, which tell the project.
         arguments: the training run's arguments, where the file has them.
         file: its name, or "".
         cfg: the model's config.
@@ -68,7 +68,7 @@ def told_by_file(
     stored = arguments.get(NOTE)
     if isinstance(stored, Mapping):
         return Found(checked(dict(stored), None))
-    projects = projects_of(names)
+    projects = projects_of(tensors)
     model = str(arguments.get("model", ""))
     if len(projects) > 1:
         return Found(None)
