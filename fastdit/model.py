@@ -248,9 +248,8 @@ class DiT(Conditioned):
     def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
         """Yield the modulation of conditioning c [R, D]: for each block, then for the final layer.
 
-        That of a block is [R, 6D], or without shifts [R, 4D], and the last [R, 2D]. With
-        embedders="block" c is [n_layers, R, D]. Each layer runs when its part is asked for, so
-        that a caller can hold one part at a time.
+        That of a block is [R, 6D], without shifts [R, 4D], and the last [R, 2D]. With
+        embedders="block" c is [n_layers, R, D]. A layer runs when its part is asked for.
         """
         for layer, own in zip(self.modulation_layers(), self.conditioning_by_layer(c), strict=True):
             yield layer(own)
