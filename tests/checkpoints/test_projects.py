@@ -265,6 +265,7 @@ def test_an_open_diffusion_is_answered(given, expected):
         ("flow", FlowMatching(prediction="sample", min_noise=0.05)),
         ({"noise_scale": 2}, FlowMatching(prediction="sample", min_noise=0.05, noise_scale=2.0)),
         ({"prediction": "velocity"}, FlowMatching()),
+        ({"path": "gvp"}, FlowMatching("gvp", "sample")),
         ("ddpm", fastdit.DiffusionScheduler(1000)),
     ],
 )
