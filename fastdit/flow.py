@@ -300,9 +300,13 @@ class FlowMatching:
 
 def _positive(name: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
-    return float(value)
+    try:
+        converted = float(value) if number else math.nan
+    except OverflowError:  # of an integer
+        converted = math.inf
+    if not (converted > 0 and math.isfinite(converted)):
+        raise ValueError(f"{name}: expected a positive number, got {value!r:.40}")
+    return converted
 
 
 def _by_image(values: Tensor, images: Tensor) -> Tensor:

@@ -83,10 +83,10 @@ class Guidance:
 def _finite(value: Any) -> float:
     try:
         scale = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         scale = math.nan
     if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {value!r}")
+        raise ValueError(f"scale: expected a finite number, got {value!r:.40}")
     return scale
 
 
@@ -94,7 +94,7 @@ def _interval(interval: Any) -> tuple[int, int] | tuple[float, float]:
     """Return two integers, or two floats where one of them is a float."""
     try:
         times = [float(value) for value in interval]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         times = []
     if not times or all(_is_integer(value) for value in interval):
         low, high = _integers(interval, count=2)

@@ -165,6 +165,7 @@ def test_options_build_the_same_process_again_from_json():
         (lambda: FlowMatching(time_scale=0), "time_scale: expected a positive number, got 0"),
         (lambda: FlowMatching(noise_scale="2"), "noise_scale: expected a positive number, got '2'"),
         (lambda: FlowMatching(time_scale=math.inf), "time_scale: expected a positive number"),
+        (lambda: FlowMatching(time_scale=10**400), "time_scale: expected a positive number"),
         (
             lambda: FlowMatching(min_noise=0.05),
             "min_noise: expected None unless path is 'linear' and prediction 'sample', got 0.05",

@@ -376,6 +376,22 @@ def test_every_coefficient_is_finite_at_the_ends(steps, path, prediction, solver
             "begins, such as constant, sigma, linear, decreasing, increasing-decreasing; got "
             "'SBDM', which divides by the amplitude of the image",
         ),
+        (lambda: Euler(shift=10**400), "shift: expected a number, got 1000"),
+        (lambda: EulerMaruyama(diffusion=["sigma"]), "diffusion: expected one of constant, "),
+        (lambda: Guidance(10**400), "scale: expected a finite number, got 1000"),
+        (lambda: Guidance(2.0, (0.5, 10**400)), "interval: expected integers 0 <= low < high"),
+        (
+            lambda: EulerMaruyama(last_size=0.9999).table(FlowMatching(prediction="epsilon")),
+            "last_size: expected at most 0.999, where sampling of the flow begins, got 0.9999",
+        ),
+        (
+            lambda: EulerMaruyama(last_size=1e-300).table(FlowMatching(), 3),
+            "got coefficients that are not finite; EulerMaruyama(",
+        ),
+        (
+            lambda: Heun(shift=1e300).table(FlowMatching(), 3),
+            "solver: expected steps from the noise that all end before the data but the last",
+        ),
     ],
 )
 def test_bad_options_are_value_errors(make, message):

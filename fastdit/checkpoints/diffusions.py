@@ -142,7 +142,8 @@ def checked(given: Mapping[str, Any] | str, known: Mapping[str, Any] | None) -> 
                 raise unknown_name(f"diffusion: {name}", options[name], known_names)
         return options
     options = {**(known or FlowMatching().options), **given}
-    if options["prediction"] != "sample" and "min_noise" not in given:
+    has_bound = options["path"] == "linear" and options["prediction"] == "sample"
+    if not has_bound and "min_noise" not in given:
         options["min_noise"] = None
     try:
         return process_of(options).options

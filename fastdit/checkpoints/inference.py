@@ -149,8 +149,9 @@ def _context_tokens(positions: Tensor) -> int:
 
 def _context_start(layers: int, width: int, told: Told) -> int | None:
     """Return the number of blocks before the context tokens: as told, or a third as published."""
-    if "context_start" in told.arguments:
-        return _integer(told.arguments["context_start"])
+    given = told.arguments.get("context_start", "unknown")
+    if given is None or (type(given) is int and given >= 0):
+        return given or None
     published = {(c.n_layers, c.hidden): c.context_start for c in PRESETS.values()}
     if (known := published.get((layers, width))) is not None:
         return known

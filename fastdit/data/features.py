@@ -78,6 +78,8 @@ def _mapped(path: Path) -> tuple[Any, tuple[int, ...], str]:
     """Return what can be sliced by rows, its shape, and the name of its dtype."""
     if path.suffix == ".npy":
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays")
         return array, array.shape, array.dtype.name
     if path.suffix != ".safetensors":
         raise ValueError(f"its name ends in {path.suffix or 'nothing'}")

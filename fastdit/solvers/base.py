@@ -14,6 +14,9 @@ from fastdit.errors import check_positive
 from fastdit.flow import FlowMatching, Process
 from fastdit.update import Coefficients
 
+# Columns of a table: a bound that does not clip, and logarithms of no noise.
+_MAY_BE_INFINITE = ("x0_limit", "log_sigma_low", "log_sigma_high")
+
 # The solvers by name, filled by the package.
 SOLVERS: dict[str, Solver] = {}
 
@@ -29,8 +32,8 @@ def number(name: str, value: Any) -> float:
         raise ValueError(f"{name}: expected a number, got {value!r}")
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected a number, got {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name}: expected a number, got {value!r:.40}") from error
 
 
 def positive(name: str, value: Any) -> float:
@@ -200,13 +203,14 @@ class FlowSolver(Solver):
             s = self.shift * s / (1 + (self.shift - 1) * s)
             times = s if process.clean_at else 1 - s
         visits, c = self.flow_rows(process, times)
-        c = _from_velocity(process, c, times[visits])
-        return StepTable(
-            times[visits].tolist(),
-            _stack(c, self.clip),
-            process.time_scale,
-            process.noise_scale,
-        )
+        table = _stack(_from_velocity(process, c, times[visits]), self.clip)
+        finite = table[:, [i for i, name in enumerate(c._fields) if name not in _MAY_BE_INFINITE]]
+        if not finite.isfinite().all():
+            raise ValueError(
+                "solver: expected steps from the noise that all end before the data but the last, "
+                f"got coefficients that are not finite; {self} puts times too near an end"
+            )
+        return StepTable(times[visits].tolist(), table, process.time_scale, process.noise_scale)
 
 
 def coefficients(like: Tensor, **columns: Tensor) -> Coefficients:

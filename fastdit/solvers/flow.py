@@ -81,7 +81,7 @@ class EulerMaruyama(FlowSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.diffusion not in DIFFUSIONS:
+        if self.diffusion not in list(DIFFUSIONS):  # which need not be hashable
             raise unknown_name("diffusion", self.diffusion, DIFFUSIONS)
         if self.last_step not in LAST_STEPS:
             raise unknown_name("last_step", self.last_step, LAST_STEPS)
@@ -93,8 +93,13 @@ class EulerMaruyama(FlowSolver):
     def grid(self, flow: FlowMatching, steps: int) -> Tensor:
         if self.last_step is None:
             return super().grid(flow, steps)
+        first, _ = flow.span
+        longest = abs(flow.clean_at - first)
+        if self.last_size > longest:
+            expected = f"at most {longest:g}, where sampling of the flow begins"
+            raise ValueError(f"last_size: expected {expected}, got {self.last_size}")
         before_last = 1 - self.last_size if flow.clean_at else self.last_size
-        times = torch.linspace(flow.span[0], before_last, steps, dtype=torch.float64)
+        times = torch.linspace(first, before_last, steps, dtype=torch.float64)
         return torch.cat([times, times.new_tensor([flow.clean_at])])
 
     def flow_rows(self, flow: FlowMatching, times: Tensor) -> tuple[list[int], Coefficients]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -148,8 +149,8 @@ class Recipe:
                 raise ValueError(f"{name}: expected {expected}, got {value!r}")
         for name, limit, other, expected in _NUMBERS:
             value = getattr(self, name)
-            if value != other and (type(value) not in (int, float) or not 0 < value < limit):
-                raise ValueError(f"{name}: expected {expected}, got {value!r}")
+            if value != other and not (_is_finite(value) and 0 < value < limit):
+                raise ValueError(f"{name}: expected {expected}, got {value!r:.40}")
         check_fields(self, "lr_schedule", "name", "time_draw")
         self._check_process()
         if self.schedule not in list(SCHEDULES):
@@ -174,8 +175,8 @@ class Recipe:
             if (value := getattr(self, name)) != default:
                 why = f"{self.name!r} trains a {kind}"
                 raise ValueError(f"{name}: expected {default!r}, since {why}, got {value!r}")
-        if type(self.time_mean) not in (int, float) or not math.isfinite(self.time_mean):
-            raise ValueError(f"time_mean: expected a number, got {self.time_mean!r}")
+        if not _is_finite(self.time_mean):
+            raise ValueError(f"time_mean: expected a number, got {self.time_mean!r:.40}")
         if flow:
             self.process()  # which checks its options
         if self.direction_loss and self.prediction != "velocity":
@@ -222,6 +223,11 @@ class Recipe:
         """Return the average's decay after a step, counted from 0; `ema` must not be None."""
         assert self.ema is not None
         return min(self.ema, (1 + step) / (10 + step))
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether a value is a number, and one that a float can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 @dataclass(frozen=True)

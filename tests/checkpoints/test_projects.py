@@ -162,6 +162,12 @@ def test_jits_arguments_tell_its_noise(tmp_path):
     assert told == FlowMatching(prediction="sample", min_noise=0.02, noise_scale=2.0).options
 
 
+@pytest.mark.parametrize("start", [-1, "1", True, [1], 0.5])
+def test_an_argument_that_is_no_number_of_blocks_tells_nothing(start, tmp_path):
+    as_jit(tmp_path / "m.pth", context_start=start)
+    assert fastdit.load(tmp_path / "m.pth").cfg == CONFIGS["jit"]
+
+
 def test_where_jits_context_tokens_begin_is_assumed_and_said():
     with pytest.warns(UserWarning, match="is assumed: context_start 1; .*fastdit.save"):
         fastdit.load(STATES["jit"])
@@ -265,6 +271,7 @@ def test_an_open_diffusion_is_answered(given, expected):
         ("flow", FlowMatching(prediction="sample", min_noise=0.05)),
         ({"noise_scale": 2}, FlowMatching(prediction="sample", min_noise=0.05, noise_scale=2.0)),
         ({"prediction": "velocity"}, FlowMatching()),
+        ({"path": "gvp"}, FlowMatching("gvp", "sample")),
         ("ddpm", fastdit.DiffusionScheduler(1000)),
     ],
 )

@@ -72,10 +72,13 @@ def test_other_arrays_are_refused(write, array, name, message):
 
 
 def test_other_files_are_refused(write, tmp_path):
+    np.savez(tmp_path / "archive.npz", rows())
+    archive = (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     for path, reason in (
         (tmp_path / "none.npy", "No such file"),
         (tmp_path / "none.safetensors", "No such file"),
         (tmp_path / "f.pt", "its name ends in .pt"),
+        (archive, "it is an archive of arrays"),
         (write(rows(), "two.safetensors", other=rows()), "it holds 2 tensors"),
     ):
         with pytest.raises(ValueError, match=f"^features: expected a .npy or .*{reason}"):

@@ -107,6 +107,8 @@ FLOW = {"path": "linear", "prediction": "velocity", "name": "flow"}
         ({"batch_size": True}, "batch_size: expected an integer from 1"),
         ({"lr": True}, "lr: expected a positive number, got True"),
         ({"lr": "x"}, "lr: expected a positive number, got 'x'"),
+        ({"lr": 10**400}, "lr: expected a positive number, got 1000"),
+        (FLOW | {"time_mean": 10**400}, "time_mean: expected a number, got 1000"),
         ({"lr": 0.0}, "lr: expected a positive number, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay: expected at least 0, got -1.0"),
         ({"clip": float("nan")}, "clip: expected a positive number, or None, got nan"),
