@@ -366,6 +366,7 @@ def test_presets_know_their_flow():
         pixels = fastdit.DiT.from_preset("JiT-B/16", image_size=512)
     assert known["DiT-XL/2"] is known["toy"] is None
     assert known["SiT-S/4"] == known["LightningDiT-XL/1"] == FlowMatching().options
+    assert known["REPA-XL/2"] == FlowMatching(clean_at=0).options
     of_jit = FlowMatching(prediction="sample", min_noise=0.05)
     assert known["JiT-H/16"] == of_jit.options
     assert known["JiT-H/32"] == pixels.diffusion == replace(of_jit, noise_scale=2.0).options
