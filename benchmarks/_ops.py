@@ -116,8 +116,8 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
             return 8 * B * N * D * item, 10 * B * N * N * D
         return 4 * B * N * D * item, 4 * B * N * N * D  # qkv; out. S and O.
     if case.op == QK:
-        # qkv; out. dout, qkv; dqkv. Weights and angles are too few to count.
-        return math.prod(case.shape) * (9 if backward else 6) * item, 0
+        # qkv; out. dout, q, k; dqkv. Weights and angles are too few to count.
+        return math.prod(case.shape) * (8 if backward else 6) * item, 0
     if case.op == SWIGLU:
         return math.prod(case.shape) * (5 if backward else 3) * item, 0  # x; out. dout, x; dx
     B, N, D = case.shape

@@ -155,10 +155,11 @@ def main() -> None:
     if args.scale <= 0:
         parser.error("--scale: expected above 0")
     warnings.simplefilter("ignore", TerminalSNRWarning)
+    kept, args.runs = args.runs, None  # a path of this machine, which no figure depends on
     results = Results.of(args, torch.device("cpu"))
     training = Training(args.scale, args.images, args.compile)
     with tempfile.TemporaryDirectory() as temporary:
-        runs = args.runs or Path(temporary)
+        runs = kept or Path(temporary)
         for name, solvers in SOLVERS.items():
             model, trainer = train(name, training, runs / name)
             total = 2 * len(solvers) * len(args.steps)

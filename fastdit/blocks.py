@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(cfg.hidden, cfg.hidden)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """X [B, N, D], rope [2, N, d/2] or None -> [B, N, D]."""
+        """[B, N, D], with the rotary table [2, N, d/2] or None -> [B, N, D]."""
         qkv, q, k = self.qkv(x), self.q_norm, self.k_norm
         if q is None or k is None:
             heads = functional.qk_attention(qkv, self.n_heads, rope=rope)
@@ -178,9 +178,9 @@ class Conditioned(nn.Module):
 
 
 class Block(Conditioned):
-    """An adaLN-Zero block, cut so that each residual sum and the LayerNorm after it are one op.
+    """An adaLN-Zero block, cut so that each residual sum and the norm after it are one op.
 
-    A block begins after its first LayerNorm and ends after the first LayerNorm of the next block.
+    A block begins after its first norm and ends after the first norm of the next block.
 
     Attributes:
         checkpointing: keep only a block's inputs for the backward pass, which computes the rest

@@ -47,8 +47,8 @@ class DiTConfig:
             label"; classifier-free guidance needs it, and it is used where y is None.
         modulation_act: activation of the conditioning before every modulation linear.
         gelu: "erf" (exact) or "tanh" (approximation) in the blocks' MLPs.
-        ln_eps: epsilon of every LayerNorm.
-        mlp_ln_eps: epsilon of the LayerNorms before the MLPs; None means ln_eps.
+        ln_eps: epsilon of every norm of the residual stream.
+        mlp_ln_eps: epsilon of the norms before the MLPs; None means ln_eps.
         pos_embed: "learned", or "sincos": a fixed two-dimensional sine-cosine embedding, which is
             stored with the weights.
         t_embed_width: width of the sinusoidal timestep embedding; None means hidden.
@@ -60,7 +60,7 @@ class DiTConfig:
         learn_sigma: whether the model returns 2C channels, the noise and the interpolation of the
             variance, instead of C.
         norm: "layer": LayerNorms without weights; or "rms": RMSNorms with a learned weight, in the
-            blocks and before the final layer. `ln_eps` and `mlp_ln_eps` are the epsilons of both.
+            blocks and before the final layer.
         modulation_shift: whether the blocks' modulation has shifts: six parts for each block, or
             without them four (scale1, gate1, scale2, gate2). The final layer has a shift in any
             case.

@@ -28,34 +28,49 @@ class Product(NamedTuple):
 
 def products(cfg: DiTConfig, rows: int) -> list[Product]:
     """Return the matrix products of a forward of `rows` images, without the conditioning's."""
-    M, D, L = rows * cfg.n_tokens, cfg.hidden, cfg.n_layers
+    M, D = rows * cfg.n_tokens, cfg.hidden
     width, features, r = cfg.mlp_hidden, cfg.patch_size**2 * cfg.in_channels, cfg.patch_bottleneck
-    patch = [Product("patch", M, r or features, D, 1)]
-    if r is not None:
-        patch.insert(0, Product("reduce", M, features, r, 1))
-    return [
-        *patch,
-        Product("qkv", M, D, 3 * D, L),
-        Product("proj", M, D, D, L),
-        Product("fc1", M, D, width * (2 if cfg.mlp == "swiglu" else 1), L),
-        Product("fc2", M, width, D, L),
-        Product("final", M, D, cfg.patch_size**2 * cfg.out_channels, 1),
-    ]
+    found = [] if r is None else [Product("reduce", M, features, r, 1)]
+    found.append(Product("patch", M, r or features, D, 1))
+    for tokens, blocks in _blocks_by_tokens(cfg):
+        found += [
+            Product("qkv", rows * tokens, D, 3 * D, blocks),
+            Product("proj", rows * tokens, D, D, blocks),
+            Product("fc1", rows * tokens, D, width * (2 if cfg.mlp == "swiglu" else 1), blocks),
+            Product("fc2", rows * tokens, width, D, blocks),
+        ]
+    return [*found, Product("final", M, D, cfg.patch_size**2 * cfg.out_channels, 1)]
+
+
+def _blocks_by_tokens(cfg: DiTConfig) -> list[tuple[int, int]]:
+    """Return (tokens, number of blocks that have so many): more once context tokens enter."""
+    N, start = cfg.n_tokens, cfg.context_start or 0
+    if not cfg.context_tokens:
+        return [(N, cfg.n_layers)]
+    both = [(N, start), (N + cfg.context_tokens, cfg.n_layers - start)]
+    return both if start else both[1:]
 
 
 def attention_work(cfg: DiTConfig, rows: int, itemsize: int) -> tuple[int, int]:
     """Return (FLOP, bytes) of a forward's attention: QK^T and PV; qkv read, the output written."""
-    residual = rows * cfg.n_tokens * cfg.hidden
-    return cfg.n_layers * 4 * cfg.n_tokens * residual, cfg.n_layers * 4 * residual * itemsize
+    work = moved = 0
+    for tokens, blocks in _blocks_by_tokens(cfg):
+        residual = rows * tokens * cfg.hidden
+        work += blocks * 4 * tokens * residual
+        moved += blocks * 4 * residual * itemsize
+    return work, moved
 
 
 def pass_bytes(cfg: DiTConfig, rows: int, itemsize: int) -> int:
-    """Return the bytes of a forward's fused LayerNorm passes.
+    """Return the bytes of a forward's norms, each fused with the residual before it.
 
     Each pass moves four tensors, but the first one two and the last one three, since it need not
     write its residual.
     """
-    return (cfg.n_layers * 2 * 4 + 2 - 1) * rows * cfg.n_tokens * cfg.hidden * itemsize
+    by_tokens = _blocks_by_tokens(cfg)
+    of_blocks = sum(2 * 4 * tokens * blocks for tokens, blocks in by_tokens)
+    tokens = of_blocks + 2 * by_tokens[0][0] - by_tokens[-1][0]
+    return tokens * rows * cfg.hidden * itemsize
 
 
 def flop(cfg: DiTConfig, rows: int) -> int:
@@ -69,8 +84,8 @@ def floor_seconds(
 ) -> float:
     """Return the least time of a forward, in seconds, on a device of known rates.
 
-    It is the sum over the matrix products, attention and the LayerNorm passes. A product takes the
-    time to compute it or to read its weights once, whichever is longer, and attention likewise.
+    It is the sum over the matrix products, attention and the passes of the norms. A product takes
+    the time to compute it or to read its weights once, whichever is longer, and attention likewise.
 
     Args:
         cfg: the model's config.

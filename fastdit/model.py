@@ -162,7 +162,7 @@ class DiT(Conditioned):
             _zero_(layer.weight, layer.bias)
 
     def modulation_layers(self) -> list[nn.Linear]:
-        """Return the linears that make modulation: one a block, [D, 6D], and the final [D, 2D]."""
+        """Return the linears that make modulation: one a block, and the final one."""
         return [*(block.adaLN_modulation for block in self.blocks), self.final_mod]
 
     def embedders(self) -> Sequence[Conditioned]:
@@ -246,9 +246,10 @@ class DiT(Conditioned):
         return [c] * (self.cfg.n_layers + 1) if self.cfg.embedders == "shared" else [*c, c[0]]
 
     def modulation_parts(self, c: Tensor) -> Iterator[Tensor]:
-        """Yield the modulation of conditioning c [R, D]: [R, 6D] for each block, then [R, 2D].
+        """Yield the modulation of conditioning c [R, D]: for each block, then for the final layer.
 
-        With embedders="block" c is [n_layers, R, D]. Each layer runs when its part is asked for, so
+        That of a block is [R, 6D], or without shifts [R, 4D], and the last [R, 2D]. With
+        embedders="block" c is [n_layers, R, D]. Each layer runs when its part is asked for, so
         that a caller can hold one part at a time.
         """
         for layer, own in zip(self.modulation_layers(), self.conditioning_by_layer(c), strict=True):

@@ -27,8 +27,10 @@ def test_flop_are_the_published_ones():
         DiTConfig(learn_sigma=True, hidden=96, n_heads=3),
         DiTConfig(img_size=(8, 20), n_layers=1),
         DiTConfig(embedders="block"),
+        DiTConfig(norm="rms", modulation_shift=False, mlp="swiglu", rope=True, qk_norm="rms"),
+        DiTConfig(patch_bottleneck=5, context_tokens=3, context_start=1),
     ],
-    ids=["toy", "learn-sigma", "oblong", "block"],
+    ids=["toy", "learn-sigma", "oblong", "block", "lightning", "jit"],
 )
 def test_flop_are_those_of_a_real_forward(cfg):
     model, rows = fastdit.DiT.from_config(cfg), 3

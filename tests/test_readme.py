@@ -24,6 +24,7 @@ LOW, STEADY = ON_EPYC / "sample_bfloat16.json", ON_EPYC / "steady.json"
 TRAINING = RESULTS / "train_throughput.json"
 CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
+FLOW_STEPS = ON_EPYC / "flow_steps.json"
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def benchmark_modules(monkeypatch):
         "train_throughput",
         "toy_recipes",
         "inductive_bias",
+        "flow_steps",
         "kernels",
         "_ops",
     ):
@@ -215,6 +217,18 @@ def test_the_table_of_the_toys_recipes_is_the_measured_one(benchmark_modules):
     assert table(COLUMNS, read(TOY)["rows"], markdown=True) in PAGES["training.md"]
 
 
+def test_the_table_of_steps_is_the_measured_one_and_the_flow_needs_few(benchmark_modules):
+    from _harness import table
+    from flow_steps import summary
+
+    rows, page = read(FLOW_STEPS)["rows"], PAGES["training.md"]
+    assert table(*summary(rows), markdown=True) in page
+    assert "](flow_steps.png)" in page and (ROOT / "docs" / "flow_steps.png").exists()
+    by_euler = [row["25"] for row in rows if (row["recipe"], row["solver"]) == ("flow", "Euler")]
+    assert len(by_euler) == 2
+    assert all(min(measured["colour"], measured["shape"]) >= 0.99 for measured in by_euler)
+
+
 def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
     from _harness import table
     from inductive_bias import COLUMNS
@@ -226,7 +240,7 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
 
 @pytest.mark.parametrize(
     "path",
-    [*SAMPLING, LOW, STEADY, CROSSOVER, KERNELS, TRAINING, TOY, BIAS],
+    [*SAMPLING, LOW, STEADY, CROSSOVER, KERNELS, TRAINING, TOY, BIAS, FLOW_STEPS],
     ids=lambda path: path.stem,
 )
 def test_results_name_their_machine_and_come_from_a_commit(path):

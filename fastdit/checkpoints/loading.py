@@ -94,7 +94,8 @@ def load(
 
     Returns:
         A fastdit.DiT with its own copy of the weights. `model.cfg` is the config that was read or
-        inferred, `model.diffusion` the diffusion that is stored or given, or None.
+        inferred, `model.diffusion` the options of the diffusion or the flow that the file tells
+            or that are given, or None.
 
     Raises:
         FileNotFoundError: there is no such file.

@@ -14,7 +14,8 @@ Name = Annotated[
     str | None, option(f"{', '.join(SOLVERS)}.  [ddpm of a diffusion, euler of a flow]")
 ]
 Steps = Annotated[
-    int | None, option("Sampling steps.  [every step of the training; of a flow 250, heun 50]")
+    int | None,
+    option("Sampling steps.  [every step of the training; of a flow 250, dpm++ and heun 50]"),
 ]
 Clip = Annotated[
     float | None,
@@ -28,7 +29,7 @@ SolverOptions = Annotated[
     str | None,
     option(
         "Other options of the solver's class, such as eta=1 for ddim, rtol=1e-5 for dopri5, or "
-        "diffusion=SBDM,norm=1,last_step=mean,last_size=0.04 for euler-maruyama."
+        "diffusion=linear,norm=1,last_step=mean,last_size=0.04 for euler-maruyama."
     ),
 ]
 Interval = Annotated[

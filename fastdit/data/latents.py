@@ -120,7 +120,7 @@ class LatentStats:
 
     Attributes:
         mean, std: one number for each channel.
-        multiplier: 1 of LightningDiT's published models.
+        multiplier: 1 in LightningDiT's published models.
 
     Raises:
         ValueError: the numbers are not as many of each, not finite, or do not divide.

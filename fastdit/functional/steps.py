@@ -40,8 +40,9 @@ def sampler_update(
     Args:
         x: [B, P, C] tokens (all pixels in the model's token order) or [B, C, H, W] images, any
             float dtype.
-        model_out: predicted noise eps, like x but any float dtype; or, with the learned range v,
-            [B, P, 2C] or [B, 2C, H, W], eps first. With guidance 2B rows: B conditional, B null.
+        model_out: what the model predicts, eps in the formulas though it need not be noise, like x
+            but any float dtype; or, with the learned range v, [B, P, 2C] or [B, 2C, H, W], eps
+            first. With guidance 2B rows: B conditional, B null.
         coefficients: [S, 10] float.
         step: [] int64 on x's device, or an int: the row. Its noise is that of step + 1, since
             x_T is the noise of step 0.

@@ -42,7 +42,7 @@ class AdaptiveLoop(Loop):
             x = self._start(request)[0].x
             x0 = torch.zeros_like(x)
             times = torch.tensor(ode.flow.span, dtype=torch.float64, device=x.device)
-            # Without these the first step is sought outside the span, and the last one ends there.
+            # Without these the first step would be sought outside the span, and the last end there.
             options = {"first_step": _FIRST_STEP, "step_t": times[1:]}
             how = dict(rtol=ode.rtol, atol=ode.atol, method="dopri5", options=options)
 

@@ -88,8 +88,8 @@ def describe_automatic(cfg: DiTConfig) -> str:
 _PLAIN_HIDDEN = 512
 
 
-# The kernel in Triton takes the block of the published DiT alone.
-_PUBLISHED = DiTConfig()
+# The kernel in Triton takes the block of the published DiT alone, which has these as the toy does.
+_TOY = DiTConfig()
 _BLOCK_OPTIONS = "norm modulation_shift qk_norm rope mlp patch_bottleneck context_tokens".split()
 
 
@@ -111,7 +111,7 @@ WINS: tuple[Win, ...] = ()
 
 def _covers(win: Win, cfg: DiTConfig) -> bool:
     same = (win.tokens, win.hidden) == (cfg.n_tokens, cfg.hidden)
-    published = all(getattr(cfg, name) == getattr(_PUBLISHED, name) for name in _BLOCK_OPTIONS)
+    published = all(getattr(cfg, name) == getattr(_TOY, name) for name in _BLOCK_OPTIONS)
     return same and published and cfg.n_layers <= win.layers
 
 

@@ -1,12 +1,14 @@
 """`fastdit sample` of a flow: the solver's options, and those of its guidance."""
 
+import re
+
 import numpy as np
 import pytest
 
 import fastdit
 from fastdit import DiffusionScheduler, DiTConfig, FlowMatching, Guidance, Sampler
-from fastdit.cli.solvers import parse_interval, parse_solver
-from fastdit.solvers import DDIM, DDPM, Dopri5, Euler, EulerMaruyama, Heun
+from fastdit.cli.solvers import SolverOptions, Steps, parse_interval, parse_solver
+from fastdit.solvers import DDIM, DDPM, SOLVERS, Dopri5, Euler, EulerMaruyama, FlowSolver, Heun
 from fastdit.testing import randomize
 
 FLOW, DIFFUSION = FlowMatching(), DiffusionScheduler(5)
@@ -49,6 +51,24 @@ def flow(tmp_path):
 )
 def test_a_solver_and_its_options_are_parsed(name, process, clip, shift, options, expected):
     assert parse_solver(name, process, clip, shift, options) == expected
+
+
+def help_of(annotated):
+    return annotated.__metadata__[0].help
+
+
+def test_the_helps_examples_of_solvers_options_can_be_sampled():
+    examples = re.findall(r"(\S+=\S+) for ([\w-]+)", help_of(SolverOptions))
+    assert [name for _, name in examples] == ["ddim", "dopri5", "euler-maruyama"]
+    for options, name in examples:
+        process = DIFFUSION if name == "ddim" else FLOW
+        _, solver = parse_solver(name, process, None, None, options)
+        solver.table(process)
+
+
+def test_the_help_names_the_default_steps_of_a_flow():
+    fewer = [n for n, s in SOLVERS.items() if isinstance(s, FlowSolver) and s.flow_steps == 50]
+    assert f"of a flow 250, {' and '.join(fewer)} 50]" in help_of(Steps)
 
 
 def test_an_interval_is_of_times_or_of_timesteps():
