@@ -173,7 +173,9 @@ class Recipe:
         for name, default in ((f.name, f.default) for f in fields(self) if f.name in others):
             if (value := getattr(self, name)) != default:
                 why = f"{self.name!r} trains a {kind}"
-                raise ValueError(f"{name}: expected {default!r}, since {why}, got {value!r}")
+                raise ValueError(
+                    f"{name}: expected the default {default!r}, since {why}, got {value!r}"
+                )
         if type(self.time_mean) not in (int, float) or not math.isfinite(self.time_mean):
             raise ValueError(f"time_mean: expected a number, got {self.time_mean!r}")
         if flow:
