@@ -267,6 +267,11 @@ PRESETS: dict[str, DiTConfig] = (
         for size, sizes in _SIZES.items()
         for patch in (2, 4, 8)
     }
+    # Yu et al., "Representation Alignment for Generation" (2025): a SiT without variance.
+    | {
+        f"REPA-{size}/2": _sized(_PUBLISHED, _SIZES[size], patch_size=2, learn_sigma=False)
+        for size in ("B", "L", "XL")
+    }
     | {
         f"LightningDiT-{size}/1": _sized(_LIGHTNING, sizes)
         for size, sizes in _LIGHTNING_SIZES.items()

@@ -122,7 +122,12 @@ def test_config_is_frozen():
         ("DiT-B/2", 130),
         ("DiT-L/2", 458),
         ("DiT-XL/2", 675),
+        ("SiT-S/2", 33),
+        ("SiT-B/2", 130),
+        ("SiT-L/2", 458),
         ("SiT-XL/2", 675),
+        ("REPA-XL/2", 675),
+        ("LightningDiT-B/1", 130),
         ("LightningDiT-XL/1", 675),
         ("JiT-B/16", 131),
         ("JiT-L/16", 459),
@@ -144,6 +149,7 @@ def test_presets_have_the_published_sizes(name, millions):
 def test_presets_cover_all_published_names():
     sizes = [f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
     published = {f"{project}-{size}" for project in ("DiT", "SiT") for size in sizes}
+    published |= {f"REPA-{size}/2" for size in ("B", "L", "XL")}
     published |= {f"LightningDiT-{size}/1" for size in ("B", "XL", "1p0B", "1p6B")}
     published |= {f"JiT-{size}/{patch}" for size in ("B", "L", "H") for patch in (16, 32)}
     assert set(PRESETS) == published | {"toy"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdit import FlowMatching, Sampler
+from fastdit import FlowMatching, Guidance, Sampler
 from fastdit.flow import PATHS
 from fastdit.solvers import (
     DIFFUSIONS,

@@ -142,9 +142,17 @@ def to_project(project: str, cfg: DiTConfig, state: Mapping[str, Tensor]) -> dic
         theirs |= {name: t.to(dtype) for name, t in rope_tensors(cfg).items()}
     told = Told(cfg.n_heads, cfg.null_class, cfg.img_size, cfg.to_dict())
     stored, _ = from_facebook(theirs, told)
-    if replace(stored, init=cfg.init) != cfg:
-        raise ValueError(f"layout: {project!r} can store such a DiT only as {stored}, got {cfg}")
+    _check_stored(repr(project), replace(stored, init=cfg.init), cfg)
     return theirs
+
+
+def _check_stored(layout: str, stored: DiTConfig, cfg: DiTConfig) -> None:
+    """Raise a ValueError that names the options which are not read back as they are."""
+    kept, own = stored.to_dict(), cfg.to_dict()
+    different = [name for name in own if kept[name] != own[name]]
+    if different:
+        only, got = (", ".join(f"{n}={o[n]!r}" for n in different) for o in (kept, own))
+        raise ValueError(f"layout: {layout} can store such a DiT only as {only}; got {got}")
 
 
 def from_diffusers(
@@ -206,8 +214,7 @@ def to_diffusers(
         raise ValueError(f"layout: {expected}, got img_size {cfg.img_size}")
     config = diffusers_config(cfg)
     stored = replace(_config_from_diffusers(config), init=cfg.init, embedders=cfg.embedders)
-    if stored != cfg:
-        raise ValueError(f"layout: diffusers can store such a DiT only as {stored}, got {cfg}")
+    _check_stored("diffusers", stored, cfg)
     out: dict[str, Tensor] = {}
     for name, t in state.items():
         t = _swapped(name, t)

@@ -116,7 +116,8 @@ def _process_of(model: DiT, origin: Path, recipe: Recipe, given: dict[str, Any])
         needed = _NEEDED_OF_FLOWS if recipe.path else known
         if asked := [name for name in needed if name in missing]:
             flags = {"T": "--diffusion-steps", "clean_at": "--clean-at"}
-            passed = " and ".join(flags.get(name, f"--{name}") for name in asked)
+            *others, last = (flags.get(name, f"--{name}") for name in asked)
+            passed = f"{', '.join(others)} and {last}" if others else last
             what = "flow" if recipe.path else "diffusion"
             raise ValueError(f"--from: {origin} does not tell its {what}; pass {passed}")
         return {}

@@ -174,7 +174,9 @@ class Recipe:
         for name, default in ((f.name, f.default) for f in fields(self) if f.name in others):
             if (value := getattr(self, name)) != default:
                 why = f"{self.name!r} trains a {kind}"
-                raise ValueError(f"{name}: expected {default!r}, since {why}, got {value!r}")
+                raise ValueError(
+                    f"{name}: expected the default {default!r}, since {why}, got {value!r}"
+                )
         if not _is_finite(self.time_mean):
             raise ValueError(f"time_mean: expected a number, got {self.time_mean!r:.40}")
         if flow:

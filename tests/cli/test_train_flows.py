@@ -128,7 +128,7 @@ def test_a_flow_is_sampled_and_tuned_as_what_it_is(run, tmp_path):
     fastdit.save(fastdit.DiT(hidden=8, n_layers=1, n_heads=2, null_class=True), silent)
     brief[-2] = silent
     done = run("train", *brief, tmp_path / "told", "--recipe", "sit")
-    expected = "does not tell its flow; pass --path and --prediction and --clean-at"
+    expected = "does not tell its flow; pass --path, --prediction and --clean-at"
     assert done.exit_code == 1 and expected in done.stderr
     told = "--recipe sit --path gvp --prediction velocity --clean-at 0".split()
     done = run("train", *brief, tmp_path / "told", *told)
@@ -152,13 +152,13 @@ def test_a_flow_is_sampled_and_tuned_as_what_it_is(run, tmp_path):
         ),
         (
             ("--recipe", "flow", "--diffusion-steps", 50),
-            "--diffusion-steps: expected 200, since 'flow' trains a flow, whose time is",
+            "--diffusion-steps: expected the default 200, since 'flow' trains a flow",
         ),
         (
             ("--recipe", "flow", "--clean-at", 3),
             "--clean-at: expected the model's time at",
         ),
-        (("--time-draw", "uniform", "--time-shift", 2), "--time-shift: expected 1.0, since 'seed'"),
+        (("--time-draw", "uniform", "--time-shift", 2), "--time-shift: expected the default 1.0,"),
         (("--align-weight", 1), "--features: expected those of the images, since align_weight=1"),
         (("--features", "f.pt"), "--features: expected a .npy or .safetensors file of one array"),
     ],

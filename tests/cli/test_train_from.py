@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
         ((silent, "--schedule", "cosine"), "its diffusion; pass --diffusion-steps\n"),
         ((known, "--model", "toy"), "--model: expected none beside --from"),
         ((known, "--label-dropout", 0.1), "--label-dropout: expected 0, got 0.1, but"),
-        ((v,), "predicts 'v_prediction'; fastdit train trains models that predict the noise"),
+        ((v,), "predicts 'v_prediction'; fastdit train trains diffusions that predict the noise"),
         ((tmp_path / "nowhere",), "nowhere: no such file"),
     ):
         done = run("train", *BRIEF, "--out", tmp_path / "run", "--from", *arguments)

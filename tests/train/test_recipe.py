@@ -132,11 +132,14 @@ FLOW = {"path": "linear", "prediction": "velocity", "name": "flow"}
         (FLOW | {"path": "liner"}, "path: expected one of linear, gvp, vp; got 'liner'; did you"),
         (
             FLOW | {"T": 100},
-            "T: expected 200, since 'flow' trains a flow, whose time is continuous",
+            "T: expected the default 200, since 'flow' trains a flow, whose time is continuous",
         ),
-        (FLOW | {"schedule": "cosine"}, "schedule: expected 'linear', since 'flow' trains a flow"),
-        ({"time_shift": 2.0}, "time_shift: expected 1.0, since 'seed' trains a diffusion, got 2.0"),
-        ({"prediction": "sample"}, "prediction: expected 'epsilon', since 'seed' trains a diffusi"),
+        (FLOW | {"schedule": "cosine"}, "schedule: expected the default 'linear', since 'flow'"),
+        ({"time_shift": 2.0}, "time_shift: expected the default 1.0, since 'seed' trains a"),
+        (
+            {"prediction": "sample"},
+            "prediction: expected the default 'epsilon', since 'seed' train",
+        ),
         (FLOW | {"prediction": "noise"}, "prediction: expected one of velocity, epsilon, sample,"),
         (FLOW | {"clean_at": 2}, "clean_at: expected the model's time at the data, 1 or 0, got 2"),
         (FLOW | {"min_noise": 0.1}, "min_noise: expected None unless path is 'linear' and predic"),
