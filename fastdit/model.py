@@ -94,8 +94,7 @@ class DiT(Conditioned):
 
     def make_rope(self) -> None:
         """Make the rotary table, [2, N, d/2] in float32, where the weights are."""
-        cfg = self.cfg
-        if cfg.rope:
+        if (cfg := self.cfg).rope:
             table = functional.rope_table(cfg.head_dim, cfg.grid, cfg.context_tokens or 0)
             self.rope = table.to(self.pos_embed.device)
 
@@ -104,6 +103,11 @@ class DiT(Conditioned):
         super()._apply(fn, recurse)
         self.make_rope()
         return self
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        super()._load_from_state_dict(*given)
+        if self.rope is not None and self.rope.device != self.pos_embed.device:
+            self.make_rope()  # with assign=True the weights may have come from another device
 
     @classmethod
     def from_config(cls, cfg: DiTConfig) -> Self:
@@ -145,7 +149,8 @@ class DiT(Conditioned):
             for module in self.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     nn.init.xavier_uniform_(module.weight.flatten(1))
-                    _zero_(module.bias)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
             for owner in self.embedders():
                 for layer in owner.t_embed:
                     if isinstance(layer, nn.Linear):
@@ -159,7 +164,8 @@ class DiT(Conditioned):
         if cfg.context_tokens:
             nn.init.normal_(self.context_pos, std=_INIT_STD)
         for layer in (*self.modulation_layers(), self.final_linear):
-            _zero_(layer.weight, layer.bias)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def modulation_layers(self) -> list[nn.Linear]:
         """Return the linears that make modulation: one a block, and the final one."""
@@ -392,9 +398,3 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _is_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _zero_(*parameters: Tensor | None) -> None:
-    for parameter in parameters:
-        if parameter is not None:
-            nn.init.zeros_(parameter)

@@ -78,8 +78,11 @@ def test_the_rotary_table_follows_the_model_and_stays_in_float32():
     with torch.device("meta"):
         empty = fastdit.DiT.from_config(JIT)
     assert empty.rope.is_meta
+    filled = copy.deepcopy(empty)
+    filled.load_state_dict(model.state_dict(), assign=True)
     empty.to_empty(device="cpu")
-    for other in (model.bfloat16(), copy.deepcopy(model), pickle.loads(pickle.dumps(model)), empty):
+    copied = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for other in (model.bfloat16(), *copied, empty, filled):
         assert torch.equal(other.rope, table)
 
 

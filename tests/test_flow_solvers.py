@@ -351,6 +351,15 @@ def test_every_coefficient_is_finite_at_the_ends(steps, path, prediction, solver
     assert table[:, [0, 1, 3, 4, 5, 6, 7]].isfinite().all()
 
 
+@pytest.mark.parametrize("shift", [0.1, 0.3, 0.7, 3.0, 10.0])
+def test_a_shift_leaves_the_ends_exactly_where_they_are(shift):
+    for solver in (Euler(shift=shift), DPMSolverPP(shift=shift)):
+        table = solver.table(FlowMatching(clean_at=0), 3)
+        t, dt = table.timesteps, Euler(shift=shift).table(FlowMatching(), 3).coefficients[:, 4]
+        assert t[0] == 1 and dt.sum().item() == pytest.approx(1, abs=1e-15)
+        assert table.coefficients[:, 3:5].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

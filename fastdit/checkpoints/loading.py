@@ -124,7 +124,6 @@ def load(
         tensors[key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
     model.pos_embed.requires_grad_(info.config.pos_embed == "learned")
-    model.make_rope()
     _say_assumed(found.name, info)
     model, made = adapted(
         model, num_classes=num_classes, img_size=img_size, in_channels=in_channels

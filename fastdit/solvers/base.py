@@ -200,7 +200,7 @@ class FlowSolver(Solver):
         times = self.grid(process, steps)
         if self.shift != 1:
             s = process.data_time(times)
-            s = self.shift * s / (1 + (self.shift - 1) * s)
+            s = self.shift * s / (self.shift * s + (1 - s))  # so exactly 1 at the data
             times = s if process.clean_at else 1 - s
         visits, c = self.flow_rows(process, times)
         table = _stack(_from_velocity(process, c, times[visits]), self.clip)
