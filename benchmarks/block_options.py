@@ -72,11 +72,13 @@ def measure(name: str, batch: int, rounds: int) -> Row:
 
 def main() -> None:
     parser = harness.parser(__doc__)
-    parser.add_argument("--rounds", type=positive, default=15, help="turns of each model")
+    parser.add_argument("--model", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--batch", nargs="+", type=int, choices=STEPS, default=list(STEPS))
+    parser.add_argument("--rounds", type=positive, default=11, help="turns of each model")
     args = parser.parse_args()
     results = Results.of(args, torch.device("cpu"))
-    for name in PAIRS:
-        for batch in tqdm(STEPS, desc=name, leave=None):
+    for name in args.model:
+        for batch in tqdm(args.batch, desc=name, leave=None):
             results.add(measure(name, batch, args.rounds))
     print("time: that of the model over that of the plain one, the median of the rounds")
     print(harness.table(COLUMNS, results["rows"]))

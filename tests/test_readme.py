@@ -25,6 +25,7 @@ TRAINING = RESULTS / "train_throughput.json"
 CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
 FLOW_STEPS = ON_EPYC / "flow_steps.json"
+OPTIONS, TRAINED_OPTIONS = ON_EPYC / "block_options.json", ON_EPYC / "train_options.json"
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def benchmark_modules(monkeypatch):
         "toy_recipes",
         "inductive_bias",
         "flow_steps",
+        "block_options",
         "kernels",
         "_ops",
     ):
@@ -208,6 +210,18 @@ def test_the_training_tables_are_the_measured_ones(benchmark_modules):
     spread = max(plain) - min(plain)
     assert f"means differ by {apart:.4f}, the textbook loop's seeds" in RESULTS_PAGE
     assert f"among themselves by {spread:.4f}" in RESULTS_PAGE
+
+
+def test_newer_blocks_cost_little_and_their_tables_are_the_measured_ones(benchmark_modules):
+    from _harness import table
+    from block_options import COLUMNS
+    from train_throughput import RATE_COLUMNS
+
+    sampled, trained = read(OPTIONS)["rows"], read(TRAINED_OPTIONS)["rows"]
+    assert table(COLUMNS, sampled, markdown=True) in RESULTS_PAGE
+    assert table(RATE_COLUMNS, trained, markdown=True) in RESULTS_PAGE
+    assert all(row["time"] < 1.1 for row in sampled)
+    assert trained[1]["way"] == "fastdit compiled" and trained[1]["to compiled"] >= 1
 
 
 def test_the_table_of_the_toys_recipes_is_the_measured_one(benchmark_modules):

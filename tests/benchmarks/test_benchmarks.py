@@ -99,6 +99,15 @@ def test_steady_times_a_sampler_beside_a_busy_process(tmp_path):
     assert busy["of one thread"] == pytest.approx(busy["images/s"] / alone["images/s"])
 
 
+def test_block_options_times_a_model_beside_a_plain_one(tmp_path):
+    path = tmp_path / "r.json"
+    done = run("block_options.py", *"--model SiT-S/4 --batch 1 --rounds 1 --json".split(), path)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["model"] == "SiT-S/4" and row["execution"] in ("trajectory", "eager")
+    assert row["time"] == pytest.approx(row["of the plain one"] / row["images/s"])
+
+
 def test_crossover_times_both_ways_side_by_side(tmp_path):
     path = tmp_path / "r.json"
     done = run("crossover.py", *"--model toy --batch 2 --rounds 1 --json".split(), path)
