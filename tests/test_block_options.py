@@ -105,7 +105,7 @@ def test_context_tokens_do_not_turn_and_patches_turn_by_row_and_column():
         (JIT, "eager", 2.0),
         (SPLIT, "eager", None),
         (SPLIT, "eager", 2.0),
-        (JIT, "compile", 2.0),
+        (replace(JIT, n_layers=2), "compile", 2.0),
     ],
     ids="lightning lightning-guided jit jit-guided split split-guided jit-compiled".split(),
 )

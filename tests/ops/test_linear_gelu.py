@@ -48,7 +48,7 @@ def fused(monkeypatch):
         return addmm(*arguments, **options)
 
     monkeypatch.setattr(torch, "_addmm_activation", counted)
-    monkeypatch.setattr(functional, "fuses_gelu", lambda *_: True)
+    monkeypatch.setattr(functional.mlp, "fuses_gelu", lambda *_: True)
     return calls
 
 

@@ -222,6 +222,7 @@ VIEWS = {
     "slice",
     "select",
     "unsqueeze",
+    "alias",  # a slice of all
 }
 
 
@@ -242,7 +243,7 @@ class Nodes(TorchDispatchMode):
 def nodes_of_a_step(monkeypatch, cfg, dtype, guidance):
     """Count the nodes of one step's capture for two images by op, on tensors without data."""
     monkeypatch.setattr(dispatch, "_triton_on", lambda *_: None)
-    monkeypatch.setattr(functional, "fuses_gelu", lambda *_: True)
+    monkeypatch.setattr(functional.mlp, "fuses_gelu", lambda *_: True)
     B, rows = 2, 4 if guidance else 2
     with torch.device("meta"), torch.no_grad():
         predictor = DiTPredictor(fastdit.DiT.from_config(cfg), dtype, copies=True)
