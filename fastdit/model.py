@@ -292,12 +292,12 @@ class DiT(Conditioned):
 
     def _denoise(
         self, tokens: Tensor, modulation: Tensor, hidden_after: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the prediction, and the patches' stream after some blocks (None: before all)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the prediction, and the patches' stream after some blocks, if it is asked for."""
         cfg, (by_block, of_label) = self.cfg, self._modulation_by_block(modulation)
         n, start = cfg.context_tokens or 0, cfg.context_start or 0
         norms = [*(block.norm1 for block in self.blocks), self.final_norm]
-        hidden = residual = self.patch_embed(tokens) + self.pos_embed  # [B, N, D]
+        hidden, residual = None, self.patch_embed(tokens) + self.pos_embed  # [B, N, D]
         rope = None if self.rope is None else self.rope[:, n:]
         residual, h = norms[0](residual, *by_block[0][:2])
         for i, block in enumerate(self.blocks):
@@ -309,7 +309,7 @@ class DiT(Conditioned):
             residual, h = block(residual, h, parts, norms[i + 1], rope)
             if i + 1 == hidden_after:
                 hidden = residual[:, -cfg.n_tokens :]
-        return self.final_linear(h[:, n:]), hidden
+        return self.final_linear(h[:, n:] if n else h), hidden
 
     def _modulation_by_block(
         self, modulation: Tensor

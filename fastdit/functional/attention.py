@@ -88,9 +88,8 @@ def qk_norm_rope(
         exact = (None if t is None else t.double() for t in (*weights, rope))
         q_weight, q_bias, k_weight, k_bias, rope = exact
         return reference.qk_norm_rope(qkv, n_heads, q_weight, q_bias, k_weight, k_bias, rope, eps)
-    q, k, v = qkv.unflatten(-1, (3, n_heads, d)).unbind(2)  # each [B, N, h, d]
-    q, k = _norm_and_turn(q, *weights[:2], rope, eps), _norm_and_turn(k, *weights[2:], rope, eps)
-    return torch.stack([q, k, v], dim=2).view(qkv.shape)
+    heads = _normed_and_turned(qkv.unflatten(-1, (3, n_heads, d)), weights, rope, eps)
+    return torch.stack(heads, dim=2).view(qkv.shape)
 
 
 def qk_attention(
@@ -120,16 +119,15 @@ def qk_attention(
         ValueError: a shape, dtype or device does not fit; the message names the argument.
     """
     weights = q_weight, q_bias, k_weight, k_bias
-    d = checks.check_head_parts(qkv, n_heads, weights, rope)
-    if q_weight is None and rope is None:
+    if all(part is None for part in (*weights, rope)):  # as in most models, checked there
         return attention(qkv, n_heads, backend)
+    d = checks.check_head_parts(qkv, n_heads, weights, rope)
     given = qkv, d, *weights, rope
     chosen = choose("attention", backend, qkv, d), choose("qk_norm_rope", backend, *given)
     if "triton" in chosen or qkv.dtype == torch.float64 or qkv.shape[1] == 1:
         return attention(qk_norm_rope(qkv, n_heads, *weights, rope, eps, backend), n_heads, backend)
-    q, k, v = qkv.unflatten(-1, (3, n_heads, d)).unbind(2)  # each [B, N, h, d]
-    q, k = _norm_and_turn(q, *weights[:2], rope, eps), _norm_and_turn(k, *weights[2:], rope, eps)
-    return _attend(*(t.to(_product_dtype(qkv)) for t in (q, k, v)))
+    heads = _normed_and_turned(qkv.unflatten(-1, (3, n_heads, d)), weights, rope, eps)
+    return _attend(*(t.to(_product_dtype(qkv)) for t in heads))
 
 
 def _product_dtype(qkv: Tensor) -> torch.dtype:
@@ -145,6 +143,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention by PyTorch: q, k, v [B, N, h, d] -> [B, N, h * d]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _normed_and_turned(
+    qkv: Tensor, weights: tuple[Tensor | None, ...], rope: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of qkv [B, N, 3, h, d], the first two normed and turned."""
+    q, k, v = qkv.unbind(2)  # each [B, N, h, d]
+    q_weight, q_bias, k_weight, k_bias = weights
+    q = _norm_and_turn(q, q_weight, q_bias, rope, eps)
+    return q, _norm_and_turn(k, k_weight, k_bias, rope, eps), v
 
 
 def _norm_and_turn(

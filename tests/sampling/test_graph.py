@@ -222,7 +222,6 @@ VIEWS = {
     "slice",
     "select",
     "unsqueeze",
-    "alias",  # a slice of all
 }
 
 
