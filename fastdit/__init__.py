@@ -12,6 +12,8 @@ from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.flow import FlowMatching
 from fastdit.model import DiT
 from fastdit.sampling import Sampler
+from fastdit.text import MMDiT, PixArt, Prompts
+from fastdit.text_config import TEXT_PRESETS, MMDiTConfig, PixArtConfig
 from fastdit.update import Guidance
 
 __version__ = "0.1.0"
@@ -20,11 +22,17 @@ __path__.append(f"{__path__[0]}/_moved")
 
 __all__ = [
     "PRESETS",
+    "TEXT_PRESETS",
     "DiT",
     "DiTConfig",
     "DiffusionScheduler",
     "FlowMatching",
     "Guidance",
+    "MMDiT",
+    "MMDiTConfig",
+    "PixArt",
+    "PixArtConfig",
+    "Prompts",
     "Sampler",
     "load",
     "save",

@@ -137,14 +137,14 @@ def test_import_changes_nothing_global(tmp_path):
 # ops imports kernels.
 LAYERS = [
     {"errors", "testing", "update"},
-    {"config", "data"},
+    {"config", "data", "text_config"},
     {"diffusion", "noise", "flops"},
     {"flow"},
     {"reference", "solvers"},
     {"ops"},
     {"functional"},
     {"blocks"},
-    {"model"},
+    {"model", "text"},
     {"checkpoints"},
     {"sampling", "evaluation", "pipeline"},
     {"train"},

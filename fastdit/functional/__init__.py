@@ -14,8 +14,14 @@ Those that kernels exist for take a `backend`, which runs the op or raises:
   for norms of fewer than 100,000 elements, and for updates that need a gradient.
 """
 
-from fastdit.functional.attention import attention, qk_attention, qk_norm_rope
-from fastdit.functional.mlp import linear_gelu, swiglu
+from fastdit.functional.attention import (
+    attention,
+    cross_attention,
+    joint_attention,
+    qk_attention,
+    qk_norm_rope,
+)
+from fastdit.functional.mlp import linear, linear_gelu, swiglu
 from fastdit.functional.norms import (
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,
@@ -28,9 +34,12 @@ from fastdit.functional.steps import normal, sampler_update, trajectory
 
 __all__ = [
     "attention",
+    "cross_attention",
     "gated_residual_layer_norm_modulate",
     "gated_residual_rms_norm_modulate",
+    "joint_attention",
     "layer_norm_modulate",
+    "linear",
     "linear_gelu",
     "normal",
     "patchify",

@@ -130,6 +130,90 @@ def qk_attention(
     return _attend(*(t.to(_product_dtype(qkv)) for t in heads))
 
 
+def cross_attention(
+    q: Tensor, kv: Tensor, n_heads: int, lengths: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Return softmax attention of queries to packed keys and values of ragged length.
+
+    Args:
+        q: [B, N, D], head-major.
+        kv: [B, M, 2D], the halves of one linear, keys and values, each head-major.
+        n_heads: number of heads; must divide D.
+        lengths: [B] int64, how many of the M keys each image attends to, at least 1; None for all.
+        backend: "triton", "reference" or None.
+
+    Returns:
+        [B, N, D] in q's dtype, or autocast's.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    dtype = _product_dtype(q)
+    k, v = kv.to(dtype).unflatten(-1, (2, n_heads, -1)).unbind(2)
+    return _attend_to_ragged(q.to(dtype).unflatten(-1, (n_heads, -1)), k, v, lengths)
+
+
+def joint_attention(
+    qkv_image: Tensor,
+    qkv_text: Tensor,
+    n_heads: int,
+    norms: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None,) * 4,
+    lengths: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return softmax attention of an image and a text to both of them together.
+
+    Args:
+        qkv_image: [B, N, 3D], the thirds of one linear, each head-major.
+        qkv_text: [B, M, 3D], likewise.
+        n_heads: number of heads h; must divide D. The head dim is d = D / h.
+        norms: weights [d] of the RMSNorms of the image's queries and keys and of the text's queries
+            and keys; all four, or None.
+        lengths: [B] int64, how many of the M text tokens are the prompt's, at least 1, which all
+            others attend to; None for all. What is returned for the rest has no meaning.
+        eps: added to the mean square of a norm.
+        backend: "triton", "reference" or None.
+
+    Returns:
+        ([B, N, D], [B, M, D]) of image and text, in their dtype, or autocast's.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+
+    Source: Esser et al. 2024 (Stable Diffusion 3), section 4.
+    """
+    dtype, N = _product_dtype(qkv_image), qkv_image.shape[1]
+    streams = []
+    for qkv, weights in ((qkv_text, norms[2:]), (qkv_image, norms[:2])):
+        heads = qkv.unflatten(-1, (3, n_heads, -1))
+        given = weights[0], None, weights[1], None
+        streams.append([t.to(dtype) for t in _normed_and_turned(heads, given, None, eps)])
+    # The text comes last, so that its padding does.
+    q, k, v = (torch.cat([image, text], dim=1) for text, image in zip(*streams, strict=True))
+    out = _attend_to_ragged(q, k, v, None if lengths is None else lengths + N)
+    return out[:, :N], out[:, N:]
+
+
+def _attend_to_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """Attend to the first `lengths` keys: q [B, N, h, d], k, v [B, M, h, d] -> [B, N, h * d]."""
+    M = k.shape[1]
+    if lengths is None:
+        return _attend(q, k, v)
+    if q.device.type == "cpu" and not torch.compiler.is_compiling():
+        counts = lengths.tolist()
+        if all(count == M for count in counts):
+            return _attend(q, k, v)
+        rows = [_attend(q[i, None], k[i, None, :n], v[i, None, :n]) for i, n in enumerate(counts)]
+        return torch.cat(rows)
+    mask = torch.arange(M, device=q.device) < lengths[:, None]  # [B, M]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    return out.transpose(1, 2).flatten(2)
+
+
 def _product_dtype(qkv: Tensor) -> torch.dtype:
     """Return the dtype of attention's products: qkv's, or under autocast autocast's."""
     kind = qkv.device.type

@@ -1,4 +1,4 @@
-"""The activations of MLPs."""
+"""Linears, and the activations of MLPs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from torch import Tensor
 
 from fastdit.ops import checks, definitions, registration
 from fastdit.ops.dispatch import choose, fuses_gelu
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a linear layer, `x W^T + b`.
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [M, D].
+        bias: [M], or None.
+
+    Returns:
+        [..., M].
+    """
+    return F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
