@@ -143,9 +143,9 @@ class MLP(nn.Sequential):
         if torch.compiler.is_compiling() or len(self) != 3:
             return super().forward(x)
         up, gelu, down = self
-        plain = isinstance(up, nn.Linear) and type(up) in (nn.Linear, Linear)
-        if plain and type(gelu) is nn.GELU and not _hooked(up, gelu):
-            return down(functional.linear_gelu(x, up.weight, up.bias, gelu.approximate))
+        if isinstance(up, nn.Linear) and type(up) in (nn.Linear, Linear):
+            if type(gelu) is nn.GELU and not _hooked(up, gelu):
+                return down(functional.linear_gelu(x, up.weight, up.bias, gelu.approximate))
         return super().forward(x)
 
 
