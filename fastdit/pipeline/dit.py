@@ -2,68 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdit.checkpoints.translation import diffusers_config, to_diffusers
+from fastdit.config import DiTConfig
 from fastdit.errors import warn
 from fastdit.model import DiT
+from fastdit.pipeline.base import PipelineTransformer, TransformerOutput, is_traced, per_image
 
 
-class TransformerOutput(NamedTuple):
-    """The output of a transformer, whose member has a name and an index, as in diffusers."""
+class DiTTransformer(PipelineTransformer, cfg=DiTConfig):
+    """A stand-in for diffusers' `DiTTransformer2DModel`; `PipelineTransformer` makes it.
 
-    sample: Tensor  # [B, C_out, H, W]
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str):
-            return self._asdict()[key]
-        return tuple(self)[key]
-
-
-class PipelineTransformer(nn.Module):
-    """A stand-in for diffusers' `DiTTransformer2DModel` that computes with a `fastdit.DiT`.
-
-        pipe = DiTPipeline.from_pretrained(folder)
-        pipe.transformer = PipelineTransformer(fastdit.load(pipe.transformer))
-
-    This is for code that is built around a pipeline. `fastdit.Sampler` is faster than any pipeline,
-    since a pipeline runs the whole model, its conditioning included, at every step. `DiTPipeline`
-    itself makes square latents only; for other shapes `config.sample_size` is (height, width).
-
-    A pipeline finds a module's class, and whether it can be saved, by the module's base classes and
-    by the name of its own. Instances therefore belong to a subclass of this class and of diffusers'
-    that has the name of diffusers', and `pipe.save_pretrained` writes a folder of diffusers.
-
-    Attributes:
-        config: the config that diffusers' own transformer would have.
+    `DiTPipeline` itself makes square latents only; for other shapes `config.sample_size` is
+    (height, width).
     """
 
-    def __new__(cls, *args: Any, **options: Any) -> PipelineTransformer:
-        return super().__new__(_named_as_theirs(cast(Any, cls)))
+    theirs = "DiTTransformer2DModel"
 
     def __init__(self, model: DiT) -> None:
-        """Take a model, whose weights are shared.
-
-        Raises:
-            ValueError: diffusers is not installed.
-        """
-        nn.Module.__init__(self)  # that of diffusers would build a second model
-        self.model = model
-        cast(Any, self).register_to_config(**diffusers_config(model.cfg))
+        super().__init__(model)
         self._checked: Tensor | None = None  # the last labels that were found to be in range
         self._warned = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.pos_embed.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.pos_embed.device
 
     def forward(
         self,
@@ -96,9 +58,7 @@ class PipelineTransformer(nn.Module):
         if cross_attention_kwargs:
             raise ValueError("cross_attention_kwargs: expected None, a DiT has no cross attention")
         labels = self._in_range(class_labels) if self.model.cfg.use_class_cond else class_labels
-        if timestep.numel() == 1 and timestep.dim() <= 1:
-            timestep = timestep.expand(len(hidden_states))
-        sample = self.model(hidden_states, timestep, labels)
+        sample = self.model(hidden_states, per_image(timestep, hidden_states), labels)
         return TransformerOutput(sample) if return_dict else (sample,)
 
     def _in_range(self, labels: Tensor) -> Tensor:
@@ -107,10 +67,7 @@ class PipelineTransformer(nn.Module):
         Reading them waits for the device, so labels are read once, though a pipeline passes the
         same tensor at every step; and not where a graph is traced or captured.
         """
-        traced = torch.compiler.is_compiling() or (
-            labels.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if not traced and labels is not self._checked and labels.numel():
+        if not is_traced(labels) and labels is not self._checked and labels.numel():
             self._check(labels)
             self._checked = labels
         cfg = self.model.cfg
@@ -131,35 +88,3 @@ class PipelineTransformer(nn.Module):
                 "1000"
             )
             self._warned = True
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Let copies and pickles name a class that can be imported."""
-        return _blank, (type(self).__bases__[0],), self.__dict__
-
-
-def _blank(cls: type[PipelineTransformer]) -> PipelineTransformer:
-    return cls.__new__(cls)
-
-
-@functools.cache
-def _named_as_theirs(cls: type[PipelineTransformer]) -> type[PipelineTransformer]:
-    """Return the subclass of `cls` that a pipeline takes for diffusers' transformer."""
-    try:
-        from diffusers import DiTTransformer2DModel as Theirs
-    except ImportError as error:
-        message = "PipelineTransformer: needs the package diffusers; pip install diffusers"
-        raise ValueError(message) from error
-    if issubclass(cls, Theirs):
-        return cls
-
-    # A pipeline passes the options that it finds in the signature of this installed version.
-    @functools.wraps(Theirs.save_pretrained)
-    def save_pretrained(self: PipelineTransformer, *args: Any, **options: Any) -> None:
-        config, tensors = to_diffusers(self.model.cfg, self.model.state_dict())
-        with torch.device("meta"):  # no memory, and no random numbers, for weights to be replaced
-            theirs = Theirs.from_config(config)
-        theirs.load_state_dict(tensors, assign=True)
-        theirs.save_pretrained(*args, **options)
-
-    own = {"__module__": Theirs.__module__, "save_pretrained": save_pretrained}
-    return type(Theirs.__name__, (cls, Theirs), own)
