@@ -390,7 +390,8 @@ def test_nothing_is_kept_with_gradients_in_inference_mode_or_of_a_text_that_is_g
         call(own, text, None)
         with torch.autocast("cpu", torch.bfloat16):
             lower = call(own, text, None)
-        assert relative_error(call(own, text, None), lower) > 1e-4
+            own._kept.clear()
+            assert torch.equal(call(own, text, None), lower)
     del text, given
     assert own._kept._entry is None
 
