@@ -242,13 +242,13 @@ def _normed_and_turned(
 def _norm_and_turn(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rope: Tensor | None, eps: float
 ) -> Tensor:
-    """Norm each head of x [B, N, h, d] and turn it, in float32 -> [B, N, h, d] in x's dtype."""
-    y = x.float()
+    """Norm each head of x [B, N, h, d] and turn it, in at least float32 -> the same in x's dtype."""
+    y = x if x.dtype == torch.float64 else x.float()
     if weight is not None and bias is not None:
-        y = F.layer_norm(y, y.shape[-1:], weight.float(), bias.float(), eps)
+        y = F.layer_norm(y, y.shape[-1:], weight.to(y.dtype), bias.to(y.dtype), eps)
     elif weight is not None:
-        y = F.rms_norm(y, y.shape[-1:], weight.float(), eps)
-    return (y if rope is None else _turn(y, *rope.float().unsqueeze(2))).to(x.dtype)
+        y = F.rms_norm(y, y.shape[-1:], weight.to(y.dtype), eps)
+    return (y if rope is None else _turn(y, *rope.to(y.dtype).unsqueeze(2))).to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
