@@ -337,12 +337,15 @@ def process_of(options: dict[str, Any]) -> Process:
     return DiffusionScheduler(**options)
 
 
-# The flows of published models: Ma et al. 2024; Yao et al. 2025; Yu et al. 2025; Li & He 2025.
+# The flows of published models: Ma et al. 2024; Yao et al. 2025; Yu et al. 2025; Li & He 2025;
+# Esser et al. 2024, whose models get times from 1000 at the noise to 0.
 _PUBLISHED = {
     "SiT": FlowMatching(),
     "LightningDiT": FlowMatching(),
     "REPA": FlowMatching(clean_at=0),
     "JiT": FlowMatching(prediction="sample", min_noise=0.05),
+    "SD3": FlowMatching(clean_at=0, time_scale=1000.0),
+    "SD3.5": FlowMatching(clean_at=0, time_scale=1000.0),
 }
 _JIT_NOISE = {512: 2.0}  # its deviation by the height of the images; for others it is 1
 
@@ -351,7 +354,8 @@ def published_flow(project: str, height: int) -> FlowMatching | None:
     """Return the flow that a project's published models were trained on, or None.
 
     Args:
-        project: "SiT", "LightningDiT", "REPA" or "JiT"; or a preset's name, which begins so.
+        project: "SiT", "LightningDiT", "REPA", "JiT", "SD3" or "SD3.5"; or a preset's name, which
+            begins so.
         height: of the model's input; JiT's noise depends on it.
     """
     project = project.partition("-")[0]

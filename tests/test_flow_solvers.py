@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastdit import FlowMatching, Guidance, Sampler
-from fastdit.flow import PATHS
+from fastdit import DiffusionScheduler, FlowMatching, Guidance, Sampler
+from fastdit.flow import PATHS, published_flow
 from fastdit.solvers import (
     DIFFUSIONS,
     LAST_STEPS,
@@ -18,6 +18,7 @@ from fastdit.solvers import (
     Heun,
 )
 from fastdit.testing import relative_error
+from fastdit.update import Coefficients
 
 SHAPE = (2, 4, 4)
 MEAN, SPREAD = 0.6, 0.7
@@ -308,6 +309,44 @@ def test_eulers_method_is_that_of_lightningdit():
     assert backward == pytest.approx([1 - t for t in times[:-1]], abs=1e-6)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 28])
+def test_eulers_method_is_that_of_stable_diffusion_3(steps, shift):
+    """The table of diffusers' scheduler, whose shift is the reciprocal of ours."""
+    diffusers = pytest.importorskip("diffusers", reason="compares with the scheduler of diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    scheduler.set_timesteps(steps)
+    flow, solver = published_flow("SD3", 128), Euler.from_diffusers(shift)
+    assert solver.shift == pytest.approx(1 / shift)
+    table = solver.table(flow, steps)
+    assert flow == FlowMatching(clean_at=0, time_scale=1000.0)
+    assert table.model_times == pytest.approx(scheduler.timesteps.tolist(), rel=1e-6)
+    columns = Coefficients(*table.coefficients.unbind(1))
+    assert columns.eps.tolist() == pytest.approx(scheduler.sigmas.diff().tolist(), abs=1e-6)
+    assert columns.x.eq(1).all() and columns.x0.eq(0).all() and columns.sigma.eq(0).all()
+
+
+@pytest.mark.parametrize("solver", [Euler, Heun, DPMSolverPP])
+@pytest.mark.parametrize("clean_at", [0, 1])
+def test_a_last_size_sets_where_the_last_step_begins(clean_at, solver):
+    """The others are equal; and at the size of an equal step it changes nothing."""
+    flow = FlowMatching(clean_at=clean_at)
+    assert flow.data_time(visited(solver(last_size=0.2), flow, 3)).tolist() == pytest.approx(
+        [0, 0.4, 0.8]
+    )
+    assert visited(solver(last_size=0.25), flow, 4).equal(visited(solver(), flow, 4))
+    x = torch.ones(1, *SHAPE, dtype=torch.float64)
+    ends = [
+        sample(Gaussian(flow), flow, solver(last_size=size), 40, x_T=x) for size in (None, 0.01)
+    ]
+    assert relative_error(ends[1], ends[0]) < 0.05
+
+
+def visited(solver, flow, steps):
+    """Return the times of a table, each once."""
+    return torch.tensor(list(dict.fromkeys(solver.table(flow, steps).timesteps)))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
 def test_heuns_method_is_that_of_jit(steps):
     model, least = Wavy(), 0.05
@@ -372,6 +411,19 @@ def test_a_shift_leaves_the_ends_exactly_where_they_are(shift):
         ),
         (lambda: EulerMaruyama(norm=0), "norm: expected a positive number, got 0.0"),
         (lambda: EulerMaruyama(last_size=1), "last_size: expected a number between 0 and 1, got"),
+        (lambda: EulerMaruyama(last_size=None), "last_size: expected a number where last_step is"),
+        (lambda: Euler(last_size=0), "last_size: expected a number between 0 and 1, got 0.0"),
+        (lambda: Euler.from_diffusers(0), "shift: expected a positive number, got 0"),
+        (lambda: Euler.from_diffusers(3.0, 1), "T: expected at least 2, got 1"),
+        (
+            lambda: DPMSolverPP(last_size=0.1).table(DiffusionScheduler(10)),
+            "last_size: expected None, since only a FlowMatching has times of its own, got 0.1",
+        ),
+        (
+            lambda: Euler(last_size=1e-3).table(FlowMatching(prediction="epsilon"), 3),
+            "last_size: expected more than 0.001, which sampling of the flow leaves out at the "
+            "data, got 0.001",
+        ),
         (lambda: Dopri5(rtol=-1), "rtol: expected a positive number, got -1.0"),
         (
             lambda: Dopri5().table(FlowMatching(), 50),

@@ -229,6 +229,35 @@ def test_dpm_solver_pp_equals_diffusers():
     assert relative_error(own, diffusers_loop(theirs, x_T)) < 1e-5
 
 
+@pytest.mark.parametrize("steps", [1, 8, 20, 22])
+def test_dpm_solver_pp_equals_diffusers_on_their_own_timesteps(steps):
+    """Their default grid, with which PixArt is published; 20 and 22 steps round halves."""
+    DPMSolverMultistepScheduler = pytest.importorskip("diffusers").DPMSolverMultistepScheduler
+    scheduler, solver = DiffusionScheduler(1000), DPMSolverPP(last_timestep="stride")
+    theirs = DPMSolverMultistepScheduler(1000, 1e-4, 0.02, "linear")
+    theirs.set_timesteps(steps)
+    assert solver.table(scheduler, steps).timesteps == theirs.timesteps.tolist()
+    x_T, _ = recorded(0)
+    own = sample(Wavy(), scheduler, solver, steps, x_T=x_T)
+    assert relative_error(own, diffusers_loop(theirs, x_T)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DPMSolverPP(last_timestep="last"), "last_timestep: expected one of zero, stride"),
+        (
+            lambda: DPMSolverPP(last_timestep="stride").table(DiffusionScheduler(10)),
+            "steps: expected at most 9, since last_timestep='stride' leaves out timestep 0, got 10",
+        ),
+    ],
+    ids=["name", "steps"],
+)
+def test_a_bad_last_timestep_is_a_value_error(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("learned", [False, True], ids=["posterior", "learned-range"])
 def test_ddim_with_eta_one_and_ancestral_sampling_agree_over_all_steps(learned):
     """Song et al. 2021, section 4.1: both are one process. DDIM ignores a learned variance."""

@@ -76,6 +76,15 @@ def folder_labels(path: Path, num_classes: int) -> tuple[str, ...] | None:
         return None
 
 
+def folder_pipeline(path: Path) -> str | None:
+    """Return the name of the class of the pipeline whose folder `path` is, if it is one's."""
+    try:
+        name = json.loads((path / "model_index.json").read_text())["_class_name"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def folder_diffusion(path: Path) -> dict[str, Any] | None:
     """Return the diffusion that a pipeline's folder says its model was trained on.
 

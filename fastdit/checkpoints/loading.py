@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.checkpoints import diffusions, folders, translation
+from fastdit.checkpoints import diffusions, folders, text_models, translation
 from fastdit.checkpoints.adaptation import adapted
 from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.digests import check_digests
-from fastdit.checkpoints.entries import (
-    arguments_of,
-    check_plain,
-    find_weights,
-    pickled_attribute,
-)
+from fastdit.checkpoints.entries import check_plain, find_weights, pickled_attribute
 from fastdit.checkpoints.inference import Told, bare_config
 from fastdit.checkpoints.matching import (
+    MODELS,
+    Model,
+    ModelConfig,
     check_keys,
     check_layers,
     describe_layout,
@@ -30,29 +28,16 @@ from fastdit.checkpoints.matching import (
     without_extras,
 )
 from fastdit.checkpoints.native import CheckpointInfo, info_of, read_safetensors
-from fastdit.checkpoints.pickles import check_records, is_pickle, read_pickle
+from fastdit.checkpoints.pickles import check_records, is_pickle
 from fastdit.checkpoints.projects import PROJECTS
-from fastdit.checkpoints.runs import locate, run_weights
+from fastdit.checkpoints.runs import run_weights
+from fastdit.checkpoints.sources import Source, read_source
 from fastdit.config import DiTConfig
 from fastdit.errors import FLOAT_DTYPES, check_positive, warn
-from fastdit.model import DiT, config_of, unwrap
+from fastdit.model import DiT
 
 # The toy was published with 200 linear steps.
 _TOY_DIFFUSION = PUBLISHED_DIFFUSION | {"T": 200}
-
-
-@dataclass
-class _Source:
-    """What was read, before it is known what it is."""
-
-    name: str
-    content: Any  # tensors by name, or entries that hold them
-    header: dict[str, Any] | None = None  # fastdit's
-    config: Any = None  # fastdit's of a live model, or diffusers'
-    labels: tuple[str, ...] | None = None
-    folder: Path | None = None  # of diffusers
-    is_file: bool = True
-    pickle: Path | None = None  # the file, if it is one of PyTorch's
 
 
 def load(
@@ -65,7 +50,7 @@ def load(
     in_channels: int | None = None,
     diffusion: Mapping[str, Any] | str | None = None,
     weights: str | None = None,
-) -> DiT:
+) -> Model:
     """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
 
     What a checkpoint does not tell is answered by `n_heads`, `null_class`, `img_size` and
@@ -105,12 +90,14 @@ def load(
         UserWarning: something was assumed, left out or made anew; the message says what.
     """
     told = _told(n_heads, null_class, img_size)
-    found = _read(source, weights, told)
+    found = read_source(source, weights, told)
     if found.header is not None:
         check_digests(found.name, found.content, found.header)
     elif found.pickle is not None:
         check_records(found.pickle)
     info, tensors = _resolve(found, told, weights, diffusion, lenient=True)
+    fitting = {"num_classes": num_classes, "img_size": img_size, "in_channels": in_channels}
+    _check_text_options(found.name, info.config, fitting)
     check_layers(found.name, info.config, tensors)
     model = empty_model(found.name, info.config)
     if found.header is None and found.config is None:
@@ -123,13 +110,14 @@ def load(
         # Copied, since the file may change, tensors may share a storage, and a live model goes on.
         tensors[key] = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     model.load_state_dict(tensors, assign=True)
-    model.pos_embed.requires_grad_(info.config.pos_embed == "learned")
     _say_assumed(found.name, info)
-    model, made = adapted(
-        model, num_classes=num_classes, img_size=img_size, in_channels=in_channels
-    )
-    if made:
-        warn(f"{found.name}: made anew for other data: {', '.join(made)}")
+    if isinstance(model, DiT):
+        model.pos_embed.requires_grad_(model.cfg.pos_embed == "learned")
+        model, made = adapted(
+            model, num_classes=num_classes, img_size=img_size, in_channels=in_channels
+        )
+        if made:
+            warn(f"{found.name}: made anew for other data: {', '.join(made)}")
     model.diffusion = None if "diffusion" in info.assumed else info.diffusion
     return model
 
@@ -149,7 +137,7 @@ def inspect(
     digests are not checked.
     """
     told = _told(n_heads, null_class, img_size)
-    info, _ = _resolve(_read(path, weights, told), told, weights, diffusion)
+    info, _ = _resolve(read_source(path, weights, told), told, weights, diffusion)
     if told.img_size not in (None, info.config.img_size):
         raise ValueError(f"img_size: {path} says {info.config.img_size}, got {img_size}")
     return info
@@ -179,59 +167,8 @@ def _told(n_heads: int | None, null_class: bool | None, img_size: Any) -> Told:
     return Told(n_heads, null_class, img_size)
 
 
-def _read(source: Any, weights: str | None, told: Told) -> _Source:
-    """Read a source; a live module and training arguments add to what is told."""
-    if isinstance(source, nn.Module):
-        inner = unwrap(source)
-        if told.n_heads is None:
-            told.n_heads = getattr(inner, "num_heads", None)
-        embedder = getattr(inner, "y_embedder", None)
-        told.arguments = {"num_classes": getattr(embedder, "num_classes", None)}
-        config = config_of(inner)
-        config = getattr(inner, "config", None) if config is None else config
-        name = type(inner).__name__
-        return _Source(name, inner.state_dict(), config=config, is_file=False)
-    if isinstance(source, Mapping):
-        told.arguments = arguments_of(source)
-        return _Source("state dict", source, is_file=False)
-    if not isinstance(source, str | os.PathLike):
-        what = f"a path, tensors by name or a module, got {type(source).__name__}"
-        raise ValueError(f"source: expected {what}")
-    path = locate(source, weights)
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    if is_pickle(path):
-        content = read_pickle(path)
-        told.arguments = arguments_of(content)
-        return _Source(str(path), content, pickle=path)
-    tensors, header = read_safetensors(path)
-    return _Source(str(path), tensors, header)
-
-
-def _read_folder(path: Path) -> _Source:
-    """Read a folder of diffusers, whose weights may be in several files."""
-    config, files = folders.read_folder(path)
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if is_pickle(file):
-            check_records(file)
-            part = read_pickle(file)
-            if not isinstance(part, Mapping):
-                raise ValueError(f"{file}: expected tensors by name, got {type(part).__name__}")
-        else:
-            part, _ = read_safetensors(file)
-        if twice := [name for name in part if name in tensors]:
-            raise ValueError(f"{file}: expected other tensors than before it, got {twice[0]} again")
-        tensors |= part
-    classes = config.get("num_embeds_ada_norm")
-    labels = folders.folder_labels(path, classes if isinstance(classes, int) else 0)
-    return _Source(str(path), tensors, config=config, labels=labels, folder=path)
-
-
 def _resolve(
-    found: _Source,
+    found: Source,
     told: Told,
     weights: str | None,
     diffusion: Mapping[str, Any] | str | None,
@@ -245,7 +182,7 @@ def _resolve(
     if found.header is not None:
         info = info_of(found.name, found.header)
         tensors = _own_tensors(found, weights)
-    elif isinstance(found.config, DiTConfig):
+    elif isinstance(found.config, ModelConfig):
         info, tensors = CheckpointInfo(found.config), dict(found.content)
         check_plain(tensors)
     else:
@@ -253,8 +190,9 @@ def _resolve(
         # A given diffusion replaces the stored one, which fastdit may not have.
         if found.folder is not None and diffusion is None:
             info = _with_stored_diffusion(info, found.folder, lenient)
+    _check_text_options(found.name, info.config, {"null_class": told.null_class})
     for name in ("n_heads", "null_class"):
-        given, own = getattr(told, name), getattr(info.config, name)
+        given, own = getattr(told, name), getattr(info.config, name, None)
         if given not in (None, own):
             raise ValueError(f"{name}: {found.name} says {own}, got {given}")
     if diffusion is not None:
@@ -265,6 +203,22 @@ def _resolve(
             by_name=(),
         )
     return info, tensors
+
+
+def _check_text_options(name: str, config: ModelConfig, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names an option which makes no sense for a text-to-image model."""
+    if isinstance(config, DiTConfig):
+        return
+    kind = MODELS[type(config)].__name__
+    for option, value in given.items():
+        if option == "img_size" and value not in (None, config.img_size):
+            expected = f"{config.img_size}, as {name} says; a Sampler takes other sizes"
+            raise ValueError(f"img_size: expected {expected}; got {value}")
+        if option != "img_size" and value is not None:
+            expected = f"None, since {name} is a {kind}, which is not conditioned on classes"
+            if option == "in_channels":
+                expected = f"None, since {name} is a {kind}, which is not fitted to other data"
+            raise ValueError(f"{option}: expected {expected}; got {value}")
 
 
 def _with_stored_diffusion(info: CheckpointInfo, folder: Path, lenient: bool) -> CheckpointInfo:
@@ -279,7 +233,7 @@ def _with_stored_diffusion(info: CheckpointInfo, folder: Path, lenient: bool) ->
     return info if stored is None else replace(info, diffusion=stored, assumed=())
 
 
-def _own_tensors(found: _Source, weights: str | None) -> dict[str, Tensor]:
+def _own_tensors(found: Source, weights: str | None) -> dict[str, Tensor]:
     """Return the tensors of a model's file, or the chosen ones of a run's checkpoint."""
     assert found.header is not None
     if "recipe" in found.header:
@@ -293,11 +247,12 @@ def _own_tensors(found: _Source, weights: str | None) -> dict[str, Tensor]:
 
 
 def _translate(
-    found: _Source, told: Told, weights: str | None
+    found: Source, told: Told, weights: str | None
 ) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Return what another project's tensors are, and fastdit's state dict for them."""
     diffusion: dict[str, Any] | None = dict(PUBLISHED_DIFFUSION)
     by_name = False
+    config: ModelConfig
     try:
         tensors = find_weights(found.content, weights)
         layout = translation.layout_of(tensors)
@@ -306,6 +261,11 @@ def _translate(
             file = found.name if found.is_file else ""
             told_by = diffusions.told_by_file(tensors, told.arguments, file, config)
             diffusion, by_name = told_by
+        elif layout == "diffusers" and text_models.class_of(found.config or {}) is not None:
+            config, state = text_models.from_diffusers(
+                tensors, found.config, told, found.pipeline, found.is_file
+            )
+            diffusion = text_models.published_diffusion(config)
         elif layout == "diffusers" and isinstance(found.config, Mapping):
             config, state = translation.from_diffusers(tensors, found.config)
             told.assumed.append("diffusion")
@@ -325,7 +285,7 @@ def _translate(
     return CheckpointInfo(config, diffusion, found.labels, tuple(told.assumed), names), state
 
 
-def _own_config(found: _Source, tensors: Mapping[str, Tensor], told: Told) -> DiTConfig:
+def _own_config(found: Source, tensors: Mapping[str, Tensor], told: Told) -> DiTConfig:
     """Return the config of a `fastdit.DiT` that was not saved by `fastdit.save`."""
     stored = pickled_attribute(found.content, "cfg")  # of a model that was pickled whole
     return bare_config(tensors, told) if stored is None else DiTConfig.from_saved(stored)

@@ -6,28 +6,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit.checkpoints import translation
 from fastdit.config import DiTConfig
 from fastdit.errors import first_few, warn
-from fastdit.model import DiT
+from fastdit.model import DiT, config_of
+from fastdit.text import MMDiT, PixArt, TextModel
+from fastdit.text_config import MMDiTConfig, PixArtConfig, TextConfig
+
+Model = DiT | PixArt | MMDiT
+ModelConfig = DiTConfig | TextConfig
+MODELS: dict[type, Any] = {DiTConfig: DiT, PixArtConfig: PixArt, MMDiTConfig: MMDiT}
 
 _SHOWN_KEYS = 4
 # Top-level names of tensors that take part in a forward that a DiT does not have.
 _OTHER_NETWORK = ("rope", "freqs", "norm", "embed", "blocks", "final", "context", "token")
 
 
-def empty_model(source: str, config: DiTConfig) -> DiT:
+def model_config(model: nn.Module) -> ModelConfig | None:
+    """Return the config of a DiT, a PixArt or an MMDiT; None for other models."""
+    return model.cfg if isinstance(model, TextModel) else config_of(model)
+
+
+def dit_config(source: object, config: ModelConfig) -> DiTConfig:
+    """Return a DiT's config as it is; that of a text-to-image model is a ValueError."""
+    if not isinstance(config, DiTConfig):
+        got = MODELS[type(config)].__name__
+        raise ValueError(f"{source}: expected a DiT, which takes labels, got a {got} of prompts")
+    return config
+
+
+def empty_model(source: str, config: ModelConfig) -> Model:
     """Build the config's model without allocating memory or drawing random numbers."""
     try:
         with torch.device("meta"):
-            return DiT.from_config(config)
+            return MODELS[type(config)].from_config(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
 
 
-def check_layers(source: str, config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:
+def check_layers(source: str, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for more layers than tensors, before so many layers are built."""
     if config.n_layers > len(tensors):
         got = f"{len(tensors)} tensors"

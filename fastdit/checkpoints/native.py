@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdit.checkpoints import diffusions
 from fastdit.checkpoints.digests import check_digests, digests_of
-from fastdit.checkpoints.matching import describe_layout
+from fastdit.checkpoints.matching import ModelConfig, describe_layout
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.flow import FlowMatching
@@ -39,7 +39,7 @@ class CheckpointInfo:
         by_name: "diffusion", if only the name of the file tells it.
     """
 
-    config: DiTConfig
+    config: ModelConfig
     diffusion: dict[str, Any] | None = None
     labels: tuple[str, ...] | None = None
     assumed: tuple[str, ...] = ()

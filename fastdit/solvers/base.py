@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -152,18 +152,24 @@ class Solver:
 class FlowSolver(Solver):
     """A rule for going from one time of a flow to the next, on a fixed grid.
 
-    The grid has equal steps between the ends of the flow's `span`, before the shift.
+    The grid has equal steps between the ends of the flow's `span`, before the shift; or, with
+    `last_size`, equal steps but the last.
 
     Attributes:
         shift: moves each time, counted from noise (s = 0) to data (1), to
-            `shift s / (1 + (shift - 1) s)`. LightningDiT's 0.3 puts more steps near the noise.
+            `shift s / (1 + (shift - 1) s)`. LightningDiT's 0.3 puts more steps near the noise, and
+            so does 1/3, which is Stable Diffusion 3's shift of 3, counted from data to noise there.
             1 does not shift, and a DiffusionScheduler takes nothing else.
+        last_size: how long before the data the last step begins, in time before the shift. None
+            makes the last step as long as the others. `Euler.from_diffusers` sets it.
 
     Source: Esser et al. 2024 (Stable Diffusion 3), equation 23; LightningDiT's
-    `transport/integrators.py`, whose shift is the reciprocal of theirs.
+    `transport/integrators.py`, whose shift is the reciprocal of theirs; for `last_size`, the
+    `sigma_min` of diffusers' FlowMatchEulerDiscreteScheduler, which then steps to 0.
     """
 
     shift: float = 1.0
+    last_size: float | None = field(default=None, kw_only=True)
 
     processes: ClassVar[tuple[type, ...]] = (FlowMatching,)
     flow_steps: ClassVar[int] = 250  # where none are asked for
@@ -171,10 +177,24 @@ class FlowSolver(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "shift", positive("shift", self.shift))
+        if self.last_size is not None:
+            size = number("last_size", self.last_size)
+            if not 0 < size < 1:
+                raise ValueError(f"last_size: expected a number between 0 and 1, got {size}")
+            object.__setattr__(self, "last_size", size)
 
     def grid(self, flow: FlowMatching, steps: int) -> Tensor:
         """Return the times of a flow to step through before the shift: [steps + 1] float64."""
-        return torch.linspace(*flow.span, steps + 1, dtype=torch.float64)
+        if self.last_size is None:
+            return equal_steps(flow, steps)
+        _, end = flow.span
+        left_out = abs(flow.clean_at - end)
+        if not self.last_size > left_out:
+            raise ValueError(
+                f"last_size: expected more than {left_out:g}, which sampling of the flow leaves "
+                f"out at the data, got {self.last_size}"
+            )
+        return steps_ending(flow, steps, self.last_size, end)
 
     def flow_rows(self, flow: FlowMatching, times: Tensor) -> tuple[list[int], Coefficients]:
         """Return the evaluations of a loop over a flow's times, in terms of velocity.
@@ -194,6 +214,11 @@ class FlowSolver(Solver):
                 raise ValueError(
                     f"shift: expected 1, since only a FlowMatching is shifted, got {self.shift}"
                 )
+            if self.last_size is not None and isinstance(process, self.processes):
+                raise ValueError(
+                    "last_size: expected None, since only a FlowMatching has times of its own, got "
+                    f"{self.last_size}"
+                )
             return super().table(process, steps)
         steps = self.flow_steps if steps is None else steps
         check_positive("steps", steps)
@@ -211,6 +236,27 @@ class FlowSolver(Solver):
                 f"got coefficients that are not finite; {self} puts times too near an end"
             )
         return StepTable(times[visits].tolist(), table, process.time_scale, process.noise_scale)
+
+
+def equal_steps(flow: FlowMatching, steps: int) -> Tensor:
+    """Return times between the ends of a flow's span: [steps + 1] float64."""
+    return torch.linspace(*flow.span, steps + 1, dtype=torch.float64)
+
+
+def steps_ending(flow: FlowMatching, steps: int, last_size: float, end: float) -> Tensor:
+    """Return equal steps to `last_size` before the data, and one from there to `end`.
+
+    Returns:
+        [steps + 1] float64.
+    """
+    first, _ = flow.span
+    longest = abs(flow.clean_at - first)
+    if last_size > longest:
+        expected = f"at most {longest:g}, where sampling of the flow begins"
+        raise ValueError(f"last_size: expected {expected}, got {last_size}")
+    before_last = 1 - last_size if flow.clean_at else last_size
+    times = torch.linspace(first, before_last, steps, dtype=torch.float64)
+    return torch.cat([times, times.new_tensor([end])])
 
 
 def coefficients(like: Tensor, **columns: Tensor) -> Coefficients:

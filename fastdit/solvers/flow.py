@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastdit.errors import unknown_name
+from fastdit.errors import check_positive, unknown_name
 from fastdit.flow import Amplitudes, FlowMatching, Process
-from fastdit.solvers.base import FlowSolver, Ode, Solver, StepTable, coefficients, number, positive
+from fastdit.solvers.base import (
+    FlowSolver,
+    Ode,
+    Solver,
+    StepTable,
+    coefficients,
+    equal_steps,
+    positive,
+    steps_ending,
+)
 from fastdit.update import Coefficients
 
 
@@ -26,6 +35,31 @@ class Euler(FlowSolver):
     Source: Ma et al. 2024 (SiT), `transport/integrators.py`. An ODE with their `num_steps` n is
     n - 1 steps here, for SiT and LightningDiT alike.
     """
+
+    @classmethod
+    def from_diffusers(cls, shift: float = 1.0, T: int = 1000) -> Euler:
+        """Return the solver with the times of diffusers' FlowMatchEulerDiscreteScheduler.
+
+            Sampler(model, published_flow("SD3", 128), Euler.from_diffusers(shift=3.0), steps=28)
+
+        Their grid is equal steps of sigma, the noise's amplitude, from 1 to the shifted 1 / T, and
+        all of it is shifted; a step from there to 0 follows.
+
+        Args:
+            shift: their `shift`, which moves sigma up; that of the solver is its reciprocal. Stable
+                Diffusion 3 and 3.5 are published with 3.
+            T: their `num_train_timesteps`, at least 2.
+
+        Raises:
+            ValueError: shift is not positive, or T is less than 2.
+
+        Source: diffusers' `schedulers/scheduling_flow_match_euler_discrete.py`.
+        """
+        check_positive("T", T)
+        if T < 2:
+            raise ValueError(f"T: expected at least 2, got {T}")
+        shift = positive("shift", shift)
+        return cls(shift=1 / shift, last_size=shift / (T + shift - 1))
 
     def flow_rows(self, flow: FlowMatching, times: Tensor) -> tuple[list[int], Coefficients]:
         dt = times.diff()
@@ -77,7 +111,7 @@ class EulerMaruyama(FlowSolver):
     diffusion: str = "sigma"
     norm: float = 1.0
     last_step: str | None = "mean"
-    last_size: float = 0.04
+    last_size: float | None = field(default=0.04, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,21 +120,14 @@ class EulerMaruyama(FlowSolver):
         if self.last_step not in LAST_STEPS:
             raise unknown_name("last_step", self.last_step, LAST_STEPS)
         object.__setattr__(self, "norm", positive("norm", self.norm))
-        object.__setattr__(self, "last_size", number("last_size", self.last_size))
-        if not 0 < self.last_size < 1:
-            raise ValueError(f"last_size: expected a number between 0 and 1, got {self.last_size}")
+        if self.last_size is None and self.last_step is not None:
+            expected = f"a number where last_step is {self.last_step!r}"
+            raise ValueError(f"last_size: expected {expected}, got None")
 
     def grid(self, flow: FlowMatching, steps: int) -> Tensor:
-        if self.last_step is None:
-            return super().grid(flow, steps)
-        first, _ = flow.span
-        longest = abs(flow.clean_at - first)
-        if self.last_size > longest:
-            expected = f"at most {longest:g}, where sampling of the flow begins"
-            raise ValueError(f"last_size: expected {expected}, got {self.last_size}")
-        before_last = 1 - self.last_size if flow.clean_at else self.last_size
-        times = torch.linspace(first, before_last, steps, dtype=torch.float64)
-        return torch.cat([times, times.new_tensor([flow.clean_at])])
+        if self.last_step is None or self.last_size is None:
+            return equal_steps(flow, steps)
+        return steps_ending(flow, steps, self.last_size, flow.clean_at)
 
     def flow_rows(self, flow: FlowMatching, times: Tensor) -> tuple[list[int], Coefficients]:
         t, dt = times[:-1], times.diff()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastdit.diffusion import DiffusionScheduler
+from fastdit.errors import check_positive, unknown_name
 from fastdit.flow import FlowMatching
 from fastdit.solvers.base import FlowSolver, Nodes, coefficients, interleaved
 from fastdit.update import Coefficients
+
+LAST_TIMESTEPS = ("zero", "stride")
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,39 @@ class DPMSolverPP(FlowSolver):
     no signal, ln(a / s) is minus infinity and so is the first h; the second step is then of first
     order too.
 
-    Timesteps: `spaced_timesteps`; of a flow equal steps, 50 unless another number is asked for.
+    Timesteps: `spaced_timesteps`, or as `last_timestep` says; of a flow equal steps, 50 unless
+    another number is asked for.
 
-    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
+    Attributes:
+        last_timestep: of a DiffusionScheduler, which a flow does not look at: "zero" takes equal
+            distances from T - 1 to 0; "stride" takes equal distances that would reach 0 with one
+            step more, and goes from the last of them to the image, as diffusers'
+            DPMSolverMultistepScheduler does. PixArt is published with "stride" and 20 steps. The
+            step to timestep 0 is by far the longest in lambda, and extrapolating over it costs more
+            than it brings where steps are few.
+
+    Source: Lu et al. 2022 (DPM-Solver++), algorithm 2; diffusers'
+    `schedulers/scheduling_dpmsolver_multistep.py`, `timestep_spacing="linspace"`, for "stride".
     """
+
+    last_timestep: Literal["zero", "stride"] = "zero"
 
     processes = (DiffusionScheduler, FlowMatching)
     flow_steps = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.last_timestep not in LAST_TIMESTEPS:
+            raise unknown_name("last_timestep", self.last_timestep, LAST_TIMESTEPS)
+
+    def spacing(self, T: int, steps: int) -> list[int]:
+        if self.last_timestep == "zero":
+            return super().spacing(T, steps)
+        check_positive("steps", steps)
+        if steps >= T:
+            expected = f"at most {T - 1}, since last_timestep='stride' leaves out timestep 0"
+            raise ValueError(f"steps: expected {expected}, got {steps}")
+        return [round(k * ((T - 1) / steps)) for k in range(1, steps + 1)]
 
     def rows(self, at: Nodes) -> tuple[list[int], Coefficients]:
         h = (at.next_signal / at.next_noise).log() - (at.signal / at.noise).log()

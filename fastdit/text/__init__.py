@@ -4,6 +4,7 @@
 - `layers` is what the models share.
 - `pixart` is PixArt-alpha and PixArt-Sigma: cross-attention to the text in every block.
 - `mmdit` is the transformer of Stable Diffusion 3 and 3.5: joint attention of image and text.
+- `work` counts the FLOP and the least time of their parts.
 """
 
 from fastdit.text.layers import Text, TextModel

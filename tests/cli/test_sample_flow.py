@@ -135,10 +135,14 @@ def test_the_timesteps_of_a_diffusion_are_guided_as_asked(run, tmp_path):
         ("--solver dopri5 --steps 5", "error: --steps: expected None, since dopri5 chooses its st"),
         ("--steps 0", "error: --steps: expected a positive integer, got 0"),
         ("--solver-options eta", "error: --solver-options: expected name=value, got 'eta'"),
-        ("--solver-options eta=1", "error: --solver-options: expected none, since Euler has none"),
+        ("--solver-options eta=1", "error: --solver-options: expected one of last_size; got 'eta'"),
+        (
+            "--solver ddpm --solver-options eta=1",
+            "error: --solver-options: expected none, since DDPM has none",
+        ),
         (
             "--solver euler-maruyama --solver-options norms=1",
-            "--solver-options: expected one of diffusion, norm, last_step, last_size; got 'norms'",
+            "--solver-options: expected one of last_size, diffusion, norm, last_step; got 'norms'",
         ),
         (
             "--solver euler-maruyama --solver-options diffusion=sbdm",
