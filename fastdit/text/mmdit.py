@@ -261,8 +261,9 @@ class MMDiT(TextModel):
         Raises:
             ValueError: a shape or a dtype is wrong; the message names the argument.
         """
-        self._check_inputs(x, t, text, lengths)
+        self._check_inputs(x, t)
         B, _, H, W = x.shape
+        self.check_text(text, B, lengths)
         if pooled.shape != (B, self.cfg.pooled_width):
             expected = f"shape [{B}, {self.cfg.pooled_width}], a prompt an image"
             raise ValueError(f"pooled: expected {expected}, got {list(pooled.shape)}")
