@@ -11,8 +11,10 @@ Shapes: B images, N tokens, D hidden, h heads, d head dim, p patch size, C chann
 from fastdit.reference.model import DiT
 from fastdit.reference.ops import (
     attention,
+    cross_attention,
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,
+    joint_attention,
     layer_norm_modulate,
     qk_norm_rope,
     rms_norm_modulate,
@@ -24,8 +26,10 @@ from fastdit.reference.sampling import sample, sampler_update
 __all__ = [
     "DiT",
     "attention",
+    "cross_attention",
     "gated_residual_layer_norm_modulate",
     "gated_residual_rms_norm_modulate",
+    "joint_attention",
     "layer_norm_modulate",
     "qk_norm_rope",
     "rms_norm_modulate",
