@@ -156,17 +156,22 @@ class TextModel(nn.Module, ABC):
         if text.shape[1] > cfg.text_tokens or not text.shape[1]:
             expected = f"1 to {cfg.text_tokens} tokens, the most that the model takes"
             raise ValueError(f"text: expected {expected}, got {text.shape[1]}")
-        if lengths is not None and lengths.shape != (B,):
-            raise ValueError(f"lengths: expected shape [{B}], got {list(lengths.shape)}")
-        own = self.t_embed[0].weight.dtype
-        kind = x.device.type
+        if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
+            expected = f"int64 of shape [{B}], the tokens of each prompt"
+            raise ValueError(
+                f"lengths: expected {expected}, got {lengths.dtype} of shape {list(lengths.shape)}"
+            )
+        self._check_dtype("x", x)
+        self._check_dtype("text", text)
+
+    def _check_dtype(self, name: str, value: Tensor) -> None:
+        own, kind = self.t_embed[0].weight.dtype, value.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        for name, value in (("x", x), ("text", text)):
-            if value.dtype != own and not autocast:
-                raise ValueError(
-                    f"{name}: expected {own}, as the model's weights are, got {value.dtype}; pass "
-                    f"{name}.to({own}), convert the model, or run it under torch.autocast"
-                )
+        if value.dtype != own and not autocast:
+            raise ValueError(
+                f"{name}: expected {own}, as the model's weights are, got {value.dtype}; pass "
+                f"{name}.to({own}), convert the model, or run it under torch.autocast"
+            )
 
     def _init_linears(self) -> None:
         """Draw linears Xavier-uniform with zero biases, and the embedders' normal(0.02)."""
