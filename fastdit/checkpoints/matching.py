@@ -6,28 +6,47 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdit.checkpoints import translation
 from fastdit.config import DiTConfig
 from fastdit.errors import first_few, warn
-from fastdit.model import DiT
+from fastdit.model import DiT, config_of
+from fastdit.text import MMDiT, PixArt, TextModel
+from fastdit.text_config import MMDiTConfig, PixArtConfig, TextConfig
+
+Model = DiT | PixArt | MMDiT
+ModelConfig = DiTConfig | TextConfig
+MODELS: dict[Any, Any] = {DiTConfig: DiT, PixArtConfig: PixArt, MMDiTConfig: MMDiT}
 
 _SHOWN_KEYS = 4
-# Top-level names of tensors that take part in a forward that a DiT does not have.
+# Top-level names of tensors that take part in a forward that a {kind} does not have.
 _OTHER_NETWORK = ("rope", "freqs", "norm", "embed", "blocks", "final", "context", "token")
 
 
-def empty_model(source: str, config: DiTConfig) -> DiT:
+def model_config(model: nn.Module) -> ModelConfig | None:
+    """Return the config of a DiT, a PixArt or an MMDiT; None for other models."""
+    return model.cfg if isinstance(model, TextModel) else config_of(model)
+
+
+def dit_config(source: object, config: ModelConfig) -> DiTConfig:
+    """Return a DiT's config as it is; that of a text-to-image model is a ValueError."""
+    if not isinstance(config, DiTConfig):
+        got = MODELS[type(config)].__name__
+        raise ValueError(f"{source}: expected a DiT, which takes labels, got a {got} of prompts")
+    return config
+
+
+def empty_model(source: str, config: ModelConfig) -> Model:
     """Build the config's model without allocating memory or drawing random numbers."""
     try:
         with torch.device("meta"):
-            return DiT.from_config(config)
+            return MODELS[type(config)].from_config(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"{source}: a model of this config cannot be built ({error})") from error
 
 
-def check_layers(source: str, config: DiTConfig, tensors: Mapping[str, Tensor]) -> None:
+def check_layers(source: str, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for more layers than tensors, before so many layers are built."""
     if config.n_layers > len(tensors):
         got = f"{len(tensors)} tensors"
@@ -54,7 +73,7 @@ def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str
 
 
 def without_extras(
-    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], kind: str = "DiT"
 ) -> dict[str, Tensor]:
     """Leave out what a training run kept beside its model, such as REPA's projectors.
 
@@ -68,7 +87,7 @@ def without_extras(
     if extra:
         parts = list(dict.fromkeys(name.rpartition(".")[0] or name for name in extra))
         said = first_few(parts, _SHOWN_KEYS)
-        warn(f"{source}: left out {len(extra)} tensors that a DiT does not have ({said})")
+        warn(f"{source}: left out {len(extra)} tensors that a {kind} does not have ({said})")
     left = set(extra)
     return {name: t for name, t in tensors.items() if name not in left}
 

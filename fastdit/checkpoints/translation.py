@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastdit.checkpoints.inference import Told, count_layers, published_config
+from fastdit.checkpoints.options import check_choices, check_out_channels, float_of, size_of
 from fastdit.checkpoints.projects import (
     DIT,
     JIT,
@@ -35,6 +36,7 @@ from fastdit.checkpoints.projects import (
     take_rope,
     without_legacy_names,
 )
+from fastdit.checkpoints.text_originals import text_project_of
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.model import sincos_pos_embed
 
@@ -78,6 +80,14 @@ _DIFFUSERS_EMBEDDER = (
     ("timestep_embedder.linear_2.", "t_embed.2."),
     ("class_embedder.embedding_table.", "y_embed."),
 )
+# The options of diffusers' DiT that are choices.
+_CHOICES = {
+    "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
+    "norm_type": ("ada_norm_zero",),
+    "activation_fn": ("gelu-approximate", "gelu"),
+    "attention_bias": (True,),
+    "norm_elementwise_affine": (False,),
+}
 _SWAPS = {2: (1, 0), 6: (1, 0, 2, 4, 3, 5)}  # orders of a modulation's parts
 _MODULATION = re.compile(r"(blocks\.\d+\.adaLN_modulation|final_mod)\.(weight|bias)")
 
@@ -90,7 +100,9 @@ def layout_of(keys: Iterable[str]) -> str | None:
     keys = list(keys)
     found = (name for key in keys for start, name in PREFIXES.items() if key.startswith(start))
     layout = next(found, None)
-    return next(iter(projects_of(keys)), DIT) if layout == DIT else layout
+    if layout != DIT:
+        return layout
+    return text_project_of(keys) or next(iter(projects_of(keys)), DIT)
 
 
 def from_facebook(tensors: Mapping[str, Tensor], told: Told) -> tuple[DiTConfig, dict[str, Tensor]]:
@@ -257,44 +269,22 @@ def diffusers_config(cfg: DiTConfig) -> dict[str, Any]:
 
 def _config_from_diffusers(config: Mapping[str, Any]) -> DiTConfig:
     """Return the config of a DiT of diffusers; choices that its code fixes are filled in."""
-    expected = {
-        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
-        "norm_type": ("ada_norm_zero",),
-        "activation_fn": ("gelu-approximate", "gelu"),
-        "attention_bias": (True,),
-        "norm_elementwise_affine": (False,),
-    }
-    for key, known in expected.items():
-        if (value := config.get(key, known[0])) not in known:
-            names = ", ".join(map(str, known))
-            raise ValueError(f"config: expected {key} to be one of {names}, got {value!r}")
-
-    def size(key: str) -> int:
-        value = config.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**20:
-            raise ValueError(f"config: expected {key} to be a positive integer, got {value!r:.40}")
-        return value
-
-    n_heads, channels = size("num_attention_heads"), size("in_channels")
-    out_channels, norm_eps = config.get("out_channels"), config.get("norm_eps", 1e-5)
-    if out_channels not in (None, channels, 2 * channels):
-        wanted = f"out_channels of {channels} or {2 * channels}"
-        raise ValueError(f"config: expected {wanted}, got {out_channels!r:.40}")
-    if not isinstance(norm_eps, float):
-        raise ValueError(f"config: expected norm_eps to be a float, got {norm_eps!r:.40}")
+    check_choices(config, _CHOICES)
+    n_heads, channels = size_of(config, "num_attention_heads"), size_of(config, "in_channels")
+    check_out_channels(config, channels)
     return replace(
         PRESETS["DiT-XL/2"],
-        img_size=size("sample_size"),
-        patch_size=size("patch_size"),
+        img_size=size_of(config, "sample_size"),
+        patch_size=size_of(config, "patch_size"),
         in_channels=channels,
-        hidden=n_heads * size("attention_head_dim"),
-        n_layers=size("num_layers"),
+        hidden=n_heads * size_of(config, "attention_head_dim"),
+        n_layers=size_of(config, "num_layers"),
         n_heads=n_heads,
-        num_classes=size("num_embeds_ada_norm"),
+        num_classes=size_of(config, "num_embeds_ada_norm"),
         gelu="erf" if config.get("activation_fn") == "gelu" else "tanh",
-        mlp_ln_eps=norm_eps,
+        mlp_ln_eps=float_of(config, "norm_eps", 1e-5),
         t_freq_shift=1,
-        learn_sigma=out_channels == 2 * channels,
+        learn_sigma=config.get("out_channels") == 2 * channels,
     )
 
 

@@ -11,6 +11,7 @@ import typer
 
 from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
+from fastdit.checkpoints.matching import dit_config
 from fastdit.checkpoints.native import header_of
 from fastdit.checkpoints.runs import locate, newest_whole
 from fastdit.cli.checkpoints import (
@@ -92,7 +93,7 @@ def info(
             found = inspect(Path(model), **told)
         else:
             raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
-        cfg = found.config
+        cfg = dit_config(model, found.config)
         _print_found(found, is_file=model not in PRESETS)
         if model not in PRESETS:
             file = locate(model, weights)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.folders import weight_files
 from fastdit.checkpoints.latent_stats import read_latent_stats
+from fastdit.checkpoints.matching import dit_config
 from fastdit.checkpoints.runs import WEIGHTS_FILE, locate
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
@@ -142,7 +143,7 @@ def sample(
         noise = parse_noise(seed, first_index, seeds, count, num_images)
         told = answers(n_heads, null_class, img_size, diffusion, weights)
         found, trained_on = _inspect(checkpoint, out, told, decoded=vae is not None)
-        wanted = parse_labels(labels, found.labels, found.config)
+        wanted = parse_labels(labels, found.labels, dit_config(checkpoint, found.config))
         where = device_of(device)
         if dtype is not None and dtype not in DTYPES:
             raise unknown_name("--dtype", dtype, DTYPES)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastdit.checkpoints import inspect, load
+from fastdit.checkpoints.matching import dit_config
 from fastdit.cli.data import check_no_pictures, reopen_data
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.features import Features
@@ -98,9 +99,12 @@ def _published_process(model: str, given: dict[str, Any]) -> dict[str, Any]:
 def _load_initial(origin: Path, source: Source) -> DiT:
     """Return the model of --from, fitted to the data; load warns of what it made anew."""
     C, H, W = source.sample_shape
-    conditional = inspect(origin).config.use_class_cond
+    conditional = dit_config(origin, inspect(origin).config).use_class_cond
     classes = len(source.label_names) if conditional else None
-    return load(origin, num_classes=classes, img_size=H if H == W else (H, W), in_channels=C)
+    size = H if H == W else (H, W)
+    model = load(origin, num_classes=classes, img_size=size, in_channels=C)
+    assert isinstance(model, DiT)
+    return model
 
 
 def _process_of(model: DiT, origin: Path, recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from fastdit.reference.mmdit import MMDiT
 from fastdit.reference.model import DiT
 from fastdit.reference.ops import (
     attention,
+    cross_attention,
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,
+    joint_attention,
     layer_norm_modulate,
     qk_norm_rope,
     rms_norm_modulate,
@@ -29,8 +31,10 @@ __all__ = [
     "MMDiT",
     "PixArt",
     "attention",
+    "cross_attention",
     "gated_residual_layer_norm_modulate",
     "gated_residual_rms_norm_modulate",
+    "joint_attention",
     "layer_norm_modulate",
     "qk_norm_rope",
     "rms_norm_modulate",

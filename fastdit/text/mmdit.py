@@ -259,8 +259,9 @@ class MMDiT(TextModel):
         Raises:
             ValueError: a shape or a dtype is wrong; the message names the argument.
         """
-        self._check_inputs(x, t, text, lengths)
+        self._check_inputs(x, t)
         B, _, H, W = x.shape
+        self.check_text(text, B, lengths)
         if pooled is None or pooled.shape != (B, self.cfg.pooled_width):
             expected = f"shape [{B}, {self.cfg.pooled_width}], a prompt an image"
             got = None if pooled is None else list(pooled.shape)
