@@ -53,7 +53,7 @@ def choose(op: str, backend: str | None, *given: Any) -> str:
         backend: the one that the caller named, or None for the first in the table that suits and
             can run, and "reference" where there is none.
         given: what the op's entries look at: its tensors, the one like the output first; for
-            "attention" and "qk_norm_rope" qkv, the head dim, and then other tensors or None; for
+            attention and "qk_norm_rope" qkv, the head dim, and then other tensors or None; for
             "trajectory" (config, device, dtype of the weights).
 
     Raises:
@@ -169,6 +169,12 @@ def _triton_attention(qkv: Tensor, head_dim: int) -> str | None:
     if head_dim > _MAX_HEAD_DIM:
         return f"takes head dims up to {_MAX_HEAD_DIM}, got {head_dim}"
     return _triton(qkv)
+
+
+def _triton_text_attention(
+    image: Tensor, head_dim: int, text: Tensor, *norms: Tensor | None
+) -> str | None:
+    return _triton_attention(image, head_dim) or _triton(text, *norms)
 
 
 def _triton_qk_norm_rope(
@@ -302,6 +308,8 @@ TABLE: dict[str, dict[str, Backend]] = {
     "rms_norm_modulate": _NORM,
     "gated_residual_rms_norm_modulate": _NORM,
     "attention": {"triton": Backend(_triton_attention, _always)},
+    "cross_attention": {"triton": Backend(_triton_text_attention, _always)},
+    "joint_attention": {"triton": Backend(_triton_text_attention, _always)},
     "qk_norm_rope": {"triton": Backend(_triton_qk_norm_rope, _always)},
     "linear": {"cpp": Backend(_cpp_linear, _cpp_linear_suits)},
     "swiglu": {"triton": Backend(_triton, _always)},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdit import functional
-from fastdit.sampling.predictors import DiTPredictor, Predictor
+from fastdit.sampling.predictors import Constants, Predictor, WeightsPredictor
 from fastdit.update import Guidance
 
 
@@ -28,12 +28,13 @@ class State(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A step's other inputs; seeds and coefficients are the same at every step of a loop."""
+    """A step's other inputs; the last three are the same at every step of a loop."""
 
     conditioning: Tensor  # B rows, or 2B with the null label's last
     noise: Tensor | None  # like x, if it was made before the step
     seeds: Tensor | None  # [B, 2] int64, if the step makes the noise
     coefficients: Tensor  # [S, 10], of which the step takes its row
+    constants: Constants = ()  # what else the predictor takes, such as the encoded text
 
 
 def advance(predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None) -> State:
@@ -43,7 +44,7 @@ def advance(predictor: Predictor, state: State, inputs: Inputs, guidance: Guidan
 
 
 def advance_in_place(
-    predictor: DiTPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+    predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None
 ) -> None:
     """Take the step in place: the next state overwrites the given one, which must be contiguous."""
     _update(predictor, state, inputs, guidance, out=(state.x, state.x0))
@@ -59,7 +60,7 @@ def _update(
 ) -> tuple[Tensor, Tensor]:
     return functional.sampler_update(
         state.x,
-        predictor(state.x, inputs.conditioning),
+        predictor(state.x, inputs.conditioning, *inputs.constants),
         inputs.coefficients,
         state.step,
         x0_prev=state.x0,
@@ -102,7 +103,11 @@ class Compiled(Step):
     """
 
     def __call__(
-        self, predictor: DiTPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+        self,
+        predictor: WeightsPredictor[Any],
+        state: State,
+        inputs: Inputs,
+        guidance: Guidance | None,
     ) -> State:
         B, S = len(state.x), len(inputs.coefficients)
         if S > 1:

@@ -212,18 +212,21 @@ class MMDiT(TextModel):
         cfg = self.cfg
         x = self.patch_embed(tokens)
         residual = (x + positions).to(x.dtype)  # [B, N, D]
-        parts, images, texts = list(modulation.split(cfg.hidden, dim=-1)), [], []
         run = [i for i in range(cfg.n_layers) if i not in skip_layers]
-        for i, (of_image, of_text) in enumerate(cfg.block_parts):
-            own, rest = parts[:of_image], parts[of_image : of_image + of_text]
-            del parts[: of_image + of_text]
-            if i in run:
-                images.append(own)
-                texts.append(rest)
-        images.append(parts)
+        parts = list(modulation.split(cfg.hidden, dim=-1))
+        final, starts = parts[-2:], [0]
+        for of_image, of_text in cfg.block_parts:
+            starts.append(starts[-1] + of_image + of_text)
+        images, texts = [], []
+        for i in run:
+            middle = starts[i] + cfg.block_parts[i][0]
+            images.append(parts[starts[i] : middle])
+            texts.append(parts[middle : starts[i + 1]])
+        images.append(final)
         norm = functional.layer_norm_modulate
         image = residual, norm(residual, images[0][0], images[0][1], FINAL_EPS)
-        context = text.tokens, norm(text.tokens, texts[0][0], texts[0][1], _EPS)
+        if run:
+            context = text.tokens, norm(text.tokens, texts[0][0], texts[0][1], _EPS)
         for j, i in enumerate(run):
             own, rest = [*images[j][2:], *images[j + 1][:2]], []
             if j + 1 < len(run):
@@ -258,8 +261,9 @@ class MMDiT(TextModel):
         Raises:
             ValueError: a shape or a dtype is wrong; the message names the argument.
         """
-        self._check_inputs(x, t, text, lengths)
+        self._check_inputs(x, t)
         B, _, H, W = x.shape
+        self.check_text(text, B, lengths)
         if pooled.shape != (B, self.cfg.pooled_width):
             expected = f"shape [{B}, {self.cfg.pooled_width}], a prompt an image"
             raise ValueError(f"pooled: expected {expected}, got {list(pooled.shape)}")

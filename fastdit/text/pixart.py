@@ -205,7 +205,7 @@ class PixArt(TextModel):
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Tensor | Text,
         lengths: Tensor | None = None,
         *,
         resolution: Tensor | None = None,
@@ -216,8 +216,10 @@ class PixArt(TextModel):
         Args:
             x: [B, C, H, W] noisy latents in the model's dtype, or any under autocast.
             t: [B] timesteps, as integers or float32.
-            text: [B, M, text_width] embeddings of the prompts, in x's dtype.
-            lengths: [B] int64, how many of the M tokens are the prompt's; None for all of them.
+            text: [B, M, text_width] embeddings of the prompts, in x's dtype; or what `encode_text`
+                returned of them, so that a loop computes it once.
+            lengths: [B] int64, how many of the M tokens are the prompt's; None for all of them, and
+                beside an encoded text, which has its own.
             resolution: [B, 2], height and width of the image in pixels; only for a model with
                 `size_conditions`, which needs it.
             aspect_ratio: [B, 1], height over width; likewise.
@@ -228,8 +230,9 @@ class PixArt(TextModel):
         Raises:
             ValueError: a shape or a dtype is wrong; the message names the argument.
         """
-        self._check_inputs(x, t, text, lengths)
+        self._check_inputs(x, t)
         B, _, H, W = x.shape
+        encoded = self._encoded(text, B, lengths)
         grid = self.cfg.grid_of(H, W)
         sizes = {"resolution": (resolution, 2), "aspect_ratio": (aspect_ratio, 1)}
         for name, (value, width) in sizes.items():
@@ -244,6 +247,15 @@ class PixArt(TextModel):
         if resolution is not None and aspect_ratio is not None:
             c = c + self.size_conditioning(resolution, aspect_ratio)
         tokens = functional.patchify(x, self.cfg.patch_size)
-        encoded = self.encode_text(text, lengths)
         out = self.denoise(tokens, self.modulation_of(c), encoded, self.positions(grid))
         return functional.unpatchify(out, self.cfg.patch_size, grid)
+
+    def _encoded(self, text: Tensor | Text, B: int, lengths: Tensor | None) -> Text:
+        if isinstance(text, Tensor):
+            self.check_text(text, B, lengths)
+            return self.encode_text(text, lengths)
+        if lengths is not None:
+            raise ValueError("lengths: expected None beside an encoded text, which has its own")
+        if len(text.tokens) != B:
+            raise ValueError(f"text: expected {B} encoded prompts, got {len(text.tokens)}")
+        return text
