@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdit import functional
 from fastdit.sampling.loop import Loop, Progress, Request, progress_bar
+from fastdit.sampling.predictors import Conditions
 
 _FIRST_STEP = 0.01  # of time; where its error is too large, the method shortens it
 
@@ -39,6 +40,7 @@ class AdaptiveLoop(Loop):
         odeint, count = integrator(), itertools.count()
         self._predictor.refresh()
         with self._without_autocast(), progress_bar(progress) as bar:
+            conditions = self._predictor.encode(request.conditions)
             x = self._start(request)[0].x
             x0 = torch.zeros_like(x)
             times = torch.tensor(ode.flow.span, dtype=torch.float64, device=x.device)
@@ -46,32 +48,33 @@ class AdaptiveLoop(Loop):
             options = {"first_step": _FIRST_STEP, "step_t": times[1:]}
             how = dict(rtol=ode.rtol, atol=ode.atol, method="dopri5", options=options)
 
-            def velocity(image: slice, t: Tensor, now: Tensor) -> Tensor:
-                change, x0[image] = self._velocity(float(t), now, request.labels, image)
+            def velocity(image: int, t: Tensor, now: Tensor) -> Tensor:
+                rows = slice(image, image + 1)
+                change, x0[rows] = self._velocity(float(t), now, conditions, image)
                 bar.update()
                 if callable(progress):
                     progress(next(count), self._layout.to_images(x0).clone())
                 return change
 
             for i in range(len(x)):
-                image = slice(i, i + 1)
-                x[image] = odeint(functools.partial(velocity, image), x[image], times, **how)[-1]
+                now = x[i : i + 1]
+                x[i : i + 1] = odeint(functools.partial(velocity, i), now, times, **how)[-1]
             return self._layout.to_images(x)
 
     def _velocity(
-        self, t: float, x: Tensor, labels: list[int] | None, image: slice
+        self, t: float, x: Tensor, conditions: Conditions | None, image: int
     ) -> tuple[Tensor, Tensor]:
         """Return the velocity of one image's state at time t, and the predicted x0."""
         ode, guidance, table_bytes = self.plan.table.ode, self.plan.guidance, self.plan.table_bytes
         assert ode is not None
         is_guided = guidance is not None and guidance.active(t)
-        own = None
-        if labels is not None:
-            own = labels[image] + (labels[len(labels) // 2 :][image] if is_guided else [])
-        conditioning = self._predictor.begin([t * ode.flow.time_scale], own, table_bytes)
+        own, rows = conditions, 2 if is_guided else 1
+        if conditions is not None:
+            own = conditions.pick([image, len(conditions) // 2 + image][:rows])
+        prepared = self._predictor.begin([t * ode.flow.time_scale], own, table_bytes)
         change, x0 = functional.sampler_update(
             x,
-            self._predictor(x, conditioning(0, 2 if is_guided else 1)),
+            self._predictor(x, prepared.rows(0, rows), *prepared.constants(rows)),
             ode.row(t).to(x.device, x.dtype),
             0,
             guidance=guidance if is_guided else None,

@@ -11,36 +11,102 @@ import torch
 from torch import Tensor
 
 from fastdit.config import DiTConfig
-from fastdit.errors import check_finite, check_range
+from fastdit.errors import FLOAT_DTYPES, check_finite, check_range
+from fastdit.flow import FlowMatching, Process
+from fastdit.sampling.predictors import ClassLabels
+from fastdit.sampling.text import PromptRows
+from fastdit.text import Prompts
+from fastdit.text_config import MMDiTConfig, TextConfig
+from fastdit.update import Guidance
 
 Labels: TypeAlias = int | np.integer | Sequence[int] | Tensor | np.ndarray
+Embeds: TypeAlias = Prompts | Tensor | Sequence[Tensor]
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator]
 
 
-def sample_shape(given: tuple[int, int, int] | None, cfg: DiTConfig | None) -> tuple[int, int, int]:
-    """Return an image's (C, H, W): the DiT's own, or the given one for any other model."""
+def sample_shape(
+    given: tuple[int, int, int] | None, cfg: DiTConfig | TextConfig | None
+) -> tuple[int, int, int]:
+    """Return an image's (C, H, W): the given one, or the model's own, which a DiT needs."""
     if given is not None:
         if not isinstance(given, Sequence):
             got = type(given).__name__
             raise ValueError(f"sample_shape: expected three positive integers, got {got}")
         given = tuple(given)  # type: ignore[assignment]
-    shape = cfg.sample_shape if cfg else given
+    is_text = isinstance(cfg, TextConfig)
+    shape = given if given is not None and is_text else cfg.sample_shape if cfg else given
     if shape is None:
         raise ValueError("sample_shape: expected (C, H, W), since the model is not a DiT, got None")
     if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(f"sample_shape: expected three positive integers, got {shape}")
     if given not in (None, shape):
         raise ValueError(f"sample_shape: expected the model's {shape}, got {given}")
+    if isinstance(cfg, TextConfig):
+        if shape[0] != cfg.in_channels:
+            expected = f"the model's {cfg.in_channels} channels"
+            raise ValueError(f"sample_shape: expected {expected}, got {shape[0]} of {shape}")
+        try:
+            cfg.grid_of(*shape[1:])
+        except ValueError as error:
+            raise ValueError(f"sample_shape: {error}") from None
     return shape
 
 
-def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
+def check_guidance(
+    guidance: Guidance | None, cfg: DiTConfig | TextConfig | None, process: Process
+) -> None:
+    """Raise a ValueError for guidance that a model or its process cannot have."""
+    if guidance is None:
+        return
+    if not isinstance(guidance, Guidance):
+        raise ValueError(f"guidance: expected fastdit.Guidance(scale), got {guidance!r}")
+    if cfg is None or not (isinstance(cfg, TextConfig) or cfg.null_class):
+        raise ValueError("guidance: expected none, since the model is not a DiT with a null class")
+    if guidance.channels is not None and guidance.channels > cfg.in_channels:
+        raise ValueError(
+            f"guidance.channels: expected at most the model's {cfg.in_channels}, got "
+            f"{guidance.channels}"
+        )
+    if guidance.interval is None:
+        return
+    integers = all(isinstance(bound, int) for bound in guidance.interval)
+    if isinstance(process, FlowMatching):
+        if guidance.interval[1] > 1:
+            raise ValueError(
+                "guidance.interval: expected times from 0 to 1, since the model's process is a "
+                f"FlowMatching, got {guidance.interval}"
+            )
+    elif not integers:
+        raise ValueError(
+            "guidance.interval: expected integers, since the model's process is a "
+            f"DiffusionScheduler of {process.T} timesteps, got {guidance.interval}"
+        )
+
+
+def check_dtype(dtype: torch.dtype | None, own: torch.dtype, copies: bool) -> None:
+    """Raise a ValueError for a forward's dtype, unless a model has it or can be copied to it."""
+    if dtype is None:
+        return
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
+    if dtype != own and not copies:
+        raise ValueError(
+            f"dtype: expected {own} or None, since the model is not a fastdit.DiT, got {dtype}"
+        )
+
+
+def class_labels(labels: Labels | None, cfg: DiTConfig | TextConfig | None) -> Tensor | None:
     """Return the labels as [B] int64 on the CPU, in range if the config is known.
 
     A single integer is one label.
     """
     if labels is None:
         return None
+    if isinstance(cfg, TextConfig):
+        raise ValueError(
+            "labels: expected None, since the model takes prompts: pass prompt_embeds, got "
+            f"{labels!r}"
+        )
     if cfg is not None and not cfg.use_class_cond:
         raise ValueError("labels: expected None, since the model has use_class_cond=False")
     expected = "labels: expected a non-empty list of integers, one an image"
@@ -61,6 +127,96 @@ def class_labels(labels: Labels | None, cfg: DiTConfig | None) -> Tensor | None:
     if cfg is not None:
         check_range("labels", y, cfg.num_classes)
     return y
+
+
+def conditions(
+    labels: Labels | None,
+    embeds: Embeds | None,
+    negative: Embeds | None,
+    guidance: Guidance | None,
+    cfg: DiTConfig | TextConfig | None,
+) -> tuple[ClassLabels | PromptRows | None, int | None]:
+    """Return what the images are of, with null labels or negative prompts last, and their number.
+
+    Both are None where there are neither labels nor prompts.
+    """
+    y, text = class_labels(labels, cfg), _all_prompts(embeds, negative, guidance, cfg)
+    if isinstance(cfg, TextConfig):
+        assert text is not None
+        return text, len(text) // (1 if guidance is None else 2)
+    return _with_null(y, guidance, cfg), None if y is None else len(y)
+
+
+def _with_null(
+    y: Tensor | None, guidance: Guidance | None, cfg: DiTConfig | None
+) -> ClassLabels | None:
+    """Return the labels, and where there is guidance as many null labels after them."""
+    if guidance is None:
+        return None if y is None else ClassLabels(y.tolist())
+    assert cfg is not None
+    if y is None:
+        raise ValueError("labels: guidance needs labels, got None")
+    return ClassLabels(y.tolist() + [cfg.num_classes] * len(y))
+
+
+def _all_prompts(
+    embeds: Embeds | None,
+    negative: Embeds | None,
+    guidance: Guidance | None,
+    cfg: DiTConfig | TextConfig | None,
+) -> PromptRows | None:
+    """Return the prompts, and where there is guidance as many negative prompts after them.
+
+    They are cut to the longest of them. A model that takes no prompts must get none.
+    """
+    names = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    if not isinstance(cfg, TextConfig):
+        for name, value in names.items():
+            if value is not None:
+                expected = "None, since the model is no fastdit.PixArt or fastdit.MMDiT"
+                raise ValueError(f"{name}: expected {expected}, got {type(value).__name__}")
+        return None
+    if embeds is None:
+        raise ValueError("prompt_embeds: expected embeddings, one prompt an image, got None")
+    if (negative is None) != (guidance is None):
+        got = "None" if negative is None else type(negative).__name__
+        expected = "None, since guidance is None" if guidance is None else f"some, for {guidance}"
+        raise ValueError(f"negative_prompt_embeds: expected {expected}, got {got}")
+    own = _prompts("prompt_embeds", embeds, cfg)
+    if negative is None:
+        return PromptRows.of(own, None)
+    others = _prompts("negative_prompt_embeds", negative, cfg)
+    if len(others) not in (1, len(own)):
+        raise ValueError(
+            f"negative_prompt_embeds: expected 1 prompt for all, or {len(own)}, as prompt_embeds "
+            f"has; got {len(others)}"
+        )
+    return PromptRows.of(own, others)
+
+
+def _prompts(name: str, value: Embeds, cfg: TextConfig) -> Prompts:
+    """Return embeddings as a model takes them."""
+    try:
+        given = value if isinstance(value, Prompts) else Prompts(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    width, pooled = given.embeds.shape[2], given.pooled
+    if width != cfg.text_width:
+        raise ValueError(f"{name}: expected the model's text_width={cfg.text_width}, got {width}")
+    if max(given.lengths) > cfg.text_tokens:
+        raise ValueError(
+            f"{name}: expected at most the model's text_tokens={cfg.text_tokens} tokens, got "
+            f"{max(given.lengths)}"
+        )
+    if not isinstance(cfg, MMDiTConfig):
+        if pooled is not None:
+            expected = "no pooled embeddings, since a PixArt takes none"
+            raise ValueError(f"{name}: expected {expected}, got {list(pooled.shape)}")
+    elif pooled is None or pooled.shape[1] != cfg.pooled_width:
+        expected = f"Prompts(..., pooled=) of the model's pooled_width={cfg.pooled_width}"
+        got = "none" if pooled is None else pooled.shape[1]
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+    return given
 
 
 def from_generator(
@@ -89,8 +245,8 @@ def from_generator(
     return (initial[0], None) if isinstance(generator, torch.Generator) else (0, initial)
 
 
-def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
-    """Return the length of the labels, or else of the seeds, or else of x_T."""
+def batch_size(B: int | None, seeds: Sequence[int] | None, x_T: Tensor | None) -> int:
+    """Return the number of labels or prompts, or else of the seeds, or else the length of x_T."""
     if seeds is not None and not isinstance(seeds, Sequence | Tensor | np.ndarray):
         raise ValueError(f"seeds: expected a sequence of integers, got {type(seeds).__name__}")
     if isinstance(seeds, Tensor | np.ndarray) and seeds.ndim != 1:
@@ -99,7 +255,9 @@ def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None
         raise ValueError("seeds: expected a sequence of integers, got a meta tensor")
     if x_T is not None and not isinstance(x_T, Tensor):
         raise ValueError(f"x_T: expected a float tensor, got {type(x_T).__name__}")
-    given = y if y is not None else seeds if seeds is not None else x_T
+    if B is not None:
+        return B
+    given = seeds if seeds is not None else x_T
     if given is None or (given is x_T and not x_T.dim()) or not len(given):
         raise ValueError(
             "labels: expected labels, or seeds or x_T to tell the batch size, got none"
@@ -107,7 +265,9 @@ def batch_size(y: Tensor | None, seeds: Sequence[int] | None, x_T: Tensor | None
     return len(given)
 
 
-def noise_keys(B: int, seed: int, seeds: Sequence[int] | None, first_index: int) -> Tensor:
+def noise_keys(
+    B: int, seed: int, seeds: Sequence[int] | None, first_index: int, prompts: bool = False
+) -> Tensor:
     """Return the (key, stream) of each image's noise: [B, 2] int64."""
     if seeds is None:
         first = _integer("first_index", first_index, bits=32)
@@ -116,7 +276,8 @@ def noise_keys(B: int, seed: int, seeds: Sequence[int] | None, first_index: int)
         key = _integer("seed", seed, bits=63)
         rows = [(key, first + i) for i in range(B)]
     elif len(seeds) != B:
-        raise ValueError(f"seeds: expected {B}, one an image; got {len(seeds)}")
+        of = "a prompt of prompt_embeds" if prompts else "an image"
+        raise ValueError(f"seeds: expected {B}, one {of}; got {len(seeds)}")
     elif first_index:
         raise ValueError("first_index: expected 0 where seeds names every image's key")
     else:

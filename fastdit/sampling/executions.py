@@ -27,6 +27,7 @@ from fastdit.sampling.predictors import (
     is_unmodified_dit,
 )
 from fastdit.sampling.steps import Compiled, Eager, Step
+from fastdit.sampling.text import TextPredictor, is_text_model
 from fastdit.sampling.trajectory import TrajectoryLoop
 
 
@@ -123,17 +124,26 @@ def _arch(device: torch.device) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _needs_dit(subject: Subject) -> str | None:
+def _needs_plan(subject: Subject) -> str | None:
     if subject.adaptive:
         return "takes steps that are planned ahead, which 'dopri5' does not"
-    if is_standard_dit(subject.model):
-        return None
+    return None
+
+
+def _needs_dit(subject: Subject) -> str | None:
+    reason = _needs_plan(subject)
+    if reason is not None or is_standard_dit(subject.model):
+        return reason
     name = type(unwrap(subject.model)).__name__
     return f"needs a fastdit.DiT whose forward is its own, without hooks, got {name}"
 
 
+def _needs_own_model(subject: Subject) -> str | None:
+    return _needs_plan(subject) if is_text_model(subject.model) else _needs_dit(subject)
+
+
 def _needs_cuda(subject: Subject) -> str | None:
-    reason = _needs_dit(subject)
+    reason = _needs_own_model(subject)
     if reason is None and subject.device.type != "cuda":
         reason = f"needs a model on CUDA, got one on {subject.device}"
     return reason
@@ -173,7 +183,7 @@ def _trajectory_suits(subject: Subject) -> bool:
 
 
 def _stepwise(step: Callable[[], Step], copies: bool) -> Callable[[Subject, Plan], Loop]:
-    """Return a `build` for loops of single steps; with `copies` a DiT is copied first."""
+    """Return a `build` for loops of single steps; with `copies` the model is copied first."""
 
     def build(subject: Subject, plan: Plan) -> Loop:
         predictor = _predictor(subject, plan, copies)
@@ -186,8 +196,12 @@ def _predictor(subject: Subject, plan: Plan, copies: bool) -> Predictor:
     model, device, dtype, _ = subject
     if is_standard_dit(model):
         return DiTPredictor(model, dtype, copies)
+    if is_text_model(model):
+        return TextPredictor(model, dtype, copies, plan.sample_shape)
     cfg = config_of(unwrap(model))
-    layout = TokenLayout(cfg) if cfg else ImageLayout(plan.sample_shape)
+    layout = (
+        TokenLayout(plan.sample_shape, cfg.patch_size) if cfg else ImageLayout(plan.sample_shape)
+    )
     return ModelPredictor(model, device, dtype, layout)
 
 
@@ -210,6 +224,6 @@ EXECUTIONS: dict[str, Execution] = {
     "graph": Execution(
         _needs_cuda, lambda subject: subject.device.type == "cuda", _stepwise(Graphed, copies=True)
     ),
-    "compile": Execution(_needs_dit, lambda subject: False, _stepwise(Compiled, copies=True)),
+    "compile": Execution(_needs_own_model, lambda subject: False, _stepwise(Compiled, copies=True)),
     "eager": Execution(lambda subject: None, lambda subject: True, _eager),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import warn
-from fastdit.sampling.predictors import DiTPredictor
+from fastdit.sampling.predictors import Constants, Predictor
 from fastdit.sampling.steps import Inputs, State, Step, advance, advance_in_place
 from fastdit.update import Guidance
 
@@ -21,11 +21,11 @@ MAX_GRAPHS = 16
 class Graphed(Step):
     """`advance_in_place` captured in CUDA graphs: one launch a step, and the host never waits.
 
-    There is a graph for each batch size, with and without null rows, for each way of making noise
-    and each float32 precision of matrix products. When there are more than MAX_GRAPHS, the one
-    that was used longest ago is dropped. All graphs take their memory from one pool, since only one
-    runs at a time and what a step hands on lies outside the pool. Calls from several threads must
-    take turns.
+    There is a graph for each batch size, with and without null rows, for each padded length of a
+    text, for each way of making noise and each float32 precision of matrix products. When there are
+    more than MAX_GRAPHS, the one that was used longest ago is dropped. All graphs take their memory
+    from one pool, since only one runs at a time and what a step hands on lies outside the pool.
+    Calls from several threads must take turns.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class Graphed(Step):
         self._pool: Any = None
 
     def __call__(
-        self, predictor: DiTPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+        self, predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None
     ) -> State:
         """Run the step and return the graph's own tensors, which the next step overwrites."""
-        given = (*state, *inputs)
+        given = (*state, *inputs[:-1], *inputs.constants)
         shapes = (None if t is None else (t.shape, t.dtype) for t in given)
         key = (guidance, torch.backends.cuda.matmul.fp32_precision, *shapes)
         with torch.cuda.device_of(state.x):
@@ -64,9 +64,9 @@ class Graphed(Step):
             self._graphs.popitem(last=False)
 
     def _capture(
-        self, predictor: DiTPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+        self, predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None
     ) -> _Captured:
-        state, inputs = State(*map(_clone, state)), Inputs(*map(_clone, inputs))
+        state, inputs = own_tensors(state, inputs)
         if self._stream is None:
             self._stream = torch.cuda.Stream()
         if not self._graphs:  # a pool does not outlive its last graph
@@ -87,8 +87,15 @@ class Graphed(Step):
         return _Captured(graph, state, inputs)
 
 
-def _clone(t: Any) -> Any:
-    return None if t is None else t.clone()
+def own_tensors(state: State, inputs: Inputs) -> tuple[State, Inputs]:
+    """Return copies of a step's tensors for a graph to read and write."""
+
+    def clone(t: Any) -> Any:
+        return None if t is None else t.clone()
+
+    constants = tuple(map(clone, inputs.constants))
+    own = Inputs(*map(clone, inputs[:-1]))._replace(constants=constants)
+    return State(*map(clone, state)), own
 
 
 # Captures in two threads are legal, but what one of them frees can invalidate the other.
@@ -100,7 +107,7 @@ class _Captured:
 
     def __init__(self, graph: torch.cuda.CUDAGraph, state: State, inputs: Inputs) -> None:
         self._graph, self._state, self._inputs = graph, state, inputs
-        self._constant: tuple[Tensor | None, ...] = (None, None)
+        self._constant: Constants = (None,) * len(_constant(inputs))
 
     @property
     def conditioning(self) -> Tensor:
@@ -109,12 +116,17 @@ class _Captured:
     def replay(self, state: State, inputs: Inputs) -> State:
         _load(self._state, state)
         _load(self._inputs[:2], inputs[:2])
-        constant = (inputs.seeds, inputs.coefficients)
+        constant = _constant(inputs)
         if any(new is not old for new, old in zip(constant, self._constant, strict=True)):
-            _load((self._inputs.seeds, self._inputs.coefficients), constant)
+            _load(_constant(self._inputs), constant)
             self._constant = constant  # held, so that no later tensor can have their identity
         self._graph.replay()
         return self._state
+
+
+def _constant(inputs: Inputs) -> Constants:
+    """Return what stays the same over a loop."""
+    return (inputs.seeds, inputs.coefficients, *inputs.constants)
 
 
 def _load(own: Sequence[Tensor | None], new: Sequence[Tensor | None]) -> None:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from fastdit import functional
 from fastdit.ops.dispatch import choose
-from fastdit.sampling.predictors import ModelPredictor, Predictor
+from fastdit.sampling.predictors import ClassLabels, ModelPredictor, Predictor
 from fastdit.sampling.steps import Eager, Inputs, State, Step
+from fastdit.sampling.text import PromptRows
 from fastdit.solvers import StepTable
 from fastdit.update import Guidance
 
@@ -35,7 +36,8 @@ class Plan(NamedTuple):
 class Request(NamedTuple):
     """What to sample: arguments of `Sampler.__call__` that have been checked."""
 
-    labels: list[int] | None  # B of them, or 2B with the null label's last
+    # B rows, or 2B with null labels or negative prompts last
+    conditions: ClassLabels | PromptRows | None
     keys: Tensor  # [B, 2] int64 (key, stream)
     x_T: Tensor | None  # [B, C, H, W]
     noise: Tensor | None  # [S, B, C, H, W]
@@ -106,14 +108,15 @@ class StepLoop(Loop):
         predictor.refresh()
         guided = [guidance is not None and guidance.active(t) for t in table.timesteps]
         with self._without_autocast():
-            conditioning = predictor.begin(table.model_times, request.labels, table_bytes)
+            conditions = predictor.encode(request.conditions)
+            prepared = predictor.begin(table.model_times, conditions, table_bytes)
             state, coefficients = self._start(request)
             noise = self._noise(request, state.x, len(table.timesteps))
             steps = progress_bar(progress, guided)
             for k, (is_guided, (z, seeds)) in enumerate(zip(steps, noise, strict=True)):
                 rows = 2 * B if is_guided else B
-                needed = conditioning(k, rows, self._step.conditioning_buffer(rows))
-                inputs = Inputs(needed, z, seeds, coefficients)
+                needed = prepared.rows(k, rows, self._step.conditioning_buffer(rows))
+                inputs = Inputs(needed, z, seeds, coefficients, prepared.constants(rows))
                 state = self._step(predictor, state, inputs, guidance if is_guided else None)
                 if callable(progress):
                     progress(k, self._layout.to_images(state.x0).clone())

@@ -43,31 +43,56 @@ class Projection(ABC):
         model: the model.
         split: whether a modulation is the sum of a timestep's row and a label's row.
         row_bytes: memory of a row of a table, with what is needed beside it to fill it.
+        labels: what the labels are, in words.
     """
 
+    model: nn.Module
+    split: bool
     row_bytes: int
+    labels = "labels"
 
-    def __init__(self, model: DiT) -> None:
-        self.model, self.split = model, model.cfg.modulation_act == "none"
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the rows are made."""
+
+    @abstractmethod
+    def by_step(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the rows of timesteps t [S]: [S, 1, width], or unless split [S, R, width]."""
+
+    @abstractmethod
+    def by_label(self, labels: Tensor | None) -> Tensor | None:
+        """Return the labels' rows `W e_y`, [R, width], or None where nothing is added."""
+
+
+class LayerProjection(Projection):
+    """Calls a DiT's own layers one by one, whatever they are, such as linears with adapters."""
+
+    def __init__(self, model: DiT, dtype: torch.dtype | None = None) -> None:
+        """Take a model, and the dtype that its layers return; None is the model's."""
+        self.model: DiT = model
         cfg = model.cfg
+        self.split = cfg.modulation_act == "none"
         self._columns = [cfg.block_parts * cfg.hidden] * cfg.n_layers + [2 * cfg.hidden]
         # The class embedding, of which context tokens are made.
         self._context = [cfg.hidden] if cfg.context_tokens else []
+        self._dtype = dtype or model.pos_embed.dtype
+        # One layer's output stands beside the table while it is copied there, and beside both the
+        # conditioning, before and after its SiLU, which counts where there is one for each block.
+        beside = self._columns[0] + 2 * model.cfg.hidden * (len(model.embedders()) - 1)
+        width = sum(self._columns + self._context)
+        self.row_bytes = (width + beside) * self._dtype.itemsize
 
-    @abstractmethod
+    @property
+    def device(self) -> torch.device:
+        return self.model.pos_embed.device
+
     def _time(self, t: Tensor) -> Tensor:
         """Return the timesteps' part of the conditioning: t [S] -> [S, D], or [L, S, D].
 
         Where each of L blocks embeds for itself, conditioning has a first dim of L here and below.
         """
-
-    @abstractmethod
-    def _project(self, c: Tensor, e_y: Tensor | None, bias: bool = True) -> Tensor:
-        """Return the modulation of c [R, D], with the layers' biases or without: [R, width].
-
-        e_y, [R, D] or None for zeros, is the class embedding that a model with context tokens has
-        beside it.
-        """
+        return self.model.time_conditioning(t)
 
     def _label(self, labels: Tensor | None) -> Tensor | None:
         """Return the labels' part of the conditioning: [R, D], or None where nothing is added."""
@@ -75,7 +100,6 @@ class Projection(ABC):
         return e_y[None] if e_y is not None and e_y.dim() == 1 else e_y  # the null class alone
 
     def by_step(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Return the rows of timesteps t [S]: [S, 1, width], or unless split [S, R, width]."""
         c, e_y = self._time(t).unsqueeze(-2), None
         if not self.split:
             e_y = self._label(labels)
@@ -85,26 +109,8 @@ class Projection(ABC):
         return self._project(c.flatten(-3, -2), e_y).view(steps, rows, -1)
 
     def by_label(self, labels: Tensor | None) -> Tensor | None:
-        """Return the labels' rows `W e_y`, [R, width], or None where nothing is added."""
         e_y = self._label(labels) if self.split else None
         return None if e_y is None else self._project(e_y, e_y, bias=False)
-
-
-class LayerProjection(Projection):
-    """Calls the model's own layers one by one, whatever they are, such as linears with adapters."""
-
-    def __init__(self, model: DiT, dtype: torch.dtype | None = None) -> None:
-        """Take a model, and the dtype that its layers return; None is the model's."""
-        super().__init__(model)
-        self._dtype = dtype or model.pos_embed.dtype
-        # One layer's output stands beside the table while it is copied there, and beside both the
-        # conditioning, before and after its SiLU, which counts where there is one for each block.
-        beside = self._columns[0] + 2 * model.cfg.hidden * (len(model.embedders()) - 1)
-        width = sum(self._columns + self._context)
-        self.row_bytes = (width + beside) * self._dtype.itemsize
-
-    def _time(self, t: Tensor) -> Tensor:
-        return self.model.time_conditioning(t)
 
     def _parts(self, c: Tensor, bias: bool) -> Iterator[Tensor]:
         """Yield what each layer makes of c, without its bias unless `bias`."""
@@ -117,6 +123,11 @@ class LayerProjection(Projection):
             yield part - of_zeros
 
     def _project(self, c: Tensor, e_y: Tensor | None, bias: bool = True) -> Tensor:
+        """Return the modulation of c [R, D], with the layers' biases or without: [R, width].
+
+        e_y, [R, D] or None for zeros, is the class embedding that a model with context tokens has
+        beside it.
+        """
         columns = self._columns + self._context
         table = c.new_empty(c.shape[-2], sum(columns), dtype=self._dtype)
         of_label = [] if not self._context else [e_y if e_y is not None else torch.zeros(())]
@@ -224,7 +235,7 @@ class ChunkedTables(Tables):
         Raises:
             ValueError: the tables of a single step exceed the bound.
         """
-        device = projection.model.pos_embed.device
+        device = projection.device
         distinct = sorted(set(labels or ()))
         label_rows = max(1, len(distinct))
         fixed = label_rows * projection.row_bytes if projection.split else 0
@@ -232,7 +243,7 @@ class ChunkedTables(Tables):
         self._chunk = min((max_bytes - fixed) // step_bytes, len(timesteps))
         if self._chunk < 1:
             raise ValueError(
-                f"table_bytes: one step of {label_rows} distinct labels takes "
+                f"table_bytes: one step of {label_rows} distinct {projection.labels} takes "
                 f"{fixed + step_bytes} bytes, got {max_bytes}"
             )
         self._projection, self._first = projection, 0
@@ -262,7 +273,10 @@ class TableStore:
     """
 
     def __init__(
-        self, projection: Projection, timesteps: Sequence[int] | Sequence[float], max_bytes: int
+        self,
+        projection: LayerProjection,
+        timesteps: Sequence[int] | Sequence[float],
+        max_bytes: int,
     ) -> None:
         """Keep rows while the model's weights stay; arguments as `ChunkedTables` has them."""
         self._projection, self._timesteps, self._max_bytes = projection, timesteps, max_bytes
@@ -278,7 +292,7 @@ class TableStore:
         if not self._projection.split or rows * self._projection.row_bytes > self._max_bytes:
             self._by_step = self._by_label = self._distinct = None
             return ChunkedTables(self._projection, self._timesteps, labels, self._max_bytes)
-        device = self._projection.model.pos_embed.device
+        device = self._projection.device
         if distinct != self._distinct:
             self._by_label = self._distinct = None  # freed before the new rows are made
             wanted = torch.tensor(distinct, device=device) if distinct else None

@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Generic, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,46 @@ from fastdit.config import DiTConfig
 from fastdit.errors import check_finite
 from fastdit.model import DiT
 from fastdit.sampling.modulation import ChunkedTables, LayerProjection, time_tensor
+
+Constants: TypeAlias = tuple[Tensor | None, ...]
+
+
+class Conditions(Protocol):
+    """What the images of a batch are of: B rows, or 2B with null labels or negative prompts last.
+
+    It has the form that `Predictor.begin` takes.
+    """
+
+    def __len__(self) -> int: ...
+
+    def pick(self, rows: Sequence[int]) -> Any:
+        """Return these rows alone."""
+        ...
+
+
+class ClassLabels(list[int]):
+    """Labels of classes."""
+
+    def pick(self, rows: Sequence[int]) -> ClassLabels:
+        return ClassLabels(self[i] for i in rows)
+
+
+def _no_constants(rows: int) -> Constants:
+    return ()
+
+
+class Prepared(NamedTuple):
+    """What the steps of a loop need beside the state.
+
+    Attributes:
+        rows: `rows(k, count, out=None)` is what step k needs for the first `count` rows, written to
+            `out` if it is given.
+        constants: `constants(count)` is what all steps need for these rows: the same tensors at
+            every call.
+    """
+
+    rows: Callable[..., Tensor]
+    constants: Callable[[int], Constants] = _no_constants
 
 
 class Predictor(Protocol):
@@ -29,19 +69,23 @@ class Predictor(Protocol):
     def refresh(self) -> None:
         """Take the model's present weights; raise a ValueError where one is not finite."""
 
+    def encode(self, conditions: Any) -> Any:
+        """Return the conditions in the form that `begin` takes them: encoded, if they are text."""
+        ...
+
     def begin(
-        self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
-    ) -> Callable[..., Tensor]:
+        self, timesteps: Sequence[int] | Sequence[float], conditions: Any, table_bytes: int
+    ) -> Prepared:
         """Do for a batch what its steps need not repeat.
 
-        Returns:
-            `conditioning(k, rows, out=None)`: what step k needs beside the state, for the batch's
-            first `rows` rows, written to `out` if it is given. With guidance the null label's rows
-            are the last B of 2B.
+        Args:
+            timesteps: one for each step.
+            conditions: as `encode` returns them, or some of their rows.
+            table_bytes: bound of the modulation tables.
         """
         ...
 
-    def __call__(self, x: Tensor, conditioning: Tensor, /) -> Tensor:
+    def __call__(self, x: Tensor, rows: Tensor, /, *constants: Tensor | None) -> Tensor:
         """Return the model's output for a state; with guidance it has 2B rows."""
         ...
 
@@ -62,17 +106,31 @@ class ImageLayout:
 class TokenLayout:
     """The state is [B, H*W, C], all pixels in the order in which patch tokens hold them."""
 
-    def __init__(self, cfg: DiTConfig) -> None:
-        self.shape = torch.Size((cfg.n_tokens * cfg.patch_size**2, cfg.in_channels))
-        self._cfg = cfg
+    def __init__(self, sample_shape: tuple[int, int, int], patch_size: int) -> None:
+        C, H, W = sample_shape
+        self.shape = torch.Size((H * W, C))
+        self.grid = H // patch_size, W // patch_size
+        self.n_tokens = self.grid[0] * self.grid[1]
+        self._patch_size = patch_size
 
     def to_state(self, images: Tensor) -> Tensor:
-        tokens = functional.patchify(images, self._cfg.patch_size)
+        tokens = functional.patchify(images, self._patch_size)
         return tokens.view(len(images), -1, images.shape[1])
 
     def to_images(self, x: Tensor) -> Tensor:
-        tokens = x.view(len(x), self._cfg.n_tokens, -1)
-        return functional.unpatchify(tokens, self._cfg.patch_size, self._cfg.grid)
+        tokens = x.view(len(x), self.n_tokens, -1)
+        return functional.unpatchify(tokens, self._patch_size, self.grid)
+
+    def to_tokens(self, x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """Return a state as `rows` rows of tokens, [rows, N, p*p*C] in the model's dtype.
+
+        Twice as many rows as images are all images, and all of them again.
+        """
+        tokens = x.view(len(x), self.n_tokens, -1)
+        if rows == len(x):
+            return tokens.to(dtype)
+        tokens = tokens.expand(2, *tokens.shape)
+        return tokens.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def is_standard_dit(model: nn.Module) -> TypeGuard[DiT]:
@@ -133,8 +191,11 @@ def _fresh_signature(cfg: DiTConfig) -> tuple[Any, ...]:
     return (*own, children | {"blocks": (*of_list, alike)})
 
 
-class DiTPredictor:
-    """A `fastdit.DiT`, whose conditioning is rows of modulation, computed ahead of the steps.
+M = TypeVar("M", bound=nn.Module)
+
+
+class WeightsPredictor(Generic[M]):
+    """A model with a config, whose `denoise` takes what was computed ahead of the steps.
 
     It uses the model's own weights, or with `copies` a copy in the dtype of the forward. `refresh`
     fills the copy anew in the same buffers, as a captured graph needs it, and later changes of the
@@ -142,10 +203,12 @@ class DiTPredictor:
     is made.
     """
 
-    def __init__(self, model: DiT, dtype: torch.dtype, copies: bool) -> None:
-        self.cfg, self.dtype, self.layout = model.cfg, dtype, TokenLayout(model.cfg)
+    cfg: Any
+
+    def __init__(self, model: M, dtype: torch.dtype, copies: bool, layout: TokenLayout) -> None:
+        self.dtype, self.layout = dtype, layout
         floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.model = _copied(model, dtype) if copies or floats != {dtype} else model
+        self.model: M = _copied(model, dtype) if copies or floats != {dtype} else model
         self.source = model
         self._found_finite: list[tuple[int, int]] | None = None
 
@@ -186,21 +249,30 @@ class DiTPredictor:
             check_finite("model", parameters)
             self._found_finite = marks
 
-    def begin(
-        self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
-    ) -> Callable[..., Tensor]:
-        return ChunkedTables(LayerProjection(self.model), timesteps, labels, table_bytes).rows
 
-    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
-        B, P, _ = x.shape
-        tokens = x.view(B, self.cfg.n_tokens, -1)
-        if len(modulation) != B:  # one copy makes the tokens twice, in the model's dtype
-            tokens = tokens.expand(2, *tokens.shape)
-            kept = torch.contiguous_format
-            tokens = tokens.to(self.dtype, copy=True, memory_format=kept).flatten(0, 1)
-        else:
-            tokens = tokens.to(self.dtype)
-        return self.model.denoise(tokens, modulation).view(len(tokens), P, -1)
+class DiTPredictor(WeightsPredictor[DiT]):
+    """A `fastdit.DiT`, whose conditioning is rows of modulation, computed ahead of the steps."""
+
+    def __init__(self, model: DiT, dtype: torch.dtype, copies: bool) -> None:
+        self.cfg = model.cfg
+        layout = TokenLayout(model.cfg.sample_shape, model.cfg.patch_size)
+        super().__init__(model, dtype, copies, layout)
+
+    def encode(self, conditions: ClassLabels | None) -> ClassLabels | None:
+        return conditions
+
+    def begin(
+        self,
+        timesteps: Sequence[int] | Sequence[float],
+        conditions: ClassLabels | None,
+        table_bytes: int,
+    ) -> Prepared:
+        projection = LayerProjection(self.model)
+        return Prepared(ChunkedTables(projection, timesteps, conditions, table_bytes).rows)
+
+    def __call__(self, x: Tensor, rows: Tensor, /, *constants: Tensor | None) -> Tensor:
+        tokens = self.layout.to_tokens(x, len(rows), self.dtype)
+        return self.model.denoise(tokens, rows).view(len(rows), x.shape[1], -1)
 
 
 class ModelPredictor:
@@ -223,19 +295,26 @@ class ModelPredictor:
         """Check that the weights, which are the model's own, are finite."""
         check_finite("model", dict(self.model.named_parameters()))
 
+    def encode(self, conditions: ClassLabels | None) -> ClassLabels | None:
+        return conditions
+
     def begin(
-        self, timesteps: Sequence[int] | Sequence[float], labels: list[int] | None, table_bytes: int
-    ) -> Callable[..., Tensor]:
-        t = time_tensor(timesteps, self.device, torch.float64)
-        y = [] if labels is None else [torch.tensor(labels, dtype=t.dtype, device=self.device)]
+        self,
+        timesteps: Sequence[int] | Sequence[float],
+        conditions: ClassLabels | None,
+        table_bytes: int,
+    ) -> Prepared:
+        t, y = time_tensor(timesteps, self.device, torch.float64), []
+        if conditions is not None:
+            y.append(torch.tensor(conditions, dtype=t.dtype, device=self.device))
 
-        def conditioning(k: int, rows: int, out: Tensor | None = None) -> Tensor:
-            return torch.stack([t[k].expand(rows), *(of[:rows] for of in y)], dim=1, out=out)
+        def rows(k: int, count: int, out: Tensor | None = None) -> Tensor:
+            return torch.stack([t[k].expand(count), *(of[:count] for of in y)], dim=1, out=out)
 
-        return conditioning
+        return Prepared(rows)
 
-    def __call__(self, x: Tensor, conditioning: Tensor) -> Tensor:
-        t, y = conditioning[:, 0], conditioning[:, 1].long() if conditioning.shape[1] == 2 else None
+    def __call__(self, x: Tensor, rows: Tensor, /, *constants: Tensor | None) -> Tensor:
+        t, y = rows[:, 0], rows[:, 1].long() if rows.shape[1] == 2 else None
         if t.is_floating_point():
             t = t.to(torch.promote_types(self.dtype, torch.float32))
         images = self.layout.to_images(x).to(self.dtype)
@@ -256,13 +335,14 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _copied(model: DiT, dtype: torch.dtype) -> DiT:
+def _copied(model: M, dtype: torch.dtype) -> M:
     """Return a copy of the model whose weights are not filled yet."""
+    rope = model.rope if isinstance(model, DiT) else None  # which stays in float32
 
     def storage(t: Tensor) -> Tensor:
         # With its channels fastest, a convolution's weight is the matrix of the patch embedding.
         layout = torch.channels_last if t.dim() == 4 else torch.contiguous_format
-        kind = dtype if t.is_floating_point() and t is not model.rope else t.dtype
+        kind = dtype if t.is_floating_point() and t is not rope else t.dtype
         empty = torch.empty_like(t, dtype=kind, memory_format=layout)
         return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.errors import FLOAT_DTYPES, check_finite, unknown_name, warn
-from fastdit.flow import FlowMatching, Process, process_of
+from fastdit.errors import check_finite, unknown_name, warn
+from fastdit.flow import Process, process_of
 from fastdit.model import DiT, config_of, unwrap
 from fastdit.sampling import arguments
 from fastdit.sampling.adaptive import integrator
-from fastdit.sampling.arguments import Generators, Labels
+from fastdit.sampling.arguments import Embeds, Generators, Labels
 from fastdit.sampling.executions import EXECUTIONS, Subject, automatic, obstacle
 from fastdit.sampling.loop import Loop, Plan, Progress, Request
 from fastdit.sampling.predictors import is_standard_dit
+from fastdit.sampling.text import check_own_forward, is_text_model
 from fastdit.solvers import SOLVERS, Solver, default_solver
+from fastdit.text import TextModel
 from fastdit.update import Guidance
 
 TABLE_BYTES = 2**30
@@ -115,8 +117,10 @@ class Sampler:
         if not isinstance(table_bytes, int) or table_bytes < 1:
             raise ValueError(f"table_bytes: expected a positive integer, got {table_bytes!r}")
         inner = unwrap(model)
-        self.model = inner if is_standard_dit(inner) else model
-        self.config = config_of(inner)
+        self.model = inner if is_standard_dit(inner) or is_text_model(inner) else model
+        self.config = inner.cfg if is_text_model(inner) else config_of(inner)
+        if is_text_model(inner):
+            check_own_forward(inner)
         self.sample_shape = arguments.sample_shape(sample_shape, self.config)
         self.process = scheduler or _own_process(inner)
         if solver is None:
@@ -127,8 +131,8 @@ class Sampler:
             integrator()  # an error here if it is missing
         self.guidance, self.dtype, self.table_bytes = guidance, dtype, table_bytes
         self.execution = execution
-        self._check_guidance()
-        self._check_dtype()
+        arguments.check_guidance(guidance, self.config, self.process)
+        arguments.check_dtype(dtype, self._device_and_dtype()[1], self._is_own_model())
         self._warn_of_slow_dtype()
         self._check_execution()
         self._loops: dict[tuple[torch.dtype, str], Loop] = {}
@@ -140,9 +144,11 @@ class Sampler:
     @torch.no_grad()
     def __call__(
         self,
-        labels: Labels | None,
+        labels: Labels | None = None,
         seed: int | None = None,
         *,
+        prompt_embeds: Embeds | None = None,
+        negative_prompt_embeds: Embeds | None = None,
         seeds: Sequence[int] | None = None,
         generator: Generators | None = None,
         first_index: int = 0,
@@ -150,11 +156,17 @@ class Sampler:
         noise: Tensor | None = None,
         progress: Progress = False,
     ) -> Tensor:
-        """Sample one image for each label.
+        """Sample one image for each label or prompt.
 
         Args:
             labels: [B] class labels, or one integer for one image. None samples without labels, as
-                many images as `seeds` or `x_T` has.
+                many images as `seeds` or `x_T` has. A PixArt or an MMDiT takes prompts instead.
+            prompt_embeds: `fastdit.Prompts` of B prompts, or embeddings of which one can be made:
+                a tensor [B, M, text_width], or a list of B tensors [M_i, text_width]. An MMDiT
+                needs pooled embeddings too. An image depends on its own prompt alone, whatever the
+                other prompts' lengths.
+            negative_prompt_embeds: the same of B negative prompts, or of one for all images;
+                needed with guidance, and only there.
             seed: key of the noise, 0 if none is given; image i uses its stream `first_index + i`.
             seeds: B keys, one an image, all with stream 0; they replace `seed`.
             generator: a `torch.Generator`, whose `initial_seed` is taken as the seed, or a list of
@@ -183,16 +195,18 @@ class Sampler:
                 and its C++ cannot be built.
         """
         seed, seeds = arguments.from_generator(generator, seed, seeds)
-        y = arguments.class_labels(labels, self.config)
-        B = arguments.batch_size(y, seeds, x_T)
-        keys = arguments.noise_keys(B, seed, seeds, first_index)
+        given, B = arguments.conditions(
+            labels, prompt_embeds, negative_prompt_embeds, self.guidance, self.config
+        )
+        B = arguments.batch_size(B, seeds, x_T)
+        keys = arguments.noise_keys(B, seed, seeds, first_index, is_text_model(self.model))
         arguments.check_tensor("x_T", x_T, (B, *self.sample_shape))
         arguments.check_tensor("noise", noise, (len(self.table.timesteps), B, *self.sample_shape))
         if not (isinstance(progress, bool) or callable(progress)):
             raise ValueError(f"progress: expected True, False or a function, got {progress!r}")
         with self._taking_turns():
             loop = self._current_loop()
-            request = Request(self._with_null(y), keys.to(loop.device), x_T, noise)
+            request = Request(given, keys.to(loop.device), x_T, noise)
             images = loop.sample(request, progress)
             if not images.isfinite().all():
                 check_finite("model", dict(self.model.named_parameters()))
@@ -223,49 +237,6 @@ class Sampler:
             finally:
                 self._whose_turn = None
 
-    def _check_guidance(self) -> None:
-        guidance, cfg = self.guidance, self.config
-        if guidance is None:
-            return
-        if not isinstance(guidance, Guidance):
-            raise ValueError(f"guidance: expected fastdit.Guidance(scale), got {guidance!r}")
-        if cfg is None or not cfg.null_class:
-            raise ValueError(
-                "guidance: expected none, since the model is not a DiT with a null class"
-            )
-        if guidance.channels is not None and guidance.channels > cfg.in_channels:
-            raise ValueError(
-                f"guidance.channels: expected at most the model's {cfg.in_channels}, got "
-                f"{guidance.channels}"
-            )
-        if guidance.interval is None:
-            return
-        integers = all(isinstance(bound, int) for bound in guidance.interval)
-        if isinstance(self.process, FlowMatching):
-            if guidance.interval[1] > 1:
-                raise ValueError(
-                    "guidance.interval: expected times from 0 to 1, since the model's process is a "
-                    f"FlowMatching, got {guidance.interval}"
-                )
-        elif not integers:
-            raise ValueError(
-                "guidance.interval: expected integers, since the model's process is a "
-                f"DiffusionScheduler of {self.process.T} timesteps, got {guidance.interval}"
-            )
-
-    def _check_dtype(self) -> None:
-        dtype, own = self.dtype, self._device_and_dtype()[1]
-        if dtype is None:
-            return
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}"
-            )
-        if dtype != own and not is_standard_dit(self.model):
-            raise ValueError(
-                f"dtype: expected {own} or None, since the model is not a fastdit.DiT, got {dtype}"
-            )
-
     def _warn_of_slow_dtype(self) -> None:
         has = torch.cpu.get_capabilities()
         on_x86 = self._device_and_dtype()[0].type == "cpu" and has.get("architecture") == "x86_64"
@@ -275,6 +246,10 @@ class Sampler:
                     "dtype: bfloat16 is slower than float32 on this CPU, which has neither "
                     "AVX512-BF16 nor AMX"
                 )
+
+    def _is_own_model(self) -> bool:
+        """Return whether the loop calls the parts of the model, of which it may make a copy."""
+        return is_text_model(self.model) or is_standard_dit(self.model)
 
     def execution_for(self) -> str:
         """Return how a call would run: `execution`, or what "auto" stands for."""
@@ -297,13 +272,15 @@ class Sampler:
         """Return the model as it is now, with the dtype of a forward."""
         device, own = self._device_and_dtype()
         dtype = self.dtype or own
-        if self.dtype is None and own != torch.float64 and is_standard_dit(self.model):
+        if self.dtype is None and own != torch.float64 and self._is_own_model():
             if torch.is_autocast_enabled(device.type):
                 dtype = torch.get_autocast_dtype(device.type)
         return Subject(self.model, device, dtype, self.table.ode is not None)
 
     def _current_loop(self) -> Loop:
         """Return the loop of this dtype and execution, a new one if the model has moved."""
+        if is_text_model(self.model):
+            check_own_forward(self.model)
         device, own = self._device_and_dtype()
         if (device, own) != self._built_for:
             if self.execution == "graph":
@@ -322,19 +299,10 @@ class Sampler:
         self._loops[key].plan = plan  # the attributes may have been changed since the last call
         return self._loops[key]
 
-    def _with_null(self, y: Tensor | None) -> list[int] | None:
-        """Return the labels, and where there is guidance as many null labels after them."""
-        if self.guidance is None:
-            return None if y is None else y.tolist()
-        assert self.config is not None
-        if y is None:
-            raise ValueError("labels: guidance needs labels, got None")
-        return y.tolist() + [self.config.num_classes] * len(y)
-
 
 def _own_process(model: nn.Module) -> Process:
     """Return the diffusion or the flow that a model knows it was trained on."""
-    options = model.diffusion if isinstance(model, DiT) else None
+    options = model.diffusion if isinstance(model, DiT | TextModel) else None
     if options is None:
         raise ValueError(
             "scheduler: expected the DiffusionScheduler or the FlowMatching of the model's "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdit import functional
-from fastdit.sampling.predictors import DiTPredictor, Predictor
+from fastdit.sampling.predictors import Constants, Predictor, WeightsPredictor
 from fastdit.update import Guidance
 
 
@@ -28,12 +28,13 @@ class State(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A step's other inputs; seeds and coefficients are the same at every step of a loop."""
+    """A step's other inputs; the last three are the same at every step of a loop."""
 
     conditioning: Tensor  # B rows, or 2B with the null label's last
     noise: Tensor | None  # like x, if it was made before the step
     seeds: Tensor | None  # [B, 2] int64, if the step makes the noise
     coefficients: Tensor  # [S, 10], of which the step takes its row
+    constants: Constants = ()  # what else the predictor takes, such as the encoded text
 
 
 def advance(predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None) -> State:
@@ -43,7 +44,7 @@ def advance(predictor: Predictor, state: State, inputs: Inputs, guidance: Guidan
 
 
 def advance_in_place(
-    predictor: DiTPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+    predictor: Predictor, state: State, inputs: Inputs, guidance: Guidance | None
 ) -> None:
     """Take the step in place: the next state overwrites the given one, which must be contiguous."""
     _update(predictor, state, inputs, guidance, out=(state.x, state.x0))
@@ -59,7 +60,7 @@ def _update(
 ) -> tuple[Tensor, Tensor]:
     return functional.sampler_update(
         state.x,
-        predictor(state.x, inputs.conditioning),
+        predictor(state.x, inputs.conditioning, *inputs.constants),
         inputs.coefficients,
         state.step,
         x0_prev=state.x0,
@@ -96,26 +97,33 @@ class Eager(Step):
 class Compiled(Step):
     """`advance` as one graph of torch.compile.
 
-    Batches of two and more share a graph with a dynamic batch, for any number of steps. A single
+    Batches of two and more share a graph with a dynamic batch, for any number of steps, one for
+    each size of a text model's images and each padded length of its texts. A single
     image has a graph of its own, since PyTorch always specialises on a size of one. The first
     guidance scale compiles a graph, and the second one a graph that serves all scales.
     """
 
     def __call__(
-        self, predictor: DiTPredictor, state: State, inputs: Inputs, guidance: Guidance | None
+        self,
+        predictor: WeightsPredictor[Any],
+        state: State,
+        inputs: Inputs,
+        guidance: Guidance | None,
     ) -> State:
         B, S = len(state.x), len(inputs.coefficients)
         if S > 1:
             torch._dynamo.mark_dynamic(inputs.coefficients, 0)
         if B > 1:
-            for t in (state.x, state.x0, inputs.conditioning, inputs.noise, inputs.seeds):
-                if t is not None:
+            for t in (state.x, state.x0, *inputs[:3], *inputs.constants):
+                if t is not None and len(t) > 1:  # positions have one row for all images
                     torch._dynamo.mark_dynamic(t, 0)
         return _compiled_advance(
             state.x.device.type,
             predictor.cfg,
             predictor.dtype,
             (B > 1, S > 1, inputs.noise is None, guidance and (guidance.channels,)),
+            # The size of the image, and the padded length of a text.
+            (state.x.shape[1:], *(t is not None and t.shape[1:] for t in inputs.constants)),
             # PyTorch guards a graph with these too, and a program may change them between calls.
             (
                 torch.get_num_threads(),

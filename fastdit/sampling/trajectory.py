@@ -15,7 +15,7 @@ from fastdit.ops import definitions
 from fastdit.ops.trajectory import DiTWeights
 from fastdit.sampling.loop import Loop, Plan, Progress, Request, progress_bar
 from fastdit.sampling.modulation import PlainProjection, TableStore
-from fastdit.sampling.predictors import DiTPredictor
+from fastdit.sampling.predictors import ClassLabels, DiTPredictor
 
 _CALL_FLOP = 1e11  # of one op on a CPU, where it cannot be interrupted: a quarter of a second
 
@@ -56,7 +56,9 @@ class TrajectoryLoop(Loop):
         B, S = len(request.keys), len(table.timesteps)
         with self._without_autocast(), progress_bar(progress, total=S) as bar:
             weights, store = self._prepare()
-            tables = store.serve(request.labels)
+            labels = request.conditions
+            assert isinstance(labels, ClassLabels | None)
+            tables = store.serve(labels)
             state, coefficients = self._start(request)
             x, x0, k = state.x, state.x0, 0
             while k < S:

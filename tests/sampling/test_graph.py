@@ -46,8 +46,7 @@ def graphs_without_cuda(monkeypatch):
 
     def capture(self, predictor, state, inputs, guidance):
         captured.append(len(inputs.conditioning))
-        state = steps.State(*map(graphs._clone, state))
-        inputs = steps.Inputs(*map(graphs._clone, inputs))
+        state, inputs = graphs.own_tensors(state, inputs)
         graph = FakeGraph(predictor, state, inputs, guidance)
         return graphs._Captured(graph, state, inputs)
 
