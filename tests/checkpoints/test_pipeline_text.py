@@ -5,6 +5,7 @@ import json
 import pickle
 
 import diffusers
+import peft
 import pytest
 import torch
 
@@ -227,6 +228,17 @@ def test_sd3_refuses_what_it_does_not_compute(sd35):
             own(**given | {name: None})
     with pytest.raises(ValueError, match="encoder_hidden_states: expected shape.*got.*19"):
         own(**given | dict(encoder_hidden_states=torch.randn(2, TOKENS, 19)))
+
+
+def test_adapters_before_the_exchange_are_merged(sd35, vae):
+    adapted = copy.deepcopy(sd35)
+    pipe = pipeline_of(SD3, adapted, vae)
+    plain = images(pipe)
+    layers = ["to_q", "to_v", "add_k_proj"]
+    adapted.add_adapter(peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False))
+    theirs = images(pipe)
+    assert relative_error(theirs, plain) > 1e-3
+    assert relative_error(images(exchanged(pipe)), theirs) < 1e-5
 
 
 def test_adapters_after_the_exchange_are_refused(sd35, vae):
