@@ -124,7 +124,8 @@ class PixArtTransformer(PipelineTransformer, cfg=PixArtConfig):
         if list(mask.shape) != expected:
             got = list(mask.shape)
             raise ValueError(f"encoder_attention_mask: expected shape {expected}, got {got}")
-        if not is_traced(mask) and mask.device.type != "meta" and mask is not self._checked:
+        known = mask.device.type != "meta" and not is_traced(mask)
+        if known and (read or mask is not self._checked):
             _check_values(mask)
             self._checked = mask
         kept = mask > 0.5 if mask.dim() == 2 else mask[:, 0] > _DISCARDED

@@ -193,7 +193,6 @@ def test_a_pipeline_moves_copies_and_pickles_it(name, alpha, sd35, vae):
 
 @pytest.mark.parametrize("name", [ALPHA, SD3])
 def test_a_pipeline_offloads_it(name, alpha, sd35, vae):
-    pytest.importorskip("accelerate")
     pipe = exchanged(pipeline_of(name, sd35 if name == SD3 else alpha, vae))
     before = images(pipe, num_inference_steps=2)
     pipe.enable_model_cpu_offload(device="cpu")
@@ -324,6 +323,10 @@ def test_a_mask_that_weighs_tokens_or_has_another_shape_is_refused(own):
     for message, given in refused.items():
         with pytest.raises(ValueError, match=f"encoder_attention_mask: expected {message}"):
             call(own, text, given)
+    call(own, text, mask)
+    with pytest.raises(ValueError, match="values 0 and 1, got 0.5"):
+        call(own, text, mask.index_fill_(1, torch.tensor([2]), 0.5))
+    mask.fill_(1)
     for name, value in (("attention_mask", mask), ("cross_attention_kwargs", {"scale": 0.5})):
         with pytest.raises(ValueError, match=f"{name}: expected None"):
             call(own, text, mask, **{name: value})
