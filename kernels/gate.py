@@ -203,7 +203,7 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
                 yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
 
 
-# The head dim, tokens of the image and of the text, and whether the attention is joint: PixArt at 512
+# The head dim, tokens of the image and of the text, and whether attention is joint: PixArt at 512
 # pixels, and Stable Diffusion 3 at 512 pixels.
 _TEXTS = ((72, 1024, 120, False), (64, 1024, 333, True))
 
@@ -214,9 +214,12 @@ def _text_attention(arch: str, every: bool) -> Iterator[Case]:
     The backward's norms are those of `_qk_norm_rope`.
     """
     B, h = 4, 16
-    sizes = product((32, 64, 72, 96, 128), (1024, 1000), (120, 333), (False, True))
+    lengths_of = ((1024, 120), (1000, 333))
+    sizes = [(d, *own, joint) for d in HEAD_DIMS for own in lengths_of for joint in (False, True)]
     for d, N, M, joint in sizes if every else _TEXTS:
-        for kind in ("bf16", "fp32") if every else ("bf16",):
+        norms = [(_meta(d, dtype=_BF16),) * 4] if joint else []
+        norms += [] if joint and not every else [(None,) * 4]
+        for kind in ("bf16", "fp32") if every and N == 1000 else ("bf16",):
             dtype = _BF16 if kind == "bf16" else _F32
             image = _meta(B, N, (3 if joint else 1) * h * d, dtype=dtype)
             text = _meta(B, M, (3 if joint else 2) * h * d, dtype=dtype)
@@ -228,15 +231,13 @@ def _text_attention(arch: str, every: bool) -> Iterator[Case]:
             for config in _chosen(attention_configs.text_attention_fwd_configs(*longest), every):
                 needs = _needs(d, dtype, {"text_attention_fwd_kernel": (config, "BM", 2 * loops)})
                 label = f"{name} {_name(config)}"
-                for norms in ((_meta(d, dtype=dtype),) * 4, (None,) * 4):
-                    if joint and (every or norms[0] is not None):
-                        given = image, text, h, norms, lengths, 1e-6, config
+                for weights in norms:
+                    if joint:
+                        given = image, text, h, weights, lengths, 1e-6, config
                         call = partial(text_attention.joint_attention_fwd, *given)
-                    elif not joint and norms[0] is None:
+                    else:
                         given = image, text, h, lengths, config
                         call = partial(text_attention.cross_attention_fwd, *given)
-                    else:
-                        continue
                     yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
             dqs = attention_configs.text_attention_dq_bwd_configs(*longest)
             dkvs = attention_configs.text_attention_dkv_bwd_configs(*longest)

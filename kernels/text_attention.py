@@ -35,9 +35,7 @@ from fastdit.kernels.attention_common import Kind, kind_of, store, tile, unit_st
 from fastdit.kernels.attention_configs import text_attention_fwd_configs
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 from fastdit.kernels.tensors import contiguous
-from fastdit.kernels.text_attention_common import Sizes, empty_lse, length_of, prepare
-
-Norms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+from fastdit.kernels.text_attention_common import Norms, Sizes, empty_lse, length_of, prepare
 
 
 @triton.jit

@@ -26,17 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdit.kernels import attention_configs
 from fastdit.kernels.attention_common import Kind, kind_of, store, tile, unit_stride
-from fastdit.kernels.attention_configs import (
-    text_attention_dkv_bwd_configs,
-    text_attention_dq_bwd_configs,
-)
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 from fastdit.kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastdit.kernels.tensors import contiguous
-from fastdit.kernels.text_attention_common import Sizes, length_of, prepare
-
-Norms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+from fastdit.kernels.text_attention_common import Norms, Sizes, length_of, prepare
 
 
 @triton.jit
@@ -390,13 +385,13 @@ def _launch(
     (image, *s_image), (text, *s_text) = map(unit_stride, inputs)
     dimage, dtext = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
     if lse.numel():
-        lengths, delta, given = contiguous(lengths), torch.empty_like(lse), map(contiguous, douts)
+        read = image, text, contiguous(lengths)
+        rest = *map(contiguous, douts), lse, torch.empty_like(lse), dimage, dtext
         scale = sizes.d**-0.5
         numbers = *s_image, *s_text, sizes.N, sizes.M, n_heads, scale, scale * math.log2(math.e)
         dq_pass, dkv_pass = _prepare(sizes, kind_of(image), *configs)
-        upstream, written = tuple(given), (dimage, dtext)
-        dq_pass((image, text, lengths, *outs, *upstream, lse, delta, *written), *numbers)
-        dkv_pass((image, text, lengths, *upstream, lse, delta, *written), *numbers)
+        dq_pass((*read, *outs, *rest), *numbers)
+        dkv_pass((*read, *rest), *numbers)
     else:
         dimage.zero_(), dtext.zero_()
     return dimage, dtext
@@ -407,10 +402,9 @@ def _prepare(
     sizes: Sizes, kind: Kind, dq: triton.Config | None, dkv: triton.Config | None
 ) -> tuple[PreparedLaunch, PreparedLaunch]:
     """Return the launches of dQ and of dK with dV."""
-    dtype, target, _ = kind
-    longest = max(sizes.N, sizes.M)
-    dq = dq or text_attention_dq_bwd_configs(longest, dtype, target)[0]
-    dkv = dkv or text_attention_dkv_bwd_configs(longest, dtype, target)[0]
+    on = max(sizes.N, sizes.M), *kind[:2]
+    dq = dq or attention_configs.text_attention_dq_bwd_configs(*on)[0]
+    dkv = dkv or attention_configs.text_attention_dkv_bwd_configs(*on)[0]
     return (
         prepare(text_attention_dq_bwd_kernel, "BM", sizes, kind, dq),
         prepare(text_attention_dkv_bwd_kernel, "BN", sizes, kind, dkv),

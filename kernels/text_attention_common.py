@@ -14,6 +14,8 @@ from fastdit.kernels.attention_configs import head_pieces
 from fastdit.kernels.common import dot_dtype
 from fastdit.kernels.launch import PreparedLaunch
 
+Norms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 class Sizes(NamedTuple):
     """What launches depend on, besides the kind of tensors."""
