@@ -106,13 +106,13 @@ def plain_loop(model, shape, prompts, negative, x, noise, guidance=GUIDANCE):
         scheduler = DiffusionScheduler(STEPS, schedule="cosine")
         return reference.sample(Called(), scheduler, x, torch.zeros(len(x)), noise, guidance)
     times = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64)
-    for t, after in zip(times, times[1:]):
-        now = float(t)
+    for k in range(STEPS):
+        now = float(times[k])
         velocity = predict(x, now * 1000, 0)
         if guidance is not None and guidance.active(now):
             null = predict(x, now * 1000, None)
             velocity = null + guidance.scale * (velocity - null)
-        x = x + float(after - t) * velocity
+        x = x + float(times[k + 1] - times[k]) * velocity
     return x
 
 
@@ -123,7 +123,7 @@ def recorded(batch, shape=SHAPE):
 
 @by_kind
 def test_guided_steps_are_those_of_a_loop_over_the_models_forward(kind):
-    """With texts of several lengths; PixArt's learned variance is used, as the paper's code does."""
+    """With texts of several lengths; PixArt's learned variance is used, as its own code does."""
     model, prompts, negative = (
         make_model(kind),
         make_prompts(kind),
@@ -386,11 +386,11 @@ def test_bad_prompts_are_value_errors(kind, given, message):
         ({"sample_shape": (3, 4, 4)}, "sample_shape: expected the model's 4 channels, got 3"),
         (
             {"sample_shape": (4, 5, 4)},
-            "sample_shape: size: expected (height, width), each a multiple of 2, got (5, 4)",
+            "sample_shape: expected (height, width), each a multiple of 2, got (5, 4)",
         ),
         (
             {"sample_shape": (4, 26, 4)},
-            "sample_shape: size: expected at most 24 x 24, as position_size=12, got 26 x 4",
+            "sample_shape: expected at most 24 x 24, as position_size=12, got 26 x 4",
         ),
         (
             {"guidance": Guidance(2.0, channels=5)},
