@@ -135,7 +135,7 @@ class Linear(nn.Linear):
 
 
 class MLP(nn.Sequential):
-    """Linear, GELU, Linear; at inference on CUDA a tanh GELU is fused into the first product."""
+    """Linear, GELU, Linear; at inference `functional.linear_gelu` may fuse the first two."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
@@ -145,7 +145,10 @@ class MLP(nn.Sequential):
         up, gelu, down = self
         if isinstance(up, nn.Linear) and type(up) in (nn.Linear, Linear):
             if type(gelu) is nn.GELU and not _hooked(up, gelu):
-                return down(functional.linear_gelu(x, up.weight, up.bias, gelu.approximate))
+                # PyTorch's linears have PyTorch's bits.
+                backend = None if type(up) is Linear else "reference"
+                given = x, up.weight, up.bias, gelu.approximate
+                return down(functional.linear_gelu(*given, backend))
         return super().forward(x)
 
 

@@ -186,7 +186,7 @@ class MMDiTConfig(_TextConfig):
         dual = self.dual_blocks
         if not isinstance(dual, tuple | list) or not all(type(i) is int for i in dual):
             raise ValueError(f"dual_blocks: expected numbers of blocks, got {dual!r}")
-        if not set(dual) <= set(range(self.n_layers)):
+        if not all(0 <= i < self.n_layers for i in dual):
             expected = f"numbers from 0 to {self.n_layers - 1}, as n_layers={self.n_layers}"
             raise ValueError(f"dual_blocks: expected {expected}, got {dual!r}")
         object.__setattr__(self, "dual_blocks", tuple(sorted(set(dual))))

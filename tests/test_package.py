@@ -63,10 +63,13 @@ def test_kernels_are_installed_inside_fastdit(tmp_path):
 
 
 def test_kernels_under_another_name_say_how_to_install():
-    code = "import kernels"
+    code = "from kernels import attention"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "pip install -e ." in done.stderr
+    assert run_python("import kernels", ROOT) == ""  # Transformers probes for that name
+    submodule = [sys.executable, "-c", "import kernels.attention"]
+    assert subprocess.run(submodule, cwd=ROOT, capture_output=True).returncode != 0
 
 
 USE_THE_WHEEL = """

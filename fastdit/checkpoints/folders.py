@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.checkpoints.lora import ADAPTER_FILES, adapter_error
 from fastdit.diffusion import PREDICTIONS, SCHEDULES
 from fastdit.errors import first_few
+from fastdit.flow import FlowMatching
 
 FOLDER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -28,6 +30,8 @@ _SHOWN_FILES = 4
 
 # What diffusers' schedulers add to the betas of their config; fastdit has no such diffusion.
 _OTHER_PROCESSES = ("rescale_betas_zero_snr", "use_flow_sigmas")
+# Their times are the noise's part of the mixture, times the number of training steps.
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -42,6 +46,10 @@ def read_folder(path: Path) -> tuple[dict[str, Any], list[Path]]:
     if (path / "transformer").is_dir() and not (path / "config.json").is_file():
         path = path / "transformer"
     source, by_variant = path / "config.json", _weights_by_variant(path)
+    if not by_variant:
+        for name in ADAPTER_FILES:
+            if (path / name).is_file():
+                raise ValueError(f"{path}: {adapter_error(name)}")
     if not by_variant or not source.is_file():
         names = f"config.json and {FOLDER_WEIGHTS} or another file of weights"
         raise ValueError(f"{path}: expected {names}, as diffusers' save_pretrained writes them")
@@ -92,7 +100,8 @@ def folder_diffusion(path: Path) -> dict[str, Any] | None:
     here.
 
     Returns:
-        Keyword arguments of a `DiffusionScheduler`; None if `path` has no scheduler's config.
+        Keyword arguments of a `DiffusionScheduler` or, with a "path", of a `FlowMatching`; None if
+            `path` has no scheduler's config.
 
     Raises:
         ValueError: the config is damaged, or of a diffusion that fastdit does not have.
@@ -104,6 +113,10 @@ def folder_diffusion(path: Path) -> dict[str, Any] | None:
     T = config.get("num_train_timesteps", 1000)
     if not isinstance(T, int) or isinstance(T, bool) or not 0 < T < 2**20:
         raise ValueError(f"{source}: expected num_train_timesteps from 1 to 2^20, got {T!r:.40}")
+    if config.get("_class_name") in _FLOW_SCHEDULERS:
+        if config.get("invert_sigmas"):
+            raise ValueError(f"{source}: scheduler: expected no invert_sigmas, got it")
+        return FlowMatching(clean_at=0, time_scale=T).options
     prediction = config.get("prediction_type", PREDICTIONS[0])  # the only one in old files
     if prediction not in PREDICTIONS:
         known = ", ".join(PREDICTIONS)

@@ -184,7 +184,7 @@ def _heads(layers: int, width: int, like: DiTConfig, told: Told) -> int:
 
 def count_layers(names: Iterable[str]) -> int:
     """Return the number of different blocks among the names of tensors."""
-    found = (re.match(r"(?:transformer_)?blocks\.(\d{1,6})\.", name) for name in names)
+    found = (re.match(r"(?:transformer_|joint_)?blocks\.(\d{1,6})\.", name) for name in names)
     return len({m[1] for m in found if m})
 
 

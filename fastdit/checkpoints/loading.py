@@ -4,40 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastdit.checkpoints import diffusions, folders, text_models, translation
+from fastdit.checkpoints import diffusions
 from fastdit.checkpoints.adaptation import adapted
-from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.digests import check_digests
-from fastdit.checkpoints.entries import check_plain, find_weights, pickled_attribute
-from fastdit.checkpoints.inference import Told, bare_config
+from fastdit.checkpoints.inference import Told
 from fastdit.checkpoints.matching import (
     MODELS,
     Model,
-    ModelConfig,
     check_keys,
     check_layers,
-    describe_layout,
     empty_model,
     without_extras,
 )
-from fastdit.checkpoints.native import CheckpointInfo, info_of, read_safetensors
+from fastdit.checkpoints.native import CheckpointInfo, read_safetensors
 from fastdit.checkpoints.pickles import check_records, is_pickle
-from fastdit.checkpoints.projects import PROJECTS
-from fastdit.checkpoints.runs import run_weights
-from fastdit.checkpoints.sources import Source, read_source
+from fastdit.checkpoints.resolving import check_text_options, resolve
+from fastdit.checkpoints.sources import read_source
 from fastdit.config import DiTConfig
 from fastdit.errors import FLOAT_DTYPES, check_positive, warn
 from fastdit.model import DiT
-
-# The toy was published with 200 linear steps.
-_TOY_DIFFUSION = PUBLISHED_DIFFUSION | {"T": 200}
 
 
 def load(
@@ -63,8 +54,9 @@ def load(
             its checkpoints; a checkpoint of facebookresearch/DiT, SiT, LightningDiT, REPA or JiT,
             which is a .pt, .ckpt or safetensors file, or what it holds; a bare state dict
             of a `fastdit.DiT`; a folder of diffusers' DiT or of a pipeline with one; or a live
-            module of any of these projects. Prefixes of wrappers ("module.", "_orig_mod.") and
-            entries that hold the weights are removed in all of them.
+            module of any of these projects. Likewise a PixArt or a Stable Diffusion 3: a folder, a
+            file of its own project, or a live module. Prefixes of wrappers ("module.",
+            "_orig_mod.") and entries that hold the weights are removed in all of them.
         n_heads: number of attention heads, where the file does not tell it.
         null_class: whether the last class row is that of "no label", where shapes do not tell it.
         num_classes: number of classes to fit the model to.
@@ -78,13 +70,13 @@ def load(
             several joined by dots. None prefers averaged weights.
 
     Returns:
-        A fastdit.DiT with its own copy of the weights. `model.cfg` is the config that was read or
-        inferred, `model.diffusion` the options of the diffusion or the flow that the file tells
-            or that are given, or None.
+        A fastdit.DiT, a PixArt or an MMDiT with its own copy of the weights. `model.cfg` is the
+            config that was read or inferred, `model.diffusion` the options of the diffusion or the
+            flow that the file tells or that are given, or None.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the source is truncated or damaged, holds code, is not a DiT of a known layout,
+        ValueError: the source is truncated or damaged, holds code, is no model of a known layout,
             or leaves a question open; the message says what it looks like, or how to answer.
     Warns:
         UserWarning: something was assumed, left out or made anew; the message says what.
@@ -95,13 +87,14 @@ def load(
         check_digests(found.name, found.content, found.header)
     elif found.pickle is not None:
         check_records(found.pickle)
-    info, tensors = _resolve(found, told, weights, diffusion, lenient=True)
-    fitting = {"num_classes": num_classes, "img_size": img_size, "in_channels": in_channels}
-    _check_text_options(found.name, info.config, fitting)
+    info, tensors = resolve(found, told, weights, diffusion, lenient=True)
+    fitting = {"num_classes": num_classes, "img_size": told.img_size, "in_channels": in_channels}
+    check_text_options(found.name, info.config, fitting)
     check_layers(found.name, info.config, tensors)
     model = empty_model(found.name, info.config)
     if found.header is None and found.config is None:
-        tensors = without_extras(found.name, model.state_dict(), tensors)
+        kind = type(model).__name__
+        tensors = without_extras(found.name, model.state_dict(), tensors, kind)
     check_keys(found.name, model.state_dict(), tensors)
     for key, t in tensors.items():
         if t.dtype not in FLOAT_DTYPES or t.layout != torch.strided or t.is_meta:
@@ -137,7 +130,7 @@ def inspect(
     digests are not checked.
     """
     told = _told(n_heads, null_class, img_size)
-    info, _ = _resolve(read_source(path, weights, told), told, weights, diffusion)
+    info, _ = resolve(read_source(path, weights, told), told, weights, diffusion)
     if told.img_size not in (None, info.config.img_size):
         raise ValueError(f"img_size: {path} says {info.config.img_size}, got {img_size}")
     return info
@@ -167,130 +160,6 @@ def _told(n_heads: int | None, null_class: bool | None, img_size: Any) -> Told:
     return Told(n_heads, null_class, img_size)
 
 
-def _resolve(
-    found: Source,
-    told: Told,
-    weights: str | None,
-    diffusion: Mapping[str, Any] | str | None,
-    lenient: bool = False,
-) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Return what a source is, and its tensors under fastdit's names.
-
-    With `lenient` a stored diffusion that fastdit does not have is a warning, since the weights do
-    not need it.
-    """
-    if found.header is not None:
-        info = info_of(found.name, found.header)
-        tensors = _own_tensors(found, weights)
-    elif isinstance(found.config, ModelConfig):
-        info, tensors = CheckpointInfo(found.config), dict(found.content)
-        check_plain(tensors)
-    else:
-        info, tensors = _translate(found, told, weights)
-        # A given diffusion replaces the stored one, which fastdit may not have.
-        if found.folder is not None and diffusion is None:
-            info = _with_stored_diffusion(info, found.folder, lenient)
-    _check_text_options(found.name, info.config, {"null_class": told.null_class})
-    for name in ("n_heads", "null_class"):
-        given, own = getattr(told, name), getattr(info.config, name, None)
-        if given not in (None, own):
-            raise ValueError(f"{name}: {found.name} says {own}, got {given}")
-    if diffusion is not None:
-        info = replace(
-            info,
-            diffusion=diffusions.checked(diffusion, info.diffusion),
-            assumed=tuple(name for name in info.assumed if name != "diffusion"),
-            by_name=(),
-        )
-    return info, tensors
-
-
-def _check_text_options(name: str, config: ModelConfig, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names an option which makes no sense for a text-to-image model."""
-    if isinstance(config, DiTConfig):
-        return
-    kind = MODELS[type(config)].__name__
-    for option, value in given.items():
-        if option == "img_size" and value not in (None, config.img_size):
-            expected = f"{config.img_size}, as {name} says; a Sampler takes other sizes"
-            raise ValueError(f"img_size: expected {expected}; got {value}")
-        if option != "img_size" and value is not None:
-            expected = f"None, since {name} is a {kind}, which is not conditioned on classes"
-            if option == "in_channels":
-                expected = f"None, since {name} is a {kind}, which is not fitted to other data"
-            raise ValueError(f"{option}: expected {expected}; got {value}")
-
-
-def _with_stored_diffusion(info: CheckpointInfo, folder: Path, lenient: bool) -> CheckpointInfo:
-    """Return the info with the diffusion of a pipeline's folder, if it has one."""
-    try:
-        stored = folders.folder_diffusion(folder)
-    except ValueError as error:
-        if not lenient:
-            raise
-        warn(f"{error}; the weights are loaded without it")
-        return replace(info, diffusion=None, assumed=())
-    return info if stored is None else replace(info, diffusion=stored, assumed=())
-
-
-def _own_tensors(found: Source, weights: str | None) -> dict[str, Tensor]:
-    """Return the tensors of a model's file, or the chosen ones of a run's checkpoint."""
-    assert found.header is not None
-    if "recipe" in found.header:
-        return run_weights(found.name, found.content, weights)
-    if weights is not None:
-        raise ValueError(
-            f"weights: {found.name} holds one set of weights, got {weights!r}; the checkpoints of "
-            "a run hold raw and averaged ones"
-        )
-    return dict(found.content)
-
-
-def _translate(
-    found: Source, told: Told, weights: str | None
-) -> tuple[CheckpointInfo, dict[str, Tensor]]:
-    """Return what another project's tensors are, and fastdit's state dict for them."""
-    diffusion: dict[str, Any] | None = dict(PUBLISHED_DIFFUSION)
-    by_name = False
-    config: ModelConfig
-    try:
-        tensors = find_weights(found.content, weights)
-        layout = translation.layout_of(tensors)
-        if layout in PROJECTS:
-            config, state = translation.from_facebook(tensors, told)
-            file = found.name if found.is_file else ""
-            told_by = diffusions.told_by_file(tensors, told.arguments, file, config)
-            diffusion, by_name = told_by
-        elif layout == "diffusers" and text_models.class_of(found.config or {}) is not None:
-            config, state = text_models.from_diffusers(
-                tensors, found.config, told, found.pipeline, found.is_file
-            )
-            diffusion = text_models.published_diffusion(config)
-        elif layout == "diffusers" and isinstance(found.config, Mapping):
-            config, state = translation.from_diffusers(tensors, found.config)
-            told.assumed.append("diffusion")
-        elif layout == "fastdit":
-            config, state = _own_config(found, tensors, told), dict(tensors)
-            if config.pos_embed == "learned":
-                diffusion = dict(_TOY_DIFFUSION)
-            told.assumed.append("diffusion")
-        else:
-            raise ValueError(f"expected a fastdit header, got none; {describe_layout(tensors)}")
-    except ValueError as error:
-        raise ValueError(f"{found.name}: {error}") from error
-    if not found.is_file and "diffusion" in told.assumed:
-        diffusion = None
-        told.assumed.remove("diffusion")
-    names = ("diffusion",) * by_name
-    return CheckpointInfo(config, diffusion, found.labels, tuple(told.assumed), names), state
-
-
-def _own_config(found: Source, tensors: Mapping[str, Tensor], told: Told) -> DiTConfig:
-    """Return the config of a `fastdit.DiT` that was not saved by `fastdit.save`."""
-    stored = pickled_attribute(found.content, "cfg")  # of a model that was pickled whole
-    return bare_config(tensors, told) if stored is None else DiTConfig.from_saved(stored)
-
-
 def _say_assumed(name: str, info: CheckpointInfo) -> None:
     """Warn of what a checkpoint does not tell."""
     if not info.assumed:
@@ -300,6 +169,9 @@ def _say_assumed(name: str, info: CheckpointInfo) -> None:
         values["diffusion"] = diffusions.in_words(info.diffusion)
     said = ", ".join(f"{option} {values.get(option)}" for option in info.assumed)
     advice = "pass what differs to load, or by options such as --diffusion"
-    if "gelu" in info.assumed or "context_start" in info.assumed:
-        advice += ", or build fastdit.DiT with its options, call load_state_dict and fastdit.save"
+    if not {"gelu", "context_start", "text_tokens", "position_scale"}.isdisjoint(info.assumed):
+        kind = MODELS[type(info.config)].__name__
+        advice += (
+            f", or build fastdit.{kind} with its options, call load_state_dict and fastdit.save"
+        )
     warn(f"{name}: what it does not tell is assumed: {said}; {advice}")

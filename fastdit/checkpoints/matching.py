@@ -17,10 +17,10 @@ from fastdit.text_config import MMDiTConfig, PixArtConfig, TextConfig
 
 Model = DiT | PixArt | MMDiT
 ModelConfig = DiTConfig | TextConfig
-MODELS: dict[type, Any] = {DiTConfig: DiT, PixArtConfig: PixArt, MMDiTConfig: MMDiT}
+MODELS: dict[Any, Any] = {DiTConfig: DiT, PixArtConfig: PixArt, MMDiTConfig: MMDiT}
 
 _SHOWN_KEYS = 4
-# Top-level names of tensors that take part in a forward that a DiT does not have.
+# Top-level names of tensors that take part in a forward that a {kind} does not have.
 _OTHER_NETWORK = ("rope", "freqs", "norm", "embed", "blocks", "final", "context", "token")
 
 
@@ -73,7 +73,7 @@ def check_keys(source: str, expected: Mapping[str, Tensor], tensors: Mapping[str
 
 
 def without_extras(
-    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    source: str, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], kind: str = "DiT"
 ) -> dict[str, Tensor]:
     """Leave out what a training run kept beside its model, such as REPA's projectors.
 
@@ -87,7 +87,7 @@ def without_extras(
     if extra:
         parts = list(dict.fromkeys(name.rpartition(".")[0] or name for name in extra))
         said = first_few(parts, _SHOWN_KEYS)
-        warn(f"{source}: left out {len(extra)} tensors that a DiT does not have ({said})")
+        warn(f"{source}: left out {len(extra)} tensors that a {kind} does not have ({said})")
     left = set(extra)
     return {name: t for name, t in tensors.items() if name not in left}
 

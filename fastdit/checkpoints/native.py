@@ -16,10 +16,12 @@ from torch import Tensor
 
 from fastdit.checkpoints import diffusions
 from fastdit.checkpoints.digests import check_digests, digests_of
-from fastdit.checkpoints.matching import ModelConfig, describe_layout
+from fastdit.checkpoints.matching import MODELS, ModelConfig, describe_layout
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
+from fastdit.errors import unknown_name
 from fastdit.flow import FlowMatching
+from fastdit.model import DiT
 
 _HEADER = "fastdit"  # the metadata entry that holds the header, as JSON
 _ATTEMPTS = 20
@@ -124,7 +126,7 @@ def info_of(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Checkpoi
     """
     if "config" not in header:
         raise ValueError(f"{path}: expected a config in the fastdit header, got {list(header)}")
-    config = DiTConfig.from_saved(header["config"])
+    config = _saved_config(path, header)
     diffusion, labels = header.get("diffusion"), header.get("labels")
     recipe, assumed = header.get("recipe"), header.get("assumed", [])
     if isinstance(recipe, dict):  # of a run, which has a path where it trains a flow
@@ -139,10 +141,22 @@ def info_of(path: str | os.PathLike[str], header: Mapping[str, Any]) -> Checkpoi
     return CheckpointInfo(config, diffusion, named, tuple(assumed))
 
 
-def check_labels(what: str, labels: Any, config: DiTConfig) -> None:
+def _saved_config(path: str | os.PathLike[str], header: Mapping[str, Any]) -> ModelConfig:
+    """Return the config in a header, which names the model's class unless it is a DiT."""
+    known = {kind.__name__: config for config, kind in MODELS.items()}
+    name = header.get("class", DiT.__name__)
+    if name not in list(known):
+        raise unknown_name(f"{path}: class", name, known)
+    return known[name].from_saved(header["config"])
+
+
+def check_labels(what: str, labels: Any, config: ModelConfig) -> None:
     """Raise a ValueError unless labels are None, or one name for each class."""
     if labels is None:
         return
+    if not isinstance(config, DiTConfig):
+        kind = MODELS[type(config)].__name__
+        raise ValueError(f"{what}: expected None, as a {kind} has no classes, got {labels!r:.80}")
     names = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)
     if not names or len(labels) != config.num_classes:
         raise ValueError(f"{what}: expected {config.num_classes} names, got {labels!r:.80}")

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The order of fastdit's (scale, shift, gate) in parts that are (shift, scale, gate).
+TRIPLES = (1, 0, 2, 4, 3, 5, 7, 6, 8)
+
 
 class Piece(NamedTuple):
     """One of fastdit's tensors, and those of another project that it is made of.

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from fastdit.checkpoints import folders, translation
+from fastdit.checkpoints import folders, text_models, translation
 from fastdit.checkpoints.diffusions import NOTE
 from fastdit.checkpoints.entries import OWN
-from fastdit.checkpoints.matching import check_keys, empty_model
+from fastdit.checkpoints.matching import MODELS, ModelConfig, check_keys, empty_model, model_config
 from fastdit.checkpoints.native import check_labels, write_tensors
 from fastdit.checkpoints.projects import PROJECTS, wrapped
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.errors import unknown_name
 from fastdit.flow import Process
-from fastdit.model import config_of, unwrap
+from fastdit.model import unwrap
 
 SAVED_LAYOUTS = ("fastdit", *PROJECTS, "diffusers")
 
@@ -41,8 +41,8 @@ def save(
     """Write a model to a file, atomically.
 
     Args:
-        model: a `fastdit.DiT`, which may be compiled or wrapped; its state dict and config are
-            stored.
+        model: a `fastdit.DiT`, `PixArt` or `MMDiT`, which may be compiled or wrapped; its state
+            dict and config are stored.
         path: the file to write; an older file is replaced once the new one is whole on disk. In a
             diffusers folder this holds for each file, and the config is missing in between.
         scheduler: the diffusion or flow that the model was trained with, for sampling from the
@@ -51,21 +51,23 @@ def save(
         layout: "fastdit", a safetensors file; "facebookresearch/DiT", "willisma/SiT",
             "hustvl/LightningDiT", "sihyun-yu/REPA" or "LTH14/JiT", a .pt file as that project's
             code loads it; or "diffusers", a folder for its `from_pretrained`. All but the first
-            take neither scheduler nor labels, and only models that their projects can express.
+            take neither scheduler nor labels, and only models that their projects can express. A
+            PixArt and an MMDiT are written as "fastdit" or "diffusers".
         assumed: names of what was assumed and not known, as in `CheckpointInfo`, to be said again
             by whoever reads the file.
 
     Raises:
-        ValueError: the model is not a DiT, its weights do not fit its config, the labels are not
-            num_classes strings, or the layout cannot hold the model.
+        ValueError: the model is none of these, its weights do not fit its config, the labels are
+            not num_classes strings, or the layout cannot hold the model.
         OSError: the file cannot be written; an older file is left as it was.
     """
     if layout not in SAVED_LAYOUTS:
         raise unknown_name("layout", layout, SAVED_LAYOUTS)
     inner = unwrap(model)
-    cfg = config_of(inner)
+    cfg = model_config(inner)
     if cfg is None:
-        raise ValueError(f"model: expected a fastdit.DiT, got {type(inner).__name__}")
+        kinds = ", ".join(f"fastdit.{kind.__name__}" for kind in MODELS.values())
+        raise ValueError(f"model: expected one of {kinds}, got {type(inner).__name__}")
     check_labels("labels", labels, cfg)
     state = inner.state_dict()
     check_keys("model", empty_model("model", cfg).state_dict(), state)
@@ -76,6 +78,8 @@ def save(
             "diffusion": diffusion,
             "labels": labels and list(labels),
         }
+        if not isinstance(cfg, DiTConfig):
+            header["class"] = MODELS[type(cfg)].__name__
         if assumed:
             header["assumed"] = list(assumed)
         write_tensors(path, state, header)
@@ -85,6 +89,9 @@ def save(
     if layout == "diffusers":
         _save_folder(cfg, state, Path(path))
         return
+    if not isinstance(cfg, DiTConfig):
+        kind = MODELS[type(cfg)].__name__
+        raise ValueError(f"layout: expected fastdit or diffusers for a {kind}, got {layout!r}")
     theirs = translation.to_project(layout, cfg, state)
     content = wrapped(layout, {name: t.detach().cpu() for name, t in theirs.items()})
     _save_pickle(content, cfg.to_dict() | {NOTE: inner.diffusion}, path)
@@ -103,9 +110,12 @@ def _save_pickle(
         aside.write_bytes(buffer.getbuffer())
 
 
-def _save_folder(cfg: DiTConfig, state: Mapping[str, Tensor], path: Path) -> None:
+def _save_folder(cfg: ModelConfig, state: Mapping[str, Tensor], path: Path) -> None:
     """Write the two files that diffusers' from_pretrained reads."""
-    config, tensors = translation.to_diffusers(cfg, state)
+    if isinstance(cfg, DiTConfig):
+        config, tensors = translation.to_diffusers(cfg, state)
+    else:
+        config, tensors = text_models.to_diffusers(cfg, state)
     if (path / "model_index.json").exists():
         raise ValueError(f"{path}: it is a pipeline's; save to its folder 'transformer'")
     if path.exists() and not path.is_dir():

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.inference import Told, count_layers
 from fastdit.checkpoints.options import check_choices, check_out_channels, float_of, size_of
-from fastdit.checkpoints.pieces import Piece, gathered, scattered
-from fastdit.flow import FlowMatching
+from fastdit.checkpoints.pieces import TRIPLES, Piece, gathered, scattered
+from fastdit.flow import published_flow
 from fastdit.text_config import MMDiTConfig, PixArtConfig, TextConfig
 
 PIXART_CLASS, SD3_CLASS = CLASSES = ("PixArtTransformer2DModel", "SD3Transformer2DModel")
@@ -41,12 +41,13 @@ _PIXART_CHOICES = {
 }
 _SD3_CHOICES: dict[str, tuple[Any, ...]] = {"qk_norm": (None, "rms_norm")}
 
-_TRIPLES = (1, 0, 2, 4, 3, 5, 7, 6, 8)  # shift and scale exchanged in each part of three
 _KINDS = ("weight", "bias")
 
 
-def class_of(config: Mapping[str, Any]) -> str | None:
+def class_of(config: Any) -> str | None:
     """Return which of the two classes of diffusers a config is of, or None."""
+    if not isinstance(config, Mapping):
+        return None
     name = config.get("_class_name")
     if name == _OLD_PIXART_CLASS and config.get("norm_type") == "ada_norm_single":
         return PIXART_CLASS
@@ -93,8 +94,9 @@ def published_diffusion(cfg: TextConfig) -> dict[str, Any]:
     Source: Chen et al. 2023, section 3.1 and the schedulers' configs of the published pipelines;
     Esser et al. 2024, equations 1 and 13.
     """
-    if isinstance(cfg, MMDiTConfig):
-        return FlowMatching(clean_at=0, time_scale=1000).options
+    flow = published_flow("SD3", cfg.sample_shape[1])
+    if isinstance(cfg, MMDiTConfig) and flow is not None:
+        return flow.options
     return dict(PUBLISHED_DIFFUSION)
 
 
@@ -243,8 +245,8 @@ def _pieces(cfg: TextConfig) -> list[Piece]:
     if isinstance(cfg, MMDiTConfig):
         return [*pieces, Piece("pos_embed", ("pos_embed.pos_embed",))]
     tables = tuple(f"transformer_blocks.{i}.scale_shift_table" for i in range(cfg.n_layers))
-    pieces.append(Piece("block_tables", tables, _TRIPLES[:6], stacked=True))
-    return [*pieces, Piece("final_table", ("scale_shift_table",), _TRIPLES[:2])]
+    pieces.append(Piece("block_tables", tables, TRIPLES[:6], stacked=True))
+    return [*pieces, Piece("final_table", ("scale_shift_table",), TRIPLES[:2])]
 
 
 # Own name of a layer, their names, the order of its parts, and which tensors it has.
@@ -274,7 +276,7 @@ def _pixart_rows(cfg: PixArtConfig) -> Iterable[_Row]:
     yield _row("patch_embed.proj", "pos_embed.proj")
     for own, name in embedders.items():
         yield from _embedder(own, f"adaln_single.emb.{name}")
-    yield _row("modulation", "adaln_single.linear", order=_TRIPLES[:6])
+    yield _row("modulation", "adaln_single.linear", order=TRIPLES[:6])
     if cfg.text_projection:
         yield from _embedder("text_embed", "caption_projection")
     for i in range(cfg.n_layers):
@@ -296,8 +298,8 @@ def _mmdit_rows(cfg: MMDiTConfig) -> Iterable[_Row]:
     for i, (of_image, of_text) in enumerate(cfg.block_parts):
         theirs, ends = f"transformer_blocks.{i}", of_text == 2
         image, text = f"blocks.{i}.image", f"blocks.{i}.text"
-        order = () if ends else _TRIPLES[:of_text]  # that of a text that ends is fastdit's already
-        yield _row(f"{image}.modulation", f"{theirs}.norm1.linear", order=_TRIPLES[:of_image])
+        order = () if ends else TRIPLES[:of_text]  # that of a text that ends is fastdit's already
+        yield _row(f"{image}.modulation", f"{theirs}.norm1.linear", order=TRIPLES[:of_image])
         yield _row(f"{text}.modulation", f"{theirs}.norm1_context.linear", order=order)
         attentions = {f"{image}.attn": "attn", f"{text}.attn": "attn"}
         if of_image == 9:

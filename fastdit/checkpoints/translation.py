@@ -36,6 +36,7 @@ from fastdit.checkpoints.projects import (
     take_rope,
     without_legacy_names,
 )
+from fastdit.checkpoints.text_originals import text_project_of
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.model import sincos_pos_embed
 
@@ -99,7 +100,9 @@ def layout_of(keys: Iterable[str]) -> str | None:
     keys = list(keys)
     found = (name for key in keys for start, name in PREFIXES.items() if key.startswith(start))
     layout = next(found, None)
-    return next(iter(projects_of(keys)), DIT) if layout == DIT else layout
+    if layout != DIT:
+        return layout
+    return text_project_of(keys) or next(iter(projects_of(keys)), DIT)
 
 
 def from_facebook(tensors: Mapping[str, Tensor], told: Told) -> tuple[DiTConfig, dict[str, Tensor]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit import reference
-from fastdit.ops import checks, definitions, registration
+from fastdit.ops import checks, definitions, registration, text_attention
 from fastdit.ops.dispatch import choose
 
 
@@ -138,8 +141,9 @@ def cross_attention(
     Args:
         q: [B, N, D], head-major.
         kv: [B, M, 2D], the halves of one linear, keys and values, each head-major.
-        n_heads: number of heads; must divide D.
+        n_heads: number of heads; must divide D. Triton takes head dims up to 128.
         lengths: [B] int64, how many of the M keys each image attends to, at least 1; None for all.
+            Values are checked on a CPU only. What lies past them gets a gradient of zero.
         backend: "triton", "reference" or None.
 
     Returns:
@@ -150,9 +154,19 @@ def cross_attention(
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    dtype = _product_dtype(q)
-    k, v = kv.to(dtype).unflatten(-1, (2, n_heads, -1)).unbind(2)
-    return _attend_to_ragged(q.to(dtype).unflatten(-1, (n_heads, -1)), k, v, lengths)
+    d = checks.check_cross_attention(q, kv, n_heads, lengths)
+    chosen = choose("cross_attention", backend, q, d, kv)
+    q, kv = (t.to(_product_dtype(q)) for t in (q, kv))
+    if chosen == "triton":
+        return registration.call(text_attention.cross_attention, q, kv, n_heads, lengths)[0]
+    if q.dtype == torch.float64:
+        return reference.cross_attention(q, kv, n_heads, lengths)
+    k, v = kv.unflatten(-1, (2, n_heads, d)).unbind(2)
+    q = q.unflatten(-1, (n_heads, d))
+    if (counts := _read(lengths)) is None:
+        return _attend(q, k, v, _mask(lengths, k.shape[1]))
+    parts = [_attend(q[i:j], k[i:j, :n], v[i:j, :n]) for i, j, n in _runs(counts)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def joint_attention(
@@ -172,8 +186,9 @@ def joint_attention(
         n_heads: number of heads h; must divide D. The head dim is d = D / h.
         norms: weights [d] of the RMSNorms of the image's queries and keys and of the text's queries
             and keys; all four, or None.
-        lengths: [B] int64, how many of the M text tokens are the prompt's, at least 1, which all
-            others attend to; None for all. What is returned for the rest has no meaning.
+        lengths: [B] int64, how many of the M text tokens are the prompt's, at least 1; None for
+            all. The rest is padding: nothing attends to it, what is returned for it is zero, and
+            its gradient is zero.
         eps: added to the mean square of a norm.
         backend: "triton", "reference" or None.
 
@@ -185,33 +200,57 @@ def joint_attention(
 
     Source: Esser et al. 2024 (Stable Diffusion 3), section 4.
     """
-    dtype, N = _product_dtype(qkv_image), qkv_image.shape[1]
+    d = checks.check_joint_attention(qkv_image, qkv_text, n_heads, norms, lengths)
+    chosen = choose("joint_attention", backend, qkv_image, d, qkv_text, *norms)
+    dtype, (N, M) = _product_dtype(qkv_image), (qkv_image.shape[1], qkv_text.shape[1])
+    if chosen == "triton":
+        op = text_attention.joint_attention
+        both = qkv_image.to(dtype), qkv_text.to(dtype)
+        return registration.call(op, *both, n_heads, *norms, lengths, eps)[:2]
+    if dtype == torch.float64:
+        exact = tuple(None if weight is None else weight.double() for weight in norms)
+        return reference.joint_attention(qkv_image, qkv_text, n_heads, exact, lengths, eps)  # type: ignore[arg-type]
     streams = []
-    for qkv, weights in ((qkv_text, norms[2:]), (qkv_image, norms[:2])):
-        heads = qkv.unflatten(-1, (3, n_heads, -1))
-        given = weights[0], None, weights[1], None
+    for qkv, weights in ((qkv_image, norms[:2]), (qkv_text, norms[2:])):
+        heads, given = qkv.unflatten(-1, (3, n_heads, d)), (weights[0], None, weights[1], None)
         streams.append([t.to(dtype) for t in _normed_and_turned(heads, given, None, eps)])
     # The text comes last, so that its padding does.
-    q, k, v = (torch.cat([image, text], dim=1) for text, image in zip(*streams, strict=True))
-    out = _attend_to_ragged(q, k, v, None if lengths is None else lengths + N)
-    return out[:, :N], out[:, N:]
+    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+    if (counts := _read(lengths)) is not None:
+        parts = []
+        for i, j, n in _runs(counts):
+            out = _attend(*(t[i:j, : N + n] for t in (q, k, v)))
+            parts.append(F.pad(out, (0, 0, 0, M - n)) if n < M else out)
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+    else:
+        out = _attend(q, k, v, None if lengths is None else _mask(lengths + N, N + M))
+    image, text = out[:, :N], out[:, N:]
+    if lengths is not None and counts is None:
+        text = torch.where(_mask(lengths, M)[:, 0, 0, :, None], text, 0.0)
+    return image, text
 
 
-def _attend_to_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
-    """Attend to the first `lengths` keys: q [B, N, h, d], k, v [B, M, h, d] -> [B, N, h * d]."""
-    M = k.shape[1]
+def _read(lengths: Tensor | None) -> list[int] | None:
+    """Return lengths as integers where that costs nothing: on a CPU, outside torch.compile."""
+    if lengths is None or lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return lengths.tolist() or None
+
+
+def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield (first, end, count) of neighbours in a batch that have the same count."""
+    first = 0
+    for count, own in itertools.groupby(counts):
+        end = first + len(list(own))
+        yield first, end, count
+        first = end
+
+
+def _mask(lengths: Tensor | None, M: int) -> Tensor | None:
+    """Return which of M keys count, [B, 1, 1, M], or None for all."""
     if lengths is None:
-        return _attend(q, k, v)
-    if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        counts = lengths.tolist()
-        if all(count == M for count in counts):
-            return _attend(q, k, v)
-        rows = [_attend(q[i, None], k[i, None, :n], v[i, None, :n]) for i, n in enumerate(counts)]
-        return torch.cat(rows)
-    mask = torch.arange(M, device=q.device) < lengths[:, None]  # [B, M]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
-    return out.transpose(1, 2).flatten(2)
+        return None
+    return (torch.arange(M, device=lengths.device) < lengths[:, None])[:, None, None]
 
 
 def _product_dtype(qkv: Tensor) -> torch.dtype:
@@ -223,10 +262,10 @@ def _product_dtype(qkv: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention by PyTorch: q, k, v [B, N, h, d] -> [B, N, h * d]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention by PyTorch: q [B, N, h, d], k, v [B, M, h, d] -> [B, N, h * d]."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
 
 
 def _normed_and_turned(
@@ -242,13 +281,13 @@ def _normed_and_turned(
 def _norm_and_turn(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rope: Tensor | None, eps: float
 ) -> Tensor:
-    """Norm each head of x [B, N, h, d] and turn it, in float32 -> [B, N, h, d] in x's dtype."""
-    y = x.float()
+    """Norm each head of x [B, N, h, d] and turn it, in at least float32, and return x's dtype."""
+    y = x if x.dtype == torch.float64 else x.float()
     if weight is not None and bias is not None:
-        y = F.layer_norm(y, y.shape[-1:], weight.float(), bias.float(), eps)
+        y = F.layer_norm(y, y.shape[-1:], weight.to(y.dtype), bias.to(y.dtype), eps)
     elif weight is not None:
-        y = F.rms_norm(y, y.shape[-1:], weight.float(), eps)
-    return (y if rope is None else _turn(y, *rope.float().unsqueeze(2))).to(x.dtype)
+        y = F.rms_norm(y, y.shape[-1:], weight.to(y.dtype), eps)
+    return (y if rope is None else _turn(y, *rope.to(y.dtype).unsqueeze(2))).to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

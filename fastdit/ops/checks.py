@@ -28,15 +28,16 @@ def check_residual(x: Tensor, y: Tensor) -> None:
     check_device(x, y=y)
 
 
-def head_dim(qkv: Tensor, n_heads: int) -> int:
+def head_dim(qkv: Tensor, n_heads: int, name: str = "qkv") -> int:
     """Return the head dim of packed queries, keys and values, after a check of their shape."""
-    check_tokens("qkv", qkv)
+    check_tokens(name, qkv)
     if n_heads < 1:
         raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
     width = qkv.shape[-1]
     if width % (3 * n_heads):
         raise ValueError(
-            f"qkv: expected a last dimension divisible by 3 * n_heads = {3 * n_heads}, got {width}"
+            f"{name}: expected a last dimension divisible by 3 * n_heads = {3 * n_heads}, "
+            f"got {width}"
         )
     return width // (3 * n_heads)
 
@@ -69,6 +70,87 @@ def check_head_parts(
         if value.device != qkv.device:
             raise _other_device(name, qkv, value, of="qkv")
     return d
+
+
+def check_cross_attention(q: Tensor, kv: Tensor, n_heads: int, lengths: Tensor | None) -> int:
+    """Check queries [B, N, D] beside keys and values [B, M, 2D]; return the head dim."""
+    check_tokens("q", q)
+    check_tokens("kv", kv)
+    if n_heads < 1:
+        raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
+    D = q.shape[-1]
+    if not D or D % n_heads:
+        raise ValueError(f"q: expected a last dimension divisible by n_heads = {n_heads}, got {D}")
+    if kv.shape[-1] != 2 * D:
+        expected = f"a last dimension of 2 * {D}, keys and values as wide as q"
+        raise ValueError(f"kv: expected {expected}, got {kv.shape[-1]}")
+    _check_beside("kv", kv, "q", q)
+    _check_lengths(lengths, "kv", kv)
+    return D // n_heads
+
+
+def check_joint_attention(
+    qkv_image: Tensor,
+    qkv_text: Tensor,
+    n_heads: int,
+    norms: Sequence[Tensor | None],
+    lengths: Tensor | None,
+) -> int:
+    """Check two packed tensors [B, N, 3D] and [B, M, 3D], and norms; return the head dim."""
+    d = head_dim(qkv_image, n_heads, "qkv_image")
+    check_tokens("qkv_text", qkv_text)
+    if qkv_text.shape[-1] != qkv_image.shape[-1]:
+        expected = f"a last dimension of {qkv_image.shape[-1]}, as qkv_image has"
+        raise ValueError(f"qkv_text: expected {expected}, got {qkv_text.shape[-1]}")
+    _check_beside("qkv_text", qkv_text, "qkv_image", qkv_image)
+    if len(norms) != 4 or len({weight is None for weight in norms}) != 1:
+        got = ", ".join(map(_kind, norms)) or "none"
+        raise ValueError(f"norms: expected four tensors or four times None, got {got}")
+    for i, weight in enumerate(norms):
+        if weight is None:
+            continue
+        if list(weight.shape) != [d]:
+            raise ValueError(f"norms[{i}]: expected shape [{d}], got {list(weight.shape)}")
+        if weight.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"norms[{i}]: expected a float dtype, got {weight.dtype}")
+        if weight.device != qkv_image.device:
+            raise _other_device(f"norms[{i}]", qkv_image, weight, of="qkv_image")
+    _check_lengths(lengths, "qkv_text", qkv_text)
+    return d
+
+
+def _check_beside(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Check that a text's tensor has the image's batch, device and, but for autocast, dtype."""
+    if value.shape[0] != other.shape[0]:
+        expected = f"{other_name}'s batch of {other.shape[0]}"
+        raise ValueError(f"{name}: expected {expected}, got {value.shape[0]}")
+    if not value.shape[1] and value.shape[0]:
+        raise ValueError(f"{name}: expected at least 1 token, got 0")
+    if value.device != other.device:
+        raise _other_device(name, other, value, of=other_name)
+    kind = value.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    wide = torch.float64 in (value.dtype, other.dtype)  # which autocast leaves alone
+    if value.dtype != other.dtype and (wide or not autocast):
+        raise ValueError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {value.dtype}")
+
+
+def _check_lengths(lengths: Tensor | None, name: str, text: Tensor) -> None:
+    """Check how many of a text's tokens count; the values on a CPU only, where nothing waits."""
+    if lengths is None:
+        return
+    B, M, _ = text.shape
+    if lengths.dtype != torch.int64 or lengths.shape != (B,):
+        raise ValueError(
+            f"lengths: expected int64 of shape [{B}], got {lengths.dtype} of {list(lengths.shape)}"
+        )
+    if lengths.device != text.device:
+        raise _other_device("lengths", text, lengths, of=name)
+    if B and lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = lengths.aminmax()
+        if low < 1 or high > M:
+            got = f"{int(low)} to {int(high)}"
+            raise ValueError(f"lengths: expected 1 to {M}, the tokens of {name}, got {got}")
 
 
 def check_halves(x: Tensor) -> None:

@@ -177,9 +177,9 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     return kernels("sampling", "cpp").normal(seeds, steps, elements)
 
 
-@op(shapes=lambda x, weight, bias: x.new_empty((len(x), len(weight)), dtype=torch.float32))
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return kernels("linear", "cpp").linear(x, weight, bias)
+@op(shapes=lambda x, weight, *_: x.new_empty((len(x), len(weight)), dtype=torch.float32))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+    return kernels("linear", "cpp").linear(x, weight, bias, gelu)
 
 
 @op(shapes=lambda x, *_: (fresh(x), fresh(x)), gradients=no_derivative)

@@ -104,6 +104,56 @@ def qk_norm_rope(
     return torch.stack([q, k, v.to(q.dtype)], dim=2).transpose(1, 3).reshape(B, N, D3).to(qkv.dtype)
 
 
+def cross_attention(q: Tensor, kv: Tensor, n_heads: int, lengths: Tensor | None = None) -> Tensor:
+    """Softmax attention of q [B, N, D] to the first `lengths` of packed kv [B, M, 2D] -> [B, N, D].
+
+    (Vaswani et al. 2017, equation 1; without lengths all M keys.)
+    """
+    q = q.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # [B, h, N, d]
+    k, v = kv.unflatten(-1, (2, n_heads, -1)).transpose(1, 3).unbind(2)  # each [B, h, M, d]
+    return _softmax_attention(q, k, v, lengths)
+
+
+def joint_attention(
+    qkv_image: Tensor,
+    qkv_text: Tensor,
+    n_heads: int,
+    norms: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = (None,) * 4,
+    lengths: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of an image and a text to both of them: ([B, N, D], [B, M, D]).
+
+    Each stream has RMSNorms of its own, of queries and of keys. A text's tokens past its length
+    are attended to by nothing, and nothing is returned for them: zeros. (Esser et al. 2024, Stable
+    Diffusion 3, section 4.)
+    """
+    N, M = qkv_image.shape[1], qkv_text.shape[1]
+    streams = []
+    for qkv, weights in ((qkv_image, norms[:2]), (qkv_text, norms[2:])):
+        q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).transpose(1, 3).unbind(2)  # [B, h, N, d]
+        q, k = (
+            head_norm(x, w, None, eps).to(v.dtype) for x, w in zip((q, k), weights, strict=True)
+        )
+        streams.append((q, k, v))
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
+    out = _softmax_attention(q, k, v, None if lengths is None else N + lengths)
+    image, text = out.split([N, M], dim=1)
+    if lengths is not None:
+        own = torch.arange(M, device=lengths.device) < lengths[:, None]  # [B, M]
+        text = torch.where(own[:, :, None], text, 0.0)
+    return image, text
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """q [B, h, N, d], k, v [B, h, M, d], of which the first `lengths` keys count -> [B, N, D]."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if lengths is not None:
+        past = torch.arange(k.shape[2], device=lengths.device) >= lengths[:, None]  # [B, M]
+        scores = scores.masked_fill(past[:, None, None], -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
 def swiglu(x: Tensor) -> Tensor:
     """`silu(a) * b` of the halves a and b of x [..., 2M] -> [..., M] (Shazeer 2020, equation 6)."""
     a, b = x.chunk(2, dim=-1)

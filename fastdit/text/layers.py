@@ -137,7 +137,38 @@ class TextModel(nn.Module, ABC):
             [B, N, p*p*C_out].
         """
 
-    def _check_inputs(self, x: Tensor, t: Tensor, text: Tensor, lengths: Tensor | None) -> None:
+    def check_text(
+        self, text: Tensor, B: int, lengths: Tensor | None = None, name: str = "text"
+    ) -> None:
+        """Check the shapes and the dtype of the embeddings of B prompts, called `name`.
+
+        Raises:
+            ValueError: one does not fit; the message names the argument.
+        """
+        cfg = self.cfg
+        if text.dim() != 3 or text.shape[0] != B or text.shape[2] != cfg.text_width:
+            expected = f"shape [{B}, tokens, {cfg.text_width}], a prompt an image"
+            raise ValueError(f"{name}: expected {expected}, got {list(text.shape)}")
+        if text.shape[1] > cfg.text_tokens or not text.shape[1]:
+            expected = f"1 to {cfg.text_tokens} tokens, the most that the model takes"
+            raise ValueError(f"{name}: expected {expected}, got {text.shape[1]}")
+        if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
+            expected = f"int64 of shape [{B}], the tokens of each prompt"
+            raise ValueError(
+                f"lengths: expected {expected}, got {lengths.dtype} of shape {list(lengths.shape)}"
+            )
+        self._check_dtype(name, text)
+
+    def _check_dtype(self, name: str, value: Tensor) -> None:
+        own, kind = self.t_embed[0].weight.dtype, value.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if value.dtype != own and not autocast:
+            raise ValueError(
+                f"{name}: expected {own}, as the model's weights are, got {value.dtype}; pass "
+                f"{name}.to({own}), convert the model, or run it under torch.autocast"
+            )
+
+    def _check_inputs(self, x: Tensor, t: Tensor) -> None:
         """Check shapes and dtypes: reading values would cost a device sync, and would not trace."""
         cfg = self.cfg
         B = x.shape[0] if x.dim() else 0
@@ -150,23 +181,7 @@ class TextModel(nn.Module, ABC):
             raise ValueError(
                 "t: expected integers or float32, got torch.bfloat16, which rounds 999 to 1000"
             )
-        if text.dim() != 3 or text.shape[0] != B or text.shape[2] != cfg.text_width:
-            expected = f"shape [{B}, tokens, {cfg.text_width}], a prompt an image"
-            raise ValueError(f"text: expected {expected}, got {list(text.shape)}")
-        if text.shape[1] > cfg.text_tokens or not text.shape[1]:
-            expected = f"1 to {cfg.text_tokens} tokens, the most that the model takes"
-            raise ValueError(f"text: expected {expected}, got {text.shape[1]}")
-        if lengths is not None and lengths.shape != (B,):
-            raise ValueError(f"lengths: expected shape [{B}], got {list(lengths.shape)}")
-        own = self.t_embed[0].weight.dtype
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        for name, value in (("x", x), ("text", text)):
-            if value.dtype != own and not autocast:
-                raise ValueError(
-                    f"{name}: expected {own}, as the model's weights are, got {value.dtype}; pass "
-                    f"{name}.to({own}), convert the model, or run it under torch.autocast"
-                )
+        self._check_dtype("x", x)
 
     def _init_linears(self) -> None:
         """Draw linears Xavier-uniform with zero biases, and the embedders' normal(0.02)."""

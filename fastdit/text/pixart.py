@@ -103,6 +103,9 @@ class PixArt(TextModel):
     """
 
     blocks: list[Block]  # an nn.ModuleList
+    # The positions that were asked for last, with their grid and device. They are no buffer, since
+    # the size of an image is not the model's, and a copy of the model makes its own.
+    _kept: tuple[tuple[int, int], torch.device, Tensor] | None = None
 
     def __init__(self, **options: Any) -> None:
         """Build a model with fresh weights; `options` are the fields of `fastdit.PixArtConfig`.
@@ -126,7 +129,6 @@ class PixArt(TextModel):
         self.block_tables = nn.Parameter(torch.empty(cfg.n_layers, 6, D))
         self.final_table = nn.Parameter(torch.empty(2, D))
         self.final_linear = Linear(D, cfg.patch_size**2 * cfg.out_channels)
-        self._positions: dict[Any, Tensor] = {}
         self._init_weights()
 
     @staticmethod
@@ -173,14 +175,25 @@ class PixArt(TextModel):
         They are spread over as many units as the training's grid has rows, and divided by
         `position_scale`.
         """
-        cfg, device = self.cfg, self.block_tables.device
-        made = self._positions.get((grid, device))
-        if made is None:
-            span = cfg.sample_shape[1] / cfg.patch_size / cfg.position_scale
-            made = functional.sincos_pos_embed(cfg.hidden, grid, span).to(device, torch.float32)
-            if not torch.compiler.is_compiling():
-                self._positions[grid, device] = made
-        return made
+        device = self.block_tables.device
+        if torch.compiler.is_compiling():  # which makes a constant of them
+            return self._make_positions(grid, device)
+        if self._kept is None or self._kept[:2] != (grid, device):
+            # A tensor that inference mode makes would be refused by training later.
+            with torch.inference_mode(False):
+                made = self._make_positions(grid, device)
+            if type(made) is not Tensor:  # that of a mode which computes no values
+                return made
+            self._kept = grid, device, made
+        return self._kept[2]
+
+    def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        cfg = self.cfg
+        span = cfg.sample_shape[1] / cfg.patch_size / cfg.position_scale
+        return functional.sincos_pos_embed(cfg.hidden, grid, span).to(device, torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def denoise(self, tokens: Tensor, modulation: Tensor, text: Text, positions: Tensor) -> Tensor:
         cfg, D = self.cfg, self.cfg.hidden
@@ -205,7 +218,7 @@ class PixArt(TextModel):
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Tensor | Text,
         lengths: Tensor | None = None,
         *,
         resolution: Tensor | None = None,
@@ -216,8 +229,10 @@ class PixArt(TextModel):
         Args:
             x: [B, C, H, W] noisy latents in the model's dtype, or any under autocast.
             t: [B] timesteps, as integers or float32.
-            text: [B, M, text_width] embeddings of the prompts, in x's dtype.
-            lengths: [B] int64, how many of the M tokens are the prompt's; None for all of them.
+            text: [B, M, text_width] embeddings of the prompts, in x's dtype; or what `encode_text`
+                returned of them, so that a loop computes it once.
+            lengths: [B] int64, how many of the M tokens are the prompt's; None for all of them, and
+                beside an encoded text, which has its own.
             resolution: [B, 2], height and width of the image in pixels; only for a model with
                 `size_conditions`, which needs it.
             aspect_ratio: [B, 1], height over width; likewise.
@@ -228,8 +243,9 @@ class PixArt(TextModel):
         Raises:
             ValueError: a shape or a dtype is wrong; the message names the argument.
         """
-        self._check_inputs(x, t, text, lengths)
+        self._check_inputs(x, t)
         B, _, H, W = x.shape
+        encoded = self._encoded(text, B, lengths)
         grid = self.cfg.grid_of(H, W)
         sizes = {"resolution": (resolution, 2), "aspect_ratio": (aspect_ratio, 1)}
         for name, (value, width) in sizes.items():
@@ -244,6 +260,15 @@ class PixArt(TextModel):
         if resolution is not None and aspect_ratio is not None:
             c = c + self.size_conditioning(resolution, aspect_ratio)
         tokens = functional.patchify(x, self.cfg.patch_size)
-        encoded = self.encode_text(text, lengths)
         out = self.denoise(tokens, self.modulation_of(c), encoded, self.positions(grid))
         return functional.unpatchify(out, self.cfg.patch_size, grid)
+
+    def _encoded(self, text: Tensor | Text, B: int, lengths: Tensor | None) -> Text:
+        if isinstance(text, Tensor):
+            self.check_text(text, B, lengths)
+            return self.encode_text(text, lengths)
+        if lengths is not None:
+            raise ValueError("lengths: expected None beside an encoded text, which has its own")
+        if len(text.tokens) != B:
+            raise ValueError(f"text: expected {B} encoded prompts, got {len(text.tokens)}")
+        return text

@@ -76,11 +76,25 @@ def _packed(embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, list[int]]:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected shape {[B, M]}, as embeds has prompts, got {got}")
     kept = mask.to(embeds.device) != 0
-    lengths = kept.sum(1).tolist()
+    embeds, counts = kept_first(embeds, kept)
+    lengths = counts.tolist()
     if 0 in lengths:
         raise ValueError(f"mask: expected a token of each prompt, got none of {lengths.index(0)}")
+    return embeds, lengths
+
+
+def kept_first(embeds: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the tokens that a mask keeps to the front, in their order; no value is read.
+
+    Args:
+        embeds: [B, M, C].
+        kept: [B, M] bool.
+
+    Returns:
+        embeds in the new order, and [B] int64, how many each prompt keeps.
+    """
     order = torch.argsort(kept.logical_not().to(torch.int8), dim=1, stable=True)
-    return embeds.gather(1, order[:, :, None].expand_as(embeds)), lengths
+    return embeds.gather(1, order[:, :, None].expand_as(embeds)), kept.sum(1)
 
 
 def _padded(embeds: Sequence[Tensor]) -> tuple[Tensor, list[int]]:

@@ -39,7 +39,8 @@ class Work(NamedTuple):
     @property
     def flop(self) -> int:
         """FLOP of the products and of attention."""
-        return sum(each.times * each.flop for each in (*self.products, *self.attention))
+        of_products = sum(p.times * p.flop for p in self.products)
+        return of_products + sum(a.times * a.flop for a in self.attention)
 
     def floor_seconds(self, itemsize: int, flop_rate: float, byte_rate: float) -> float:
         """Return the least time in seconds, on a device of known rates.

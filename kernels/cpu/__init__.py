@@ -2,7 +2,8 @@
 
 `structs.h` and `problem.h` declare what the parts share, `team.h` has the threads that share an
 image, `vector.h` the mathematics, `product.h` the matrix products, `update.h` a solver's step,
-`network.h` the forward, `loop.h` the loop over steps, and `adaln.h` the norms with modulation.
+`network.h` the forward, `loop.h` the loop over steps, `linear.h` a linear by itself, and `adaln.h`
+the norms with modulation.
 `plain.cpp`, `avx2.cpp`, `avx512.cpp` and `avx512_bf16.cpp` compile these headers for one
 instruction set each. `trajectory.cpp` and `adaln.cpp` are the C interface, and distribute images
 and rows over threads.
@@ -159,28 +160,38 @@ def normal(seeds: Tensor, steps: Tensor, elements: int) -> Tensor:
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    gelu: str | None = None,
+    instruction_set: str | None = None,
+) -> Tensor:
     """Return x weight^T + bias; a row's bits depend on no other row, nor on threads.
 
     Args:
         x: [R, K].
         weight: [M, K], float32; or bfloat16, where x is rounded to bfloat16 too and K is even.
         bias: [M], or None.
+        gelu: "none" or "tanh", as PyTorch names them, for the GELU of the result; None for itself.
+        instruction_set: as for `trajectory`.
 
     Returns:
         [R, M] float32.
 
     Raises:
-        BuildError, MemoryError: as for `trajectory`.
+        BuildError, MemoryError, ValueError: as for `trajectory`.
     """
     y = x.new_empty((len(x), len(weight)), dtype=torch.float32)
     sizes = dict(rows=len(x), in_features=x.shape[1], out_features=len(weight))
+    sizes["gelu"] = (None, "none", "tanh").index(gelu)
     low = weight.dtype == torch.bfloat16
     if low and x.shape[1] % 2:
         raise ValueError(f"weight: expected an even K in bfloat16, got {x.shape[1]}")
     given = _float32(x=x, bias=bias)
     given["weight"] = weight.contiguous() if low else weight.float().contiguous()
-    call(library().fastdit_linear, Linear(**sizes, **given, y=y), _BFLOAT16 if low else None)
+    best = _BFLOAT16 if low else instruction_set
+    call(library().fastdit_linear, Linear(**sizes, **given, y=y), best)
     return y
 
 

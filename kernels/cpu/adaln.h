@@ -2,20 +2,6 @@
 // their backward, as kernels/adaln.py defines them. Features are in the lanes; lanes past the last
 // feature are zero.
 
-INLINE vf load(const float* p, int64_t n) {
-  vf v = {};
-  if (n >= WIDTH)
-    __builtin_memcpy(&v, p, sizeof v);
-  else
-    for (int64_t i = 0; i < n; i++) v[i] = p[i];
-  return v;
-}
-INLINE void store(float* p, vf v, int64_t n) {
-  if (n >= WIDTH)
-    __builtin_memcpy(p, &v, sizeof v);
-  else
-    for (int64_t i = 0; i < n; i++) p[i] = v[i];
-}
 INLINE vf first_lanes(vf v, int64_t n) {
   for (int64_t i = n; i < WIDTH; i++) v[i] = 0.f;
   return v;

@@ -7,6 +7,7 @@ namespace {
 #include "update.h"
 #include "network.h"
 #include "loop.h"
+#include "linear.h"
 #include "adaln.h"
 }  // namespace
 

@@ -211,31 +211,3 @@ static float multiply_adds(int64_t repeats) {
   for (int i = 0; i < 12; i++) total += sum[i];
   return total[0];
 }
-
-// Multiplies two panels of rows of x by some rows of a weight, adds the bias, and writes rows of y.
-static void linear(const Linear& l, int64_t first_row, int64_t first_feature, int64_t last_feature,
-                   float* own) {
-  const int64_t K = l.in_features, rows = least(PAIR * WIDTH, l.rows - first_row);
-  const int64_t panels = ceil_div(rows, WIDTH);
-  operand* in = (operand*)own;
-  for (int64_t q = 0; q < panels; q++) {
-    const float* from = l.x + (first_row + q * WIDTH) * K;
-    const int64_t lanes = least(WIDTH, rows - q * WIDTH);
-    write_features(in + q * K / FEATURES, K, [&](int64_t k) INLINED {
-      vf v = {};
-      for (int64_t i = 0; i < lanes; i++) v[i] = from[i * K + k];
-      return v;
-    });
-  }
-  const bool far = (last_feature - first_feature) * K > FAR_FLOATS;
-  const Share all{0, panels, 0, SLICES, 0, 1, far};
-  const weight* w = (const weight*)l.weight + first_feature * K;
-  product(all, w, K, last_feature - first_feature, K, in, K,
-          [&](int64_t q, int64_t m, int64_t n, const vf* sums) INLINED {
-    const int64_t start = first_row + q * WIDTH, lanes = least(WIDTH, l.rows - start);
-    m += first_feature;
-    for (int64_t j = 0; j < lanes; j++)
-      for (int64_t i = 0; i < n; i++)
-        l.y[(start + j) * l.out_features + m + i] = sums[i][j] + (l.bias ? l.bias[m + i] : 0.f);
-  });
-}

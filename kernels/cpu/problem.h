@@ -1,6 +1,7 @@
 // Declarations that the code of each instruction set shares with the code that calls it.
 #pragma once
 #include <cstdint>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -88,9 +89,10 @@ struct InstructionSet {
   // Writes 4 * width normals from a quad of elements on.
   void (*normals)(uint64_t key, uint32_t step, uint32_t stream, uint32_t quad, float* out);
   float (*multiply_adds)(int64_t repeats);  // 12 vectors each time
-  // Computes some features of 2 * width rows of y; own: 2 * width * in_features floats of memory.
-  void (*linear)(const Linear&, int64_t first_row, int64_t first_feature, int64_t last_feature,
-                 float* own);
+  // Computes some features of some rows of y, of which the first is a whole number of panels' from
+  // the start; own: in_features floats of memory for each row, rounded up to whole panels.
+  void (*linear)(const Linear&, int64_t first_row, int64_t last_row, int64_t first_feature,
+                 int64_t last_feature, float* own);
   void (*adaln)(const AdaLN&, int64_t first_row, int64_t last_row);
   void (*adaln_backward)(const AdaLNBackward&, int64_t chunk);
 };

@@ -48,9 +48,10 @@ struct Update {
   float *x_next, *x0;            // [images][elements], out
 };
 
-// y = x weight^T + bias.
+// y = x weight^T + bias, or the GELU of that.
 struct Linear {
   int64_t rows, in_features, out_features, threads;
+  int64_t gelu;         // 0: none; 1: the exact one; 2: by tanh
   const float *x;       // [rows][in_features]
   const float *weight;  // [out_features][in_features], float or bfloat16
   const float *bias;    // [out_features], or null

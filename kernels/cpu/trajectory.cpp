@@ -34,6 +34,8 @@ const InstructionSet* choose(const char* name) {
 
 namespace {
 
+constexpr int64_t CACHED_FLOATS = 128 << 10;  // 512 KB of the second-level cache
+
 // Treats denormals as zero while it lives, since they would slow a thread down a hundredfold.
 class FlushDenormals {
 #if defined(__x86_64__)
@@ -242,18 +244,24 @@ const char* fastdit_instruction_set() { return choose(nullptr)->name; }
 int fastdit_linear(const Linear* linear, const char* instruction_set) try {
   const InstructionSet* set = choose(instruction_set);
   if (!set) return 2;
-  const int64_t at_once = 2 * set->width, own = at_once * linear->in_features;
-  // Some pieces for each thread, but large ones, since rows are laid out anew for each.
-  const int64_t features = linear->out_features, groups = ceil_div(linear->rows, at_once);
-  const int64_t wanted = ceil_div(4 * linear->threads, std::max<int64_t>(1, groups));
-  const int64_t pieces = std::clamp<int64_t>(features / 192, 1, wanted);
+  const int64_t K = linear->in_features, features = linear->out_features;
+  // As many pairs of panels at a time as stay in a second-level cache, since weights come from
+  // further away; and some pieces for each thread, but large ones, since each lays its rows out.
+  const int64_t pair = 2 * set->width, pairs = ceil_div(linear->rows, pair);
+  const int64_t most = std::max<int64_t>(1, CACHED_FLOATS / std::max<int64_t>(1, K * pair));
+  const int64_t wanted = 4 * linear->threads;
+  const int64_t pieces = std::clamp<int64_t>(
+      features / 192, 1, ceil_div(wanted, std::max<int64_t>(1, ceil_div(pairs, most))));
+  const int64_t groups = std::min(pairs, std::max(ceil_div(pairs, most), ceil_div(wanted, pieces)));
+  const int64_t own = groups ? ceil_div(pairs, groups) * pair * K : 0;
   const Floats panels = allocate(linear->threads * own);
 #pragma omp parallel for num_threads(linear->threads) schedule(dynamic)
   for (int64_t i = 0; i < groups * pieces; i++) {
-    const int64_t first = block_start(features, pieces, i / groups);
-    const int64_t last = block_start(features, pieces, i / groups + 1);
+    const int64_t first = block_start(pairs, groups, i % groups) * pair;
+    const int64_t last = std::min(linear->rows, block_start(pairs, groups, i % groups + 1) * pair);
     float* of_thread = panels.get() + omp_get_thread_num() * own;
-    set->linear(*linear, i % groups * at_once, first, last, of_thread);
+    set->linear(*linear, first, last, block_start(features, pieces, i / groups),
+                block_start(features, pieces, i / groups + 1), of_thread);
   }
   return 0;
 } catch (const std::bad_alloc&) {

@@ -17,6 +17,43 @@ INLINE vf square_root(vf x) {
   return x;
 }
 
+// The first n floats at p, and zeros.
+INLINE vf load(const float* p, int64_t n) {
+  vf v = {};
+  if (n >= WIDTH)
+    __builtin_memcpy(&v, p, sizeof v);
+  else
+    for (int64_t i = 0; i < n; i++) v[i] = p[i];
+  return v;
+}
+INLINE void store(float* p, vf v, int64_t n) {
+  if (n >= WIDTH)
+    __builtin_memcpy(p, &v, sizeof v);
+  else
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+}
+
+// Exchanges the lanes of a whose number has the bit STEP with those of b whose number has not.
+template <int STEP, int... LANE>
+INLINE void exchange(vf& a, vf& b, std::integer_sequence<int, LANE...>) {
+#if defined(__clang__)
+  const vf first = __builtin_shufflevector(a, b, (LANE & STEP ? WIDTH + LANE - STEP : LANE)...);
+  b = __builtin_shufflevector(a, b, (LANE & STEP ? WIDTH + LANE : LANE + STEP)...);
+#else
+  const vf first = __builtin_shuffle(a, b, vi{(LANE & STEP ? WIDTH + LANE - STEP : LANE)...});
+  b = __builtin_shuffle(a, b, vi{(LANE & STEP ? WIDTH + LANE : LANE + STEP)...});
+#endif
+  a = first;
+}
+// Transposes WIDTH vectors.
+template <int STEP = 1> INLINE void transpose(vf* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; i++)
+    if (!(i & STEP))
+      exchange<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, WIDTH>());
+  if constexpr (2 * STEP < WIDTH) transpose<2 * STEP>(rows);
+}
+
 // Rounds x, |x| < 2^22, to the nearest integer n: adding 1.5 * 2^23 leaves no bits for a fraction.
 INLINE vf nearest(vf x, vi* n) {
   const vf magic = splat(12582912.f), y = x + magic;

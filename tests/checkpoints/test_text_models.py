@@ -136,7 +136,7 @@ REFUSED = [
     ("sd3", "dual_attention_layers", 1, "expected dual_attention_layers as a list, got 1"),
     ("sd3", "num_layers", 10**6, "says 1000000 blocks"),
     ("sd3", "in_channels", 2**19, "out_channels of 524288, got 4"),
-    ("sd3", "patch_size", 2**19, "says 2 blocks and pos_embed.proj.weight of .16, 4, 524288"),
+    ("sd3", "patch_size", 4, "says 2 blocks and pos_embed.proj.weight of .16, 4, 4, 4., but"),
     ("sd3", "pos_embed_max_size", 2**19, "pos_embed: expected shape .*cannot be built|expected"),
 ]
 

@@ -22,6 +22,37 @@ def device():
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def language_patched_once_a_launch():
+    """Keep the interpreter from replacing Triton's functions again at every call within a kernel.
+
+    It replaces them when a launch begins, and once more whenever the kernel calls another function,
+    though they are replaced until the launch ends. That took nearly half of the suite's time.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched = set()  # the modules of functions that this launch has called
+
+    def patch_once(function):
+        module = function.__globals__["__name__"]
+        if module not in patched:
+            patched.add(module)
+            return patch(function)
+
+    def launch_anew(self, *arguments, **named):
+        patched.clear()
+        return launch(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Have `torch.empty` return NaN, so that elements which a kernel forgets to write are seen."""
