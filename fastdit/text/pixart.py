@@ -179,9 +179,7 @@ class PixArt(TextModel):
         if torch.compiler.is_compiling():  # which makes a constant of them
             return self._make_positions(grid, device)
         if self._kept is None or self._kept[:2] != (grid, device):
-            # A tensor that inference mode makes would be refused by training later.
-            with torch.inference_mode(False):
-                made = self._make_positions(grid, device)
+            made = self._make_positions(grid, device)
             if type(made) is not Tensor:  # that of a mode which computes no values
                 return made
             self._kept = grid, device, made

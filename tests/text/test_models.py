@@ -81,9 +81,9 @@ def test_copies_and_pickles_compute_the_same_and_share_nothing(kind, options):
 def test_a_model_that_moves_takes_its_positions_along(kind, options):
     model = make(kind, options)
     given = inputs(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # which computes no values
+        assert model(**given).shape[2:] == (4, 8)
     expected = model(**given)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert model(**given).shape == expected.shape
     state = copy.deepcopy(model.state_dict())
     assert model.to("meta")(**inputs(model, device="meta")).shape == expected.shape
     model.to_empty(device="cpu").load_state_dict(state)
