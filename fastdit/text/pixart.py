@@ -123,8 +123,7 @@ class PixArt(TextModel):
             self.ratio_embed = embedder(T_EMBED_WIDTH, D // 3)
         self.modulation = Linear(D, 6 * D)
         if cfg.text_projection:
-            gelu = nn.GELU(approximate="tanh")
-            self.text_embed = nn.Sequential(Linear(cfg.text_width, D), gelu, Linear(D, D))
+            self.text_embed = embedder(cfg.text_width, D, nn.GELU(approximate="tanh"))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))  # type: ignore[assignment]
         self.block_tables = nn.Parameter(torch.empty(cfg.n_layers, 6, D))
         self.final_table = nn.Parameter(torch.empty(2, D))

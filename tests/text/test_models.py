@@ -203,6 +203,9 @@ def test_presets_have_as_many_parameters_as_the_published_models(name):
         model = kind.from_preset(name)
         theirs = PUBLISHED[name][0](**PUBLISHED[name][1]) if name in PUBLISHED else None
     assert model.cfg == cfg
+    flow = dict(clean_at=0, time_scale=1000.0, path="linear", prediction="velocity")
+    diffusion = dict(T=1000, schedule="linear", prediction="epsilon")
+    assert model.diffusion.items() >= (flow if kind is fastdit.MMDiT else diffusion).items()
     count = sum(p.numel() for p in model.parameters())
     if theirs is not None:
         assert count == sum(p.numel() for p in theirs.parameters())
