@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ class Case:
 
 
 class Given(NamedTuple):
-    """The first state, and embeddings of the negative prompt, which all images share, and of theirs.
+    """The first state, and embeddings of the images' prompts and of the negative one of them all.
 
     Prompts are as long as the model takes them, so that no way has less text than another.
     """
@@ -126,14 +127,17 @@ def _sampling(name: str, case: Case) -> Callable[[Given], Tensor]:
 def _fastdit(case: Case, execution: str) -> Callable[[Given], Tensor]:
     """A sampler of the loaded file, which encodes the text once a call."""
     import fastdit
+    from fastdit.flow import published_flow
 
     own = PRESETS[case.preset]
-    model = fastdit.load(case.folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the most tokens of text, which no file tells
+        model = fastdit.load(case.folder)
     if case.preset == "PixArt":
         process: Any = fastdit.DiffusionScheduler(1000, schedule="linear")
         solver: Any = fastdit.solvers.DPMSolverPP(last_timestep="stride")
     else:
-        process = fastdit.published_flow("SD3", 8 * case.size)
+        process = published_flow("SD3", 8 * case.size)
         solver = fastdit.solvers.Euler.from_diffusers(shift=3.0)
     guidance = fastdit.Guidance(own.guidance)
     sampler = fastdit.Sampler(

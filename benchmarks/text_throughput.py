@@ -1,20 +1,20 @@
 """Images per second of a text-to-image model in fastdit and in diffusers, with error and memory.
 
     python benchmarks/text_throughput.py
-    python benchmarks/text_throughput.py --preset SD3 --batch 4 --way "diffusers eager" "fastdit eager"
+    python benchmarks/text_throughput.py --preset SD3 --batch 4 --way "fastdit eager"
 
 The models are of the kind of PixArt or of Stable Diffusion 3, in float32 on a CPU: by default 12
 layers of 384 channels on latents of 32 x 32 in patches of 2, with 120 or 154 tokens of text of
 width 4096. Their weights are random and not zero. All ways load the same file, begin with the same
 noise and take the same guided steps: diffusers' transformer and scheduler in the loop of its
-pipeline, eager or compiled, and `fastdit.Sampler`. A call begins with the embeddings of its prompts.
+pipeline, eager or compiled, and `fastdit.Sampler`. A call begins with the prompts' embeddings.
 
 Each way has a process of its own, which is idle while others are timed, and the ways take turns,
-round by round. Speeds are medians over the rounds, ratios medians of the ratios by round. "error" is
-relative to diffusers in float64, on the first image of a batch. Of the process's memory "peak MiB"
-is the most in all, with the loading and the first call, "own MiB" is what that is beyond the memory
-after its imports, and "call MiB" is the most during the timed calls. They are read on Linux only.
-The file of --json is rewritten after every run.
+round by round. Speeds are medians over the rounds, ratios medians of the ratios by round. "error"
+is relative to diffusers in float64, on the first image of a batch. Of the process's memory "peak
+MiB" is the most in all, with the loading and the first call, "own MiB" is what that is beyond the
+memory after its imports, and "call MiB" is the most during the timed calls. They are read on Linux
+only. The file of --json is rewritten after every run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 if __name__ != "fastdit.kernels":
     # Transformers imports any `kernels` that it finds, to see whether it is the package of that
-    # name, and a program that starts in the repository finds this folder. So only a use is an error.
+    # name, and a program that starts in the repository finds this folder. So only use is an error.
     __path__ = []
 
     def __getattr__(name: str) -> None:

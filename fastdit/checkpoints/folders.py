@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.checkpoints.lora import ADAPTER_FILES, adapter_error
 from fastdit.diffusion import PREDICTIONS, SCHEDULES
 from fastdit.errors import first_few
 from fastdit.flow import FlowMatching
@@ -45,6 +46,10 @@ def read_folder(path: Path) -> tuple[dict[str, Any], list[Path]]:
     if (path / "transformer").is_dir() and not (path / "config.json").is_file():
         path = path / "transformer"
     source, by_variant = path / "config.json", _weights_by_variant(path)
+    if not by_variant:
+        for name in ADAPTER_FILES:
+            if (path / name).is_file():
+                raise ValueError(f"{path}: {adapter_error(name)}")
     if not by_variant or not source.is_file():
         names = f"config.json and {FOLDER_WEIGHTS} or another file of weights"
         raise ValueError(f"{path}: expected {names}, as diffusers' save_pretrained writes them")

@@ -13,6 +13,7 @@ from fastdit.checkpoints import diffusions, folders, text_models, translation
 from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.entries import check_plain, find_weights, pickled_attribute
 from fastdit.checkpoints.inference import Told, bare_config
+from fastdit.checkpoints.lora import adapters_of, check_no_adapter
 from fastdit.checkpoints.matching import MODELS, ModelConfig, describe_layout
 from fastdit.checkpoints.native import CheckpointInfo, info_of
 from fastdit.checkpoints.projects import PROJECTS
@@ -118,6 +119,7 @@ def _translate(
     by_name = False
     config: ModelConfig
     try:
+        check_no_adapter(adapters_of(found.content))
         tensors = find_weights(found.content, weights)
         layout = translation.layout_of(tensors)
         if layout in PROJECTS:

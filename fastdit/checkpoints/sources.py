@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdit.checkpoints import folders, text_models
 from fastdit.checkpoints.entries import arguments_of
 from fastdit.checkpoints.inference import Told
+from fastdit.checkpoints.lora import merged_state, without_wrapper
 from fastdit.checkpoints.matching import model_config
 from fastdit.checkpoints.native import read_safetensors
 from fastdit.checkpoints.pickles import check_records, is_pickle, read_pickle
@@ -38,7 +39,7 @@ class Source:
 def read_source(source: Any, weights: str | None, told: Told) -> Source:
     """Read a source; a live module and training arguments add to what is told."""
     if isinstance(source, nn.Module):
-        inner = unwrap(source)
+        inner = without_wrapper(unwrap(source))
         if told.n_heads is None:
             told.n_heads = getattr(inner, "num_heads", None)
         embedder = getattr(inner, "y_embedder", None)
@@ -46,7 +47,11 @@ def read_source(source: Any, weights: str | None, told: Told) -> Source:
         config = model_config(inner)
         config = _live_config(inner) if config is None else config
         name = type(inner).__name__
-        return Source(name, inner.state_dict(), config=config, is_file=False)
+        try:
+            state = merged_state(inner)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return Source(name, state, config=config, is_file=False)
     if isinstance(source, Mapping):
         told.arguments = arguments_of(source)
         return Source("state dict", source, is_file=False)

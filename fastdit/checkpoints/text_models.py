@@ -16,7 +16,7 @@ from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.inference import Told, count_layers
 from fastdit.checkpoints.options import check_choices, check_out_channels, float_of, size_of
 from fastdit.checkpoints.pieces import TRIPLES, Piece, gathered, scattered
-from fastdit.flow import FlowMatching
+from fastdit.flow import published_flow
 from fastdit.text_config import MMDiTConfig, PixArtConfig, TextConfig
 
 PIXART_CLASS, SD3_CLASS = CLASSES = ("PixArtTransformer2DModel", "SD3Transformer2DModel")
@@ -94,8 +94,9 @@ def published_diffusion(cfg: TextConfig) -> dict[str, Any]:
     Source: Chen et al. 2023, section 3.1 and the schedulers' configs of the published pipelines;
     Esser et al. 2024, equations 1 and 13.
     """
-    if isinstance(cfg, MMDiTConfig):
-        return FlowMatching(clean_at=0, time_scale=1000).options
+    flow = published_flow("SD3", cfg.sample_shape[1])
+    if isinstance(cfg, MMDiTConfig) and flow is not None:
+        return flow.options
     return dict(PUBLISHED_DIFFUSION)
 
 

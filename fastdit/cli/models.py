@@ -6,14 +6,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from fastdit import flops
 from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, save, verify
-from fastdit.checkpoints.matching import dit_config
+from fastdit.checkpoints.matching import ModelConfig, empty_model
 from fastdit.checkpoints.native import header_of
 from fastdit.checkpoints.runs import locate, newest_whole
+from fastdit.checkpoints.text_models import published_diffusion
 from fastdit.cli.checkpoints import (
     Diffusion,
     Heads,
@@ -24,17 +24,19 @@ from fastdit.cli.checkpoints import (
     parse_size,
 )
 from fastdit.cli.common import Device, check_out, device_of, kept_shards, option, plain_errors
-from fastdit.config import PRESETS
+from fastdit.config import PRESETS, DiTConfig
 from fastdit.data.latents import VAE_HELP, LatentShards, encode_folder, load_vae
 from fastdit.data.shards import PLAN
 from fastdit.errors import first_few, unknown_name
 from fastdit.flow import published_flow
-from fastdit.model import DiT
 from fastdit.sampling.executions import describe_automatic
+from fastdit.text.work import Costs, costs
+from fastdit.text_config import TEXT_PRESETS
 from fastdit.train.changes import describe, recorded
 from fastdit.train.distributed import processes
 
 _SHOWN_LABELS = 8
+_ROWS = (1, 2, 8, 32, 128)  # of the table of times
 
 
 def convert(
@@ -55,16 +57,20 @@ def convert(
     with plain_errors(context):
         told = answers(n_heads, null_class, img_size, diffusion, weights)
         info, model = inspect(source, **told), load(source, **told)
-        cfg = model.cfg
+        cfg: ModelConfig = model.cfg
         if layout == SAVED_LAYOUTS[0]:
             model.diffusion = info.diffusion
             save(model, out, labels=info.labels, assumed=info.assumed)
         else:
             save(model, out, layout=layout)
+        if isinstance(cfg, DiTConfig):
+            takes = f"{cfg.num_classes} classes"
+        else:
+            takes = f"prompts of up to {cfg.text_tokens} tokens"
         print(
             f"wrote {out}: {cfg.n_layers} layers of width {cfg.hidden} with {cfg.n_heads} heads, "
-            f"{cfg.num_classes} classes, images of {' x '.join(map(str, cfg.sample_shape))} in "
-            f"patches of {cfg.patch_size}"
+            f"{takes}, images of {' x '.join(map(str, cfg.sample_shape))} in patches of "
+            f"{cfg.patch_size}"
         )
 
 
@@ -85,32 +91,56 @@ def info(
     of a step on a device of given rates. The default rates were measured on an H200.
     """
     with plain_errors(context):
-        if model in PRESETS:
-            flow = published_flow(model, PRESETS[model].sample_shape[1])
-            found = CheckpointInfo(PRESETS[model], None if flow is None else flow.options)
+        presets = PRESETS | TEXT_PRESETS
+        if model in presets:
+            found = _published(model, presets[model])
         elif Path(model).exists():
             told = answers(n_heads, null_class, img_size, diffusion, weights)
             found = inspect(Path(model), **told)
         else:
-            raise ValueError(f"{unknown_name('model', model, PRESETS)}, or an existing file")
-        cfg = dit_config(model, found.config)
-        _print_found(found, is_file=model not in PRESETS)
-        if model not in PRESETS:
+            raise ValueError(f"{unknown_name('model', model, presets)}, or an existing file")
+        cfg = found.config
+        _print_found(found, is_file=model not in presets)
+        if model not in presets:
             file = locate(model, weights)
             checked = "every tensor fits its checksum" if verify(file) else "without checksums"
             print(f"{'file':16} {file}: {checked}")
             _print_history(newest_whole(Path(model)) or file)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in DiT.from_config(cfg).parameters())
+        parameters = sum(t.numel() for t in empty_model(model, cfg).state_dict().values())
         print(f"{'parameters':16} {parameters:,}")
         print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice that in float32")
-        print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image\n")
-        print(f"--execution auto is {describe_automatic(cfg)}\n")
+        rates = 2, tflops * 1e12, gbps * 1e9  # bytes of a bfloat16, FLOP and bytes a second
+        if isinstance(cfg, DiTConfig):
+            print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image\n")
+            print(f"--execution auto is {describe_automatic(cfg)}\n")
+            least = [flops.floor_seconds(cfg, rows, *rates) for rows in _ROWS]
+        else:
+            _print_costs(costs(cfg))
+            least = [costs(cfg, rows).step.floor_seconds(*rates) for rows in _ROWS]
         print(f"least time of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
         print("rows     ms/step   rows/s")
-        for rows in (1, 2, 8, 32, 128):
-            seconds = flops.floor_seconds(cfg, rows, 2, tflops * 1e12, gbps * 1e9)
+        for rows, seconds in zip(_ROWS, least, strict=True):
             print(f"{rows:4d} {seconds * 1e3:11.3f} {rows / seconds:8.0f}")
+
+
+def _published(name: str, cfg: ModelConfig) -> CheckpointInfo:
+    """Return a preset's config with the diffusion or flow that its model was trained on."""
+    if not isinstance(cfg, DiTConfig):
+        return CheckpointInfo(cfg, published_diffusion(cfg))
+    flow = published_flow(name, cfg.sample_shape[1])
+    return CheckpointInfo(cfg, None if flow is None else flow.options)
+
+
+def _print_costs(found: Costs) -> None:
+    """Print what a text-to-image model computes in each step, and what ahead of the steps."""
+    parts = {
+        "forward": (found.step, "in every step, with the longest prompt"),
+        "conditioning": (found.conditioning, "for each step, ahead of the loop"),
+        "prompt": (found.text, "once, ahead of the loop"),
+    }
+    for name, (work, when) in parts.items():
+        print(f"{name:16} {work.flop / 1e9:,.2f} GFLOP per image {when}")
+    print()
 
 
 def _print_found(found: CheckpointInfo, is_file: bool) -> None:

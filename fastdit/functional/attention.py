@@ -281,7 +281,7 @@ def _normed_and_turned(
 def _norm_and_turn(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rope: Tensor | None, eps: float
 ) -> Tensor:
-    """Norm each head of x [B, N, h, d] and turn it, in at least float32 -> the same in x's dtype."""
+    """Norm each head of x [B, N, h, d] and turn it, in at least float32, and return x's dtype."""
     y = x if x.dtype == torch.float64 else x.float()
     if weight is not None and bias is not None:
         y = F.layer_norm(y, y.shape[-1:], weight.to(y.dtype), bias.to(y.dtype), eps)

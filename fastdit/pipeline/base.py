@@ -66,8 +66,8 @@ class PipelineTransformer(nn.Module):
             expected = "a fastdit.DiT, fastdit.PixArt or fastdit.MMDiT"
             raise ValueError(f"model: expected {expected}, got {type(model).__name__}")
         # A class of a user's may derive from this one or from a family's.
-        bases = [cls] if issubclass(cls, family) else [cls, family]
-        return super().__new__(_named_as_theirs(*bases[cls is PipelineTransformer :]))
+        own = [cls] if cls is not PipelineTransformer else []
+        return _blank(*own, *([] if issubclass(cls, family) else [family]))
 
     def __init__(self, model: DiT | PixArt | MMDiT) -> None:
         """Take a model, whose weights are shared.
@@ -108,7 +108,7 @@ def _translation(cfg: Any) -> Any:
     return translation if isinstance(cfg, DiTConfig) else text_models
 
 
-def _blank(*bases: type[PipelineTransformer]) -> PipelineTransformer:
+def _blank(*bases: Any) -> PipelineTransformer:
     return nn.Module.__new__(_named_as_theirs(*bases))
 
 

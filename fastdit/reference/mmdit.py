@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastdit.diffusion import timestep_embedding
 from fastdit.reference.ops import (
     attention,
+    joint_attention,
     layer_norm_modulate,
     qk_norm_rope,
 )
@@ -22,7 +23,6 @@ from fastdit.reference.text import (
     EMBEDDING,
     FINAL_EPS,
     PatchEmbed,
-    attend,
     embedder,
     positions,
     unpatchify,
@@ -53,10 +53,15 @@ class Attention(nn.Module):
         if not ends:
             self.proj = nn.Linear(D, D)
 
-    def packed(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, the first two normed: [B, N, D] -> [B, N, 3D]."""
-        norms = self.q_norm.weight, None, self.k_norm.weight, None
-        return qk_norm_rope(self.qkv(x), self.n_heads, *norms, eps=EPS)
+    @property
+    def norms(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.q_norm.weight, self.k_norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention of the stream to itself: [B, N, D] -> [B, N, D]."""
+        q_weight, k_weight = self.norms
+        qkv = qk_norm_rope(self.qkv(x), self.n_heads, q_weight, None, k_weight, None, eps=EPS)
+        return self.proj(attention(qkv, self.n_heads))
 
 
 class Stream(nn.Module):
@@ -86,8 +91,7 @@ class Stream(nn.Module):
         x = x + gate1[:, None] * self.attn.proj(found)
         if dual:
             scale3, shift3, gate3 = dual
-            packed = self.dual.packed(layer_norm_modulate(before, scale3, shift3, EPS))
-            x = x + gate3[:, None] * self.dual.proj(attention(packed, self.dual.n_heads))
+            x = x + gate3[:, None] * self.dual(layer_norm_modulate(before, scale3, shift3, EPS))
         return x + gate2[:, None] * self.mlp(layer_norm_modulate(x, scale2, shift2, EPS))
 
 
@@ -103,16 +107,13 @@ class Block(nn.Module):
         self, x: Tensor, text: Tensor, c: Tensor, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """x [B, N, D], text [B, M, D], c [B, D] -> x and text after the block."""
-        streams, packed, modulation = (self.image, self.text), [], []
-        for stream, h in zip(streams, (x, text), strict=True):
+        modulation, qkv = [], []
+        for stream, h in ((self.image, x), (self.text, text)):
             modulation.append(stream.modulations(c))
             scale1, shift1 = modulation[-1][:2]
-            packed.append(stream.attn.packed(layer_norm_modulate(h, scale1, shift1, EPS)))
-        both = torch.cat(packed, dim=1)  # [B, N + M, 3D], the text last, so that its padding is
-        N, ends = x.shape[1], None if lengths is None else x.shape[1] + lengths
-        q, k, v = both.chunk(3, dim=-1)
-        together = attend(q, k, v, self.n_heads, ends)
-        found, of_text = together[:, :N], together[:, N:]
+            qkv.append(stream.attn.qkv(layer_norm_modulate(h, scale1, shift1, EPS)))
+        norms = *self.image.attn.norms, *self.text.attn.norms
+        found, of_text = joint_attention(qkv[0], qkv[1], self.n_heads, norms, lengths, EPS)
         x = self.image.finish(x, found, modulation[0])
         if self.text.parts > 2:
             text = self.text.finish(text, of_text, modulation[1])

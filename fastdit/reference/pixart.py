@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.diffusion import timestep_embedding
-from fastdit.reference.ops import attention, layer_norm_modulate
+from fastdit.reference.ops import attention, cross_attention, layer_norm_modulate
 from fastdit.reference.text import (
     EMBEDDING,
     FINAL_EPS,
     PatchEmbed,
-    attend,
     embedder,
     positions,
     unpatchify,
@@ -49,8 +48,8 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(D, D)
 
     def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None) -> Tensor:
-        k, v = self.kv(text).chunk(2, dim=-1)
-        return self.proj(attend(self.q(x), k, v, self.n_heads, lengths))  # [B, N, D]
+        found = cross_attention(self.q(x), self.kv(text), self.n_heads, lengths)
+        return self.proj(found)  # [B, N, D]
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""What the plain text-to-image models share: patches, positions, embedders, attention to a text."""
+"""What the plain text-to-image models share: patches, positions, embedders."""
 
 from __future__ import annotations
 
@@ -44,13 +44,3 @@ def unpatchify(h: Tensor, grid: tuple[int, int], p: int) -> Tensor:
     B, (rows, columns) = len(h), grid
     image = torch.einsum("nhwpqc->nchpwq", h.reshape(B, rows, columns, p, p, -1))
     return image.reshape(B, -1, rows * p, columns * p)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, n_heads: int, lengths: Tensor | None) -> Tensor:
-    """Softmax attention of q [B, N, D] to the first `lengths` of k and v [B, M, D]: [B, N, D]."""
-    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, h, N, d]
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
-    if lengths is not None:
-        padding = torch.arange(k.shape[2], device=k.device) >= lengths[:, None]
-        scores = scores.masked_fill(padding[:, None, None], -torch.inf)
-    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)

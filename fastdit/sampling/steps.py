@@ -97,7 +97,8 @@ class Eager(Step):
 class Compiled(Step):
     """`advance` as one graph of torch.compile.
 
-    Batches of two and more share a graph with a dynamic batch, for any number of steps. A single
+    Batches of two and more share a graph with a dynamic batch, for any number of steps, one for
+    each size of a text model's images and each padded length of its texts. A single
     image has a graph of its own, since PyTorch always specialises on a size of one. The first
     guidance scale compiles a graph, and the second one a graph that serves all scales.
     """
@@ -113,14 +114,16 @@ class Compiled(Step):
         if S > 1:
             torch._dynamo.mark_dynamic(inputs.coefficients, 0)
         if B > 1:
-            for t in (state.x, state.x0, inputs.conditioning, inputs.noise, inputs.seeds):
-                if t is not None:
+            for t in (state.x, state.x0, *inputs[:3], *inputs.constants):
+                if t is not None and len(t) > 1:  # positions have one row for all images
                     torch._dynamo.mark_dynamic(t, 0)
         return _compiled_advance(
             state.x.device.type,
             predictor.cfg,
             predictor.dtype,
             (B > 1, S > 1, inputs.noise is None, guidance and (guidance.channels,)),
+            # The size of the image, and the padded length of a text.
+            (state.x.shape[1:], *(t is not None and t.shape[1:] for t in inputs.constants)),
             # PyTorch guards a graph with these too, and a program may change them between calls.
             (
                 torch.get_num_threads(),

@@ -152,8 +152,11 @@ class TextModel(nn.Module, ABC):
         if text.shape[1] > cfg.text_tokens or not text.shape[1]:
             expected = f"1 to {cfg.text_tokens} tokens, the most that the model takes"
             raise ValueError(f"{name}: expected {expected}, got {text.shape[1]}")
-        if lengths is not None and lengths.shape != (B,):
-            raise ValueError(f"lengths: expected shape [{B}], got {list(lengths.shape)}")
+        if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
+            expected = f"int64 of shape [{B}], the tokens of each prompt"
+            raise ValueError(
+                f"lengths: expected {expected}, got {lengths.dtype} of shape {list(lengths.shape)}"
+            )
         self._check_dtype(name, text)
 
     def _check_dtype(self, name: str, value: Tensor) -> None:

@@ -209,20 +209,18 @@ class MMDiT(TextModel):
         positions: Tensor,
         skip_layers: Sequence[int] = (),
     ) -> Tensor:
+        """Predict the velocity as `TextModel.denoise` says, without the blocks `skip_layers`."""
         cfg = self.cfg
         x = self.patch_embed(tokens)
         residual = (x + positions).to(x.dtype)  # [B, N, D]
+        parts = iter(modulation.split(cfg.hidden, dim=-1))
+        by_block = [
+            ([next(parts) for _ in range(of_image)], [next(parts) for _ in range(of_text)])
+            for of_image, of_text in cfg.block_parts
+        ]
         run = [i for i in range(cfg.n_layers) if i not in skip_layers]
-        parts = list(modulation.split(cfg.hidden, dim=-1))
-        final, starts = parts[-2:], [0]
-        for of_image, of_text in cfg.block_parts:
-            starts.append(starts[-1] + of_image + of_text)
-        images, texts = [], []
-        for i in run:
-            middle = starts[i] + cfg.block_parts[i][0]
-            images.append(parts[starts[i] : middle])
-            texts.append(parts[middle : starts[i + 1]])
-        images.append(final)
+        images = [*(by_block[i][0] for i in run), list(parts)]  # the final layer's last
+        texts = [by_block[i][1] for i in run]
         norm = functional.layer_norm_modulate
         image = residual, norm(residual, images[0][0], images[0][1], FINAL_EPS)
         if run:
@@ -239,7 +237,7 @@ class MMDiT(TextModel):
         x: Tensor,
         t: Tensor,
         text: Tensor,
-        pooled: Tensor,
+        pooled: Tensor | None = None,
         lengths: Tensor | None = None,
         *,
         skip_layers: Sequence[int] = (),
@@ -250,7 +248,7 @@ class MMDiT(TextModel):
             x: [B, C, H, W] noisy latents in the model's dtype, or any under autocast.
             t: [B] times from 1000 (noise) to 0 (data), float32 or integers.
             text: [B, M, text_width] embeddings of the prompts, in x's dtype.
-            pooled: [B, pooled_width], the pooled embeddings.
+            pooled: [B, pooled_width], the pooled embeddings, in x's dtype; it cannot do without.
             lengths: [B] int64, how many of the M tokens are the prompt's; None for all of them, as
                 Stable Diffusion 3 takes its padding.
             skip_layers: numbers of blocks to leave out, as skip-layer guidance does.
@@ -264,9 +262,14 @@ class MMDiT(TextModel):
         self._check_inputs(x, t)
         B, _, H, W = x.shape
         self.check_text(text, B, lengths)
-        if pooled.shape != (B, self.cfg.pooled_width):
+        if pooled is None or pooled.shape != (B, self.cfg.pooled_width):
             expected = f"shape [{B}, {self.cfg.pooled_width}], a prompt an image"
-            raise ValueError(f"pooled: expected {expected}, got {list(pooled.shape)}")
+            got = None if pooled is None else list(pooled.shape)
+            raise ValueError(f"pooled: expected {expected}, got {got}")
+        self._check_dtype("pooled", pooled)
+        if not set(skip_layers) <= set(range(self.cfg.n_layers)):
+            expected = f"numbers of blocks, 0 to {self.cfg.n_layers - 1}"
+            raise ValueError(f"skip_layers: expected {expected}, got {list(skip_layers)}")
         grid = self.cfg.grid_of(H, W)
         c = self.time_conditioning(t) + self.pooled_conditioning(pooled)
         tokens = functional.patchify(x, self.cfg.patch_size)

@@ -103,6 +103,9 @@ class PixArt(TextModel):
     """
 
     blocks: list[Block]  # an nn.ModuleList
+    # The positions that were asked for last, with their grid and device. They are no buffer, since
+    # the size of an image is not the model's, and a copy of the model makes its own.
+    _kept: tuple[tuple[int, int], torch.device, Tensor] | None = None
 
     def __init__(self, **options: Any) -> None:
         """Build a model with fresh weights; `options` are the fields of `fastdit.PixArtConfig`.
@@ -126,7 +129,6 @@ class PixArt(TextModel):
         self.block_tables = nn.Parameter(torch.empty(cfg.n_layers, 6, D))
         self.final_table = nn.Parameter(torch.empty(2, D))
         self.final_linear = Linear(D, cfg.patch_size**2 * cfg.out_channels)
-        self._positions: dict[Any, Tensor] = {}
         self._init_weights()
 
     @staticmethod
@@ -173,14 +175,25 @@ class PixArt(TextModel):
         They are spread over as many units as the training's grid has rows, and divided by
         `position_scale`.
         """
-        cfg, device = self.cfg, self.block_tables.device
-        made = self._positions.get((grid, device))
-        if made is None:
-            span = cfg.sample_shape[1] / cfg.patch_size / cfg.position_scale
-            made = functional.sincos_pos_embed(cfg.hidden, grid, span).to(device, torch.float32)
-            if not torch.compiler.is_compiling():
-                self._positions[grid, device] = made
-        return made
+        device = self.block_tables.device
+        if torch.compiler.is_compiling():  # which makes a constant of them
+            return self._make_positions(grid, device)
+        if self._kept is None or self._kept[:2] != (grid, device):
+            # A tensor that inference mode makes would be refused by training later.
+            with torch.inference_mode(False):
+                made = self._make_positions(grid, device)
+            if type(made) is not Tensor:  # that of a mode which computes no values
+                return made
+            self._kept = grid, device, made
+        return self._kept[2]
+
+    def _make_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        cfg = self.cfg
+        span = cfg.sample_shape[1] / cfg.patch_size / cfg.position_scale
+        return functional.sincos_pos_embed(cfg.hidden, grid, span).to(device, torch.float32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def denoise(self, tokens: Tensor, modulation: Tensor, text: Text, positions: Tensor) -> Tensor:
         cfg, D = self.cfg, self.cfg.hidden

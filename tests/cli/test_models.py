@@ -127,3 +127,40 @@ def test_info_describes_a_preset_or_a_checkpoint(run, checkpoint):
     assert done.exit_code == 0 and "schedule cosine" in done.stdout
     done = run("info", "DiT-XL/3")
     assert done.exit_code == 1 and "did you mean 'DiT-XL/" in done.stderr
+
+
+TEXT = dict(hidden=24, n_layers=1, n_heads=2, text_width=20, img_size=8)
+
+
+def test_a_text_to_image_model_is_converted_and_described(run, tmp_path):
+    model = fastdit.PixArt(**TEXT, text_tokens=120)
+    randomize(model)
+    own, theirs = tmp_path / "own.safetensors", tmp_path / "theirs"
+    fastdit.save(model, own, DiffusionScheduler(1000))
+    done = run("convert", own, theirs, "--layout", "diffusers")
+    assert done.exit_code == 0, done.output
+    assert "width 24 with 2 heads, prompts of up to 120 tokens, images of 4 x 8 x 8" in done.stdout
+    done = run("convert", theirs, tmp_path / "back.safetensors")
+    assert done.exit_code == 0 and "assumed: text_tokens 300" in done.stderr, done.output
+    done = run("info", tmp_path / "back.safetensors")
+    assert "text_tokens      300  (assumed)\n" in done.stdout
+    assert "every tensor fits its checksum" in done.stdout
+    back = fastdit.load(tmp_path / "back.safetensors").state_dict()
+    assert all(map(torch.equal, back.values(), model.state_dict().values()))
+    done = run("convert", own, theirs, "--layout", "willisma/SiT")
+    assert done.exit_code == 1
+    assert "error: --layout: expected fastdit or diffusers for a PixArt" in done.stderr
+    done = run("info", own, "--null-class")
+    assert done.exit_code == 1 and "error: --null-class: expected None" in done.stderr
+    done = run("train", "--from", own)
+    assert done.exit_code == 1 and "expected a DiT, which takes labels, got a PixArt" in done.stderr
+
+
+def test_info_of_a_text_to_image_preset_separates_what_is_done_once(run):
+    done = run("info", "SD3-medium")
+    assert done.exit_code == 0, done.output
+    assert "diffusion        path linear, prediction velocity, clean_at 0" in done.stdout
+    assert "parameters       2,084,951,104\n" in done.stdout
+    for part in ("every step, with the longest prompt", "for each step, ahead of", "once, ahead"):
+        assert f"GFLOP per image {part}" in done.stdout
+    assert run("info", "PixArt-alpha-XL/2-51").exit_code == 1

@@ -37,6 +37,15 @@ def finish(process):
     return process.returncode, out.split(), err
 
 
+@pytest.fixture
+def quick_compiler(tmp_path):
+    """A compiler that optimises nothing, for tests of when a library is built and loaded."""
+    path = tmp_path / "quick-c++"
+    path.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def built(cache: Path) -> list[Path]:
     return list((cache / "fastdit").glob("cpu-*.so"))
 
@@ -53,15 +62,16 @@ def test_a_first_process_says_what_it_builds_and_a_second_loads_it(tmp_path):
     assert float(own) < 2
 
 
-def test_a_build_that_is_killed_leaves_nothing_behind_that_is_used(tmp_path):
-    killed = start(tmp_path)
+def test_a_build_that_is_killed_leaves_nothing_behind_that_is_used(tmp_path, quick_compiler):
+    killed = start(tmp_path, CXX=quick_compiler)
     while not list(tmp_path.glob("fastdit/building-*/*")):
         assert killed.poll() is None, killed.communicate()
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     finish(killed)
     assert not built(tmp_path)
-    two = [start(tmp_path), start(tmp_path)]  # the second waits for the first
+    # The second waits for the first.
+    two = [start(tmp_path, CXX=quick_compiler) for _ in range(2)]
     results = [finish(process) for process in two]
     assert [code for code, _, _ in results] == [0, 0]
     assert len(built(tmp_path)) == 1
@@ -77,11 +87,11 @@ def test_without_a_compiler_one_warning_and_the_next_execution(tmp_path, compile
     assert code == 1 and "BuildError" in err and compiler in err
 
 
-def test_a_library_that_cannot_be_loaded_is_a_reason_to_go_on_without(tmp_path):
-    finish(start(tmp_path))
+def test_a_library_that_cannot_be_loaded_is_a_reason_to_go_on_without(tmp_path, quick_compiler):
+    finish(start(tmp_path, CXX=quick_compiler))
     (library,) = built(tmp_path)
     library.write_bytes(b"torn")
-    code, (_, _, execution, _), err = finish(start(tmp_path))
+    code, (_, _, execution, _), err = finish(start(tmp_path, CXX=quick_compiler))
     assert (code, execution) == (0, "eager") and "runs without its C++ kernels" in err
 
 

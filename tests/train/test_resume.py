@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -90,14 +91,14 @@ def test_resume_from_any_step_has_the_bits_of_one_run(tmp_path, stop, recipe):
     assert math.isnan(result.images_per_second) == (stop >= 5)
 
 
-TRAIN = """
+NURSERY = """
 import os, random, signal, sys, threading, time
+import torch._dynamo  # an optimizer imports it
 from fastdit import DiTConfig
 from fastdit.train.recipe import Recipe
 from fastdit.train.run_folder import RunFolder
 from fastdit.train.sources import Shapes
 from fastdit.train import Trainer
-out, last = sys.argv[1], int(sys.argv[2])
 
 class Doomed(Trainer):
     # Kills itself after `last` more steps, at a random moment of the next step or save.
@@ -111,15 +112,25 @@ class Doomed(Trainer):
             left = random.uniform(0, 2) * (time.monotonic() - begin)
             threading.Timer(left, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-config = DiTConfig(hidden=16, n_layers=1, n_heads=1, null_class=True)
-recipe = Recipe(steps=100, batch_size=32, ema=0.9, label_dropout=0.1)
-saved = RunFolder(out).newest()
-if saved is None:
-    trainer = Doomed(config, recipe, Shapes(16), out, save_every=1)
-else:
-    trainer = Doomed.resume(saved, out, save_every=1)
-print(trainer.step, flush=True)
-trainer.run()
+def train(out):
+    config = DiTConfig(hidden=16, n_layers=1, n_heads=1, null_class=True)
+    recipe = Recipe(steps=100, batch_size=32, ema=0.9, label_dropout=0.1)
+    saved = RunFolder(out).newest()
+    if saved is None:
+        trainer = Doomed(config, recipe, Shapes(16), out, save_every=1)
+    else:
+        trainer = Doomed.resume(saved, out, save_every=1)
+    print(trainer.step, end=" ", flush=True)
+    trainer.run()
+
+for line in sys.stdin:
+    out, last = line.split()[0], int(line.split()[1])
+    child = os.fork()
+    if child == 0:
+        random.seed()
+        train(out)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 KILLS = 20
 
@@ -128,24 +139,29 @@ def test_a_run_killed_at_twenty_random_moments_always_resumes(tmp_path):
     """SIGKILL cannot be caught. Every step is saved, so that half of the kills hit a save.
 
     After each kill the newest whole checkpoint is no older than the one before. The finished run
-    has the bits of one that was never killed.
+    has the bits of one that was never killed. Each run is a process of its own, forked from one
+    that has imported everything and has computed nothing.
     """
+    command = [sys.executable, "-W", "ignore", "-c", NURSERY]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # threads wait long on a busy machine
+    with subprocess.Popen(command, env=environment, **pipes) as nursery:
 
-    def run(out, last):
-        command = [sys.executable, "-W", "ignore", "-c", TRAIN, str(out), str(last)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        return done.returncode, int(done.stdout)
+        def run(out, last):
+            nursery.stdin.write(f"{out} {last}\n")
+            step, code = nursery.stdout.readline().split()
+            return int(code), int(step)
 
-    assert run(tmp_path / "whole", -1) == (0, 0)
-    folder, at = RunFolder(tmp_path / "killed"), 0
-    for kill in range(KILLS):
-        code, step = run(folder.path, 1 + kill % 2)
-        assert code == -signal.SIGKILL
-        assert step >= at, "no progress is lost"
-        saved = folder.newest()
-        assert saved is not None or kill == 0, "there is always a good checkpoint"
-        at = saved.header["step"] if saved is not None else 0
-    code, step = run(folder.path, -1)
+        assert run(tmp_path / "whole", -1) == (0, 0)
+        folder, at = RunFolder(tmp_path / "killed"), 0
+        for kill in range(KILLS):
+            code, step = run(folder.path, 1 + kill % 2)
+            assert code == -signal.SIGKILL
+            assert step >= at, "no progress is lost"
+            saved = folder.newest()
+            assert saved is not None or kill == 0, "there is always a good checkpoint"
+            at = saved.header["step"] if saved is not None else 0
+        code, step = run(folder.path, -1)
     assert code == 0
     assert 0 < step < 100, "killed in the middle"
     for name in (WEIGHTS_FILE, "checkpoints/step-00000100.safetensors"):
