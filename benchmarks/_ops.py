@@ -26,8 +26,10 @@ OPS = (
     "sampler_update",
     "qk_norm_rope",
     "swiglu",
+    "cross_attention",
+    "joint_attention",
 )
-PLAIN_LN, GATED_LN, PLAIN_RMS, GATED_RMS, ATTENTION, UPDATE, QK, SWIGLU = OPS
+PLAIN_LN, GATED_LN, PLAIN_RMS, GATED_RMS, ATTENTION, UPDATE, QK, SWIGLU, CROSS, JOINT = OPS
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -43,7 +45,8 @@ class Case:
     """One op on one shape.
 
     It is (B, N, D); for attention and `qk_norm_rope` (B, N, h, d); for the update (B, C, H, W); for
-    `swiglu` (B, N, M), with M the width of the output.
+    `swiglu` (B, N, M), with M the width of the output; for attention to texts (B, N, M, h, d), with
+    M the tokens of a text, of which the last has half.
     """
 
     op: str
@@ -70,6 +73,8 @@ FULL = (
     Case(UPDATE, (256, 3, 16, 16), "float32"),
     *(Case(QK, shape) for shape in ((64, 256, 16, 72), (64, 256, 16, 64), (1024, 16, 4, 16))),
     *(Case(SWIGLU, shape) for shape in ((64, 256, 3072), (64, 256, 2730), (1024, 16, 170))),
+    *(Case(CROSS, shape) for shape in ((16, 1024, 120, 16, 72), (4, 4096, 300, 16, 72))),
+    *(Case(JOINT, shape) for shape in ((16, 1024, 333, 24, 64), (4, 4096, 333, 24, 64))),
 )
 # The toy when it samples and when it trains, DiT-S/4, DiT-XL/2.
 _CPU_ROWS = ((64, 16, 64), (256, 16, 64), (8, 64, 384), (2, 256, 1152))
@@ -83,6 +88,8 @@ CPU = (
     Case(UPDATE, (16, 4, 32, 32), "mixed"),
     *(Case(QK, shape, "float32") for shape in ((64, 16, 4, 16), (8, 64, 6, 64))),
     *(Case(SWIGLU, shape, "float32") for shape in ((64, 16, 170), (8, 64, 1024))),
+    Case(CROSS, (4, 256, 120, 6, 64), "float32"),
+    Case(JOINT, (2, 256, 77, 6, 64), "float32"),
 )
 QUICK = (
     Case(PLAIN_LN, (2, 16, 72)),
@@ -95,6 +102,8 @@ QUICK = (
     Case(UPDATE, (3, 3, 8, 8), "float32"),
     Case(QK, (2, 20, 2, 72)),
     Case(SWIGLU, (2, 16, 72)),
+    Case(CROSS, (2, 20, 12, 2, 72)),
+    Case(JOINT, (2, 20, 12, 2, 16)),
 )
 
 
@@ -115,6 +124,13 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
         if backward:  # qkv, out, dout; dqkv. S, dP, dQ, dK, dV are 2 B N^2 D each.
             return 8 * B * N * D * item, 10 * B * N * N * D
         return 4 * B * N * D * item, 4 * B * N * N * D  # qkv; out. S and O.
+    if case.op in (CROSS, JOINT):
+        B, N, M, h, d = case.shape
+        texts = sum(_lengths(case))  # tokens of all texts that are no padding
+        # In cross-attention q, kv; out. q, kv, out, dout; dq, dkv. Otherwise as in attention.
+        tokens = (2 * B * N + 2 * texts) if case.op == CROSS else 4 * (B * N + texts)
+        pairs = N * texts if case.op == CROSS else sum((N + own) ** 2 for own in _lengths(case))
+        return 2 ** int(backward) * tokens * h * d * item, (10 if backward else 4) * pairs * h * d
     if case.op == QK:
         # qkv; out. dout, q, k; dqkv. Weights and angles are too few to count.
         return math.prod(case.shape) * (8 if backward else 6) * item, 0
@@ -130,6 +146,12 @@ def work(case: Case, backward: bool) -> tuple[int, int]:
     return (tokens * B * N * D + modulation * B * D) * item, 0
 
 
+def _lengths(case: Case) -> list[int]:
+    """Return the tokens of each text that are no padding: all, but half of the last."""
+    B, _, M, *_ = case.shape
+    return [M] * (B - 1) + [M // 2]
+
+
 def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], dict[str, Any]]:
     """Return the positional tensors, none of which is zero, and the keyword arguments.
 
@@ -143,6 +165,15 @@ def inputs(case: Case, device: torch.device, seed: int) -> tuple[list[Tensor], d
     if case.op == ATTENTION:
         B, N, h, d = case.shape
         return [randn(B, N, 3 * h * d)], {"n_heads": h}
+    if case.op in (CROSS, JOINT):
+        B, N, M, h, d = case.shape
+        lengths = torch.tensor(_lengths(case), device=device)
+        if case.op == CROSS:
+            kv = randn(B, 2, M, 2 * h * d)[:, 1]  # a layer's slice of all, as PixArt has it
+            return [randn(B, N, h * d), kv], {"n_heads": h, "lengths": lengths}
+        norms = tuple(randn(d) for _ in range(4))
+        both = [randn(B, N, 3 * h * d), randn(B, M, 3 * h * d)]
+        return both, {"n_heads": h, "norms": norms, "lengths": lengths, "eps": 1e-6}
     if case.op == QK:  # with all that it can do
         B, N, h, d = case.shape
         names = ("q_weight", "q_bias", "k_weight", "k_bias")
@@ -206,6 +237,8 @@ def oracle(case: Case, device: torch.device) -> tuple[Tensor, ...]:
 
     def exact(value: Any) -> Any:
         floats = isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(value, tuple):
+            return tuple(map(exact, value))
         return value.detach().double() if floats else value
 
     arguments, options = map(exact, tensors), {name: exact(v) for name, v in options.items()}

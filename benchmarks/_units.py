@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from _harness import Row, columns, table
-from _ops import ATTENTION, GATED_LN, GATED_RMS, PLAIN_LN, PLAIN_RMS, QK, SWIGLU, UPDATE
+from _ops import (
+    ATTENTION,
+    CROSS,
+    GATED_LN,
+    GATED_RMS,
+    JOINT,
+    PLAIN_LN,
+    PLAIN_RMS,
+    QK,
+    SWIGLU,
+    UPDATE,
+)
 from _runner import Unit
 
 START = 30.0  # seconds of the first `import torch` on a machine
@@ -65,6 +76,8 @@ def plan(processes: int) -> list[Unit]:
         _kernels(UPDATE, 30),
         _kernels(QK, 45),
         _kernels(SWIGLU, 45),
+        _kernels(CROSS, 40),
+        _kernels(JOINT, 40),
         _kernels(GATED_RMS, 20),
         _kernels(PLAIN_RMS, 20),
         Unit("train", _train("--batch", 32, "--way", by_block), 50, 120, BOTH),

@@ -90,7 +90,7 @@ _DKV: dict[str, _Sizes] = {
 _TEXT_FWD: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
     "sm_90": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
-    "sm_100": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)],
+    "sm_100": [Tile(128, 128, 8, 2), Tile(64, 64, 4, 2)],
     "gfx942": [Tile(64, 64, 2, 1), Tile(128, 64, 4, 1)],
 }
 _TEXT_DQ: dict[str, _Sizes] = {

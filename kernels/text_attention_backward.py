@@ -11,9 +11,8 @@ of dK and dV reads. Both write zeros where a text is padding. With norms, the qu
 normed again by `qk_norm_rope`, whose backward takes the gradients on to what was normed and to the
 weights: that is 12 D (N + M) more numbers to move.
 
-The floor is 10 d FLOP for each query, key and head that are no padding (S, dP, dQ, dK, dV), of
-which the two passes compute 14 d, since both need S and dP; or memory: in cross-attention
-4 D (N + M) numbers, in joint attention 8 D (N + M).
+The floor is 10 d FLOP for each query, key and head that are no padding (S, dP, dQ, dK, dV; the
+passes take 14 d, since both need S and dP), or memory: 4 D (N + M) numbers, joint 8 D (N + M).
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ def _over_keys(
         b_dq0 = tl.dot(b_ds, b_k0, b_dq0, input_precision=PRECISION)
         if D1:
             b_dq1 = tl.dot(b_ds, b_k1, b_dq1, input_precision=PRECISION)
-        p_k += BN * s_n.to(tl.int64)
-        p_v += BN * s_n.to(tl.int64)
+        p_k, p_v = p_k + BN * s_n.to(tl.int64), p_v + BN * s_n.to(tl.int64)
     return b_dq0, b_dq1
 
 
@@ -120,13 +118,12 @@ def text_attention_dq_bwd_kernel(
     i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
     width = n_heads * D
     length = length_of(p_lengths, i_b, M, RAGGED)
-    p_image += i_b * s_ib + i_h * D
-    p_text += i_b * s_tb + i_h * D
+    p_image, p_text = p_image + i_b * s_ib + i_h * D, p_text + i_b * s_tb + i_h * D
     o_out = (i_b * N * n_heads + i_h) * D
     p_out, p_dout = p_out + o_out, p_dout + o_out
     o_lse = i_bh.to(tl.int64) * (N + M if JOINT else N)
-    p_q, s_q, size, rows = p_image, s_in, N, N
-    p_dq = p_dimage + i_b * N * (3 * width if JOINT else width) + i_h * D
+    s_dq = 3 * width if JOINT else width
+    p_q, s_q, size, rows, p_dq = p_image, s_in, N, N, p_dimage + i_b * N * s_dq + i_h * D
     if JOINT:
         is_text = i_m >= image_tiles * BM
         i_m = tl.where(is_text, i_m - image_tiles * BM, i_m)
@@ -138,9 +135,8 @@ def text_attention_dq_bwd_kernel(
         p_dq = tl.where(is_text, p_dtext + i_b * M * 3 * width + i_h * D, p_dq)
         o_lse += tl.where(is_text, N, 0)
     p_q += i_m.to(tl.int64) * s_q
-    p_out += i_m.to(tl.int64) * width
-    p_dout += i_m.to(tl.int64) * width
-    p_dq += i_m.to(tl.int64) * (3 * width if JOINT else width)
+    p_out, p_dout = p_out + i_m.to(tl.int64) * width, p_dout + i_m.to(tl.int64) * width
+    p_dq += i_m.to(tl.int64) * s_dq
     b_q0 = tile(p_q, s_q, rows - i_m, 0, D0, BM, D, False, DOT)
     b_do0 = tile(p_dout, width, rows - i_m, 0, D0, BM, D, False, DOT)
     b_o0 = tile(p_out, width, rows - i_m, 0, D0, BM, D, False, DOT)
@@ -170,7 +166,6 @@ def text_attention_dq_bwd_kernel(
         b_dq0, b_dq1, *given, p_k, p_k + width, s_tn, keys, scale_log2, D, D0, D1, False, DOT,
         PRECISION, BN,
     )  # fmt: skip
-    s_dq = 3 * width if JOINT else width
     store(p_dq, s_dq, size - i_m, b_dq0 * scale, 0, D0, BM, D)
     if D1:
         store(p_dq, s_dq, size - i_m, b_dq1 * scale, D0, D1, BM, D)
@@ -226,8 +221,7 @@ def _over_queries(
         if D1:
             b_dv1 = tl.dot(b_p.to(DOT), b_do1, b_dv1, input_precision=PRECISION)
             b_dk1 = tl.dot(b_ds, b_q1, b_dk1, input_precision=PRECISION)
-        p_q += BM * s_n.to(tl.int64)
-        p_dout += BM * width
+        p_q, p_dout = p_q + BM * s_n.to(tl.int64), p_dout + BM * width
     return b_dk0, b_dk1, b_dv0, b_dv1
 
 
@@ -269,8 +263,7 @@ def text_attention_dkv_bwd_kernel(
     i_b, i_h = (i_bh // n_heads).to(tl.int64), i_bh % n_heads
     width = n_heads * D
     length = length_of(p_lengths, i_b, M, RAGGED)
-    p_image += i_b * s_ib + i_h * D
-    p_text += i_b * s_tb + i_h * D
+    p_image, p_text = p_image + i_b * s_ib + i_h * D, p_text + i_b * s_tb + i_h * D
     p_dout += (i_b * N * n_heads + i_h) * D
     o_lse = i_bh.to(tl.int64) * (N + M if JOINT else N)
     p_lse, p_delta = p_lse + o_lse, p_delta + o_lse
@@ -283,8 +276,7 @@ def text_attention_dkv_bwd_kernel(
         p_k, s_k = tl.where(is_text, p_text, p_image) + width, tl.where(is_text, s_tn, s_in)
         size, rows = tl.where(is_text, M, N), tl.where(is_text, length, N)
         p_dk = tl.where(is_text, p_dk, p_dimage + i_b * N * s_dk + i_h * D) + width
-    p_k += i_n.to(tl.int64) * s_k
-    p_dk += i_n.to(tl.int64) * s_dk
+    p_k, p_dk = p_k + i_n.to(tl.int64) * s_k, p_dk + i_n.to(tl.int64) * s_dk
     b_k0 = tile(p_k, s_k, rows - i_n, 0, D0, BN, D, False, DOT)
     b_v0 = tile(p_k + width, s_k, rows - i_n, 0, D0, BN, D, False, DOT)
     b_k1, b_v1 = b_k0, b_v0  # not used unless there is a second piece
@@ -350,10 +342,7 @@ def joint_attention_bwd(
     eps: float,
     configs: tuple[triton.Config | None, triton.Config | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward; each pair is the image's and the text's.
-
-    Args:
-        configs: as those of `cross_attention_bwd`.
+    """Launch the backward; each pair is the image's and the text's, or `cross_attention_bwd`'s.
 
     Returns:
         (dqkv_image, dqkv_text, dnorms [K, d] float32: a row for each of the K = 0 or 4 weights).
