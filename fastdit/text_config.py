@@ -99,7 +99,8 @@ class PixArtConfig(_TextConfig):
         qkv_bias: whether the linears for queries, keys and values have biases.
         gelu: "tanh" (approximation) or "erf" (exact) in the blocks' MLPs.
         ln_eps: epsilon of the blocks' norms; that of the final norm is 1e-6.
-        learn_sigma: whether the model returns 2C channels, of which samplers take the first C.
+        learn_sigma: whether the model returns 2C channels, the last C for the variance. It was
+            trained so, and the solver "ddpm" uses them; other solvers take the first C.
 
     Raises:
         ValueError: a value is out of range or contradicts another; the message names both.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastdit import functional
 from fastdit.blocks import MLP, Linear
-from fastdit.diffusion import timestep_embedding
+from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.errors import unknown_name
+from fastdit.flow import published_flow
 from fastdit.text_config import TEXT_PRESETS, TextConfig
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 T_EMBED_WIDTH = 256
 FINAL_EPS = 1e-6
 _INIT_STD = 0.02
+_PIXART_DIFFUSION = DiffusionScheduler(1000).options
 
 
 class Text(NamedTuple):
@@ -48,7 +50,7 @@ class PatchEmbed(nn.Module):
 
 
 def embedder(width: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:
-    """Return the MLP that embeds a timestep, a size or a text: Linear, SiLU, Linear."""
+    """Return the MLP that embeds a timestep, a size or a text; by default with a SiLU."""
     return nn.Sequential(Linear(width, out), activation or nn.SiLU(), Linear(out, out))
 
 
@@ -61,7 +63,8 @@ def make_mlp(cfg: TextConfig, gelu: str = "tanh") -> MLP:
 class TextModel(nn.Module, ABC):
     """A transformer whose conditioning is text.
 
-    A forward is `denoise(patchify(x), modulation(t, ...), encode_text(text), positions(grid))`.
+    A forward is `denoise(patchify(x), modulation_of(c), encode_text(text), positions(grid))`, with
+    the conditioning c of the timestep and, by model, of the image's size or the pooled text.
     What does not depend on the state stands apart, so that a sampler can compute it before its
     loop.
     """
@@ -79,7 +82,13 @@ class TextModel(nn.Module, ABC):
 
     @classmethod
     def from_preset(cls, name: str) -> Self:
-        """Build a model of a published size, a key of `fastdit.TEXT_PRESETS`, with fresh weights.
+        """Build a model of a published size with fresh weights.
+
+        Args:
+            name: a key of `fastdit.TEXT_PRESETS` that is of this class, such as "SD3-medium".
+
+        Returns:
+            The model; its `diffusion` is what the published one was trained on.
 
         Raises:
             ValueError: the name is unknown, or is that of another class.
@@ -87,7 +96,9 @@ class TextModel(nn.Module, ABC):
         known = {n: cfg for n, cfg in TEXT_PRESETS.items() if cls._takes(cfg)}
         if name not in known:
             raise unknown_name("name", name, known)
-        return cls.from_config(known[name])
+        model, flow = cls.from_config(known[name]), published_flow(name, 0)
+        model.diffusion = dict(_PIXART_DIFFUSION) if flow is None else flow.options
+        return model
 
     @staticmethod
     @abstractmethod

@@ -173,8 +173,11 @@ class MMDiT(TextModel):
         """Draw weights as the published DiT does; modulation and the final layer start at zero."""
         cfg, P = self.cfg, self.cfg.position_size
         self._init_linears()
-        base = cfg.sample_shape[1] // cfg.patch_size
-        self.pos_embed.copy_(functional.sincos_pos_embed(cfg.hidden, (P, P), base))
+        # By column and by row: all of it in float64 would take gigabytes beside a large model.
+        base, half = cfg.sample_shape[1] // cfg.patch_size, cfg.hidden // 2
+        axis = functional.sincos_pos_embed(cfg.hidden, (P, 1), base)[0, :, half:]
+        table = self.pos_embed.view(P, P, 2, half)
+        table[:, :, 0], table[:, :, 1] = axis, axis[:, None]
         for layer in (*self.modulation_layers(), self.final_linear):
             nn.init.zeros_(layer.weight)
 

@@ -123,8 +123,7 @@ class PixArt(TextModel):
             self.ratio_embed = embedder(T_EMBED_WIDTH, D // 3)
         self.modulation = Linear(D, 6 * D)
         if cfg.text_projection:
-            gelu = nn.GELU(approximate="tanh")
-            self.text_embed = nn.Sequential(Linear(cfg.text_width, D), gelu, Linear(D, D))
+            self.text_embed = embedder(cfg.text_width, D, nn.GELU(approximate="tanh"))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))  # type: ignore[assignment]
         self.block_tables = nn.Parameter(torch.empty(cfg.n_layers, 6, D))
         self.final_table = nn.Parameter(torch.empty(2, D))
@@ -179,9 +178,7 @@ class PixArt(TextModel):
         if torch.compiler.is_compiling():  # which makes a constant of them
             return self._make_positions(grid, device)
         if self._kept is None or self._kept[:2] != (grid, device):
-            # A tensor that inference mode makes would be refused by training later.
-            with torch.inference_mode(False):
-                made = self._make_positions(grid, device)
+            made = self._make_positions(grid, device)
             if type(made) is not Tensor:  # that of a mode which computes no values
                 return made
             self._kept = grid, device, made
