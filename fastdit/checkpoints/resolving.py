@@ -23,6 +23,7 @@ from fastdit.checkpoints.text_inference import mmdit_config, pixart_config
 from fastdit.checkpoints.text_originals import TEXT_PROJECTS, from_original
 from fastdit.config import DiTConfig
 from fastdit.errors import warn
+from fastdit.text_config import MMDiTConfig, PixArtConfig
 
 # The toy was published with 200 linear steps.
 _TOY_DIFFUSION = PUBLISHED_DIFFUSION | {"T": 200}
@@ -158,10 +159,12 @@ def _translate(
 
 def _own_config(found: Source, tensors: Mapping[str, Tensor], told: Told) -> ModelConfig:
     """Return the config of a model of fastdit that was not saved by `fastdit.save`."""
+    stored = pickled_attribute(found.content, "cfg")  # of a model that was pickled whole
     if "block_tables" in tensors:
+        if stored is not None:
+            return PixArtConfig.from_saved(stored)
         told.assumed += ["gelu", "ln_eps"]  # which leave no trace
         return pixart_config(tensors, told)
     if "pooled_embed.0.weight" in tensors:
-        return mmdit_config(tensors, told)
-    stored = pickled_attribute(found.content, "cfg")  # of a model that was pickled whole
+        return mmdit_config(tensors, told) if stored is None else MMDiTConfig.from_saved(stored)
     return bare_config(tensors, told) if stored is None else DiTConfig.from_saved(stored)

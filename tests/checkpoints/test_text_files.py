@@ -161,11 +161,10 @@ def test_a_pipelines_scheduler_tells_the_diffusion_or_the_flow(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_shards_and_variants_are_read(tmp_path):
-    from diffusers import PixArtTransformer2DModel
-
+    diffusers = pytest.importorskip("diffusers")
     model = made("pixart", text_tokens=300)
     fastdit.save(model, tmp_path / "whole", layout="diffusers")
-    theirs = PixArtTransformer2DModel.from_pretrained(tmp_path / "whole")
+    theirs = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "whole")
     shards = tmp_path / "shards"
     theirs.save_pretrained(shards, max_shard_size=20_000, variant="fp16")
     assert len(list(shards.glob("*.safetensors"))) > 2
@@ -362,3 +361,36 @@ def test_a_bare_state_dict_is_read_as_far_as_it_tells():
         for odd in (torch.zeros(()), torch.zeros(0, 0, 0, 0), torch.zeros(1, 0, 2)):
             with pytest.raises(ValueError, match="expected|unexpected|are empty"):
                 fastdit.load(state | {name: odd})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_was_pickled_whole_is_read_and_runs_no_code(kind, tmp_path):
+    model = made(kind, text_tokens=77, img_size=(4, 8))
+    if kind == "pixart":
+        model.positions((2, 4))  # which it keeps
+    torch.save(model, tmp_path / "m.pt")
+    check_same(fastdit.load(tmp_path / "m.pt"), model)
+
+
+def test_a_wrapped_or_compiled_module_of_diffusers_is_read():
+    module = pytest.importorskip("diffusers").SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=6,
+    )
+    live = fastdit.load(module)
+    check_same(fastdit.load(torch.nn.DataParallel(module)), live)
+    check_same(fastdit.load(torch.compile(module)), live)
+    module.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unexpected transformer_blocks.0.attn.to_qkv.weight"):
+        fastdit.load(module)
+    with pytest.raises(ValueError, match="live module|keys look like those of diffusers"):
+        fastdit.load(module.state_dict())
