@@ -11,10 +11,10 @@ pipeline, eager or compiled, and `fastdit.Sampler`. A call begins with the promp
 
 Each way has a process of its own, which is idle while others are timed, and the ways take turns,
 round by round. Speeds are medians over the rounds, ratios medians of the ratios by round. "error"
-is relative to diffusers in float64, on the first image of a batch. Of the process's memory "peak
-MiB" is the most in all, with the loading and the first call, "own MiB" is what that is beyond the
-memory after its imports, and "call MiB" is the most during the timed calls. They are read on Linux
-only. The file of --json is rewritten after every run.
+is relative to diffusers in float64, on the first image of a batch. Of the process's memory "imports
+MiB" is what it has after importing the package, before the model is loaded, "peak MiB" is the most
+in all, with the loading and the first call, and "call MiB" is the most during the timed calls. They
+are read on Linux only. The file of --json is rewritten after every run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 JUDGED = 1  # images; float64 takes several times as long
 COLUMNS = harness.columns(
     f"way; batch: d; {FIGURE}, min, max: .3f; ms/step: .1f; ratio, to compiled: .2f; error: .1e; "
-    "peak MiB, own MiB, call MiB: .0f; first run s: .1f"
+    "imports MiB, peak MiB, call MiB: .0f; first run s: .1f"
 )
 
 
@@ -91,11 +91,9 @@ class Sampling(harness.SideBySide):
         way = rivals.Rival(name, functools.partial(ways.make_way, name, self.case))
         self.processes.callback(way.close)
         memory = self.memories[name] = Memory(way.process.pid)
-        imported = memory.now()
+        row["imports MiB"] = memory.now()
         row["first run s"] = seconds(lambda: images.append(way(self.labels, None)), CPU)
         row["peak MiB"] = memory.most()
-        if imported is not None and row["peak MiB"] is not None:
-            row["own MiB"] = row["peak MiB"] - imported
         memory.forget()
         row["error"] = testing.relative_error(images[0][: len(self.oracle)], self.oracle)
         return way

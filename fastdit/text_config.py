@@ -94,11 +94,13 @@ class PixArtConfig(_TextConfig):
             the blocks' linears for keys and values take them as they are.
         size_conditions: whether the size of the image in pixels and its aspect ratio are embedded
             beside the timestep, as in alpha at 1024.
-        position_scale: what positions are divided by: 1 at 512 pixels, 2 at 1024, 4 at 2048.
+        position_scale: what positions are divided by: 1 at 512 pixels, 2 at 1024, 4 at 2048; at 256
+            it is 1 in alpha and 0.5 in Sigma.
         qkv_bias: whether the linears for queries, keys and values have biases.
         gelu: "tanh" (approximation) or "erf" (exact) in the blocks' MLPs.
         ln_eps: epsilon of the blocks' norms; that of the final norm is 1e-6.
-        learn_sigma: whether the model returns 2C channels, of which samplers take the first C.
+        learn_sigma: whether the model returns 2C channels, the last C for the variance. It was
+            trained so, and the solver "ddpm" uses them; other solvers take the first C.
 
     Raises:
         ValueError: a value is out of range or contradicts another; the message names both.
@@ -234,7 +236,7 @@ TEXT_PRESETS: dict[str, TextConfig] = {
     "PixArt-alpha-XL/2-256": PixArtConfig(img_size=32),
     "PixArt-alpha-XL/2-512": PixArtConfig(),
     "PixArt-alpha-XL/2-1024": PixArtConfig(img_size=128, position_scale=2.0, size_conditions=True),
-    "PixArt-Sigma-XL/2-256": replace(_SIGMA, img_size=32),
+    "PixArt-Sigma-XL/2-256": replace(_SIGMA, img_size=32, position_scale=0.5),
     "PixArt-Sigma-XL/2-512": _SIGMA,
     "PixArt-Sigma-XL/2-1024": replace(_SIGMA, img_size=128, position_scale=2.0),
     "SD3-medium": MMDiTConfig(),

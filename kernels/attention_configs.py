@@ -86,6 +86,25 @@ _DKV: dict[str, _Sizes] = {
     "sm_100": [Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
 }
+# A text's keys always have masks, and joint attention's two loops share their tiles.
+_TEXT_FWD: dict[str, _Sizes] = {
+    "sm_80": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
+    "sm_90": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
+    "sm_100": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)],
+    "gfx942": [Tile(64, 64, 2, 1), Tile(128, 64, 4, 1)],
+}
+_TEXT_DQ: dict[str, _Sizes] = {
+    "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
+    "sm_90": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)],
+    "sm_100": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)],
+    "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
+}
+_TEXT_DKV: dict[str, _Sizes] = {
+    "sm_80": [Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)],
+    "sm_90": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
+    "sm_100": [Tile(128, 32, 8, 2)],
+    "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
+}
 # float32 runs on the plain cores, or in TF32 where the caller allows it.
 _FLOAT32: dict[str, _Sizes] = {
     "fwd": [Tile(16, 32, 4, 1), Tile(16, 16, 8, 1)],
@@ -128,6 +147,24 @@ def attention_dkv_bwd_configs(N: int, d: int, dtype: torch.dtype, arch: str) -> 
     if N % 64:  # masks need registers that the cap does not leave
         sizes = [tile._replace(registers=None) for tile in sizes]
     sizes = _FLOAT32["dkv"] if dtype == torch.float32 else sizes
+    return _configs(sizes, _padded(N), ("BN", "BM"))
+
+
+def text_attention_fwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
+    """Return the configurations, the default first, for streams of at most N tokens."""
+    sizes = _FLOAT32["fwd"] if dtype == torch.float32 else _TEXT_FWD[family_of(arch)]
+    return _configs(sizes, _padded(N), ("BM", "BN"))
+
+
+def text_attention_dq_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
+    """Return the launch configurations, the default first."""
+    sizes = _FLOAT32["dq"] if dtype == torch.float32 else _TEXT_DQ[family_of(arch)]
+    return _configs(sizes, _padded(N), ("BM", "BN"))
+
+
+def text_attention_dkv_bwd_configs(N: int, dtype: torch.dtype, arch: str) -> list[triton.Config]:
+    """Return the launch configurations, the default first."""
+    sizes = _FLOAT32["dkv"] if dtype == torch.float32 else _TEXT_DKV[family_of(arch)]
     return _configs(sizes, _padded(N), ("BN", "BM"))
 
 

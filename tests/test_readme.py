@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_the_sampling_example_runs():
     (example,) = (code for code in examples("sampling.md") if "execution=" in code)
     exec(compile(example, "sampling.md", "exec"), names)
     assert names["images"].shape == (2, 4, 32, 32)
+
+
+def test_the_example_of_prompts_runs():
+    sizes = dict(hidden=24, n_layers=1, n_heads=2, text_width=8)
+    encoded = torch.randn(2, 5, 8), torch.ones(2, 5), torch.randn(2, 3, 8), torch.ones(2, 3)
+    names = {
+        "fastdit": fastdit,
+        "pixart": fastdit.PixArt(**sizes),
+        "scheduler": fastdit.DiffusionScheduler(1000, schedule="linear"),
+        "pipeline": SimpleNamespace(encode_prompt=lambda prompts: encoded),
+    }
+    (example,) = (code for code in examples("sampling.md") if "encode_prompt" in code)
+    exec(compile(example, "sampling.md", "exec"), names)
+    assert names["latents"].shape == (2, 4, 64, 96)
 
 
 def test_the_example_of_a_published_checkpoint_runs(tmp_path, monkeypatch):

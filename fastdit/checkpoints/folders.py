@@ -93,11 +93,15 @@ def folder_pipeline(path: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def folder_diffusion(path: Path) -> dict[str, Any] | None:
+def folder_diffusion(path: Path, flows: bool = False) -> dict[str, Any] | None:
     """Return the diffusion that a pipeline's folder says its model was trained on.
 
     A scheduler of diffusers is a solver and the training's diffusion; the solver does not matter
     here.
+
+    Args:
+        path: of the pipeline's folder.
+        flows: whether a flow is taken, as the pipelines of text-to-image models have.
 
     Returns:
         Keyword arguments of a `DiffusionScheduler` or, with a "path", of a `FlowMatching`; None if
@@ -113,7 +117,7 @@ def folder_diffusion(path: Path) -> dict[str, Any] | None:
     T = config.get("num_train_timesteps", 1000)
     if not isinstance(T, int) or isinstance(T, bool) or not 0 < T < 2**20:
         raise ValueError(f"{source}: expected num_train_timesteps from 1 to 2^20, got {T!r:.40}")
-    if config.get("_class_name") in _FLOW_SCHEDULERS:
+    if flows and config.get("_class_name") in _FLOW_SCHEDULERS:
         if config.get("invert_sigmas"):
             raise ValueError(f"{source}: scheduler: expected no invert_sigmas, got it")
         return FlowMatching(clean_at=0, time_scale=T).options

@@ -85,7 +85,7 @@ def check_text_options(name: str, config: ModelConfig, given: Mapping[str, Any])
 def _with_stored_diffusion(info: CheckpointInfo, folder: Path, lenient: bool) -> CheckpointInfo:
     """Return the info with the diffusion of a pipeline's folder, if it has one."""
     try:
-        stored = folders.folder_diffusion(folder)
+        stored = folders.folder_diffusion(folder, flows=not isinstance(info.config, DiTConfig))
     except ValueError as error:
         if not lenient:
             raise

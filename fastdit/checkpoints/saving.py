@@ -66,8 +66,8 @@ def save(
     inner = unwrap(model)
     cfg = model_config(inner)
     if cfg is None:
-        kinds = ", ".join(f"fastdit.{kind.__name__}" for kind in MODELS.values())
-        raise ValueError(f"model: expected one of {kinds}, got {type(inner).__name__}")
+        got = type(inner).__name__
+        raise ValueError(f"model: expected a fastdit.DiT, PixArt or MMDiT, got {got}")
     check_labels("labels", labels, cfg)
     state = inner.state_dict()
     check_keys("model", empty_model("model", cfg).state_dict(), state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -61,8 +62,23 @@ def sample_batch(
     Raises:
         ValueError: the batch needs more memory than there is; the message names one that fits.
     """
+
+    def make(size: int, progress: Progress) -> Tensor:
+        return _sample(sampler, labels[:size], noise, first, progress)
+
+    return within_memory(sampler, make, len(labels), progress)
+
+
+def within_memory(
+    sampler: Sampler, make: Callable[[int, Progress], Tensor], count: int, progress: bool = False
+) -> Tensor:
+    """Return `make(count, progress)`, which calls a sampler for the first `count` of a batch.
+
+    Raises:
+        ValueError: the batch needs more memory than there is; the message names one that fits.
+    """
     try:
-        return _sample(sampler, labels, noise, first, progress)
+        return make(count, progress)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -72,7 +88,7 @@ def sample_batch(
 
     def works(size: int) -> bool:
         try:
-            _sample(sampler, labels[:size], noise, first, progress=_stop)
+            make(size, _stop)
         except _FirstStep:
             return True
         except (RuntimeError, MemoryError) as error:
@@ -81,9 +97,9 @@ def sample_batch(
         return False
 
     device = next(sampler.model.parameters()).device
-    fits = largest_batch(len(labels), asked if device.type == "cpu" else None, works)
+    fits = largest_batch(count, asked if device.type == "cpu" else None, works)
     advice = f"--batch-size {fits} fits" if fits else "not even one does; take a 16-bit --dtype"
-    what = f"{len(labels)} images at once do not fit into the memory of {device}"
+    what = f"{count} images at once do not fit into the memory of {device}"
     raise ValueError(f"--batch-size: {what}; {advice}")
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,26 +10,43 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdit.checkpoints import CheckpointInfo, inspect, load
-from fastdit.checkpoints.folders import weight_files
 from fastdit.checkpoints.latent_stats import read_latent_stats
-from fastdit.checkpoints.matching import dit_config
 from fastdit.checkpoints.runs import WEIGHTS_FILE, locate
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
 from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
 from fastdit.cli.common import (
     DEFAULT_OUT,
     Device,
-    check_out,
     device_of,
-    kept_shards,
     option,
     plain_errors,
 )
 from fastdit.cli.labels import parse_labels
+from fastdit.cli.outputs import (
+    PIXEL_CHANNELS,
+    Finish,
+    check_file,
+    digest_of_files,
+    what_is_kept,
+    write_images,
+)
+from fastdit.cli.prompts import (
+    PIXART_SCALE,
+    SD3_SCALE,
+    NegativePrompt,
+    Prompt,
+    PromptFile,
+    SampleOptions,
+    Size,
+    TextDtype,
+    TextEncoderFolder,
+    TextOptions,
+    refuse_label_options,
+    sample_prompts,
+)
 from fastdit.cli.solvers import (
     Clip,
     Interval,
@@ -42,9 +57,10 @@ from fastdit.cli.solvers import (
     parse_interval,
     parse_solver,
 )
-from fastdit.data.images import to_pixels, write_grid, write_latents, write_npz
-from fastdit.data.latents import VAE_HELP, LatentStats, decode, digest, latent_channels, load_vae
-from fastdit.data.shards import parts_of, write_sharded_npz
+from fastdit.config import DiTConfig
+from fastdit.data.images import to_pixels
+from fastdit.data.latents import VAE_HELP, digest, load_vae
+from fastdit.data.shards import write_sharded_npz
 from fastdit.errors import unknown_name
 from fastdit.flow import process_of
 from fastdit.sampling.executions import EXECUTIONS
@@ -53,7 +69,6 @@ from fastdit.train.distributed import processes
 from fastdit.update import Guidance
 
 DTYPES = ("float32", "bfloat16", "float16")
-PIXEL_CHANNELS = (1, 3)
 COUNT = 4
 _FLAGS = {
     "guidance": "--guidance-scale",
@@ -70,12 +85,21 @@ def sample(
     checkpoint: Annotated[
         Path, typer.Argument(help="A run's folder, or a checkpoint that fastdit.load reads.")
     ] = DEFAULT_OUT / WEIGHTS_FILE,
+    prompt: Prompt = None,
+    prompts: PromptFile = None,
+    negative_prompt: NegativePrompt = None,
     labels: Annotated[
         str | None, option("Names, or numbers from 0, comma-separated.  [every class]")
     ] = None,
-    count: Annotated[int | None, option(f"Images per label.  [{COUNT}]", min=1)] = None,
+    count: Annotated[
+        int | None, option(f"Images per label or prompt.  [{COUNT}, or 1 of a prompt]", min=1)
+    ] = None,
     seed: Annotated[
-        int, option("Seed of the noise; image i of a call, from 0, has the seed's stream i.")
+        int,
+        option(
+            "Seed of the noise; image i of a call, from 0, has the seed's stream i. Image i of a "
+            "prompt has the seed SEED + i, and depends on prompt and seed alone."
+        ),
     ] = 0,
     first_index: Annotated[
         int,
@@ -84,8 +108,8 @@ def sample(
     seeds: Annotated[
         str | None,
         option(
-            "Seeds, comma-separated, in place of --seed and --count: an image of each label for "
-            "each of them, which depends on these two alone."
+            "Seeds, comma-separated, in place of --seed and --count: an image of each label or "
+            "prompt for each of them, which depends on these two alone."
         ),
     ] = None,
     out: Annotated[
@@ -99,6 +123,7 @@ def sample(
             min=1,
         ),
     ] = None,
+    size: Size = None,
     batch_size: Annotated[int, option("Images sampled together.", min=1)] = 64,
     solver: Name = None,
     steps: Steps = None,
@@ -107,7 +132,11 @@ def sample(
     solver_options: SolverOptions = None,
     guidance_scale: Annotated[
         float | None,
-        option("Scale of guidance by a null class: 1 is none, 0 samples without labels."),
+        option(
+            "Scale of guidance by a null class, or of a prompt by the negative prompt: 1 is none, "
+            "0 samples without labels.  "
+            f"[1; {PIXART_SCALE:g} of a PixArt, {SD3_SCALE:g} of an MMDiT]"
+        ),
     ] = None,
     guidance_channels: Annotated[
         int | None, option("Number of guided channels; 3 for published DiTs.  [all]", min=1)
@@ -117,7 +146,15 @@ def sample(
     execution: Annotated[
         str, option(f"{', '.join(EXECUTIONS)} or auto; `fastdit info` says what auto is.")
     ] = "auto",
-    vae: Annotated[str | None, option(f"The AutoencoderKL to decode by: {VAE_HELP}.")] = None,
+    vae: Annotated[
+        str | None,
+        option(
+            f"The AutoencoderKL to decode by: {VAE_HELP}. A pipeline with text has its own; none "
+            "writes latents."
+        ),
+    ] = None,
+    text_encoder: TextEncoderFolder = None,
+    text_dtype: TextDtype = None,
     latent_stats: Annotated[
         Path | None,
         option(
@@ -136,20 +173,33 @@ def sample(
     with plain_errors(
         context,
         flags=_FLAGS,
-        kept=lambda: _kept(out, num_images),
+        kept=lambda: what_is_kept(out, num_images),
         less_memory="a smaller --batch-size needs less, and --num-images holds one batch at a time",
     ):
-        _check_out(out, num_images)
-        noise = parse_noise(seed, first_index, seeds, count, num_images)
+        check_file(out, num_images)
         told = answers(n_heads, null_class, img_size, diffusion, weights)
-        found, trained_on = _inspect(checkpoint, out, told, decoded=vae is not None)
-        wanted = parse_labels(labels, found.labels, dit_config(checkpoint, found.config))
+        found, trained_on = _inspect(checkpoint, told)
+        for flag, named in (("--dtype", dtype), ("--text-dtype", text_dtype)):
+            if named is not None and named not in DTYPES:
+                raise unknown_name(flag, named, DTYPES)
+        text = TextOptions(prompt, prompts, negative_prompt, size, text_encoder, text_dtype)
         where = device_of(device)
-        if dtype is not None and dtype not in DTYPES:
-            raise unknown_name("--dtype", dtype, DTYPES)
+        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval)
+        if not isinstance(found.config, DiTConfig):
+            own = {"--labels": labels, "--first-index": first_index, "--num-images": num_images}
+            refuse_label_options(found.config, own | {"--latent-stats": latent_stats})
+            how = (solver, steps, clip, shift, solver_options, guidance, dtype, execution)
+            options = SampleOptions(
+                checkpoint, told, out, count, seed, seeds, batch_size, *how, vae, where
+            )
+            sample_prompts(found.config, trained_on, text, options)
+            return
+        text.refuse()
+        _check_shown(found.config, out, decoded=vae is not None)
+        noise = parse_noise(seed, first_index, seeds, count, num_images)
+        wanted = parse_labels(labels, found.labels, found.config)
         process = process_of(trained_on)
         solver, chosen = parse_solver(solver, process, clip, shift, solver_options)
-        guidance = _guidance(guidance_scale, guidance_channels, guidance_interval)
         sampler = Sampler(
             load(checkpoint, **told).to(where),
             process,
@@ -159,7 +209,7 @@ def sample(
             dtype=None if dtype is None else getattr(torch, dtype),
             execution=execution,
         )
-        finish = _Finish(
+        finish = Finish(
             None if latent_stats is None else read_latent_stats(latent_stats),
             None if vae is None else load_vae(vae, where),
         )
@@ -179,7 +229,7 @@ def sample(
             dtype=dtype,
             execution=sampler.execution_for(),
             vae=finish.decoder and digest(finish.decoder),
-            checkpoint=_digest(locate(checkpoint, weights)),
+            checkpoint=digest_of_files(locate(checkpoint, weights)),
         )
         # An older release's shards have no such entries.
         later = dict(weights=told["weights"], diffusion=told["diffusion"])
@@ -200,35 +250,10 @@ def _guidance(scale: float | None, channels: int | None, interval: str | None) -
     return None
 
 
-@dataclass(frozen=True)
-class _Finish:
-    """What becomes of a model's samples before they are written."""
-
-    stats: LatentStats | None
-    decoder: nn.Module | None
-
-    def check(self, channels: int) -> None:
-        """Raise a ValueError unless both are for as many channels as the model makes."""
-        takes = channels if self.decoder is None else latent_channels(self.decoder)
-        if takes != channels:
-            raise ValueError(f"--vae: it decodes {takes} channels, but the model makes {channels}")
-        if self.stats is not None and len(self.stats.mean) != channels:
-            got = f"{len(self.stats.mean)} channels, but the model makes {channels}"
-            raise ValueError(f"--latent-stats: they are of {got}")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if self.stats is not None:
-            images = self.stats.undo(images)
-        if self.decoder is not None:
-            # Statistics are of the autoencoder's own latents, which need no other scale.
-            images = decode(self.decoder, images, scale=None if self.stats is None else 1.0)
-        return images
-
-
 def _sample_grid(
     out: Path,
     sampler: Sampler,
-    finish: _Finish,
+    finish: Finish,
     labels: list[int],
     noise: Noise,
     count: int | None,
@@ -245,12 +270,12 @@ def _sample_grid(
             batches.append(sample_batch(sampler, rows, noise, i, progress=True).cpu())
             bar.update(len(rows))
     images = finish(torch.cat(batches))
-    _write(out, images, columns=per_label)
+    write_images(out, images, columns=per_label)
     print(f"wrote {total} image{'s' * (total > 1)} to {out}")
 
 
 def _sample_many(
-    out: Path, sampler: Sampler, finish: _Finish, noise: Noise, plan: dict[str, Any]
+    out: Path, sampler: Sampler, finish: Finish, noise: Noise, plan: dict[str, Any]
 ) -> None:
     """Sample `plan["num"]` images into one NPZ, on all processes together."""
     labels, size = plan["labels"], plan["batch_size"]
@@ -269,50 +294,8 @@ def _sample_many(
             print(f"wrote {plan['num']} images to {out}")
 
 
-def _kept(out: Path, num_images: int | None) -> str:
-    """Say what an interrupted call has kept, and how to go on."""
-    if num_images is None:
-        return f"{out} was not written; with --num-images and an .npz, finished batches are kept"
-    return kept_shards(parts_of(out))
-
-
-def _digest(checkpoint: Path) -> str:
-    """Return a hash of a checkpoint's files."""
-    content = hashlib.blake2b(digest_size=16)
-    for path in weight_files(checkpoint):
-        with open(path, "rb") as file:
-            while block := file.read(2**24):
-                content.update(block)
-    return content.hexdigest()
-
-
-def _write(out: Path, images: Tensor, columns: int) -> None:
-    """Write a grid, or an NPZ of pixels or, where the images have other channels, of latents."""
-    if out.suffix == ".png":
-        write_grid(out, to_pixels(images), columns, zoom=max(1, 64 // max(images.shape[-2:])))
-    elif images.shape[1] in PIXEL_CHANNELS:
-        write_npz(out, to_pixels(images))
-    else:
-        write_latents(out, images)
-
-
-def _check_out(out: Path, num_images: int | None) -> None:
-    """Raise a ValueError for a file that could not be written in the end."""
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out: expected a name that ends in .png or .npz, got {out}")
-    if out.is_dir():
-        raise ValueError(f"--out: expected a file's name, got the folder {out}")
-    if num_images is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("--num-images: expected with several processes, which share it")
-    if num_images is not None and out.suffix != ".npz":
-        raise ValueError(f"--num-images: expected --out to end in .npz, got {out}")
-    check_out(out)
-
-
-def _inspect(
-    checkpoint: Path, out: Path, told: dict[str, Any], decoded: bool
-) -> tuple[CheckpointInfo, dict[str, Any]]:
-    """Return what the checkpoint holds and its diffusion, once its samples can be written."""
+def _inspect(checkpoint: Path, told: dict[str, Any]) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """Return what the checkpoint holds and its diffusion."""
     if not checkpoint.exists():
         advice = f"(a minute or two on a laptop), which writes {DEFAULT_OUT / WEIGHTS_FILE}"
         raise ValueError(
@@ -325,8 +308,12 @@ def _inspect(
         raise ValueError(
             f"{checkpoint}: it does not name its training's diffusion; {advice}, {more}"
         )
-    makes = found.config.in_channels
+    return found, found.diffusion
+
+
+def _check_shown(config: DiTConfig, out: Path, decoded: bool) -> None:
+    """Raise a ValueError if a file could not show what the model makes."""
+    makes = config.in_channels
     if out.suffix == ".png" and not decoded and makes not in PIXEL_CHANNELS:
         advice = "expected --vae to decode them, or a name that ends in .npz"
         raise ValueError(f"--out: a PNG shows 1 or 3 channels, the model makes {makes}; {advice}")
-    return found, found.diffusion

@@ -32,11 +32,19 @@ VAE_HELP = f"a folder, {' or '.join(VAES)}, or another repository of Hugging Fac
 AT_ONCE = 8  # decoding one 512-pixel image takes about a gigabyte
 
 
-def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+def load_vae(
+    source: str | os.PathLike[str], device: torch.device | str = "cpu", *, shifted: bool = False
+) -> nn.Module:
     """Load diffusers' `AutoencoderKL` from a folder, or by a name that diffusers can download.
 
     In the folder of a pipeline the sub-folder `vae` is taken. The names in `VAES` are short for the
     repositories of the published DiTs' autoencoders.
+
+    Args:
+        source: the folder or the name.
+        device: where it computes.
+        shifted: whether its config may have a `shift_factor`, as Stable Diffusion 3's has, which
+            `decode` undoes; `encode`, which training uses, knows no shift.
 
     Raises:
         ValueError: diffusers is not installed, finds no such autoencoder, or cannot download it.
@@ -79,7 +87,7 @@ def load_vae(source: str | os.PathLike[str], device: torch.device | str = "cpu")
             kind = what.replace("_", " ")
             has = f"it has {len(names)} {kind}, such as {names[0]}"
             raise ValueError(f"vae: expected an AutoencoderKL in {source}, but {has}")
-    for option in ("shift_factor", "latents_mean", "latents_std"):
+    for option in ("shift_factor", "latents_mean", "latents_std")[shifted:]:
         if getattr(vae.config, option, None):
             reason = f"its config has a {option}, which published DiTs do not expect"
             raise ValueError(f"vae: {source} normalises its latents in another way ({reason})")
@@ -160,7 +168,8 @@ def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE, scale: float | Non
         vae: an `AutoencoderKL`.
         latents: [B, C, h, w] in any float dtype, on any device.
         at_once: images decoded together.
-        scale: what latents are divided by; None is `vae.config.scaling_factor`.
+        scale: what latents are divided by; None is `vae.config.scaling_factor`, after which its
+            `shift_factor` is added where it has one.
 
     Returns:
         [B, 3, H, W] float32 on the CPU, about -1 to 1.
@@ -177,10 +186,13 @@ def decode(vae: Any, latents: Tensor, at_once: int = AT_ONCE, scale: float | Non
         shape = list(latents.shape)
         raise ValueError(f"latents: expected shape [B, {channels}, h, w] for this VAE, got {shape}")
     parameter = next(vae.parameters())
+    shift = getattr(vae.config, "shift_factor", None) if scale is None else None
     scale = vae.config.scaling_factor if scale is None else scale
     images = []
     for some in latents.split(at_once):
         scaled = some.to(parameter.device, parameter.dtype) / scale
+        if shift:
+            scaled = scaled + shift
         images.append(vae.decode(scaled).sample.float().cpu())
     return torch.cat(images)
 

@@ -7,8 +7,8 @@ Those that kernels exist for take a `backend`, which runs the op or raises:
 
 - "triton": fused kernels on CUDA or ROCm, or on the CPU if TRITON_INTERPRET=1 was set before the
   import. They take no float64, no heads wider than 128, and no NVIDIA GPU before Ampere.
-- "cpp": C++ for float32 on a CPU; `attention`, `qk_norm_rope`, `qk_attention` and `swiglu` have
-  none, and `normal` has no "triton".
+- "cpp": C++ for float32 on a CPU; attention of all kinds, `qk_norm_rope` and `swiglu` have none,
+  and `normal` has no "triton".
 - "reference": plain PyTorch, which torch.compile can fuse.
 - None: the first of these that can run and suits. "cpp" does not suit while torch.compile traces,
   for norms of fewer than 100,000 elements, and for updates that need a gradient.

@@ -164,7 +164,7 @@ def cross_attention(
     k, v = kv.unflatten(-1, (2, n_heads, d)).unbind(2)
     q = q.unflatten(-1, (n_heads, d))
     if (counts := _read(lengths)) is None:
-        return _attend(q, k, v, _mask(lengths, k.shape[1]))
+        return _attend(q, k, v, None if lengths is None else _mask(lengths, k.shape[1]))
     parts = [_attend(q[i:j], k[i:j, :n], v[i:j, :n]) for i, j, n in _runs(counts)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -246,10 +246,8 @@ def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
         first = end
 
 
-def _mask(lengths: Tensor | None, M: int) -> Tensor | None:
-    """Return which of M keys count, [B, 1, 1, M], or None for all."""
-    if lengths is None:
-        return None
+def _mask(lengths: Tensor, M: int) -> Tensor:
+    """Return which of M keys count: [B, 1, 1, M]."""
     return (torch.arange(M, device=lengths.device) < lengths[:, None])[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""The kernels as PyTorch ops, those of the norms aside: schema, shapes, gradients.
+"""The kernels as PyTorch ops, but for norms and attention to texts: schema, shapes, gradients.
 
 `fastdit.functional` calls these ops for "triton" and "cpp", after it has checked the arguments.
 They trace under `torch.compile(fullgraph=True)`, and a kernel's module is imported when an op first

@@ -48,7 +48,8 @@ def sample_shape(
         try:
             cfg.grid_of(*shape[1:])
         except ValueError as error:
-            raise ValueError(f"sample_shape: {error}") from None
+            message = str(error).removeprefix("size: ")
+            raise ValueError(f"sample_shape: {message}") from None
     return shape
 
 

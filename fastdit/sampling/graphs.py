@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -107,7 +108,8 @@ class _Captured:
 
     def __init__(self, graph: torch.cuda.CUDAGraph, state: State, inputs: Inputs) -> None:
         self._graph, self._state, self._inputs = graph, state, inputs
-        self._constant: Constants = (None,) * len(_constant(inputs))
+        # What the constants were loaded from. A text is large, and is not kept for this.
+        self._loaded: list[weakref.ref[Tensor] | None] = []
 
     @property
     def conditioning(self) -> Tensor:
@@ -116,15 +118,16 @@ class _Captured:
     def replay(self, state: State, inputs: Inputs) -> State:
         _load(self._state, state)
         _load(self._inputs[:2], inputs[:2])
-        constant = _constant(inputs)
-        if any(new is not old for new, old in zip(constant, self._constant, strict=True)):
-            _load(_constant(self._inputs), constant)
-            self._constant = constant  # held, so that no later tensor can have their identity
+        constants = _constants(inputs)
+        loaded = [None if old is None else old() for old in self._loaded]
+        if not loaded or any(new is not old for new, old in zip(constants, loaded, strict=True)):
+            _load(_constants(self._inputs), constants)
+            self._loaded = [None if new is None else weakref.ref(new) for new in constants]
         self._graph.replay()
         return self._state
 
 
-def _constant(inputs: Inputs) -> Constants:
+def _constants(inputs: Inputs) -> Constants:
     """Return what stays the same over a loop."""
     return (inputs.seeds, inputs.coefficients, *inputs.constants)
 

@@ -1,4 +1,4 @@
-"""`fastdit.Sampler`: the one way to turn labels and seeds into images."""
+"""`fastdit.Sampler`: the one way to turn labels or prompts, and seeds, into images."""
 
 from __future__ import annotations
 
@@ -36,9 +36,15 @@ class Sampler:
     Noise is a function of the seed (`fastdit.noise`): image i of `seed=7` is the same image in any
     batch, on any device and in any execution, up to the arithmetic of the forward.
 
-    For a `fastdit.DiT` modulation is computed for many steps at once, weights are cast once a call
-    at most, the state stays in tokens, and guidance, the solver's update and its noise are one op.
-    Every call uses the weights that the model has at that time.
+    A `fastdit.PixArt` or a `fastdit.MMDiT` takes a text encoder's embeddings in place of labels:
+
+        sampler = Sampler(model, FlowMatching(clean_at=0, time_scale=1000))
+        latents = sampler(prompt_embeds=Prompts(embeds, pooled), seeds=[11, 12])
+
+    For these and for a `fastdit.DiT` modulation is computed for many steps at once, a text is
+    encoded and weights are cast once a call at most, the state stays in tokens, and guidance, the
+    solver's update and its noise are one op. Every call uses the weights that the model has at that
+    time.
     """
 
     def __init__(
@@ -61,8 +67,10 @@ class Sampler:
                 float32, times its `time_scale`) and y [B] int64 or None; returns its prediction,
                 like x, or [B, 2C, H, W] with the learned variance, which a flow does not use. It is
                 sampled on the device of its first parameter (on the CPU if it has none) and keeps
-                its mode. A compiled or data-parallel `fastdit.DiT` is unwrapped, since `execution`
-                says how it runs.
+                its mode. If it is compiled or data-parallel, a model of fastdit is unwrapped, since
+                `execution` says how it runs. A `fastdit.PixArt` or a `fastdit.MMDiT` is called part
+                by part, and must have its own forward, without hooks. The solver "ddpm" uses a
+                PixArt's learned variance, as its own code does; diffusers' pipelines drop it.
             scheduler: the `DiffusionScheduler` or the `FlowMatching` that the model was trained
                 on; None takes `model.diffusion`, which `fastdit.load` sets where a checkpoint tells
                 it.
@@ -74,17 +82,20 @@ class Sampler:
             steps: number of steps: of a scheduler's T, where None takes all, or of a flow, where
                 None is 250, or 50 for "heun" and "dpm++". The solver's docstring says which.
                 Heun's method calls the model twice a step, except in the last.
-            guidance: classifier-free guidance; needs a DiT with `null_class`. An interval is of
+            guidance: classifier-free guidance; needs a DiT with `null_class`, or negative prompts
+                at every call. An interval is of
                 integers for a DiffusionScheduler, of times from 0 to 1 for a FlowMatching.
             dtype: of the forward, including its residual stream, which in the C++ trajectory is
                 float32; None is the model's own, or under autocast autocast's dtype. A dtype that
-                is not the model's own needs a `fastdit.DiT`. The sampler's state is at least
+                is not the model's own needs a model of fastdit. The sampler's state is at least
                 float32.
-            execution: how the loop runs; all ways but "eager" need a `fastdit.DiT`.
+            execution: how the loop runs; all ways but "eager" need a `fastdit.DiT`, and
+                "compile" and "graph" take a PixArt or an MMDiT too.
                 "eager": op by op.
                 "compile": each step is one graph of torch.compile, which pays off after some
                     hundred steps.
-                "graph": each step is a replayed CUDA graph.
+                "graph": each step is a replayed CUDA graph. Here and under "compile" texts are
+                    padded to one of eight lengths, so that batches share a graph.
                 "trajectory": many steps are one op, in C++ on a CPU (float32, and bfloat16 with
                     AVX512-BF16), or in Triton for small models. It reads only weights, and refuses
                     hooks and exchanged modules.
@@ -96,7 +107,9 @@ class Sampler:
                 "trajectory" keeps two copies of the weights.
             table_bytes: bound on the memory of the modulation tables, which are made for as many
                 steps at a time as fit into it.
-            sample_shape: (C, H, W) of one image, for models other than DiT.
+            sample_shape: (C, H, W) of one image, for models other than DiT. That of a PixArt or
+                an MMDiT may have any sides that are multiples of the patch; None is the size that
+                it was trained at.
 
         Raises:
             ValueError: a name is unknown, or the model cannot be sampled as asked.

@@ -165,7 +165,9 @@ def test_a_compiled_model_saves_under_its_own_keys(tmp_path):
     model = make_model()
     fastdit.save(torch.compile(model), tmp_path / "m.safetensors")
     assert fastdit.load(tmp_path / "m.safetensors").state_dict().keys() == model.state_dict().keys()
-    with pytest.raises(ValueError, match="model: expected a fastdit.DiT, got Linear"):
+    with pytest.raises(
+        ValueError, match="model: expected a fastdit.DiT, PixArt or MMDiT, got Linear"
+    ):
         fastdit.save(torch.nn.Linear(1, 1), tmp_path / "m.safetensors")
 
 

@@ -42,7 +42,7 @@ def test_no_launch_has_a_fault(compiled):
 
 
 def test_every_kernel_is_judged(machines):
-    """Both attention forwards are judged, and all matrix work in 16 bits."""
+    """All attention forwards are judged, and all matrix work in 16 bits."""
     kernels = Counter(machine.kernel for _, machine in machines)
     assert set(kernels) == {
         "norm_modulate_fwd_kernel",
@@ -52,6 +52,9 @@ def test_every_kernel_is_judged(machines):
         "attention_one_pass_fwd_kernel",
         "attention_dq_bwd_kernel",
         "attention_dkv_bwd_kernel",
+        "text_attention_fwd_kernel",
+        "text_attention_dq_bwd_kernel",
+        "text_attention_dkv_bwd_kernel",
         "qk_norm_rope_fwd_kernel",
         "qk_norm_rope_bwd_kernel",
         "sum_chunks_kernel",
@@ -61,7 +64,7 @@ def test_every_kernel_is_judged(machines):
         "trajectory_kernel",
     }
     weighed = {m.kernel for case, m in machines if m.kernel in case.dot_flop}
-    assert weighed == {k for k in kernels if k.startswith(("attention", "trajectory"))}
+    assert weighed == {k for k in kernels if k.startswith(("attention", "text", "trajectory"))}
 
 
 def test_head_dim_72_needs_80_columns(machines):

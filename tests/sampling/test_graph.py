@@ -77,6 +77,26 @@ def test_a_replayed_step_reads_and_writes_its_own_tensors(graphs_without_cuda):
     assert graphs_without_cuda[4:] == [3, 6]  # graphs that read noise instead of making it
 
 
+def test_texts_of_one_padded_length_share_a_graph(graphs_without_cuda, monkeypatch):
+    """A text is loaded into the graph's own buffers once a call, and not once a step."""
+    options = dict(img_size=4, hidden=8, n_layers=1, n_heads=2, text_width=8, text_tokens=16)
+    model, loads, load = fastdit.PixArt(**options), [], graphs._load
+    randomize(model)
+    scheduler = make_scheduler()
+    sampler = Sampler(model, scheduler, guidance=GUIDANCE, execution="graph")
+    eager = Sampler(model, scheduler, guidance=GUIDANCE, execution="eager")
+    monkeypatch.setattr(graphs, "_load", lambda own, new: loads.append(len(new)) or load(own, new))
+    for lengths in ([3, 7], [8, 2], [3, 16], [3, 7]):
+        loads.clear()
+        prompts = [torch.randn(n, 8) for n in lengths]
+        given = dict(prompt_embeds=prompts, negative_prompt_embeds=prompts[:1], seed=3)
+        images = sampler(**given)
+        # Seeds, coefficients, text, lengths and positions, of a guided and an unguided graph.
+        assert loads.count(5) == 2
+        assert relative_error(images, eager(**given)) < 1e-5
+    assert graphs_without_cuda == [2, 4, 2, 4]
+
+
 def test_the_least_recently_used_graph_is_dropped_with_a_warning(
     graphs_without_cuda, monkeypatch, recwarn
 ):
