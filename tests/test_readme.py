@@ -94,6 +94,13 @@ def test_the_example_of_prompts_runs():
     assert names["latents"].shape == (2, 4, 64, 96)
 
 
+def test_the_example_of_text_to_image_runs():
+    names = {}
+    (example,) = (code for code in examples("text.md") if "prompt_embeds=" in code)
+    exec(compile(example, "text.md", "exec"), names)
+    assert names["latents"].shape == (2, 4, 8, 8)
+
+
 def test_the_example_of_a_published_checkpoint_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = replace(fastdit.PRESETS["DiT-S/8"], n_layers=1)  # so that 250 steps take a second

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import torch
 
 import fastdit
 from fastdit.data.images import read_metadata
-from fastdit.functional import normal
+from fastdit.functional import normal, unpatchify
 from fastdit.text.encoders import TextEncoder
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +41,11 @@ def arrays(run, *arguments):
 
 
 def noise_of(seeds, shape):
+    """The noise of latents in patches of 2 x 2, in which the sampler's state is counted."""
+    channels, height, width = shape
     rows = torch.tensor([(seed, 0) for seed in seeds])
-    return normal(rows, 0, shape)
+    z = normal(rows, torch.zeros(1, dtype=torch.int64), channels * height * width)[0]
+    return unpatchify(z.view(len(seeds), -1, 4 * channels), 2)
 
 
 def test_the_images_of_sd3_are_its_pipelines(run, pipelines, tmp_path):
@@ -49,6 +56,7 @@ def test_the_images_of_sd3_are_its_pipelines(run, pipelines, tmp_path):
     chosen = ("--prompt", "a red fox", "--prompt", "two owls", "--steps", 4, "--seed", 5)
     latents = arrays(run, folder, *chosen, "--vae", "none", "--out", out)
     pixels = arrays(run, folder, *chosen, "--out", out)
+    assert [image["seed"] for image in read_metadata(out)["images"]] == [5, 5]
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     start = noise_of([5, 5], (4, 8, 8))
@@ -122,7 +130,7 @@ def test_a_prompt_that_is_too_long_is_warned_of(pipelines):
         (("--prompt", "a", "--labels", "1"), "--labels: expected none, since the model is a PixAr"),
         (("--prompt", "a", "--num-images", 4, "--out", "s.npz"), "--num-images: expected none, si"),
         (("--prompt", "a", "--first-index", 4), "--first-index: expected none, since the model is"),
-        (("--prompt", "a", "--size", "15x16"), "--size: expected a"),
+        (("--prompt", "a", "--size", "15x16"), "--size: expected (height, width), each a"),
         (("--prompt", "a", "--solver", "euler"), "--solver: expected one that takes a Diffusion"),
         (("--prompt", "a", "--execution", "grpah"), "did you mean 'graph'?"),
         (("--prompt", "a", "--text-dtype", "bf16"), "--text-dtype: expected one of float32, bfl"),
@@ -161,3 +169,33 @@ def test_a_missing_package_names_the_extra(run, pipelines, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     done = run("sample", pipelines / "pixart", "--prompt", "a", "--vae", "none", "--out", "s.npz")
     assert done.exit_code == 1 and "pip install 'fastdit[text]'" in done.stderr
+
+
+def test_a_transformer_alone_takes_text_encoders_and_autoencoder_from_a_folder(
+    run, pipelines, tmp_path
+):
+    folder, model = pipelines / "pixart", tmp_path / "m.safetensors"
+    loaded = fastdit.load(folder)
+    fastdit.save(loaded, model, fastdit.DiffusionScheduler(**loaded.diffusion))
+    chosen = ("--prompt", "a red fox", "--steps", 2, "--text-dtype", "float32", "--out")
+    done = run("sample", model, *chosen, tmp_path / "s.png")
+    assert done.exit_code == 1 and "--vae: expected an autoencoder to decode" in done.stderr
+    done = run("sample", model, *chosen, tmp_path / "s.npz")
+    assert done.exit_code == 1 and "--text-encoder: expected the folder of a pipel" in done.stderr
+    beside = ("--text-encoder", folder, "--vae", folder)
+    alone = arrays(run, model, *beside, *chosen, tmp_path / "s.npz")
+    assert np.array_equal(alone, arrays(run, folder, *chosen, tmp_path / "t.npz"))
+
+
+def test_sd3_without_t5_is_encoded_by_clip_alone_and_says_so(pipelines, tmp_path):
+    """As diffusers does it, with zeros in place of T5's tokens."""
+    folder, cfg = tmp_path / "sd3", fastdit.load(pipelines / "sd3").cfg
+    shutil.copytree(pipelines / "sd3", folder)
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / name)
+    with pytest.warns(UserWarning, match="no text_encoder_3"):
+        encoder = TextEncoder(folder, cfg)
+    embeds, pooled = encoder.encode("a red fox")
+    whole, _ = TextEncoder(pipelines / "sd3", cfg).encode("a red fox")
+    torch.testing.assert_close(embeds[:77], whole[:77])
+    assert not embeds[77:].any() and whole[77:].any() and pooled.shape == (16,)

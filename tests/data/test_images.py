@@ -4,7 +4,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastdit.data.images import to_pixels, write_grid
+from fastdit.data.images import (
+    read_metadata,
+    to_pixels,
+    write_grid,
+    write_latents,
+    write_npz,
+)
 
 
 def test_pixels_are_scaled_as_published():
@@ -23,3 +29,14 @@ def test_grid_places_images_row_by_row(tmp_path):
         for i in range(5):
             row, column = divmod(i, 3)
             assert image.getpixel((column * 8, row * 6)) == (i * 40,) * 3
+
+
+def test_metadata_is_read_back_from_a_png_and_from_arrays(tmp_path):
+    pixels, told = np.zeros((2, 4, 4, 3), dtype=np.uint8), {"images": [{"prompt": "Füchse 狐"}]}
+    write_grid(tmp_path / "a.png", pixels, columns=2, metadata=told)
+    write_npz(tmp_path / "a.npz", pixels, told)
+    write_latents(tmp_path / "l.npz", torch.zeros(2, 4, 2, 2), told)
+    write_grid(tmp_path / "none.png", pixels, columns=2)
+    write_npz(tmp_path / "none.npz", pixels)
+    assert all(read_metadata(tmp_path / name) == told for name in ("a.png", "a.npz", "l.npz"))
+    assert all(read_metadata(tmp_path / name) is None for name in ("none.png", "none.npz"))
