@@ -90,7 +90,6 @@ def has_cpp() -> bool:
     return True
 
 
-@functools.cache
 def has_fast_products() -> bool:
     """Return whether the C++ kernels, which must be here, have code for this CPU's vectors."""
     return definitions.cpp_instruction_set() != "plain"
