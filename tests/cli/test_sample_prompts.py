@@ -199,3 +199,14 @@ def test_sd3_without_t5_is_encoded_by_clip_alone_and_says_so(pipelines, tmp_path
     whole, _ = TextEncoder(pipelines / "sd3", cfg).encode("a red fox")
     torch.testing.assert_close(embeds[:77], whole[:77])
     assert not embeds[77:].any() and whole[77:].any() and pooled.shape == (16,)
+
+
+def test_embeddings_that_are_not_finite_name_the_dtype(run, pipelines, monkeypatch, tmp_path):
+    import diffusers
+
+    def encode_prompt(self, *_, **__):
+        return torch.full((1, 2, 12), torch.inf), torch.ones(1, 2), None, None
+
+    monkeypatch.setattr(diffusers.PixArtAlphaPipeline, "encode_prompt", encode_prompt)
+    done = run("sample", pipelines / "pixart", "--prompt", "a", "--out", tmp_path / "s.png")
+    assert done.exit_code == 1 and "--text-dtype: in torch.float32 the embeddings" in done.stderr
