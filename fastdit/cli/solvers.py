@@ -17,8 +17,8 @@ Name = Annotated[
 Steps = Annotated[
     int | None,
     option(
-        "Sampling steps.  [every step of the training; of a flow 250, dpm++ and heun 50; of a "
-        "PixArt 20, of an MMDiT 28]"
+        "Sampling steps.  [of a PixArt 20, of an MMDiT 28; else every step of the training; of a "
+        "flow 250, dpm++ and heun 50]"
     ),
 ]
 Clip = Annotated[
