@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import sys
 import warnings
@@ -89,13 +90,18 @@ def height_and_width(name: str, size: Any, unit: int = 1) -> tuple[int, int]:
     raise ValueError(f"{name}: expected {expected}, got {size!r}")
 
 
+@functools.cache  # evaluating them takes a millisecond, for each of the presets
+def _annotations(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
 def check_fields(options: Any, *names: str) -> None:
     """Check the named fields of a dataclass, or all of them, against their annotations.
 
     Integers and floats must be positive. Only bool, int, float, Literal and sizes are known, and
     None beside int and float.
     """
-    hints = get_type_hints(type(options))
+    hints = _annotations(type(options))  # type: ignore[arg-type]  # a class can be hashed
     for name in names or hints:
         value, hint = getattr(options, name), hints[name]
         if value is None and hint in (float | None, int | None):

@@ -161,6 +161,10 @@ def test_info_of_a_text_to_image_preset_separates_what_is_done_once(run):
     assert done.exit_code == 0, done.output
     assert "diffusion        path linear, prediction velocity, clean_at 0" in done.stdout
     assert "parameters       2,084,951,104\n" in done.stdout
-    for part in ("every step, with the longest prompt", "for each step, ahead of", "once, ahead"):
+    for part in (
+        "in every step, with the longest prompt",
+        "for each step, ahead of",
+        "once, ahead",
+    ):
         assert f"GFLOP per image {part}" in done.stdout
     assert run("info", "PixArt-alpha-XL/2-51").exit_code == 1
