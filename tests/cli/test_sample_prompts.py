@@ -87,7 +87,7 @@ def test_a_grid_holds_prompts_seeds_and_settings(run, pipelines, tmp_path):
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
     out = tmp_path / "s.png"
-    size = ("--size", "8x16", "--steps", 2, "--guidance-scale", 2)
+    size = ("--size", "8x16", "--steps", 2, "--guidance-scale", 2, "--clip", 3)
     done = run(
         "sample", pipelines / "pixart", "--prompts", tmp_path / "p.jsonl", *size, "--out", out
     )
@@ -98,6 +98,7 @@ def test_a_grid_holds_prompts_seeds_and_settings(run, pipelines, tmp_path):
         {"prompt": "an owl", "negative_prompt": "b", "seed": 9},
     ]
     assert (told["solver"], told["steps"], told["guidance_scale"]) == ("dpm++", 2, 2)
+    assert told["clip"] == 3 and "solver_options" not in told
     assert told["size"] == [8, 16] and told["model"] == "PixArt"
 
 
