@@ -41,7 +41,7 @@ class TextEncoder:
         folder: str | os.PathLike[str],
         cfg: TextConfig,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
+        text_dtype: torch.dtype | None = None,
     ) -> None:
         """Load the text encoders; nothing is ever downloaded.
 
@@ -49,7 +49,7 @@ class TextEncoder:
             folder: of a pipeline, with its model_index.json, tokenizers and text encoders.
             cfg: of the model that takes the embeddings.
             device: where prompts are encoded.
-            dtype: of the encoders; None keeps that of their files.
+            text_dtype: of the encoders; None keeps that of their files.
 
         Raises:
             ValueError: a package is missing, the folder is not a pipeline's, or its text encoders
@@ -57,10 +57,10 @@ class TextEncoder:
         """
         self.folder, self._cfg = Path(folder), cfg
         _check_folder(self.folder)
-        if dtype not in (None, *FLOAT_DTYPES):
-            raise ValueError(f"dtype: expected a float dtype or None, got {dtype}")
+        if text_dtype not in (None, *FLOAT_DTYPES):
+            raise ValueError(f"text_dtype: expected a float dtype or None, got {text_dtype}")
         with _quietly():
-            self._pipe = _load(self.folder, cfg, dtype)
+            self._pipe = _load(self.folder, cfg, text_dtype)
         needed = ["text_encoder", "tokenizer"]
         if not isinstance(cfg, PixArtConfig):
             needed += ["text_encoder_2", "tokenizer_2"]
@@ -92,7 +92,8 @@ class TextEncoder:
             expected = f"text encoders of width {self._cfg.text_width}, which the model takes"
             raise ValueError(f"{self.folder}: expected {expected}, got {width}")
         made = {"the embedding": embeds} | ({} if pooled is None else {"the pooled one": pooled})
-        check_finite(f"{self.folder}: text encoder ({embeds.dtype})", made)
+        # Some weights of T5 overflow in float16.
+        check_finite(f"text_dtype: in {embeds.dtype} the embeddings of {prompt!r:.40}", made)
         return embeds, pooled
 
     def prompts(self, texts: Sequence[str]) -> Prompts:

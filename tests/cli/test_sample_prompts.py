@@ -87,7 +87,7 @@ def test_a_grid_holds_prompts_seeds_and_settings(run, pipelines, tmp_path):
     text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
     out = tmp_path / "s.png"
-    size = ("--size", "8x16", "--steps", 2, "--guidance-scale", 2)
+    size = ("--size", "8x16", "--steps", 2, "--guidance-scale", 2, "--clip", 3)
     done = run(
         "sample", pipelines / "pixart", "--prompts", tmp_path / "p.jsonl", *size, "--out", out
     )
@@ -98,6 +98,7 @@ def test_a_grid_holds_prompts_seeds_and_settings(run, pipelines, tmp_path):
         {"prompt": "an owl", "negative_prompt": "b", "seed": 9},
     ]
     assert (told["solver"], told["steps"], told["guidance_scale"]) == ("dpm++", 2, 2)
+    assert told["clip"] == 3 and "solver_options" not in told
     assert told["size"] == [8, 16] and told["model"] == "PixArt"
 
 
@@ -199,3 +200,14 @@ def test_sd3_without_t5_is_encoded_by_clip_alone_and_says_so(pipelines, tmp_path
     whole, _ = TextEncoder(pipelines / "sd3", cfg).encode("a red fox")
     torch.testing.assert_close(embeds[:77], whole[:77])
     assert not embeds[77:].any() and whole[77:].any() and pooled.shape == (16,)
+
+
+def test_embeddings_that_are_not_finite_name_the_dtype(run, pipelines, monkeypatch, tmp_path):
+    import diffusers
+
+    def encode_prompt(self, *_, **__):
+        return torch.full((1, 2, 12), torch.inf), torch.ones(1, 2), None, None
+
+    monkeypatch.setattr(diffusers.PixArtAlphaPipeline, "encode_prompt", encode_prompt)
+    done = run("sample", pipelines / "pixart", "--prompt", "a", "--out", tmp_path / "s.png")
+    assert done.exit_code == 1 and "--text-dtype: in torch.float32 the embeddings" in done.stderr

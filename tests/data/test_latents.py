@@ -59,6 +59,22 @@ def test_decoding_in_slices_gives_the_autoencoders_images(vae_folder):
     assert seen == [2, 2, 1]
 
 
+def test_a_shift_is_added_where_it_is_allowed_and_else_refused(vae_folder, tmp_path):
+    """Stable Diffusion 3's latents are shifted; those of the published DiTs are not."""
+    folder = tmp_path / "shifted"
+    shutil.copytree(vae_folder / "vae", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"shift_factor": 0.5}))
+    with pytest.raises(ValueError, match="its config has a shift_factor"):
+        load_vae(folder)
+    latents = torch.randn(2, 4, 8, 8)
+    vae, plain = load_vae(folder, shifted=True), load_vae(vae_folder, shifted=True)
+    moved = latents + 0.5 * plain.config.scaling_factor
+    torch.testing.assert_close(decode(vae, latents), decode(plain, moved), rtol=0, atol=1e-5)
+    assert (decode(vae, latents) - decode(plain, latents)).abs().max() > 1e-3
+    assert torch.equal(decode(vae, latents, scale=1.0), decode(plain, latents, scale=1.0))
+
+
 def test_what_cannot_be_decoded_is_named(vae_folder, tmp_path, monkeypatch):
     vae = load_vae(vae_folder)  # from a pipeline's folder
     with pytest.raises(ValueError, match=r"latents: expected shape \[B, 4, h, w\].*got \[1, 3, 8"):
