@@ -88,7 +88,7 @@ _DKV: dict[str, _Sizes] = {
 }
 # A text's keys always have masks, and joint attention's two loops share their tiles.
 _TEXT_FWD: dict[str, _Sizes] = {
-    "sm_80": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
+    "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_90": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
     "sm_100": [Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)],  # with 64 keys, masks and norms spill
     "gfx942": [Tile(64, 64, 2, 1), Tile(128, 64, 4, 1)],
@@ -96,11 +96,11 @@ _TEXT_FWD: dict[str, _Sizes] = {
 _TEXT_DQ: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_90": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)],
-    "sm_100": [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2)],
+    "sm_100": [Tile(128, 64, 8, 2)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
 }
 _TEXT_DKV: dict[str, _Sizes] = {
-    "sm_80": [Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)],
+    "sm_80": [Tile(64, 32, 4, 2)],
     "sm_90": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_100": [Tile(128, 32, 8, 2)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
