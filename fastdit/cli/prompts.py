@@ -27,7 +27,7 @@ from fastdit.flow import FlowMatching, Process, process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.loop import Progress
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import Dopri5, Euler, FlowSolver, Solver
+from fastdit.solvers import DPMSolverPP, Dopri5, Euler, FlowSolver, Solver
 from fastdit.text import TextModel
 from fastdit.text.encoders import TextEncoder, encode_once, stacked
 from fastdit.text_config import PixArtConfig, TextConfig
@@ -181,6 +181,8 @@ def sample_prompts(
     settings |= dict(guidance_scale=guidance.scale, size=list(images.shape[-2:]), dtype=o.dtype)
     rest = dict(clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype)
     rest |= dict(guidance_interval=guidance.interval, guidance_channels=guidance.channels)
+    if isinstance(solver, DPMSolverPP) and isinstance(process, DiffusionScheduler):
+        rest["last_timestep"] = solver.last_timestep
     settings |= {key: value for key, value in rest.items() if value is not None}
     write_images(o.out, images, columns, _metadata(rows, o, cfg, settings))
     print(f"wrote {len(rows)} image{'s' * (len(rows) > 1)} to {o.out}")
@@ -211,6 +213,8 @@ def _solver(cfg: TextConfig, o: SampleOptions, process: Process) -> tuple[str, S
             solver = replace(Euler.from_diffusers(1 / shift), clip=o.clip)
         else:
             solver = replace(solver, shift=shift)
+    elif isinstance(solver, DPMSolverPP) and o.solver_options is None:
+        solver = replace(solver, last_timestep="stride")
     return name, solver, steps
 
 

@@ -68,6 +68,27 @@ def test_the_images_of_sd3_are_its_pipelines(run, pipelines, tmp_path):
     assert np.abs(pixels / 255 - decoded).max() < 1.5 / 255 + 1e-4
 
 
+def test_the_images_of_pixart_are_its_pipelines(run, pipelines, tmp_path):
+    """With the published solver, its timesteps and the guidance, none of which is named."""
+    from diffusers import PixArtAlphaPipeline
+
+    folder, out = pipelines / "pixart", tmp_path / "s.npz"
+    chosen = ("--prompt", "a red fox", "--prompt", "two owls", "--seed", 5, "--vae", "none")
+    latents = arrays(run, folder, *chosen, "--out", out)
+    told = read_metadata(out)
+    assert (told["steps"], told["last_timestep"]) == (20, "stride")
+    pipe = PixArtAlphaPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(latents=noise_of([5, 5], (4, 8, 8)), height=16, width=16, output_type="latent")
+    options |= dict(use_resolution_binning=False, clean_caption=False)
+    theirs = pipe(["a red fox", "two owls"], **options).images
+    assert np.abs(latents - theirs.numpy()).max() < 1e-4 * theirs.abs().max()
+    named = ("--solver-options", "last_timestep=zero", "--out", out)
+    other = arrays(run, folder, *chosen, *named)
+    assert read_metadata(out)["last_timestep"] == "zero"
+    assert np.abs(latents - other).max() > 1e-3 * np.abs(latents).max()
+
+
 def test_a_prompt_is_the_same_image_alone_and_in_a_file(run, pipelines, tmp_path):
     folder = pipelines / "pixart"
     lines = ["a much longer text of an owl", "", "a red fox"]
