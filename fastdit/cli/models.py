@@ -111,12 +111,12 @@ def info(
         print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice that in float32")
         rates = 2, tflops * 1e12, gbps * 1e9  # bytes of a bfloat16, FLOP and bytes a second
         if isinstance(cfg, DiTConfig):
-            print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image\n")
-            print(f"--execution auto is {describe_automatic(cfg)}\n")
+            print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image")
             least = [flops.floor_seconds(cfg, rows, *rates) for rows in _ROWS]
         else:
             _print_costs(costs(cfg))
             least = [costs(cfg, rows).step.floor_seconds(*rates) for rows in _ROWS]
+        print(f"\n--execution auto is {describe_automatic(cfg)}\n")
         print(f"least time of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
         print("rows     ms/step   rows/s")
         for rows, seconds in zip(_ROWS, least, strict=True):
@@ -140,7 +140,6 @@ def _print_costs(found: Costs) -> None:
     }
     for name, (work, when) in parts.items():
         print(f"{name:16} {work.flop / 1e9:,.2f} GFLOP per image {when}")
-    print()
 
 
 def _print_found(found: CheckpointInfo, is_file: bool) -> None:

@@ -167,4 +167,5 @@ def test_info_of_a_text_to_image_preset_separates_what_is_done_once(run):
         "once, ahead",
     ):
         assert f"GFLOP per image {part}" in done.stdout
+    assert "\n\n--execution auto is 'graph' on CUDA, 'eager' on a CPU\n\nleast" in done.stdout
     assert run("info", "PixArt-alpha-XL/2-51").exit_code == 1
