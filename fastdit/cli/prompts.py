@@ -27,7 +27,7 @@ from fastdit.flow import FlowMatching, Process, process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.loop import Progress
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import DPMSolverPP, Dopri5, Euler, FlowSolver, Solver
+from fastdit.solvers import Dopri5, DPMSolverPP, Euler, FlowSolver, Solver
 from fastdit.text import TextModel
 from fastdit.text.encoders import TextEncoder, encode_once, stacked
 from fastdit.text_config import PixArtConfig, TextConfig
