@@ -19,6 +19,7 @@ from fastdit.cli.checkpoints import (
     Heads,
     ImageSize,
     NullClass,
+    TextTokens,
     Weights,
     answers,
     parse_size,
@@ -52,10 +53,11 @@ def convert(
     img_size: ImageSize = None,
     diffusion: Diffusion = None,
     weights: Weights = None,
+    text_tokens: TextTokens = None,
 ) -> None:
     """Rewrite a checkpoint in another layout; no weight changes a bit."""
     with plain_errors(context):
-        told = answers(n_heads, null_class, img_size, diffusion, weights)
+        told = answers(n_heads, null_class, img_size, diffusion, weights, text_tokens)
         info, model = inspect(source, **told), load(source, **told)
         cfg: ModelConfig = model.cfg
         if layout == SAVED_LAYOUTS[0]:
@@ -82,6 +84,7 @@ def info(
     img_size: ImageSize = None,
     diffusion: Diffusion = None,
     weights: Weights = None,
+    text_tokens: TextTokens = None,
     tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
     gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
@@ -95,7 +98,7 @@ def info(
         if model in presets:
             found = _published(model, presets[model])
         elif Path(model).exists():
-            told = answers(n_heads, null_class, img_size, diffusion, weights)
+            told = answers(n_heads, null_class, img_size, diffusion, weights, text_tokens)
             found = inspect(Path(model), **told)
         else:
             raise ValueError(f"{unknown_name('model', model, presets)}, or an existing file")

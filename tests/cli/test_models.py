@@ -144,6 +144,8 @@ def test_a_text_to_image_model_is_converted_and_described(run, tmp_path):
     assert done.exit_code == 0 and "assumed: text_tokens 300" in done.stderr, done.output
     done = run("info", tmp_path / "back.safetensors")
     assert "text_tokens      300  (assumed)\n" in done.stdout
+    done = run("info", tmp_path / "back.safetensors", "--text-tokens", 120)
+    assert "text_tokens      120\n" in done.stdout
     assert "every tensor fits its checksum" in done.stdout
     back = fastdit.load(tmp_path / "back.safetensors").state_dict()
     assert all(map(torch.equal, back.values(), model.state_dict().values()))
