@@ -179,7 +179,7 @@ def sample_prompts(
     images = finish(torch.cat(batches))
     settings = dict(solver=name, steps=steps, shift=getattr(solver, "shift", None))
     settings |= dict(guidance_scale=guidance.scale, size=list(images.shape[-2:]), dtype=o.dtype)
-    rest = dict(clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype)
+    rest: dict[str, Any] = dict(clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype)
     rest |= dict(guidance_interval=guidance.interval, guidance_channels=guidance.channels)
     if isinstance(solver, DPMSolverPP) and isinstance(process, DiffusionScheduler):
         rest["last_timestep"] = solver.last_timestep

@@ -132,6 +132,7 @@ def test_a_pipelines_folder_tells_the_length_of_its_prompts(name, tmp_path):
             check_same(fastdit.load(tmp_path), model)
     else:
         check_same(fastdit.load(tmp_path), model)
+        assert inspect(tmp_path / "transformer") == inspect(tmp_path)
         with pytest.raises(ValueError, match="weights: expected one of"):
             fastdit.load(tmp_path, weights="ema")
 
@@ -179,6 +180,7 @@ def test_a_pipelines_scheduler_tells_the_diffusion_or_the_flow(tmp_path):
     )
     expected = {"T": 1000, "schedule": "linear", "prediction": "sample"}
     assert fastdit.load(alpha).diffusion == expected
+    assert fastdit.load(alpha / "transformer").diffusion == expected
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
