@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import fastdit
 from fastdit.checkpoints import load
+from fastdit.checkpoints.folders import pipeline_folder
 from fastdit.cli.batches import parse_noise, within_memory
 from fastdit.cli.checkpoints import parse_size
 from fastdit.cli.common import option
@@ -179,7 +180,9 @@ def sample_prompts(
     images = finish(torch.cat(batches))
     settings = dict(solver=name, steps=steps, shift=getattr(solver, "shift", None))
     settings |= dict(guidance_scale=guidance.scale, size=list(images.shape[-2:]), dtype=o.dtype)
-    rest: dict[str, Any] = dict(clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype)
+    rest: dict[str, Any] = dict(
+        clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype
+    )
     rest |= dict(guidance_interval=guidance.interval, guidance_channels=guidance.channels)
     if isinstance(solver, DPMSolverPP) and isinstance(process, DiffusionScheduler):
         rest["last_timestep"] = solver.last_timestep
@@ -220,7 +223,7 @@ def _solver(cfg: TextConfig, o: SampleOptions, process: Process) -> tuple[str, S
 
 def _scheduler_shift(checkpoint: Path) -> float:
     """Return the shift of a pipeline's scheduler; that of Stable Diffusion 3 where it has none."""
-    path = checkpoint / "scheduler" / "scheduler_config.json"
+    path = pipeline_folder(checkpoint) / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return SD3_SHIFT
     shift = json.loads(path.read_text()).get("shift", 1.0)
@@ -297,8 +300,9 @@ def _from_json(where: str, line: str) -> Line:
 
 def _vae_source(o: SampleOptions) -> str | Path | None:
     """Return the autoencoder: the named one, the pipeline's own, or None for latents."""
-    own = o.checkpoint / "vae"
-    source = o.vae if o.vae is not None else str(o.checkpoint) if own.is_dir() else None
+    home = pipeline_folder(o.checkpoint)
+    own = str(home) if (home / "vae").is_dir() else None
+    source = own if o.vae is None else o.vae
     if source == _NO_VAE:
         source = None
     if source is None and o.out.suffix == ".png":
@@ -331,7 +335,7 @@ def _encoded(
     """Return the embeddings of all prompts; the text encoders are gone afterwards."""
     folder = text.text_encoder
     if folder is None:
-        folder = o.checkpoint
+        folder = pipeline_folder(o.checkpoint)
         if not (folder / "model_index.json").is_file():
             raise ValueError(
                 "--text-encoder: expected the folder of a pipeline with text encoders, since "

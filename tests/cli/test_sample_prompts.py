@@ -206,7 +206,10 @@ def test_a_transformer_alone_takes_text_encoders_and_autoencoder_from_a_folder(
     assert done.exit_code == 1 and "--text-encoder: expected the folder of a pipel" in done.stderr
     beside = ("--text-encoder", folder, "--vae", folder)
     alone = arrays(run, model, *beside, *chosen, tmp_path / "s.npz")
-    assert np.array_equal(alone, arrays(run, folder, *chosen, tmp_path / "t.npz"))
+    whole = arrays(run, folder, *chosen, tmp_path / "t.npz")
+    assert np.array_equal(alone, whole)
+    inside = folder / "transformer"  # of a pipeline, which has the rest
+    assert np.array_equal(arrays(run, inside, *chosen, tmp_path / "i.npz"), whole)
 
 
 def test_sd3_without_t5_is_encoded_by_clip_alone_and_says_so(pipelines, tmp_path):
