@@ -256,6 +256,9 @@ def _rows(text: TextOptions, o: SampleOptions, guided: bool) -> tuple[list[Row],
         first = o.seed if own is None else own
         seeds = noise.seeds or range(first, first + (o.count or 1))
         rows += [Row(prompt, negative, seed) for seed in seeds]
+    for row in rows:
+        if not 0 <= row.seed < 2**63:
+            raise ValueError(f"--seed: expected a seed in [0, 2^63) for each image, got {row.seed}")
     per_prompt = len(noise.seeds) or o.count or 1
     return rows, per_prompt if per_prompt > 1 else math.ceil(len(rows) ** 0.5)
 

@@ -149,6 +149,12 @@ def test_a_prompt_that_is_too_long_is_warned_of(pipelines):
     [
         ((), "--prompt: expected a prompt, or a file of them by --prompts, got none"),
         (("--prompt", " "), "--prompt: expected words, got ' '"),
+        (
+            ("--prompt", "a", "--seed", -1),
+            "--seed: expected a seed in [0, 2^63) for each image, go",
+        ),
+        (("--prompt", "a", "--seed", 2**63 - 1, "--count", 2), "image, got 9223372036854775808"),
+        (("--prompt", "a", "--text-encoder", "other"), "got other, which is of a StableDiffusion3"),
         (("--prompt", "a", "--labels", "1"), "--labels: expected none, since the model is a PixAr"),
         (("--prompt", "a", "--num-images", 4, "--out", "s.npz"), "--num-images: expected none, si"),
         (("--prompt", "a", "--first-index", 4), "--first-index: expected none, since the model is"),
@@ -175,6 +181,7 @@ def test_bad_options_of_prompts_are_named(
     Path("bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}')
     Path("seed.jsonl").write_text('{"prompt": "a", "seed": -1}')
     Path("empty.txt").write_text("\n \n")
+    shutil.copytree(pipelines / "sd3", "other")
     done = run("sample", pipelines / "pixart", *arguments)
     assert done.exit_code == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.output and not list(tmp_path.glob("s*.png"))
