@@ -1,5 +1,6 @@
 """The README and docs/ say what is true: examples run, tables are the measured ones."""
 
+import inspect
 import json
 import re
 import statistics
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import fastdit
+from fastdit import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,6 +56,16 @@ def benchmark_modules(monkeypatch):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def test_every_op_with_a_backend_has_its_row():
+    ops = [name for name in functional.__all__ if "backend" in parameters_of(name)]
+    rows = re.findall(r"^\| `(\w+)` \|", PAGES["kernels.md"], re.M)
+    assert sorted(rows) == sorted(ops)
+
+
+def parameters_of(name):
+    return inspect.signature(getattr(functional, name)).parameters
 
 
 def examples(page):

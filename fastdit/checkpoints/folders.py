@@ -84,6 +84,13 @@ def folder_labels(path: Path, num_classes: int) -> tuple[str, ...] | None:
         return None
 
 
+def pipeline_folder(path: Path) -> Path:
+    """Return the pipeline's folder around `path` if that is its transformer's, else `path`."""
+    around = path.absolute().parent
+    is_part = path.absolute().name == "transformer" and (around / "model_index.json").is_file()
+    return around if is_part else path
+
+
 def folder_pipeline(path: Path) -> str | None:
     """Return the name of the class of the pipeline whose folder `path` is, if it is one's."""
     try:

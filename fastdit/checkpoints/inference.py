@@ -33,7 +33,8 @@ class Told:
     """What is known of a model besides its tensors.
 
     Attributes:
-        n_heads, null_class, img_size: options of the config, from the caller; None is unknown.
+        n_heads, null_class, img_size, text_tokens: options of the config, from the caller; None is
+            unknown.
         arguments: the training run's arguments, where the file has them.
         assumed: gets the names of the options that nothing told.
     """
@@ -43,6 +44,7 @@ class Told:
     img_size: int | tuple[int, int] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     assumed: list[str] = field(default_factory=list)
+    text_tokens: int | None = None
 
 
 def published_config(state: Mapping[str, Tensor], told: Told) -> DiTConfig:

@@ -41,13 +41,14 @@ def load(
     in_channels: int | None = None,
     diffusion: Mapping[str, Any] | str | None = None,
     weights: str | None = None,
+    text_tokens: int | None = None,
 ) -> Model:
     """Load a model to the CPU in its stored dtype; the layout is recognised by the keys.
 
-    What a checkpoint does not tell is answered by `n_heads`, `null_class`, `img_size` and
-    `diffusion`. To fine-tune a model on other data, `num_classes`, `img_size` and `in_channels` fit
-    it to them (`fastdit.checkpoints.adaptation`): the parts that depend on them are made anew, and
-    a warning names them.
+    What a checkpoint does not tell is answered by `n_heads`, `null_class`, `img_size`,
+    `text_tokens` and `diffusion`. To fine-tune a model on other data, `num_classes`, `img_size` and
+    `in_channels` fit it to them (`fastdit.checkpoints.adaptation`): the parts that depend on them
+    are made anew, and a warning names them.
 
     Args:
         source: a file that `fastdit.save` wrote; the folder of a run of `fastdit train`, or one of
@@ -68,6 +69,8 @@ def load(
             trained with, such as `{"T": 1000, "schedule": "linear"}`, which override what is told.
         weights: the entry of a training checkpoint to take: "ema", "model" or another name, or
             several joined by dots. None prefers averaged weights.
+        text_tokens: the most tokens of a prompt, where a model of text is not in the folder of its
+            pipeline, which tells it: 120 of PixArt-alpha, 300 of Sigma.
 
     Returns:
         A fastdit.DiT, a PixArt or an MMDiT with its own copy of the weights. `model.cfg` is the
@@ -81,7 +84,7 @@ def load(
     Warns:
         UserWarning: something was assumed, left out or made anew; the message says what.
     """
-    told = _told(n_heads, null_class, img_size)
+    told = _told(n_heads, null_class, img_size, text_tokens)
     found = read_source(source, weights, told)
     if found.header is not None:
         check_digests(found.name, found.content, found.header)
@@ -123,13 +126,14 @@ def inspect(
     img_size: int | tuple[int, int] | None = None,
     diffusion: Mapping[str, Any] | str | None = None,
     weights: str | None = None,
+    text_tokens: int | None = None,
 ) -> CheckpointInfo:
     """Return what a checkpoint holds besides its weights, stored or inferred from its tensors.
 
     The path is of a file or a folder that `load` reads. The options and errors are as for `load`;
     digests are not checked.
     """
-    told = _told(n_heads, null_class, img_size)
+    told = _told(n_heads, null_class, img_size, text_tokens)
     info, _ = resolve(read_source(path, weights, told), told, weights, diffusion)
     if told.img_size not in (None, info.config.img_size):
         raise ValueError(f"img_size: {path} says {info.config.img_size}, got {img_size}")
@@ -150,14 +154,17 @@ def verify(path: str | os.PathLike[str]) -> bool:
     return header is not None and check_digests(str(path), tensors, header)
 
 
-def _told(n_heads: int | None, null_class: bool | None, img_size: Any) -> Told:
-    if n_heads is not None:
-        check_positive("n_heads", n_heads)
+def _told(
+    n_heads: int | None, null_class: bool | None, img_size: Any, text_tokens: int | None
+) -> Told:
+    for name, number in (("n_heads", n_heads), ("text_tokens", text_tokens)):
+        if number is not None:
+            check_positive(name, number)
     if null_class is not None and not isinstance(null_class, bool):
         raise ValueError(f"null_class: expected True or False, got {null_class!r}")
     if img_size is not None:
         img_size = DiTConfig(img_size=img_size, patch_size=1).img_size
-    return Told(n_heads, null_class, img_size)
+    return Told(n_heads, null_class, img_size, text_tokens=text_tokens)
 
 
 def _say_assumed(name: str, info: CheckpointInfo) -> None:
@@ -169,7 +176,7 @@ def _say_assumed(name: str, info: CheckpointInfo) -> None:
         values["diffusion"] = diffusions.in_words(info.diffusion)
     said = ", ".join(f"{option} {values.get(option)}" for option in info.assumed)
     advice = "pass what differs to load, or by options such as --diffusion"
-    if not {"gelu", "context_start", "text_tokens", "position_scale"}.isdisjoint(info.assumed):
+    if not {"gelu", "context_start", "position_scale"}.isdisjoint(info.assumed):
         kind = MODELS[type(info.config)].__name__
         advice += (
             f", or build fastdit.{kind} with its options, call load_state_dict and fastdit.save"

@@ -53,6 +53,7 @@ def resolve(
         if found.folder is not None and diffusion is None:
             info = _with_stored_diffusion(info, found.folder, lenient)
     check_text_options(found.name, info.config, {"null_class": told.null_class})
+    info = _with_text_tokens(info, found, told.text_tokens)
     for name in ("n_heads", "null_class"):
         given, own = getattr(told, name), getattr(info.config, name, None)
         if given not in (None, own):
@@ -81,6 +82,21 @@ def check_text_options(name: str, config: ModelConfig, given: Mapping[str, Any])
             if option == "in_channels":
                 expected = f"None, since {name} is a {kind}, which is not fitted to other data"
             raise ValueError(f"{option}: expected {expected}; got {value}")
+
+
+def _with_text_tokens(info: CheckpointInfo, found: Source, given: int | None) -> CheckpointInfo:
+    """Return the info with a given limit of prompts, where the source does not tell another."""
+    config = info.config
+    if given is None:
+        return info
+    if isinstance(config, DiTConfig):
+        expected = f"None, since {found.name} is a DiT, which takes no prompts"
+        raise ValueError(f"text_tokens: expected {expected}; got {given}")
+    bare = isinstance(found.config, Mapping) and found.pipeline not in text_models.PIPELINE_TOKENS
+    if given != config.text_tokens and not (bare or "text_tokens" in info.assumed):
+        raise ValueError(f"text_tokens: {found.name} says {config.text_tokens}, got {given}")
+    assumed = tuple(name for name in info.assumed if name != "text_tokens")
+    return replace(info, config=replace(config, text_tokens=given), assumed=assumed)
 
 
 def _with_stored_diffusion(info: CheckpointInfo, folder: Path, lenient: bool) -> CheckpointInfo:

@@ -97,9 +97,10 @@ def _read_folder(path: Path) -> Source:
             raise ValueError(f"{file}: expected other tensors than before it, got {twice[0]} again")
         tensors |= part
     classes = config.get("num_embeds_ada_norm")
-    labels = folders.folder_labels(path, classes if isinstance(classes, int) else 0)
+    home = folders.pipeline_folder(path)
+    labels = folders.folder_labels(home, classes if isinstance(classes, int) else 0)
     if text_models.class_of(config) is not None:
         labels = None  # PixArt's config counts what it never embeds
-    pipeline = folders.folder_pipeline(path)
-    found = Source(str(path), tensors, config=config, labels=labels, folder=path)
+    pipeline = folders.folder_pipeline(home)
+    found = Source(str(path), tensors, config=config, labels=labels, folder=home)
     return replace(found, pipeline=pipeline)

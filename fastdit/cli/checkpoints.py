@@ -26,6 +26,10 @@ Diffusion = Annotated[
         "path=linear,prediction=velocity or T=1000,schedule=linear,prediction=epsilon."
     ),
 ]
+TextTokens = Annotated[
+    int | None,
+    option("The most tokens of a prompt, where the file does not tell it.", min=1),
+]
 Weights = Annotated[
     str | None,
     option("Entry of a training checkpoint: ema, model or another.  [averaged, if there are any]"),
@@ -38,6 +42,7 @@ def answers(
     img_size: str | None,
     diffusion: str | None,
     weights: str | None,
+    text_tokens: int | None,
 ) -> dict[str, Any]:
     """Return these options as `fastdit.load` and `inspect` take them."""
     return {
@@ -46,6 +51,7 @@ def answers(
         "img_size": None if img_size is None else parse_size("--img-size", img_size),
         "diffusion": None if diffusion is None else parse(diffusion),
         "weights": weights,
+        "text_tokens": text_tokens,
     }
 
 

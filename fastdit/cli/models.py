@@ -19,6 +19,7 @@ from fastdit.cli.checkpoints import (
     Heads,
     ImageSize,
     NullClass,
+    TextTokens,
     Weights,
     answers,
     parse_size,
@@ -52,10 +53,11 @@ def convert(
     img_size: ImageSize = None,
     diffusion: Diffusion = None,
     weights: Weights = None,
+    text_tokens: TextTokens = None,
 ) -> None:
     """Rewrite a checkpoint in another layout; no weight changes a bit."""
     with plain_errors(context):
-        told = answers(n_heads, null_class, img_size, diffusion, weights)
+        told = answers(n_heads, null_class, img_size, diffusion, weights, text_tokens)
         info, model = inspect(source, **told), load(source, **told)
         cfg: ModelConfig = model.cfg
         if layout == SAVED_LAYOUTS[0]:
@@ -82,6 +84,7 @@ def info(
     img_size: ImageSize = None,
     diffusion: Diffusion = None,
     weights: Weights = None,
+    text_tokens: TextTokens = None,
     tflops: Annotated[float, option("TFLOP/s of bfloat16 matrix products.", min=1e-3)] = 790.0,
     gbps: Annotated[float, option("GB/s of a copy, read and written.", min=1e-3)] = 4300,
 ) -> None:
@@ -95,7 +98,7 @@ def info(
         if model in presets:
             found = _published(model, presets[model])
         elif Path(model).exists():
-            told = answers(n_heads, null_class, img_size, diffusion, weights)
+            told = answers(n_heads, null_class, img_size, diffusion, weights, text_tokens)
             found = inspect(Path(model), **told)
         else:
             raise ValueError(f"{unknown_name('model', model, presets)}, or an existing file")
@@ -111,12 +114,12 @@ def info(
         print(f"{'memory':16} {parameters * 2 / 2**20:,.0f} MiB in bfloat16, twice that in float32")
         rates = 2, tflops * 1e12, gbps * 1e9  # bytes of a bfloat16, FLOP and bytes a second
         if isinstance(cfg, DiTConfig):
-            print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image\n")
-            print(f"--execution auto is {describe_automatic(cfg)}\n")
+            print(f"{'forward':16} {flops.flop(cfg, 1) / 1e9:,.2f} GFLOP per image")
             least = [flops.floor_seconds(cfg, rows, *rates) for rows in _ROWS]
         else:
             _print_costs(costs(cfg))
             least = [costs(cfg, rows).step.floor_seconds(*rates) for rows in _ROWS]
+        print(f"\n--execution auto is {describe_automatic(cfg)}\n")
         print(f"least time of a bfloat16 step at {tflops:g} TFLOP/s and {gbps:g} GB/s")
         print("rows     ms/step   rows/s")
         for rows, seconds in zip(_ROWS, least, strict=True):
@@ -140,7 +143,6 @@ def _print_costs(found: Costs) -> None:
     }
     for name, (work, when) in parts.items():
         print(f"{name:16} {work.flop / 1e9:,.2f} GFLOP per image {when}")
-    print()
 
 
 def _print_found(found: CheckpointInfo, is_file: bool) -> None:

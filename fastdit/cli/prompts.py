@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import fastdit
 from fastdit.checkpoints import load
+from fastdit.checkpoints.folders import pipeline_folder
 from fastdit.cli.batches import parse_noise, within_memory
 from fastdit.cli.checkpoints import parse_size
 from fastdit.cli.common import option
@@ -27,7 +28,7 @@ from fastdit.flow import FlowMatching, Process, process_of
 from fastdit.sampling.executions import EXECUTIONS
 from fastdit.sampling.loop import Progress
 from fastdit.sampling.sampler import Sampler
-from fastdit.solvers import Dopri5, Euler, FlowSolver, Solver
+from fastdit.solvers import Dopri5, DPMSolverPP, Euler, FlowSolver, Solver
 from fastdit.text import TextModel
 from fastdit.text.encoders import TextEncoder, encode_once, stacked
 from fastdit.text_config import PixArtConfig, TextConfig
@@ -179,8 +180,12 @@ def sample_prompts(
     images = finish(torch.cat(batches))
     settings = dict(solver=name, steps=steps, shift=getattr(solver, "shift", None))
     settings |= dict(guidance_scale=guidance.scale, size=list(images.shape[-2:]), dtype=o.dtype)
-    rest = dict(clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype)
+    rest: dict[str, Any] = dict(
+        clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype
+    )
     rest |= dict(guidance_interval=guidance.interval, guidance_channels=guidance.channels)
+    if isinstance(solver, DPMSolverPP) and isinstance(process, DiffusionScheduler):
+        rest["last_timestep"] = solver.last_timestep
     settings |= {key: value for key, value in rest.items() if value is not None}
     write_images(o.out, images, columns, _metadata(rows, o, cfg, settings))
     print(f"wrote {len(rows)} image{'s' * (len(rows) > 1)} to {o.out}")
@@ -211,12 +216,14 @@ def _solver(cfg: TextConfig, o: SampleOptions, process: Process) -> tuple[str, S
             solver = replace(Euler.from_diffusers(1 / shift), clip=o.clip)
         else:
             solver = replace(solver, shift=shift)
+    elif isinstance(solver, DPMSolverPP) and o.solver_options is None:
+        solver = replace(solver, last_timestep="stride")
     return name, solver, steps
 
 
 def _scheduler_shift(checkpoint: Path) -> float:
     """Return the shift of a pipeline's scheduler; that of Stable Diffusion 3 where it has none."""
-    path = checkpoint / "scheduler" / "scheduler_config.json"
+    path = pipeline_folder(checkpoint) / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return SD3_SHIFT
     shift = json.loads(path.read_text()).get("shift", 1.0)
@@ -249,6 +256,9 @@ def _rows(text: TextOptions, o: SampleOptions, guided: bool) -> tuple[list[Row],
         first = o.seed if own is None else own
         seeds = noise.seeds or range(first, first + (o.count or 1))
         rows += [Row(prompt, negative, seed) for seed in seeds]
+    for row in rows:
+        if not 0 <= row.seed < 2**63:
+            raise ValueError(f"--seed: expected a seed in [0, 2^63) for each image, got {row.seed}")
     per_prompt = len(noise.seeds) or o.count or 1
     return rows, per_prompt if per_prompt > 1 else math.ceil(len(rows) ** 0.5)
 
@@ -293,8 +303,9 @@ def _from_json(where: str, line: str) -> Line:
 
 def _vae_source(o: SampleOptions) -> str | Path | None:
     """Return the autoencoder: the named one, the pipeline's own, or None for latents."""
-    own = o.checkpoint / "vae"
-    source = o.vae if o.vae is not None else str(o.checkpoint) if own.is_dir() else None
+    home = pipeline_folder(o.checkpoint)
+    own = str(home) if (home / "vae").is_dir() else None
+    source = own if o.vae is None else o.vae
     if source == _NO_VAE:
         source = None
     if source is None and o.out.suffix == ".png":
@@ -327,7 +338,7 @@ def _encoded(
     """Return the embeddings of all prompts; the text encoders are gone afterwards."""
     folder = text.text_encoder
     if folder is None:
-        folder = o.checkpoint
+        folder = pipeline_folder(o.checkpoint)
         if not (folder / "model_index.json").is_file():
             raise ValueError(
                 "--text-encoder: expected the folder of a pipeline with text encoders, since "

@@ -16,7 +16,15 @@ from fastdit.checkpoints import CheckpointInfo, inspect, load
 from fastdit.checkpoints.latent_stats import read_latent_stats
 from fastdit.checkpoints.runs import WEIGHTS_FILE, locate
 from fastdit.cli.batches import Noise, parse_noise, sample_batch
-from fastdit.cli.checkpoints import Diffusion, Heads, ImageSize, NullClass, Weights, answers
+from fastdit.cli.checkpoints import (
+    Diffusion,
+    Heads,
+    ImageSize,
+    NullClass,
+    TextTokens,
+    Weights,
+    answers,
+)
 from fastdit.cli.common import (
     DEFAULT_OUT,
     Device,
@@ -167,6 +175,7 @@ def sample(
     img_size: ImageSize = None,
     diffusion: Diffusion = None,
     weights: Weights = None,
+    text_tokens: TextTokens = None,
     device: Device = None,
 ) -> None:
     """Sample images from a checkpoint."""
@@ -177,7 +186,7 @@ def sample(
         less_memory="a smaller --batch-size needs less, and --num-images holds one batch at a time",
     ):
         check_file(out, num_images)
-        told = answers(n_heads, null_class, img_size, diffusion, weights)
+        told = answers(n_heads, null_class, img_size, diffusion, weights, text_tokens)
         found, trained_on = _inspect(checkpoint, told)
         for flag, named in (("--dtype", dtype), ("--text-dtype", text_dtype)):
             if named is not None and named not in DTYPES:

@@ -29,6 +29,7 @@ from fastdit.sampling.predictors import (
 from fastdit.sampling.steps import Compiled, Eager, Step
 from fastdit.sampling.text import TextPredictor, is_text_model
 from fastdit.sampling.trajectory import TrajectoryLoop
+from fastdit.text_config import TextConfig
 
 
 class Subject(NamedTuple):
@@ -68,8 +69,10 @@ def automatic(subject: Subject) -> str:
     raise AssertionError("eager execution runs any model")
 
 
-def describe_automatic(cfg: DiTConfig) -> str:
+def describe_automatic(cfg: DiTConfig | TextConfig) -> str:
     """Say in words what "auto" is for a model of a config."""
+    if not isinstance(cfg, DiTConfig):
+        return "'graph' on CUDA, 'eager' on a CPU"
     on_cpu = (
         "on a CPU 'trajectory' in float32, and in bfloat16 with AVX512-BF16 but without AMX, "
         "'eager' in other dtypes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +57,7 @@ class TextEncoder:
                 are not those of the model.
         """
         self.folder, self._cfg = Path(folder), cfg
-        _check_folder(self.folder)
+        _check_folder(self.folder, cfg)
         if text_dtype not in (None, *FLOAT_DTYPES):
             raise ValueError(f"text_dtype: expected a float dtype or None, got {text_dtype}")
         with _quietly():
@@ -155,7 +156,7 @@ def encode_once(
     return {text: encoder.encode(text) for text in progress(list(dict.fromkeys(texts)))}
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, cfg: TextConfig) -> None:
     if not folder.is_dir():
         raise ValueError(
             f"text_encoder: expected a folder of a diffusers pipeline, got {folder}, which is "
@@ -166,6 +167,16 @@ def _check_folder(folder: Path) -> None:
             f"text_encoder: expected a folder with a model_index.json, as diffusers' pipelines "
             f"have, got {folder}"
         )
+    try:
+        name = str(json.loads((folder / "model_index.json").read_text())["_class_name"])
+    except (ValueError, LookupError, TypeError):
+        return  # which diffusers says in its own words
+    own, other = "PixArt", "StableDiffusion3"
+    if not isinstance(cfg, PixArtConfig):
+        own, other = other, own
+    if name.startswith(other):
+        expected = f"the folder of a {own} pipeline, whose text encoders the model takes"
+        raise ValueError(f"text_encoder: expected {expected}, got {folder}, which is of a {name}")
 
 
 def _load(folder: Path, cfg: TextConfig, dtype: torch.dtype | None) -> Any:

@@ -128,12 +128,35 @@ def test_a_pipelines_folder_tells_the_length_of_its_prompts(name, tmp_path):
     assumed = ("text_tokens",) if name == "OwnPipeline" else ()
     assert inspect(tmp_path).assumed == assumed
     if assumed:
-        with pytest.warns(UserWarning, match="assumed: text_tokens 300; .* build fastdit.PixArt"):
+        with pytest.warns(UserWarning, match="assumed: text_tokens 300; pass what differs to load"):
             check_same(fastdit.load(tmp_path), model)
     else:
         check_same(fastdit.load(tmp_path), model)
+        assert inspect(tmp_path / "transformer") == inspect(tmp_path)
         with pytest.raises(ValueError, match="weights: expected one of"):
             fastdit.load(tmp_path, weights="ema")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_length_of_prompts_is_taken_where_nothing_tells_it(kind, tmp_path, recwarn):
+    """Of a transformer's folder and of a live module, and once it is told it is kept."""
+    folder, path, model = tmp_path / "bare", tmp_path / "m.safetensors", made(kind)
+    fastdit.save(model, folder, layout="diffusers")
+    loaded = fastdit.load(folder, text_tokens=120)
+    assert loaded.cfg.text_tokens == 120 and not recwarn.list
+    assert inspect(folder, text_tokens=120).assumed == ()
+    fastdit.save(loaded, path)
+    for source in (path, loaded):
+        with pytest.raises(ValueError, match="text_tokens: .* says 120, got 300"):
+            fastdit.load(source, text_tokens=300)
+    assert fastdit.load(path, text_tokens=120).cfg == loaded.cfg
+    fastdit.save(loaded, path, assumed=("text_tokens",))
+    assert fastdit.load(path, text_tokens=7).cfg.text_tokens == 7
+    with pytest.raises(ValueError, match="text_tokens: expected .*got 0"):
+        fastdit.load(path, text_tokens=0)
+    dit = fastdit.DiT(hidden=8, n_layers=1, n_heads=2)
+    with pytest.raises(ValueError, match="text_tokens: expected None, since DiT is a DiT, which"):
+        fastdit.load(dit, text_tokens=120)
 
 
 def test_a_pipelines_scheduler_tells_the_diffusion_or_the_flow(tmp_path):
@@ -157,6 +180,7 @@ def test_a_pipelines_scheduler_tells_the_diffusion_or_the_flow(tmp_path):
     )
     expected = {"T": 1000, "schedule": "linear", "prediction": "sample"}
     assert fastdit.load(alpha).diffusion == expected
+    assert fastdit.load(alpha / "transformer").diffusion == expected
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

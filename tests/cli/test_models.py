@@ -144,6 +144,8 @@ def test_a_text_to_image_model_is_converted_and_described(run, tmp_path):
     assert done.exit_code == 0 and "assumed: text_tokens 300" in done.stderr, done.output
     done = run("info", tmp_path / "back.safetensors")
     assert "text_tokens      300  (assumed)\n" in done.stdout
+    done = run("info", tmp_path / "back.safetensors", "--text-tokens", 120)
+    assert "text_tokens      120\n" in done.stdout
     assert "every tensor fits its checksum" in done.stdout
     back = fastdit.load(tmp_path / "back.safetensors").state_dict()
     assert all(map(torch.equal, back.values(), model.state_dict().values()))
@@ -167,4 +169,5 @@ def test_info_of_a_text_to_image_preset_separates_what_is_done_once(run):
         "once, ahead",
     ):
         assert f"GFLOP per image {part}" in done.stdout
+    assert "\n\n--execution auto is 'graph' on CUDA, 'eager' on a CPU\n\nleast" in done.stdout
     assert run("info", "PixArt-alpha-XL/2-51").exit_code == 1

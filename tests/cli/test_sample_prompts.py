@@ -68,6 +68,27 @@ def test_the_images_of_sd3_are_its_pipelines(run, pipelines, tmp_path):
     assert np.abs(pixels / 255 - decoded).max() < 1.5 / 255 + 1e-4
 
 
+def test_the_images_of_pixart_are_its_pipelines(run, pipelines, tmp_path):
+    """With the published solver, its timesteps and the guidance, none of which is named."""
+    from diffusers import PixArtAlphaPipeline
+
+    folder, out = pipelines / "pixart", tmp_path / "s.npz"
+    chosen = ("--prompt", "a red fox", "--prompt", "two owls", "--seed", 5, "--vae", "none")
+    latents = arrays(run, folder, *chosen, "--out", out)
+    told = read_metadata(out)
+    assert (told["steps"], told["last_timestep"]) == (20, "stride")
+    pipe = PixArtAlphaPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    options = dict(latents=noise_of([5, 5], (4, 8, 8)), height=16, width=16, output_type="latent")
+    options |= dict(use_resolution_binning=False, clean_caption=False)
+    theirs = pipe(["a red fox", "two owls"], **options).images
+    assert np.abs(latents - theirs.numpy()).max() < 1e-4 * theirs.abs().max()
+    named = ("--solver-options", "last_timestep=zero", "--out", out)
+    other = arrays(run, folder, *chosen, *named)
+    assert read_metadata(out)["last_timestep"] == "zero"
+    assert np.abs(latents - other).max() > 1e-3 * np.abs(latents).max()
+
+
 def test_a_prompt_is_the_same_image_alone_and_in_a_file(run, pipelines, tmp_path):
     folder = pipelines / "pixart"
     lines = ["a much longer text of an owl", "", "a red fox"]
@@ -128,6 +149,12 @@ def test_a_prompt_that_is_too_long_is_warned_of(pipelines):
     [
         ((), "--prompt: expected a prompt, or a file of them by --prompts, got none"),
         (("--prompt", " "), "--prompt: expected words, got ' '"),
+        (
+            ("--prompt", "a", "--seed", -1),
+            "--seed: expected a seed in [0, 2^63) for each image, go",
+        ),
+        (("--prompt", "a", "--seed", 2**63 - 1, "--count", 2), "image, got 9223372036854775808"),
+        (("--prompt", "a", "--text-encoder", "other"), "got other, which is of a StableDiffusion3"),
         (("--prompt", "a", "--labels", "1"), "--labels: expected none, since the model is a PixAr"),
         (("--prompt", "a", "--num-images", 4, "--out", "s.npz"), "--num-images: expected none, si"),
         (("--prompt", "a", "--first-index", 4), "--first-index: expected none, since the model is"),
@@ -154,6 +181,7 @@ def test_bad_options_of_prompts_are_named(
     Path("bad.jsonl").write_text('{"prompt": "a"}\n{"promt": "b"}')
     Path("seed.jsonl").write_text('{"prompt": "a", "seed": -1}')
     Path("empty.txt").write_text("\n \n")
+    shutil.copytree(pipelines / "sd3", "other")
     done = run("sample", pipelines / "pixart", *arguments)
     assert done.exit_code == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.output and not list(tmp_path.glob("s*.png"))
@@ -185,7 +213,10 @@ def test_a_transformer_alone_takes_text_encoders_and_autoencoder_from_a_folder(
     assert done.exit_code == 1 and "--text-encoder: expected the folder of a pipel" in done.stderr
     beside = ("--text-encoder", folder, "--vae", folder)
     alone = arrays(run, model, *beside, *chosen, tmp_path / "s.npz")
-    assert np.array_equal(alone, arrays(run, folder, *chosen, tmp_path / "t.npz"))
+    whole = arrays(run, folder, *chosen, tmp_path / "t.npz")
+    assert np.array_equal(alone, whole)
+    inside = folder / "transformer"  # of a pipeline, which has the rest
+    assert np.array_equal(arrays(run, inside, *chosen, tmp_path / "i.npz"), whole)
 
 
 def test_sd3_without_t5_is_encoded_by_clip_alone_and_says_so(pipelines, tmp_path):

@@ -192,6 +192,27 @@ def test_a_compiled_step_serves_texts_of_several_lengths():
     assert graphs["unique_graphs"] == before + 1
 
 
+def test_a_compiled_step_of_an_mmdit_serves_texts_of_several_lengths(monkeypatch):
+    """Traced as for compilation, since to make the code would take half a minute."""
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compiler(f, fullgraph=True, backend="eager")
+    )
+    torch._dynamo.reset()
+    model = MMDiT(
+        **MMDIT | dict(n_heads=4, dual_blocks=())
+    )  # no other test's, since compiled steps are shared
+    randomize(model)
+    traced = make_sampler("mmdit", model, execution="compile")
+    eager = make_sampler("mmdit", model, execution="eager")
+    negative, graphs = make_prompts("mmdit", [4], 5), torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for lengths in ([3, 7], [8, 2, 5]):
+        given = dict(prompt_embeds=make_prompts("mmdit", lengths), negative_prompt_embeds=negative)
+        assert relative_error(traced(**given, seed=3), eager(**given, seed=3)) < 1e-5
+    assert graphs["unique_graphs"] == before + 1
+
+
 def test_lengths_that_share_a_graph():
     assert [bucket(n, 120) for n in (1, 15, 16, 77, 120)] == [15, 15, 30, 90, 120]
     assert [bucket(n, 589) for n in (77, 333, 589)] == [148, 370, 589]

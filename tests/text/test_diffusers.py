@@ -3,11 +3,13 @@
 The translation is written out here, so that a fault of the loader's cannot hide one of the models'.
 """
 
+import diffusers
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel
 
 import fastdit
+from fastdit.solvers import DPMSolverPP, Euler
 from fastdit.testing import check_against_oracle, randomize, relative_error
 
 LENGTHS = torch.tensor([7, 1, 4])
@@ -241,3 +243,57 @@ def test_skipped_blocks_are_left_out_as_theirs(skip):
     theirs, model = make_pair(*CASES["sd3.5-medium"])
     given = make_inputs(model.cfg) | dict(skip_layers=skip)
     assert relative_error(model(**given), call_theirs(theirs, **given)) < 1e-5
+
+
+PIPELINES = {
+    "alpha-1024": diffusers.PixArtAlphaPipeline,
+    "sigma": diffusers.PixArtSigmaPipeline,
+    "no-projection": diffusers.PixArtAlphaPipeline,
+    "sd3": diffusers.StableDiffusion3Pipeline,
+    "sd3.5-medium": diffusers.StableDiffusion3Pipeline,
+}
+
+
+def embeddings(cfg):
+    """Return embeddings, and the pooled ones or the attention masks beside them, by `NAMES`."""
+    text = {name: torch.randn(3, 7, cfg.text_width) for name in NAMES}
+    if isinstance(cfg, fastdit.MMDiTConfig):
+        return text, {name: torch.randn(3, cfg.pooled_width) for name in NAMES}
+    lengths = {"prompt_embeds": LENGTHS, "negative_prompt_embeds": LENGTHS.flip(0)}
+    return text, {name: (torch.arange(7) < n[:, None]).long() for name, n in lengths.items()}
+
+
+NAMES = ("prompt_embeds", "negative_prompt_embeds")
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_a_sampler_makes_the_latents_of_diffusers_pipeline(case):
+    """Eight guided steps with the published solver, of an image that is not square."""
+    theirs, model = make_pair(*CASES[case])
+    start, (text, other) = torch.randn(3, 4, 12, 20), embeddings(model.cfg)
+    given = dict(transformer=theirs, vae=None, text_encoder=None, tokenizer=None)
+    if case.startswith("sd3"):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        given |= {f"{x}_{n}": None for x in ("text_encoder", "tokenizer") for n in (2, 3)}
+        process = fastdit.FlowMatching(clean_at=0, time_scale=1000)
+        solver = Euler.from_diffusers(shift=3.0)
+        call = {n.replace("prompt", "pooled_prompt"): other[n] for n in NAMES}
+        prompts = [fastdit.Prompts(text[n], other[n]) for n in NAMES]
+    else:
+        if model.cfg.size_conditions:
+            theirs.register_to_config(sample_size=128)  # at which the pipeline passes them
+        scheduler = diffusers.DPMSolverMultistepScheduler()
+        process, solver = fastdit.DiffusionScheduler(1000), DPMSolverPP(last_timestep="stride")
+        call = {n.replace("embeds", "attention_mask"): other[n] for n in NAMES}
+        call |= dict(negative_prompt=None, use_resolution_binning=False)
+        prompts = [fastdit.Prompts(text[n], mask=other[n]) for n in NAMES]
+    pipe = PIPELINES[case](scheduler=scheduler, **given)
+    pipe.set_progress_bar_config(disable=True)
+    call |= dict(height=96, width=160, num_inference_steps=8, guidance_scale=4.5)
+    expected = pipe(**text, **call, latents=start, output_type="latent").images
+    guidance = fastdit.Guidance(4.5)
+    sampler = fastdit.Sampler(
+        model, process, solver, 8, guidance=guidance, sample_shape=start.shape[1:]
+    )
+    latents = sampler(prompt_embeds=prompts[0], negative_prompt_embeds=prompts[1], x_T=start)
+    assert relative_error(latents, expected) < 1e-5
