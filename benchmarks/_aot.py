@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, facts: Row, deadline: float) -> None:
         deadline: when to stop compiling, by `time.monotonic`.
     """
     from fastdit.kernels import aot as compiler
-    from fastdit.kernels import gate
+    from fastdit.kernels import gate, gate_cases
 
     def matches(case: Any) -> bool:
         launches = compiler.record(case.call)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, facts: Row, deadline: float) -> None:
 
     units: dict[str, list[Any]] = {}
     for arch in args.arch:
-        cases = [c for c in gate.cases(arch, args.every) if not args.match or matches(c)]
+        cases = [c for c in gate_cases.cases(arch, args.every) if not args.match or matches(c)]
         for i in range(0, len(cases), CHUNK):
             chunk = cases[i : i + CHUNK]
             units[f"{arch} {i + 1} to {i + len(chunk)} of {len(cases)}"] = chunk

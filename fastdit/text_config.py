@@ -136,7 +136,7 @@ class PixArtConfig(_TextConfig):
 
     @property
     def modulation_width(self) -> int:
-        """Columns of a row of `PixArt.modulation`: six parts for all blocks, and the final one."""
+        """Columns of `PixArt.modulation_of`: six parts for all blocks, and the conditioning."""
         return 7 * self.hidden
 
 
@@ -214,7 +214,7 @@ class MMDiTConfig(_TextConfig):
 
     @property
     def modulation_width(self) -> int:
-        """Columns of a row of `MMDiT.modulation`: image and text of each block; the final layer."""
+        """Columns of `MMDiT.modulation_of`: those of both streams of each block, and the final."""
         return (sum(image + text for image, text in self.block_parts) + 2) * self.hidden
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:

@@ -57,11 +57,13 @@ def find_weights(content: Mapping[Any, Any] | Placeholder, wanted: str | None) -
             weights, JiT's first ones, then "model", then "state_dict".
 
     Raises:
-        ValueError: there is no DiT in the content, `wanted` is not in it, or the choice is open.
+        ValueError: there is no model in the content, `wanted` is not in it, or the choice is open.
     """
     found = list(_entries(content, (), 0, itertools.count()))
     if not found:
-        raise ValueError(f"expected the weights of a DiT; {_describe(content)}")
+        raise ValueError(
+            f"expected the weights of a DiT, a PixArt or an MMDiT; {_describe(content)}"
+        )
     labels = _listed([entry.label for entry in found])
     if wanted is not None:
         chosen = [e for e in found if wanted == e.label or wanted in e.names]

@@ -29,11 +29,17 @@ def model_config(model: nn.Module) -> ModelConfig | None:
     return model.cfg if isinstance(model, TextModel) else config_of(model)
 
 
+def kind_of(config: ModelConfig) -> str:
+    """Return what a config's model is in a sentence, such as "an MMDiT"."""
+    name = MODELS[type(config)].__name__
+    return f"an {name}" if name == "MMDiT" else f"a {name}"
+
+
 def dit_config(source: object, config: ModelConfig) -> DiTConfig:
     """Return a DiT's config as it is; that of a text-to-image model is a ValueError."""
     if not isinstance(config, DiTConfig):
-        got = MODELS[type(config)].__name__
-        raise ValueError(f"{source}: expected a DiT, which takes labels, got a {got} of prompts")
+        got = f"{kind_of(config)} of prompts"
+        raise ValueError(f"{source}: expected a DiT, which takes labels, got {got}")
     return config
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdit.checkpoints import diffusions
 from fastdit.checkpoints.digests import check_digests, digests_of
-from fastdit.checkpoints.matching import MODELS, ModelConfig, describe_layout
+from fastdit.checkpoints.matching import MODELS, ModelConfig, describe_layout, kind_of
 from fastdit.config import DiTConfig
 from fastdit.data.files import atomic_path
 from fastdit.errors import unknown_name
@@ -155,8 +155,8 @@ def check_labels(what: str, labels: Any, config: ModelConfig) -> None:
     if labels is None:
         return
     if not isinstance(config, DiTConfig):
-        kind = MODELS[type(config)].__name__
-        raise ValueError(f"{what}: expected None, as a {kind} has no classes, got {labels!r:.80}")
+        reason = f"as {kind_of(config)} has no classes"
+        raise ValueError(f"{what}: expected None, {reason}, got {labels!r:.80}")
     names = isinstance(labels, list | tuple) and all(isinstance(n, str) for n in labels)
     if not names or len(labels) != config.num_classes:
         raise ValueError(f"{what}: expected {config.num_classes} names, got {labels!r:.80}")

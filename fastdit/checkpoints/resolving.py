@@ -14,7 +14,7 @@ from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
 from fastdit.checkpoints.entries import check_plain, find_weights, pickled_attribute
 from fastdit.checkpoints.inference import Told, bare_config
 from fastdit.checkpoints.lora import adapters_of, check_no_adapter
-from fastdit.checkpoints.matching import MODELS, ModelConfig, describe_layout
+from fastdit.checkpoints.matching import ModelConfig, describe_layout, kind_of
 from fastdit.checkpoints.native import CheckpointInfo, info_of
 from fastdit.checkpoints.projects import PROJECTS
 from fastdit.checkpoints.runs import run_weights
@@ -72,15 +72,15 @@ def check_text_options(name: str, config: ModelConfig, given: Mapping[str, Any])
     """Raise a ValueError that names an option which makes no sense for a text-to-image model."""
     if isinstance(config, DiTConfig):
         return
-    kind = MODELS[type(config)].__name__
+    kind = kind_of(config)
     for option, value in given.items():
         if option == "img_size" and value not in (None, config.img_size):
             expected = f"{config.img_size}, as {name} says; a Sampler takes other sizes"
             raise ValueError(f"img_size: expected {expected}; got {value}")
         if option != "img_size" and value is not None:
-            expected = f"None, since {name} is a {kind}, which is not conditioned on classes"
+            expected = f"None, since {name} is {kind}, which is not conditioned on classes"
             if option == "in_channels":
-                expected = f"None, since {name} is a {kind}, which is not fitted to other data"
+                expected = f"None, since {name} is {kind}, which is not fitted to other data"
             raise ValueError(f"{option}: expected {expected}; got {value}")
 
 

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from fastdit.checkpoints import folders, text_models, translation
 from fastdit.checkpoints.diffusions import NOTE
 from fastdit.checkpoints.entries import OWN
-from fastdit.checkpoints.matching import MODELS, ModelConfig, check_keys, empty_model, model_config
+from fastdit.checkpoints.matching import (
+    MODELS,
+    ModelConfig,
+    check_keys,
+    empty_model,
+    kind_of,
+    model_config,
+)
 from fastdit.checkpoints.native import check_labels, write_tensors
 from fastdit.checkpoints.projects import PROJECTS, wrapped
 from fastdit.config import DiTConfig
@@ -90,8 +97,8 @@ def save(
         _save_folder(cfg, state, Path(path))
         return
     if not isinstance(cfg, DiTConfig):
-        kind = MODELS[type(cfg)].__name__
-        raise ValueError(f"layout: expected fastdit or diffusers for a {kind}, got {layout!r}")
+        expected = f"fastdit or diffusers for {kind_of(cfg)}"
+        raise ValueError(f"layout: expected {expected}, got {layout!r}")
     theirs = translation.to_project(layout, cfg, state)
     content = wrapped(layout, {name: t.detach().cpu() for name, t in theirs.items()})
     _save_pickle(content, cfg.to_dict() | {NOTE: inner.diffusion}, path)

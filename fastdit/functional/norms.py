@@ -79,7 +79,7 @@ def gated_residual_layer_norm_modulate(
         return residual, modulated
     if x.dtype == torch.float64:
         return reference.gated_residual_layer_norm_modulate(x, y, gate, scale, shift, eps)
-    residual = _gated_residual(x, y, gate)
+    residual = gated_residual(x, y, gate)
     return residual, _layer_norm_modulate(residual, scale, shift, eps)
 
 
@@ -162,11 +162,12 @@ def gated_residual_rms_norm_modulate(
         return residual, modulated
     if x.dtype == torch.float64:
         return reference.gated_residual_rms_norm_modulate(x, y, gate, scale, shift, weight, eps)
-    residual = _gated_residual(x, y, gate)
+    residual = gated_residual(x, y, gate)
     return residual, _rms_norm_modulate(residual, scale, shift, weight, eps)
 
 
-def _gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return `x + gate * y`: x, y [B, N, D], gate [B, D] -> [B, N, D] in x's dtype."""
     return torch.addcmul(x, gate[:, None], y).to(x.dtype)
 
 

@@ -280,7 +280,7 @@ def _triton_trajectory(cfg: DiTConfig, device: torch.device, dtype: torch.dtype)
 def _spills(cfg: DiTConfig, properties: Any, dtype: torch.dtype) -> str | None:
     """Why the trajectory's kernel would not fit into a chip's registers, or None.
 
-    `kernels/gate.py` compiles everything that is left.
+    `kernels/gate_cases.py` lists everything that is left.
     """
     features = cfg.patch_size**2 * cfg.in_channels
     if dtype == torch.float32 and cfg.hidden > 64:

@@ -83,14 +83,14 @@ class Sampler:
                 None is 250, or 50 for "heun" and "dpm++". The solver's docstring says which.
                 Heun's method calls the model twice a step, except in the last.
             guidance: classifier-free guidance; needs a DiT with `null_class`, or negative prompts
-                at every call. An interval is of
-                integers for a DiffusionScheduler, of times from 0 to 1 for a FlowMatching.
+                at every call. An interval is of integers for a DiffusionScheduler, of times from 0
+                to 1 for a FlowMatching.
             dtype: of the forward, including its residual stream, which in the C++ trajectory is
                 float32; None is the model's own, or under autocast autocast's dtype. A dtype that
                 is not the model's own needs a model of fastdit. The sampler's state is at least
                 float32.
-            execution: how the loop runs; all ways but "eager" need a `fastdit.DiT`, and
-                "compile" and "graph" take a PixArt or an MMDiT too.
+            execution: how the loop runs. All ways but "eager" need a `fastdit.DiT`; "compile" and
+                "graph" take a PixArt or an MMDiT too.
                 "eager": op by op.
                 "compile": each step is one graph of torch.compile, which pays off after some
                     hundred steps.

@@ -97,10 +97,10 @@ class Eager(Step):
 class Compiled(Step):
     """`advance` as one graph of torch.compile.
 
-    Batches of two and more share a graph with a dynamic batch, for any number of steps, one for
-    each size of a text model's images and each padded length of its texts. A single
-    image has a graph of its own, since PyTorch always specialises on a size of one. The first
-    guidance scale compiles a graph, and the second one a graph that serves all scales.
+    Batches of two and more share a graph with a dynamic batch, for any number of steps. A single
+    image has a graph of its own, since PyTorch always specialises on a size of one, and so has each
+    size of a text model's images and each padded length of its texts. The first guidance scale
+    compiles a graph, and the second one a graph that serves all scales.
     """
 
     def __call__(

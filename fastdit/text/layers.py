@@ -204,8 +204,3 @@ class TextModel(nn.Module, ABC):
         for layer in self.t_embed:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=_INIT_STD)
-
-
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Return `x + gate * y`: x, y [B, N, D], gate [B, D] -> [B, N, D] in x's dtype."""
-    return torch.addcmul(x, gate[:, None], y).to(x.dtype)

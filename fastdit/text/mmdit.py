@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdit import functional
 from fastdit.blocks import Linear
+from fastdit.functional.norms import gated_residual
 from fastdit.text.layers import (
     FINAL_EPS,
     T_EMBED_WIDTH,
@@ -18,7 +19,6 @@ from fastdit.text.layers import (
     Text,
     TextModel,
     embedder,
-    gated_residual,
     make_mlp,
 )
 from fastdit.text_config import MMDiTConfig, TextConfig

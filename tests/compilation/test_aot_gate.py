@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastdit.kernels import aot, attention, attention_configs, gate, occupancy
+from fastdit.kernels import aot, attention, attention_configs, gate, gate_cases, occupancy
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels have no machine code", allow_module_level=True)
@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 @pytest.fixture(scope="module", params=aot.TARGETS, ids=str)
 def compiled(request):
     """Return [(case, machine or error)] of an architecture."""
-    cases = list(gate.cases(request.param))
+    cases = list(gate_cases.cases(request.param))
     jobs = [(str(i), case.call, case.arch) for i, case in enumerate(cases)]
     results = aot.compile_all(jobs, processes=len(os.sched_getaffinity(0)))
     return [(cases[int(label)], machine) for label, machine in results]
@@ -79,7 +79,7 @@ def test_head_dim_72_needs_80_columns(machines):
 
 def test_the_gate_sees_each_fault():
     """The gate passes a sound launch, and finds each fault that is put into its result."""
-    case = next(c for c in gate.cases("sm_90") if c.label.startswith("d72 N256 bf16"))
+    case = next(c for c in gate_cases.cases("sm_90") if c.label.startswith("d72 N256 bf16"))
     machine = aot.compile_launch(aot.record(case.call)[0], "sm_90")
     assert gate.faults(case, machine) == []
     flop = case.dot_flop[machine.kernel]
@@ -99,7 +99,7 @@ def test_the_gate_sees_each_fault():
 
 
 def test_what_the_compiler_refuses_is_a_fault():
-    case = next(gate.cases("sm_100"))
+    case = next(gate_cases.cases("sm_100"))
     assert gate.faults(case, RuntimeError("case on sm_100: failed")) == ["case on sm_100: failed"]
 
 
@@ -107,8 +107,8 @@ def test_what_the_compiler_refuses_is_a_fault():
 def test_attentions_default_keeps_the_most_warps_resident(arch):
     """This holds at XL's head dim, among the tiles that do not starve the matrix instructions."""
     B, N, h, d = 2, 256, 16, 72
-    qkv, out = (gate._meta(B, N, width, dtype=torch.bfloat16) for width in (3 * h * d, h * d))
-    lse = gate._meta(B, h, N, dtype=torch.float32)
+    qkv, out = (gate_cases._meta(B, N, width, dtype=torch.bfloat16) for width in (3 * h * d, h * d))
+    lse = gate_cases._meta(B, h, N, dtype=torch.float32)
     configs = attention_configs.attention_fwd_configs(N, torch.bfloat16, arch)
     sound = [
         c for c in configs if c.kwargs["BN"] >= 64 and (arch == "sm_90" or c.kwargs["BM"] > 64)
