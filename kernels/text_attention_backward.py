@@ -391,7 +391,7 @@ def _prepare(
     sizes: Sizes, kind: Kind, dq: triton.Config | None, dkv: triton.Config | None
 ) -> tuple[PreparedLaunch, PreparedLaunch]:
     """Return the launches of dQ and of dK with dV."""
-    on = max(sizes.N, sizes.M), *kind[:2]
+    on = max(sizes.N, sizes.M), sizes.d, *kind[:2]
     dq = dq or attention_configs.text_attention_dq_bwd_configs(*on)[0]
     dkv = dkv or attention_configs.text_attention_dkv_bwd_configs(*on)[0]
     return (

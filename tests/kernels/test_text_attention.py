@@ -107,7 +107,7 @@ def test_every_text_attention_configuration_computes_the_same(kind, device):
     """The tuner may choose any of them; 16-bit tiles take float32 tensors too."""
     N, M, h, d = 70, 40, 1, 24
     tensors = [t.to(device) for t in make(kind, 1, N, M, h, d)]
-    lengths, on = torch.tensor([33], device=device), (N, torch.bfloat16, common.arch(device))
+    lengths, on = torch.tensor([33], device=device), (N, d, torch.bfloat16, common.arch(device))
     none = (None,) * 4
     expected = run(reference, kind, [t.double() for t in tensors], h, lengths)
     outs = 1 if kind == "cross" else 2
