@@ -214,7 +214,7 @@ def joint_attention(
         exact = tuple(None if weight is None else weight.double() for weight in norms)
         return reference.joint_attention(qkv_image, qkv_text, n_heads, exact, lengths, eps)  # type: ignore[arg-type]
     if lengths is not None:
-        qkv_text = _without_padding(qkv_text, lengths)
+        qkv_text = _without_padding(qkv_text, lengths, 1.0)  # a norm of zeros with no eps is NaN
     streams = []
     for qkv, weights in ((qkv_image, norms[:2]), (qkv_text, norms[2:])):
         heads, given = qkv.unflatten(-1, (3, n_heads, d)), (weights[0], None, weights[1], None)
@@ -256,10 +256,10 @@ def _mask(lengths: Tensor, M: int) -> Tensor:
     return (torch.arange(M, device=lengths.device) < lengths[:, None])[:, None, None]
 
 
-def _without_padding(text: Tensor, lengths: Tensor) -> Tensor:
-    """Return text [B, M, C] with zeros past its lengths: NaN times a weight of zero is NaN."""
+def _without_padding(text: Tensor, lengths: Tensor, value: float = 0.0) -> Tensor:
+    """Return text [B, M, C] with a value past its lengths: NaN times a weight of zero is NaN."""
     own = _mask(lengths, text.shape[1])[:, 0, 0, :, None]
-    return torch.where(own, text, 0.0)
+    return torch.where(own, text, value)
 
 
 def _product_dtype(qkv: Tensor) -> torch.dtype:

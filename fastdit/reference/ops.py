@@ -130,7 +130,7 @@ def joint_attention(
     Diffusion 3, section 4.)
     """
     N, M = qkv_image.shape[1], qkv_text.shape[1]
-    qkv_text = _without_padding(qkv_text, lengths)
+    qkv_text = _without_padding(qkv_text, lengths, 1.0)  # a norm of zeros with no eps is NaN
     streams = []
     for qkv, weights in ((qkv_image, norms[:2]), (qkv_text, norms[2:])):
         q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).transpose(1, 3).unbind(2)  # [B, h, N, d]
@@ -144,12 +144,12 @@ def joint_attention(
     return image, _without_padding(text, lengths)
 
 
-def _without_padding(text: Tensor, lengths: Tensor | None) -> Tensor:
-    """text [B, M, C], with zeros past its lengths, whatever stood there."""
+def _without_padding(text: Tensor, lengths: Tensor | None, value: float = 0.0) -> Tensor:
+    """text [B, M, C], with a value past its lengths, whatever stood there."""
     if lengths is None:
         return text
     own = torch.arange(text.shape[1], device=lengths.device) < lengths[:, None]  # [B, M]
-    return torch.where(own[:, :, None], text, 0.0)
+    return torch.where(own[:, :, None], text, value)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
