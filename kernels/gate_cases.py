@@ -147,9 +147,24 @@ def _attention(arch: str, every: bool) -> Iterator[Case]:
                 yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
 
 
-# The head dim, tokens of the image and of the text, and whether attention is joint: PixArt at 512
-# pixels, and Stable Diffusion 3 at 512 pixels.
-_TEXTS = ((72, 1024, 120, False), (64, 1024, 333, True))
+# The head dim, tokens of the image and of the text, whether attention is joint, the precision, and
+# whether texts have lengths: PixArt at about 512 pixels, and Stable Diffusion 3.
+_TEXTS = (
+    (72, 1000, 120, False, "bf16", True),
+    (64, 1000, 333, True, "bf16", True),
+    (64, 1000, 333, True, "fp32", True),
+)
+
+
+def _every_text() -> Iterator[tuple[int, int, int, bool, str, bool]]:
+    """Yield what `_TEXTS` lists: lengths that tiles divide, that they do not, and short ones."""
+    for d, joint in product(HEAD_DIMS, (False, True)):
+        yield d, 1024, 120, joint, "bf16", True
+        yield d, 1000, 333, joint, "bf16", False
+        for kind in ("bf16", "fp32", "tf32"):
+            yield d, 1000, 333, joint, kind, True
+        if d in (64, 72):
+            yield d, 40, 16, joint, "bf16", True
 
 
 def _text_attention(arch: str, every: bool) -> Iterator[Case]:
@@ -158,49 +173,47 @@ def _text_attention(arch: str, every: bool) -> Iterator[Case]:
     The backward's norms are those of `_qk_norm_rope`.
     """
     B, h = 4, 16
-    lengths_of = ((1024, 120), (1000, 333))
-    sizes = [(d, *own, joint) for d in HEAD_DIMS for own in lengths_of for joint in (False, True)]
-    for d, N, M, joint in sizes if every else _TEXTS:
+    for d, N, M, joint, kind, ragged in _every_text() if every else _TEXTS:
         norms = [(_meta(d, dtype=_BF16),) * 4] if joint else []
         norms += [] if joint and not every else [(None,) * 4]
-        for kind in ("bf16", "fp32") if every and N == 1000 else ("bf16",):
-            dtype = _BF16 if kind == "bf16" else _F32
-            image = _meta(B, N, (3 if joint else 1) * h * d, dtype=dtype)
-            text = _meta(B, M, (3 if joint else 2) * h * d, dtype=dtype)
-            out, out_text = _meta(B, N, h * d, dtype=dtype), _meta(B, M, h * d, dtype=dtype)
-            lse = _meta(B, h, N + M if joint else N, dtype=_F32)
-            lengths, loops = _meta(B, dtype=torch.int64), 2 if joint else 1
-            name = f"d{d} N{N} M{M} {'joint' if joint else 'cross'} {kind}"
-            longest = max(N, M), dtype, arch
-            for config in _chosen(attention_configs.text_attention_fwd_configs(*longest), every):
-                needs = _needs(d, dtype, {"text_attention_fwd_kernel": (config, "BM", 2 * loops)})
-                label = f"{name} {_name(config)}"
-                for weights in norms:
-                    if joint:
-                        given = image, text, h, weights, lengths, 1e-6, config
-                        call = partial(text_attention.joint_attention_fwd, *given)
-                    else:
-                        given = image, text, h, lengths, config
-                        call = partial(text_attention.cross_attention_fwd, *given)
-                    yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
-            dqs = attention_configs.text_attention_dq_bwd_configs(*longest)
-            dkvs = attention_configs.text_attention_dkv_bwd_configs(*longest)
-            for i in range(max(len(dqs), len(dkvs)) if every else 1):
-                dq, dkv = dqs[min(i, len(dqs) - 1)], dkvs[min(i, len(dkvs) - 1)]
-                both = {
-                    "text_attention_dq_bwd_kernel": (dq, "BM", 3 * loops),
-                    "text_attention_dkv_bwd_kernel": (dkv, "BN", 4 * loops),
-                }
-                backward = text_attention_backward
+        dtype = _BF16 if kind == "bf16" else _F32
+        precision = "tf32" if kind == "tf32" else "ieee"
+        image = _meta(B, N, (3 if joint else 1) * h * d, dtype=dtype)
+        text = _meta(B, M, (3 if joint else 2) * h * d, dtype=dtype)
+        out, out_text = _meta(B, N, h * d, dtype=dtype), _meta(B, M, h * d, dtype=dtype)
+        lse = _meta(B, h, N + M if joint else N, dtype=_F32)
+        lengths, loops = _meta(B, dtype=torch.int64) if ragged else None, 2 if joint else 1
+        name = f"d{d} N{N} M{M} {'joint' if joint else 'cross'}{' ragged' * ragged} {kind}"
+        on = max(N, M), d, dtype, arch
+        for config in _chosen(attention_configs.text_attention_fwd_configs(*on), every):
+            needs = _needs(d, dtype, {"text_attention_fwd_kernel": (config, "BM", 2 * loops)})
+            for weights in norms:
                 if joint:
-                    pairs = (out, out_text), (image, text), (out, out_text)
-                    given = *pairs, lse, h, (None,) * 4, lengths, 1e-6, (dq, dkv)
-                    call = partial(backward.joint_attention_bwd, *given)
+                    given = image, text, h, weights, lengths, 1e-6, config
+                    call = partial(_at, precision, text_attention.joint_attention_fwd, *given)
                 else:
-                    given = out, image, text, out, lse, h, lengths, (dq, dkv)
-                    call = partial(backward.cross_attention_bwd, *given)
-                label = f"{name} {_name(dq)}, {_name(dkv)}"
-                yield Case(label, arch, call, *_needs(d, dtype, both), wide_loads=dtype == _BF16)
+                    given = image, text, h, lengths, config
+                    call = partial(_at, precision, text_attention.cross_attention_fwd, *given)
+                label = f"{name}{'' if weights[0] is None else ' normed'} {_name(config)}"
+                yield Case(label, arch, call, *needs, wide_loads=dtype == _BF16)
+        dqs = attention_configs.text_attention_dq_bwd_configs(*on)
+        dkvs = attention_configs.text_attention_dkv_bwd_configs(*on)
+        for i in range(max(len(dqs), len(dkvs)) if every else 1):
+            dq, dkv = dqs[min(i, len(dqs) - 1)], dkvs[min(i, len(dkvs) - 1)]
+            both = {
+                "text_attention_dq_bwd_kernel": (dq, "BM", 3 * loops),
+                "text_attention_dkv_bwd_kernel": (dkv, "BN", 4 * loops),
+            }
+            backward = text_attention_backward
+            if joint:
+                pairs = (out, out_text), (image, text), (out, out_text)
+                given = *pairs, lse, h, (None,) * 4, lengths, 1e-6, (dq, dkv)
+                call = partial(_at, precision, backward.joint_attention_bwd, *given)
+            else:
+                given = out, image, text, out, lse, h, lengths, (dq, dkv)
+                call = partial(_at, precision, backward.cross_attention_bwd, *given)
+            label = f"{name} {_name(dq)}, {_name(dkv)}"
+            yield Case(label, arch, call, *_needs(d, dtype, both), wide_loads=dtype == _BF16)
 
 
 def _at(precision: str, launch: Callable[..., object], *arguments: object) -> object:

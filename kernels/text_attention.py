@@ -308,5 +308,5 @@ def _launch(
 @functools.lru_cache(PREPARED)
 def _prepare(sizes: Sizes, kind: Kind, config: triton.Config | None) -> PreparedLaunch:
     dtype, target, _ = kind
-    config = config or text_attention_fwd_configs(max(sizes.N, sizes.M), dtype, target)[0]
+    config = config or text_attention_fwd_configs(max(sizes.N, sizes.M), sizes.d, dtype, target)[0]
     return prepare(text_attention_fwd_kernel, "BM", sizes, kind, config, NORM=sizes.normed)

@@ -77,5 +77,17 @@ def prepare(
     )
 
 
+def without_padding(text: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return text [B, M, C] with ones past its lengths, for kernels that take no lengths.
+
+    A norm of ones is finite for every eps; one of NaN, or of zeros where eps is 0, is not, and
+    times a gradient of zero it would be NaN in the gradients of the norms' weights.
+    """
+    if lengths is None:
+        return text
+    own = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+    return torch.where(own[:, :, None], text, 1.0)
+
+
 def empty_lse(image: Tensor, sizes: Sizes) -> Tensor:
     return image.new_empty((sizes.B, sizes.n_heads, sizes.queries), dtype=torch.float32)

@@ -26,14 +26,14 @@ def make(kind, B, N, M, h, d):
     return [torch.randn(B, N, 3 * h * d), text, *weights]
 
 
-def run(module, kind, tensors, h, lengths, **backend):
+def run(module, kind, tensors, h, lengths, eps=EPS, **backend):
     """Return the outputs and the gradients of all tensors, under one upstream gradient."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     if kind == "cross":
         outs = (module.cross_attention(*leaves, h, lengths, **backend),)
     else:
         norms = tuple(leaves[2:]) or (None,) * 4
-        outs = module.joint_attention(*leaves[:2], h, norms, lengths, EPS, **backend)
+        outs = module.joint_attention(*leaves[:2], h, norms, lengths, eps, **backend)
     own = torch.Generator().manual_seed(1)
     upstream = [torch.randn(out.shape, generator=own).to(out) for out in outs]
     return [t.detach().cpu() for t in (*outs, *torch.autograd.grad(outs, leaves, upstream))]
@@ -86,6 +86,17 @@ def test_text_attention_and_its_gradients_meet_the_error_rule(case, device):
 
 
 @pytest.mark.parametrize("kind", ["cross", "normed"])
+def test_nan_in_padding_reaches_no_output_and_no_gradient(kind, device):
+    """With an eps of 0, zeros in its place would be NaN as well."""
+    lengths = torch.tensor([5, 2], device=device)
+    tensors = [t.to(device) for t in make(kind, 2, 3, 5, 1, 16)]
+    expected = run(functional, kind, tensors, 1, lengths, eps=0.0, backend="triton")
+    tensors[1][1, 2:] = float("nan")
+    actual = run(functional, kind, tensors, 1, lengths, eps=0.0, backend="triton")
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("kind", ["cross", "normed"])
 def test_opcheck_is_clean_for_attention_to_texts(kind, device):
     """With gradients asked for, opcheck also runs the backward as a compiler sees it."""
     tensors = [t.to(device).requires_grad_() for t in make(kind, 2, 3, 5, 2, 16)]
@@ -107,7 +118,7 @@ def test_every_text_attention_configuration_computes_the_same(kind, device):
     """The tuner may choose any of them; 16-bit tiles take float32 tensors too."""
     N, M, h, d = 70, 40, 1, 24
     tensors = [t.to(device) for t in make(kind, 1, N, M, h, d)]
-    lengths, on = torch.tensor([33], device=device), (N, torch.bfloat16, common.arch(device))
+    lengths, on = torch.tensor([33], device=device), (N, d, torch.bfloat16, common.arch(device))
     none = (None,) * 4
     expected = run(reference, kind, [t.double() for t in tensors], h, lengths)
     outs = 1 if kind == "cross" else 2
