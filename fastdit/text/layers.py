@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import functional
-from fastdit.blocks import MLP, Linear
+from fastdit.blocks import MLP, Linear, by_token
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.errors import unknown_name
 from fastdit.flow import published_flow
@@ -45,8 +45,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, p*p*C], as `functional.patchify` lays them out -> [B, N, D]."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(tokens, weight, self.proj.bias)
+        return functional.linear(tokens, by_token(self.proj.weight), self.proj.bias)
 
 
 def embedder(width: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:
