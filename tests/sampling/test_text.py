@@ -280,6 +280,13 @@ def test_a_padded_text_may_be_longer_than_the_model_takes():
     assert relative_error(images, expected) < 1e-6
 
 
+def test_a_model_without_values_is_refused():
+    sampler = make_sampler("pixart", guidance=None)
+    sampler.model.to("meta")
+    with pytest.raises(ValueError, match="model: expected weights with values, got a model on met"):
+        sampler(prompt_embeds=make_prompts("pixart"), seed=3)
+
+
 PIXART_PROMPTS, MMDIT_PROMPTS = make_prompts("pixart"), make_prompts("mmdit")
 NEGATIVE = {"negative_prompt_embeds": make_prompts("pixart", [4])}
 
