@@ -30,7 +30,7 @@ from fastdit.kernels.attention_common import Kind, kind_of, store, tile, unit_st
 from fastdit.kernels.launch import PREPARED, PreparedLaunch
 from fastdit.kernels.qk_norm_rope import qk_norm_rope_bwd, qk_norm_rope_fwd
 from fastdit.kernels.tensors import contiguous
-from fastdit.kernels.text_attention_common import Norms, Sizes, length_of, prepare
+from fastdit.kernels.text_attention_common import Norms, Sizes, length_of, prepare, without_padding
 
 
 @triton.jit
@@ -351,7 +351,7 @@ def joint_attention_bwd(
         gradients = _launch(douts, qkvs, outs, lse, n_heads, lengths, configs)
         return *gradients, lse.new_empty((0, qkvs[0].shape[2] // (3 * n_heads)))
     weights = [(w, None, v, None) for w, v in (norms[:2], norms[2:])]
-    both = list(zip(qkvs, weights, strict=True))
+    both = list(zip((qkvs[0], without_padding(qkvs[1], lengths)), weights, strict=True))
     normed = [qk_norm_rope_fwd(qkv, n_heads, own, None, eps) for qkv, own in both]
     inner = _launch(douts, (normed[0], normed[1]), outs, lse, n_heads, lengths, configs)
     (dimage, of_image), (dtext, of_text) = (

@@ -77,5 +77,13 @@ def prepare(
     )
 
 
+def without_padding(text: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return text [B, M, C] with zeros past its lengths, for kernels that take no lengths."""
+    if lengths is None:
+        return text
+    own = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+    return torch.where(own[:, :, None], text, 0.0)
+
+
 def empty_lse(image: Tensor, sizes: Sizes) -> Tensor:
     return image.new_empty((sizes.B, sizes.n_heads, sizes.queries), dtype=torch.float32)

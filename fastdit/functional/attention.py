@@ -161,9 +161,12 @@ def cross_attention(
         return registration.call(text_attention.cross_attention, q, kv, n_heads, lengths)[0]
     if q.dtype == torch.float64:
         return reference.cross_attention(q, kv, n_heads, lengths)
+    counts = _read(lengths)
+    if lengths is not None and counts is None:
+        kv = _without_padding(kv, lengths)
     k, v = kv.unflatten(-1, (2, n_heads, d)).unbind(2)
     q = q.unflatten(-1, (n_heads, d))
-    if (counts := _read(lengths)) is None:
+    if counts is None:
         return _attend(q, k, v, None if lengths is None else _mask(lengths, k.shape[1]))
     parts = [_attend(q[i:j], k[i:j, :n], v[i:j, :n]) for i, j, n in _runs(counts)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -210,6 +213,8 @@ def joint_attention(
     if dtype == torch.float64:
         exact = tuple(None if weight is None else weight.double() for weight in norms)
         return reference.joint_attention(qkv_image, qkv_text, n_heads, exact, lengths, eps)  # type: ignore[arg-type]
+    if lengths is not None:
+        qkv_text = _without_padding(qkv_text, lengths)
     streams = []
     for qkv, weights in ((qkv_image, norms[:2]), (qkv_text, norms[2:])):
         heads, given = qkv.unflatten(-1, (3, n_heads, d)), (weights[0], None, weights[1], None)
@@ -226,7 +231,7 @@ def joint_attention(
         out = _attend(q, k, v, None if lengths is None else _mask(lengths + N, N + M))
     image, text = out[:, :N], out[:, N:]
     if lengths is not None and counts is None:
-        text = torch.where(_mask(lengths, M)[:, 0, 0, :, None], text, 0.0)
+        text = _without_padding(text, lengths)
     return image, text
 
 
@@ -249,6 +254,12 @@ def _runs(counts: list[int]) -> Iterator[tuple[int, int, int]]:
 def _mask(lengths: Tensor, M: int) -> Tensor:
     """Return which of M keys count: [B, 1, 1, M]."""
     return (torch.arange(M, device=lengths.device) < lengths[:, None])[:, None, None]
+
+
+def _without_padding(text: Tensor, lengths: Tensor) -> Tensor:
+    """Return text [B, M, C] with zeros past its lengths: NaN times a weight of zero is NaN."""
+    own = _mask(lengths, text.shape[1])[:, 0, 0, :, None]
+    return torch.where(own, text, 0.0)
 
 
 def _product_dtype(qkv: Tensor) -> torch.dtype:

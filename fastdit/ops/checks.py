@@ -13,6 +13,8 @@ from fastdit.update import COEFFICIENTS, Guidance
 
 
 def check_tokens(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor [B, N, channels], got {type(x).__name__}")
     if x.dim() != 3:
         raise ValueError(f"{name}: expected 3 dimensions [B, N, channels], got {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
@@ -31,8 +33,7 @@ def check_residual(x: Tensor, y: Tensor) -> None:
 def head_dim(qkv: Tensor, n_heads: int, name: str = "qkv") -> int:
     """Return the head dim of packed queries, keys and values, after a check of their shape."""
     check_tokens(name, qkv)
-    if n_heads < 1:
-        raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
+    _check_heads(n_heads)
     width = qkv.shape[-1]
     if width % (3 * n_heads):
         raise ValueError(
@@ -40,6 +41,12 @@ def head_dim(qkv: Tensor, n_heads: int, name: str = "qkv") -> int:
             f"got {width}"
         )
     return width // (3 * n_heads)
+
+
+def _check_heads(n_heads: int) -> None:
+    # A symbolic integer of torch.compile is none of Python's, and compares as one.
+    if isinstance(n_heads, bool | float | str | None) or n_heads < 1:
+        raise ValueError(f"n_heads: expected at least 1, got {n_heads!r}")
 
 
 def check_head_parts(
@@ -76,8 +83,7 @@ def check_cross_attention(q: Tensor, kv: Tensor, n_heads: int, lengths: Tensor |
     """Check queries [B, N, D] beside keys and values [B, M, 2D]; return the head dim."""
     check_tokens("q", q)
     check_tokens("kv", kv)
-    if n_heads < 1:
-        raise ValueError(f"n_heads: expected at least 1, got {n_heads}")
+    _check_heads(n_heads)
     D = q.shape[-1]
     if not D or D % n_heads:
         raise ValueError(f"q: expected a last dimension divisible by n_heads = {n_heads}, got {D}")
@@ -140,6 +146,9 @@ def _check_lengths(lengths: Tensor | None, name: str, text: Tensor) -> None:
     if lengths is None:
         return
     B, M, _ = text.shape
+    if not isinstance(lengths, Tensor):
+        got = type(lengths).__name__
+        raise ValueError(f"lengths: expected int64 of shape [{B}], got {got}")
     if lengths.dtype != torch.int64 or lengths.shape != (B,):
         raise ValueError(
             f"lengths: expected int64 of shape [{B}], got {lengths.dtype} of {list(lengths.shape)}"

@@ -109,6 +109,7 @@ def cross_attention(q: Tensor, kv: Tensor, n_heads: int, lengths: Tensor | None 
 
     (Vaswani et al. 2017, equation 1; without lengths all M keys.)
     """
+    kv = _without_padding(kv, lengths)
     q = q.unflatten(-1, (n_heads, -1)).transpose(1, 2)  # [B, h, N, d]
     k, v = kv.unflatten(-1, (2, n_heads, -1)).transpose(1, 3).unbind(2)  # each [B, h, M, d]
     return _softmax_attention(q, k, v, lengths)
@@ -129,6 +130,7 @@ def joint_attention(
     Diffusion 3, section 4.)
     """
     N, M = qkv_image.shape[1], qkv_text.shape[1]
+    qkv_text = _without_padding(qkv_text, lengths)
     streams = []
     for qkv, weights in ((qkv_image, norms[:2]), (qkv_text, norms[2:])):
         q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).transpose(1, 3).unbind(2)  # [B, h, N, d]
@@ -139,10 +141,15 @@ def joint_attention(
     q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams, strict=True))
     out = _softmax_attention(q, k, v, None if lengths is None else N + lengths)
     image, text = out.split([N, M], dim=1)
-    if lengths is not None:
-        own = torch.arange(M, device=lengths.device) < lengths[:, None]  # [B, M]
-        text = torch.where(own[:, :, None], text, 0.0)
-    return image, text
+    return image, _without_padding(text, lengths)
+
+
+def _without_padding(text: Tensor, lengths: Tensor | None) -> Tensor:
+    """text [B, M, C], with zeros past its lengths, whatever stood there."""
+    if lengths is None:
+        return text
+    own = torch.arange(text.shape[1], device=lengths.device) < lengths[:, None]  # [B, M]
+    return torch.where(own[:, :, None], text, 0.0)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:

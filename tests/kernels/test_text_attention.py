@@ -86,6 +86,16 @@ def test_text_attention_and_its_gradients_meet_the_error_rule(case, device):
 
 
 @pytest.mark.parametrize("kind", ["cross", "normed"])
+def test_nan_in_padding_reaches_no_output_and_no_gradient(kind, device):
+    lengths = torch.tensor([5, 2], device=device)
+    tensors = [t.to(device) for t in make(kind, 2, 3, 5, 1, 16)]
+    expected = run(functional, kind, tensors, 1, lengths, backend="triton")
+    tensors[1][1, 2:] = float("nan")
+    actual = run(functional, kind, tensors, 1, lengths, backend="triton")
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("kind", ["cross", "normed"])
 def test_opcheck_is_clean_for_attention_to_texts(kind, device):
     """With gradients asked for, opcheck also runs the backward as a compiler sees it."""
     tensors = [t.to(device).requires_grad_() for t in make(kind, 2, 3, 5, 2, 16)]

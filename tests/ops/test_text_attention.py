@@ -173,6 +173,26 @@ def test_padding_changes_nothing_and_gets_no_gradient(norm):
             assert relative_error(before[0][b : b + 1], image) < 1e-6
 
 
+@pytest.mark.parametrize("way", ["eager", "compiled", "float64"])
+def test_nan_in_padding_reaches_nothing(way):
+    """Neither what is returned nor a gradient, of the weights of norms either."""
+    dtype = torch.float64 if way == "float64" else torch.float32
+    cross, both = make_cross(dtype=dtype), make_joint(True, dtype=dtype)
+
+    def call(q, kv, *rest):
+        image, text = joint(functional.joint_attention, LENGTHS)(*rest)
+        return functional.cross_attention(q, kv, 2, LENGTHS), image, text
+
+    run = torch.compile(call, backend="eager", fullgraph=True) if way == "compiled" else call
+    upstream = [torch.randn(3, n, 12) for n in (5, 5, 7)]
+    expected = results(run, cross + both, upstream)
+    for text in (cross[1], both[1]):
+        for b, own in enumerate(LENGTHS.tolist()):
+            text[b, own:] = float("nan")
+    for own, clean in zip(results(run, cross + both, upstream), expected, strict=True):
+        assert torch.equal(own, clean)
+
+
 def test_they_compile_whole_and_have_the_same_results():
     """One graph for both, in which lengths are a mask; the eager results have none."""
     cross, both = make_cross(dtype=torch.float32), make_joint(True, dtype=torch.float32)
@@ -225,6 +245,8 @@ CROSS = {
     "q: expected 3 dimensions [B, N, channels], got [3, 8]": (q[0], kv, 2),
     "kv: expected a float dtype, got torch.int64": (q, kv.long(), 2),
     "n_heads: expected at least 1, got 0": (q, kv, 0),
+    "n_heads: expected at least 1, got 2.0": (q, kv, 2.0),
+    "q: expected a tensor [B, N, channels], got list": ([1.0], kv, 2),
     "q: expected a last dimension divisible by n_heads = 3, got 8": (q, kv, 3),
     "kv: expected a last dimension of 2 * 8, keys and values as wide as q, got 15": (
         q,
@@ -236,6 +258,7 @@ CROSS = {
     "kv: expected q's device cpu, got meta": (q, kv.to("meta"), 2),
     "kv: expected q's dtype torch.float32, got torch.bfloat16": (q, kv.bfloat16(), 2),
     "lengths: expected int64 of shape [2], got torch.int32 of [2]": (q, kv, 2, long.int()),
+    "lengths: expected int64 of shape [2], got list": (q, kv, 2, [4, 1]),
     "lengths: expected int64 of shape [2], got torch.int64 of [1]": (q, kv, 2, long[:1]),
     "lengths: expected kv's device cpu, got meta": (q, kv, 2, long.to("meta")),
     "lengths: expected 1 to 4, the tokens of kv, got 0 to 3": (q, kv, 2, long - 1),
