@@ -34,11 +34,11 @@ class PatchEmbed(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, p*p*C], as `functional.patchify` lays them out -> [B, N, D]."""
         if self.reduce is not None:
-            tokens = F.linear(tokens, _by_token(self.reduce.weight))
-        return F.linear(tokens, _by_token(self.proj.weight), self.proj.bias)
+            tokens = F.linear(tokens, by_token(self.reduce.weight))
+        return F.linear(tokens, by_token(self.proj.weight), self.proj.bias)
 
 
-def _by_token(weight: Tensor) -> Tensor:
+def by_token(weight: Tensor) -> Tensor:
     """Return a convolution's weight [D, C, p, p] as the matrix [D, p*p*C] of a patch's token."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 

@@ -53,8 +53,8 @@ def choose(op: str, backend: str | None, *given: Any) -> str:
         backend: the one that the caller named, or None for the first in the table that suits and
             can run, and "reference" where there is none.
         given: what the op's entries look at: its tensors, the one like the output first; for
-            attention and "qk_norm_rope" qkv, the head dim, and then other tensors or None; for
-            "trajectory" (config, device, dtype of the weights).
+            any attention and "qk_norm_rope" qkv or q, the head dim, and then other tensors or
+            None; for "trajectory" (config, device, dtype of the weights).
 
     Raises:
         ValueError: the named backend is unknown, or cannot run; the message says why.

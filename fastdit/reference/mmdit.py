@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.diffusion import timestep_embedding
+from fastdit.reference.model import HeadNorm
 from fastdit.reference.ops import (
     attention,
     joint_attention,
@@ -30,15 +31,6 @@ from fastdit.reference.text import (
 from fastdit.text_config import MMDiTConfig
 
 EPS = 1e-6  # of all norms
-
-
-class HeadNorm(nn.Module):
-    """The learned weight of the norm of each head's queries, or keys."""
-
-    def __init__(self, cfg: MMDiTConfig) -> None:
-        super().__init__()
-        rms = cfg.qk_norm == "rms"
-        self.weight = nn.Parameter(torch.ones(cfg.head_dim)) if rms else None
 
 
 class Attention(nn.Module):

@@ -22,6 +22,7 @@ from fastdit.reference.ops import (
     rope_table,
     swiglu,
 )
+from fastdit.text_config import MMDiTConfig
 
 
 class PatchEmbed(nn.Module):
@@ -72,7 +73,7 @@ class Norm(nn.Module):
 class HeadNorm(nn.Module):
     """The learned weights of the norm of each head's queries, or keys."""
 
-    def __init__(self, cfg: DiTConfig) -> None:
+    def __init__(self, cfg: DiTConfig | MMDiTConfig) -> None:
         super().__init__()
         d, kind = cfg.head_dim, cfg.qk_norm
         self.weight = nn.Parameter(torch.ones(d)) if kind != "none" else None

@@ -295,6 +295,8 @@ class Sampler:
         if is_text_model(self.model):
             check_own_forward(self.model)
         device, own = self._device_and_dtype()
+        if device.type == "meta":
+            raise ValueError("model: expected weights with values, got a model on meta")
         if (device, own) != self._built_for:
             if self.execution == "graph":
                 raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import functional
-from fastdit.blocks import MLP, Linear
+from fastdit.blocks import MLP, Linear, by_token
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.errors import unknown_name
 from fastdit.flow import published_flow
@@ -45,8 +45,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, N, p*p*C], as `functional.patchify` lays them out -> [B, N, D]."""
-        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
-        return functional.linear(tokens, weight, self.proj.bias)
+        return functional.linear(tokens, by_token(self.proj.weight), self.proj.bias)
 
 
 def embedder(width: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:
@@ -94,7 +93,7 @@ class TextModel(nn.Module, ABC):
             ValueError: the name is unknown, or is that of another class.
         """
         known = {n: cfg for n, cfg in TEXT_PRESETS.items() if cls._takes(cfg)}
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise unknown_name("name", name, known)
         model, flow = cls.from_config(known[name]), published_flow(name, 0)
         model.diffusion = dict(_PIXART_DIFFUSION) if flow is None else flow.options
@@ -157,12 +156,15 @@ class TextModel(nn.Module, ABC):
             ValueError: one does not fit; the message names the argument.
         """
         cfg = self.cfg
+        _check_tensors(**{name: text})
         if text.dim() != 3 or text.shape[0] != B or text.shape[2] != cfg.text_width:
             expected = f"shape [{B}, tokens, {cfg.text_width}], a prompt an image"
             raise ValueError(f"{name}: expected {expected}, got {list(text.shape)}")
         if text.shape[1] > cfg.text_tokens or not text.shape[1]:
             expected = f"1 to {cfg.text_tokens} tokens, the most that the model takes"
             raise ValueError(f"{name}: expected {expected}, got {text.shape[1]}")
+        if lengths is not None:
+            _check_tensors(lengths=lengths)
         if lengths is not None and (lengths.shape != (B,) or lengths.dtype != torch.int64):
             expected = f"int64 of shape [{B}], the tokens of each prompt"
             raise ValueError(
@@ -182,6 +184,7 @@ class TextModel(nn.Module, ABC):
     def _check_inputs(self, x: Tensor, t: Tensor) -> None:
         """Check shapes and dtypes: reading values would cost a device sync, and would not trace."""
         cfg = self.cfg
+        _check_tensors(x=x, t=t)
         B = x.shape[0] if x.dim() else 0
         if x.dim() != 4 or x.shape[1] != cfg.in_channels:
             got = list(x.shape)
@@ -204,3 +207,9 @@ class TextModel(nn.Module, ABC):
         for layer in self.t_embed:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=_INIT_STD)
+
+
+def _check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")

@@ -265,14 +265,15 @@ class MMDiT(TextModel):
         self._check_inputs(x, t)
         B, _, H, W = x.shape
         self.check_text(text, B, lengths)
-        if pooled is None or pooled.shape != (B, self.cfg.pooled_width):
+        if not isinstance(pooled, Tensor) or pooled.shape != (B, self.cfg.pooled_width):
             expected = f"shape [{B}, {self.cfg.pooled_width}], a prompt an image"
-            got = None if pooled is None else list(pooled.shape)
+            got = list(pooled.shape) if isinstance(pooled, Tensor) else pooled
             raise ValueError(f"pooled: expected {expected}, got {got}")
         self._check_dtype("pooled", pooled)
-        if not set(skip_layers) <= set(range(self.cfg.n_layers)):
+        known = range(self.cfg.n_layers)
+        if not isinstance(skip_layers, Sequence) or any(i not in known for i in skip_layers):
             expected = f"numbers of blocks, 0 to {self.cfg.n_layers - 1}"
-            raise ValueError(f"skip_layers: expected {expected}, got {list(skip_layers)}")
+            raise ValueError(f"skip_layers: expected {expected}, got {skip_layers!r}")
         grid = self.cfg.grid_of(H, W)
         c = self.time_conditioning(t) + self.pooled_conditioning(pooled)
         tokens = functional.patchify(x, self.cfg.patch_size)

@@ -261,7 +261,7 @@ class PixArt(TextModel):
         return functional.unpatchify(out, self.cfg.patch_size, grid)
 
     def _encoded(self, text: Tensor | Text, B: int, lengths: Tensor | None) -> Text:
-        if isinstance(text, Tensor):
+        if not isinstance(text, Text):
             self.check_text(text, B, lengths)
             return self.encode_text(text, lengths)
         if lengths is not None:

@@ -168,3 +168,10 @@ def test_a_forward_that_would_not_be_called_is_refused():
         sampler(prompt_embeds=PIXART_PROMPTS)
     with pytest.raises(ValueError, match="model: expected no hooks on its forward"):
         make_sampler("pixart", model)
+
+
+def test_a_model_without_values_is_refused():
+    sampler = make_sampler("pixart", guidance=None)
+    sampler.model.to("meta")
+    with pytest.raises(ValueError, match="model: expected weights with values, got a model on met"):
+        sampler(prompt_embeds=make_prompts("pixart"), seed=3)

@@ -125,6 +125,9 @@ def zeros(*shape, dtype=torch.float32):
         ("mmdit", dict(t=zeros(2).bfloat16()), "t: expected integers or float32, got torch.bfl"),
         ("pixart", dict(text=zeros(2, 5, 21)), "text: expected shape [2, tokens, 20], a prompt "),
         ("pixart", dict(text=zeros(3, 5, 20)), "a prompt an image, got [3, 5, 20]"),
+        ("pixart", dict(text=None), "text: expected a tensor, got NoneType"),
+        ("pixart", dict(lengths=[2, 1]), "lengths: expected a tensor, got list"),
+        ("mmdit", dict(t=5), "t: expected a tensor, got int"),
         ("mmdit", dict(text=zeros(2, 8, 20)), "text: expected 1 to 7 tokens, the most that the"),
         ("mmdit", dict(text=zeros(2, 0, 20)), "the most that the model takes, got 0"),
         ("mmdit", dict(text=zeros(2, 5, 20).double()), "text: expected torch.float32, as the mo"),
@@ -144,6 +147,7 @@ def zeros(*shape, dtype=torch.float32):
             dict(skip_layers=[2]),
             "expected numbers of blocks, 0 to 1, got [2]",
         ),
+        ("mmdit", dict(skip_layers=1), "skip_layers: expected numbers of blocks, 0 to 1, got 1"),
         ("pixart", dict(resolution=zeros(2, 2)), "resolution: expected None, as size_conditions=F"),
     ],
 )
