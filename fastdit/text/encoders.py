@@ -56,7 +56,7 @@ class TextEncoder:
                 are not those of the model.
         """
         self.folder, self._cfg = Path(folder), cfg
-        _check_folder(self.folder)
+        _check_folder(self.folder, cfg)
         if text_dtype not in (None, *FLOAT_DTYPES):
             raise ValueError(f"text_dtype: expected a float dtype or None, got {text_dtype}")
         with _quietly():
@@ -155,7 +155,7 @@ def encode_once(
     return {text: encoder.encode(text) for text in progress(list(dict.fromkeys(texts)))}
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, cfg: TextConfig) -> None:
     if not folder.is_dir():
         raise ValueError(
             f"text_encoder: expected a folder of a diffusers pipeline, got {folder}, which is "
@@ -166,6 +166,13 @@ def _check_folder(folder: Path) -> None:
             f"text_encoder: expected a folder with a model_index.json, as diffusers' pipelines "
             f"have, got {folder}"
         )
+    parts = [""] if isinstance(cfg, PixArtConfig) else ["", "_2"]
+    if len(parts) == 2 and (folder / "text_encoder_3").is_dir():
+        parts.append("_3")
+    for part in parts:  # transformers makes an empty tokenizer where there is none
+        for name in (f"text_encoder{part}", f"tokenizer{part}"):
+            if not (folder / name).is_dir():
+                raise ValueError(f"text_encoder: expected a folder {name} in {folder}, got none")
 
 
 def _load(folder: Path, cfg: TextConfig, dtype: torch.dtype | None) -> Any:
