@@ -227,7 +227,7 @@ def _scheduler_shift(checkpoint: Path) -> float:
     if not path.is_file():
         return SD3_SHIFT
     shift = json.loads(path.read_text()).get("shift", 1.0)
-    if not isinstance(shift, int | float) or isinstance(shift, bool) or not shift > 0:
+    if not isinstance(shift, int | float) or isinstance(shift, bool) or not 0 < shift < math.inf:
         raise ValueError(f"{path}: expected a positive shift, got {shift!r}; pass --shift")
     return float(shift)
 
@@ -245,6 +245,9 @@ def _rows(text: TextOptions, o: SampleOptions, guided: bool) -> tuple[list[Row],
     for prompt, negative, own in given:
         if not prompt.strip():
             raise ValueError(f"--prompt: expected words, got {prompt!r}")
+        for one in (prompt, negative or text.negative_prompt or ""):
+            if any("\ud800" <= letter <= "\udfff" for letter in one):
+                raise ValueError(f"--prompt: expected Unicode, got half a character in {one!r:.60}")
         if own is not None and o.seeds is not None:
             raise ValueError(
                 f"--seeds: expected none, since {text.prompts} has seeds, got {o.seeds}"
@@ -270,7 +273,7 @@ def read_prompts(path: Path) -> list[Line]:
         ValueError: there is no such file, it is not UTF-8, or a line is not what it should be.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--prompts: expected a text file in UTF-8, got {path} ({error})"
@@ -286,7 +289,7 @@ def read_prompts(path: Path) -> list[Line]:
 def _from_json(where: str, line: str) -> Line:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: expected a JSON object ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{where}: expected a JSON object, got {line:.40}")
@@ -296,8 +299,8 @@ def _from_json(where: str, line: str) -> Line:
     prompt, negative, seed = (found.get(key) for key in _KEYS)
     if not isinstance(prompt, str) or not isinstance(negative, str | None):
         raise ValueError(f"{where}: expected texts as prompt and negative_prompt, got {line:.80}")
-    if seed is not None and (type(seed) is not int or seed < 0):
-        raise ValueError(f"{where}: expected an integer from 0 as seed, got {seed!r}")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise ValueError(f"{where}: expected an integer from 0 as seed, below 2^63, got {seed!r}")
     return prompt, negative, seed
 
 

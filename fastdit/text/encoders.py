@@ -170,13 +170,20 @@ def _check_folder(folder: Path, cfg: TextConfig) -> None:
     try:
         name = str(json.loads((folder / "model_index.json").read_text())["_class_name"])
     except (ValueError, LookupError, TypeError):
-        return  # which diffusers says in its own words
+        name = ""  # which diffusers says in its own words
     own, other = "PixArt", "StableDiffusion3"
     if not isinstance(cfg, PixArtConfig):
         own, other = other, own
     if name.startswith(other):
         expected = f"the folder of a {own} pipeline, whose text encoders the model takes"
         raise ValueError(f"text_encoder: expected {expected}, got {folder}, which is of a {name}")
+    parts = [""] if isinstance(cfg, PixArtConfig) else ["", "_2"]
+    if len(parts) == 2 and (folder / "text_encoder_3").is_dir():
+        parts.append("_3")
+    for part in parts:  # transformers makes an empty tokenizer where there is none
+        for name in (f"text_encoder{part}", f"tokenizer{part}"):
+            if not (folder / name).is_dir():
+                raise ValueError(f"text_encoder: expected a folder {name} in {folder}, got none")
 
 
 def _load(folder: Path, cfg: TextConfig, dtype: torch.dtype | None) -> Any:

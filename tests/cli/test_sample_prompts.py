@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import fastdit
+from fastdit.cli.prompts import read_prompts
 from fastdit.data.images import read_metadata
 from fastdit.functional import normal, unpatchify
 from fastdit.text.encoders import TextEncoder
@@ -185,6 +187,49 @@ def test_bad_options_of_prompts_are_named(
     done = run("sample", pipelines / "pixart", *arguments)
     assert done.exit_code == 1 and message in done.stderr, done.stderr
     assert "Traceback" not in done.output and not list(tmp_path.glob("s*.png"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[" * 100_000, "line 1: expected a JSON object"),
+        ('{"prompt": "a", "seed": 9223372036854775808}', "seed, below 2^63, got 922337203685477"),
+    ],
+)
+def test_a_hostile_line_is_named(line, message, tmp_path):
+    (tmp_path / "p.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_line_ends_where_a_file_of_json_says_so(tmp_path):
+    """U+2028 may stand within a text of JSON, and within a prompt."""
+    for name, text in (("p.jsonl", '{"prompt": "a\u2028b"}\r\n'), ("p.txt", "\ufeffa\u2028b\r\n")):
+        (tmp_path / name).write_bytes(text.encode())
+        assert read_prompts(tmp_path / name) == [("a\u2028b", None, None)]
+
+
+def test_half_a_character_is_no_prompt(run, pipelines, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "\\ud83e"}')
+    done = run("sample", pipelines / "pixart", "--prompts", tmp_path / "p.jsonl")
+    assert done.exit_code and "--prompt: expected Unicode, got half a character" in done.output
+
+
+@pytest.mark.parametrize(("kind", "part"), [("pixart", "tokenizer"), ("sd3", "tokenizer_3")])
+def test_a_folder_without_a_tokenizer_is_refused(kind, part, pipelines, tmp_path):
+    """transformers would make one that knows no words."""
+    folder = shutil.copytree(pipelines / kind, tmp_path / kind)
+    shutil.rmtree(folder / part)
+    with pytest.raises(ValueError, match=f"text_encoder: expected a folder {part} in .*, got none"):
+        TextEncoder(folder, fastdit.load(folder).cfg)
+
+
+def test_an_infinite_shift_is_refused(run, pipelines, tmp_path):
+    folder = shutil.copytree(pipelines / "sd3", tmp_path / "sd3")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shift": float("inf")}))
+    done = run("sample", folder, "--prompt", "a")
+    assert done.exit_code and "expected a positive shift, got inf" in done.output
 
 
 def test_a_model_of_labels_refuses_prompts(run, checkpoint):
