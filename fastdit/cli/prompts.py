@@ -179,7 +179,9 @@ def sample_prompts(
     images = finish(torch.cat(batches))
     settings = dict(solver=name, steps=steps, shift=getattr(solver, "shift", None))
     settings |= dict(guidance_scale=guidance.scale, size=list(images.shape[-2:]), dtype=o.dtype)
-    rest = dict(clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype)
+    rest: dict[str, Any] = dict(
+        clip=o.clip, solver_options=o.solver_options, text_dtype=text.text_dtype
+    )
     rest |= dict(guidance_interval=guidance.interval, guidance_channels=guidance.channels)
     settings |= {key: value for key, value in rest.items() if value is not None}
     write_images(o.out, images, columns, _metadata(rows, o, cfg, settings))
