@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdit.errors import unknown_name
 from fastdit.ops import checks, definitions, registration
 from fastdit.ops.dispatch import choose, fuses_gelu
 
@@ -57,10 +58,13 @@ def linear_gelu(
         [..., M].
 
     Raises:
-        ValueError: the named backend cannot run; the message says why.
+        ValueError: `approximate` is neither, or the named backend cannot run; the message says
+            which.
 
     Source: Hendrycks & Gimpel 2016, section 2.
     """
+    if approximate not in ("tanh", "none"):
+        raise unknown_name("approximate", str(approximate), ("tanh", "none"))
     if choose("linear", backend, x, weight, bias) == "cpp":
         return _linear_in_cpp(x, weight, bias, approximate)
     if bias is not None and approximate == "tanh" and fuses_gelu(x, weight, bias):
@@ -71,7 +75,7 @@ def linear_gelu(
 
 
 def _linear_in_cpp(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
     out = registration.call(definitions.linear, rows, weight, bias, gelu)
     return out.view(*x.shape[:-1], len(weight))
 

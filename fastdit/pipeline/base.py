@@ -92,6 +92,14 @@ class PipelineTransformer(nn.Module):
         return _blank, type(self).__bases__[:-1], self.__dict__
 
 
+def check_tensors(**given: Any) -> None:
+    """Raise a ValueError that names the first value which is not a tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            got = None if value is None else type(value).__name__
+            raise ValueError(f"{name}: expected a tensor, got {got}")
+
+
 def per_image(timestep: Tensor, latents: Tensor) -> Tensor:
     """Return a timestep for each of B images [B, ...], of B or of one of shape [1] or []."""
     one = timestep.numel() == 1 and timestep.dim() <= 1

@@ -6,7 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdit.pipeline.base import PipelineTransformer, TransformerOutput, is_traced, per_image
+from fastdit.pipeline.base import (
+    PipelineTransformer,
+    TransformerOutput,
+    check_tensors,
+    is_traced,
+    per_image,
+)
 from fastdit.pipeline.kept import KeptText, can_be_kept
 from fastdit.text import PixArt, Text
 from fastdit.text.prompts import kept_first
@@ -71,9 +77,11 @@ class PixArtTransformer(PipelineTransformer, cfg=PixArtConfig):
         for name, (value, why) in refused.items():
             if value is not None and not (isinstance(value, dict) and not value):
                 raise ValueError(f"{name}: expected None, since {why}; got {_described(value)}")
-        if encoder_hidden_states is None or timestep is None:
-            name = "timestep" if encoder_hidden_states is not None else "encoder_hidden_states"
-            raise ValueError(f"{name}: expected a tensor, got None")
+        needed = dict(encoder_hidden_states=encoder_hidden_states, timestep=timestep)
+        if encoder_attention_mask is not None:
+            needed["encoder_attention_mask"] = encoder_attention_mask
+        check_tensors(hidden_states=hidden_states, **needed)
+        assert encoder_hidden_states is not None and timestep is not None
         sizes: dict[str, Tensor | None] = {}
         if self.model.cfg.size_conditions:
             given = added_cond_kwargs or {}

@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdit.pipeline.base import PipelineTransformer, TransformerOutput, per_image
+from fastdit.pipeline.base import (
+    PipelineTransformer,
+    TransformerOutput,
+    check_tensors,
+    per_image,
+)
 from fastdit.text_config import MMDiTConfig
 
 
@@ -46,14 +51,12 @@ class SD3Transformer(PipelineTransformer, cfg=MMDiTConfig):
             ValueError: a shape or a value does not fit, or an argument asks for something that the
                 model does not have; the message names the argument.
         """
-        needed = dict(
+        check_tensors(
+            hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             timestep=timestep,
         )
-        for name, value in needed.items():
-            if value is None:
-                raise ValueError(f"{name}: expected a tensor, got None")
         if block_controlnet_hidden_states is not None:
             name, why = "block_controlnet_hidden_states", "fastdit's model takes no ControlNet"
             got = type(block_controlnet_hidden_states).__name__
@@ -70,7 +73,10 @@ class SD3Transformer(PipelineTransformer, cfg=MMDiTConfig):
 
     def _skipped(self, skip_layers: list[int]) -> list[int]:
         n_layers = self.model.cfg.n_layers
-        if not set(skip_layers) < set(range(n_layers)):
+        known = isinstance(skip_layers, list | tuple) and all(
+            i in range(n_layers) for i in skip_layers
+        )
+        if not known or len(set(skip_layers)) == n_layers:
             expected = f"numbers of blocks from 0 to {n_layers - 1}, not all of them"
             raise ValueError(f"skip_layers: expected {expected}; got {skip_layers}")
         return skip_layers

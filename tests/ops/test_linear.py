@@ -140,3 +140,8 @@ def test_only_an_mlp_of_fastdits_own_linears_leaves_pytorchs_bits():
         mlp = blocks.MLP(kind(256, 512), nn.GELU(approximate="tanh"), nn.Identity())
         mlp[0].weight.copy_(weight), mlp[0].bias.copy_(bias)
         assert torch.equal(mlp(x), call(x, weight, bias, "tanh", backend))
+
+
+def test_rows_without_features_are_the_bias():
+    x, weight, bias = torch.ones(5, 0), torch.ones(3, 0), torch.arange(3.0)
+    assert torch.equal(functional.linear(x, weight, bias, "cpp"), bias.expand(5, 3))

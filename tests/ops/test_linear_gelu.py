@@ -103,3 +103,9 @@ def test_gelu_is_fused_only_with_plain_weights(monkeypatch):
     with torch.no_grad():
         assert dispatch.fuses_gelu(*tensors)
         assert not dispatch.fuses_gelu(*tensors[:2], torch.ones(2).as_subclass(Quantised))
+
+
+def test_an_unknown_gelu_is_named():
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with pytest.raises(ValueError, match="approximate: expected one of tanh, none; got 'erf'"):
+        functional.linear_gelu(x, weight, None, "erf")
