@@ -93,9 +93,8 @@ _TEXT_FWD: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_90": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
     "sm_90 d128": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
-    "sm_100": [Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)],  # with 64 keys, masks and norms spill
-    "sm_100 d32": [Tile(128, 32, 8, 2, 255), Tile(64, 32, 4, 2)],
-    "sm_100 d128": [Tile(128, 32, 8, 2, 255), Tile(64, 32, 4, 2)],
+    # with 64 keys, masks and norms spill
+    "sm_100": [Tile(128, 32, 8, 2, 255), Tile(64, 32, 4, 2, 255)],
     "gfx942": [Tile(64, 64, 2, 1), Tile(128, 64, 4, 1)],
 }
 _TEXT_DQ: dict[str, _Sizes] = {
@@ -113,6 +112,7 @@ _TEXT_DKV: dict[str, _Sizes] = {
 }
 _TEXT_FLOAT32 = {
     "fwd": Tile(16, 16, 4, 1, 255),
+    "fwd sm_100": Tile(16, 16, 8, 1, 255),
     "dq": Tile(16, 16, 8, 1, 255),
     "dkv": Tile(16, 16, 4, 1, 255),
 }
@@ -189,7 +189,7 @@ def _text_sizes(
     launch: str, sizes: dict[str, _Sizes], d: int, dtype: torch.dtype, family: str
 ) -> _Sizes:
     if dtype == torch.float32:
-        tile = _TEXT_FLOAT32[launch]
+        tile = _TEXT_FLOAT32.get(f"{launch} {family}", _TEXT_FLOAT32[launch])
         return [tile._replace(registers=None) if family == "gfx942" else tile]
     return sizes.get(f"{family} d{sum(head_pieces(d))}", sizes[family])
 

@@ -135,7 +135,7 @@ def _check_beside(name: str, value: Tensor, other_name: str, other: Tensor) -> N
     if value.device != other.device:
         raise _other_device(name, other, value, of=other_name)
     kind = value.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # "meta" has none
     wide = torch.float64 in (value.dtype, other.dtype)  # which autocast leaves alone
     if value.dtype != other.dtype and (wide or not autocast):
         raise ValueError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {value.dtype}")
