@@ -91,6 +91,7 @@ _DKV: dict[str, _Sizes] = {
 # assembler from aiming at a rounder number and spilling a few registers for it.
 _TEXT_FWD: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
+    "sm_80 d128": [Tile(64, 32, 4, 2)],
     "sm_90": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
     "sm_90 d128": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     # with 64 keys, masks and norms spill
