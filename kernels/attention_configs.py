@@ -106,6 +106,7 @@ _TEXT_DQ: dict[str, _Sizes] = {
 }
 _TEXT_DKV: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2)],
+    "sm_80 d96": [Tile(64, 16, 4, 2)],
     "sm_90": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_100": [Tile(128, 32, 8, 2, 168)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
