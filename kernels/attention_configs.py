@@ -91,6 +91,7 @@ _DKV: dict[str, _Sizes] = {
 # assembler from aiming at a rounder number and spilling a few registers for it.
 _TEXT_FWD: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
+    "sm_80 d128": [Tile(64, 32, 4, 2)],
     "sm_90": [Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)],
     "sm_90 d128": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     # with 64 keys, masks and norms spill
@@ -105,6 +106,7 @@ _TEXT_DQ: dict[str, _Sizes] = {
 }
 _TEXT_DKV: dict[str, _Sizes] = {
     "sm_80": [Tile(64, 32, 4, 2)],
+    "sm_80 d96": [Tile(64, 16, 4, 2)],
     "sm_90": [Tile(64, 32, 4, 2), Tile(128, 32, 8, 2)],
     "sm_100": [Tile(128, 32, 8, 2, 168)],
     "gfx942": [Tile(64, 32, 2, 1), Tile(128, 32, 4, 1)],
