@@ -80,7 +80,7 @@ class Case:
         """
         judged, T = self.judged(batch), self.scheduler.T
         seeds = torch.tensor([[0, i] for i in range(judged)])
-        layout = TokenLayout(self.cfg)
+        layout = TokenLayout(self.cfg.sample_shape, self.cfg.patch_size)
         # On a GPU, the noise of two images is not worth building the C++ code.
         backend = None if self.device.type == "cpu" else "reference"
         z = functional.normal(seeds, torch.arange(T + 1), layout.shape.numel(), backend)

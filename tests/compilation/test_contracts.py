@@ -15,7 +15,8 @@ from fastdit.ops.trajectory import DiTWeights, kernel_shape
 from fastdit.update import COEFFICIENTS
 
 HEADER = build.SOURCES / "structs.h"
-LINEAR = dict(rows=1, in_features=2, out_features=3, x=None, weight=None, bias=None, y=None)
+SIZES = dict(rows=1, in_features=2, out_features=3, gelu=0)
+LINEAR = SIZES | dict(x=None, weight=None, bias=None, y=None)
 
 
 def test_the_columns_are_the_references():
@@ -84,7 +85,7 @@ class Linear(structs.Struct):
 def test_a_struct_of_another_size_is_refused(monkeypatch):
     library = build.library()
     monkeypatch.setitem(structs.STRUCTS, "Linear", Linear)
-    with pytest.raises(build.BuildError, match=r"old\.so has a Linear of 64 bytes.* 72; delete"):
+    with pytest.raises(build.BuildError, match=r"old\.so has a Linear of 72 bytes.* 80; delete"):
         build._check_sizes(library, Path("old.so"))
 
 

@@ -131,7 +131,7 @@ def loops(cfg, labels, device, execution, dtype=torch.float32, guidance=None):
     randomize(model)
     exact = reference.DiT.from_config(cfg)
     exact.load_state_dict(model.state_dict())
-    layout, steps = TokenLayout(cfg), torch.arange(STEPS + 1)
+    layout, steps = TokenLayout(cfg.sample_shape, cfg.patch_size), torch.arange(STEPS + 1)
     seeds = torch.tensor([[5, i] for i in range(len(labels))])
     z = noise.normal(seeds, steps, layout.shape.numel()).view(-1, *layout.shape)
     z = layout.to_images(z).unflatten(0, (STEPS + 1, len(labels))).to(device)
@@ -164,7 +164,7 @@ class InDtype(torch.nn.Module):
 @torch.no_grad()
 def trajectory(model, scheduler, z, seeds, y):
     """Take all steps by the Triton trajectory."""
-    cfg, layout = model.cfg, TokenLayout(model.cfg)
+    cfg, layout = model.cfg, TokenLayout(model.cfg.sample_shape, model.cfg.patch_size)
     table = fastdit.solvers.DDPM().table(scheduler, None)
     by_step = [model.modulation(torch.full_like(y, t), y) for t in table.timesteps]
     modulation = Modulation(torch.stack(by_step), None, torch.arange(len(y)).to(y.device))
