@@ -207,7 +207,7 @@ def test_a_model_with_a_config_of_its_own_is_not_taken_for_a_dit():
         ValueError, match="sample_shape: expected .C, H, W., since the model is not"
     ):
         Sampler(wrapper, make_scheduler())
-    with pytest.raises(ValueError, match="model: expected one of fastdit.DiT.*got Wrapper"):
+    with pytest.raises(ValueError, match="model: expected a fastdit.DiT.*got Wrapper"):
         fastdit.save(wrapper, "unused.safetensors")
 
 
