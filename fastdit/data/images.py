@@ -55,12 +55,12 @@ def write_latents(
 
 
 def _write_arrays(
-    path: str | os.PathLike[str], metadata: Mapping[str, Any] | None, **arrays: np.ndarray
+    path: str | os.PathLike[str], metadata: Mapping[str, Any] | None, **arrays: Any
 ) -> None:
     if metadata is not None:
         arrays[METADATA] = np.array(json.dumps(metadata, ensure_ascii=False))
     with atomic_path(path) as aside, open(aside, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any] | None:
