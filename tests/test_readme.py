@@ -28,6 +28,7 @@ TRAINING = RESULTS / "train_throughput.json"
 CROSSOVER, KERNELS = RESULTS / "crossover.json", RESULTS / "kernels.json"
 TOY, BIAS = RESULTS / "toy_recipes.json", RESULTS / "inductive_bias.json"
 FLOW_STEPS = ON_EPYC / "flow_steps.json"
+TEXT = [ON_EPYC / f"text_throughput{name}.json" for name in ("", "_sd3")]
 OPTIONS, TRAINED_OPTIONS = ON_EPYC / "block_options.json", ON_EPYC / "train_options.json"
 
 
@@ -48,6 +49,8 @@ def benchmark_modules(monkeypatch):
         "inductive_bias",
         "flow_steps",
         "block_options",
+        "text_throughput",
+        "_text_ways",
         "kernels",
         "_ops",
     ):
@@ -258,6 +261,23 @@ def test_newer_blocks_cost_little_and_their_tables_are_the_measured_ones(benchma
     assert trained[1]["way"] == "fastdit compiled" and trained[1]["to compiled"] >= 1
 
 
+def test_text_models_are_ahead_of_diffusers_and_their_tables_are_the_measured_ones(
+    benchmark_modules,
+):
+    from _harness import table
+    from text_throughput import COLUMNS
+
+    rows = [row for path in TEXT for row in read(path)["rows"]]
+    for preset in ("PixArt", "SD3"):
+        own = [row for row in rows if row["preset"] == preset]
+        assert table(COLUMNS, own, markdown=True) in RESULTS_PAGE
+    for batch in {row["batch"] for row in rows if row["preset"] == "PixArt"}:
+        by_way = {r["way"]: r for r in rows if (r["preset"], r["batch"]) == ("PixArt", batch)}
+        ours = by_way.pop("fastdit eager")
+        assert ours["ratio"] >= 1.3 and ours["to compiled"] >= 1.05
+        assert all(ours["peak MiB"] <= row["peak MiB"] for row in by_way.values())
+
+
 def test_the_table_of_the_toys_recipes_is_the_measured_one(benchmark_modules):
     from _harness import table
     from toy_recipes import COLUMNS
@@ -288,7 +308,7 @@ def test_the_table_beside_the_u_net_is_the_measured_one(benchmark_modules):
 
 @pytest.mark.parametrize(
     "path",
-    [*SAMPLING, LOW, STEADY, CROSSOVER, KERNELS, TRAINING, TOY, BIAS, FLOW_STEPS],
+    [*SAMPLING, LOW, STEADY, CROSSOVER, KERNELS, TRAINING, TOY, BIAS, FLOW_STEPS, *TEXT],
     ids=lambda path: path.stem,
 )
 def test_results_name_their_machine_and_come_from_a_commit(path):
