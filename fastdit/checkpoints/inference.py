@@ -21,6 +21,7 @@ from fastdit.checkpoints.projects import ROPE
 from fastdit.config import PRESETS, DiTConfig
 from fastdit.errors import height_and_width
 from fastdit.model import sincos_pos_embed
+from fastdit.text_config import TextConfig
 
 _PUBLISHED_CLASSES = 1000  # of ImageNet
 _MATRICES = ("t_embed.0.weight", "final_linear.weight")
@@ -188,6 +189,26 @@ def count_layers(names: Iterable[str]) -> int:
     """Return the number of different blocks among the names of tensors."""
     found = (re.match(r"(?:transformer_|joint_)?blocks\.(\d{1,6})\.", name) for name in names)
     return len({m[1] for m in found if m})
+
+
+def check_patches_and_layers(tensors: Mapping[str, Tensor], cfg: DiTConfig | TextConfig) -> Tensor:
+    """Check that diffusers' tensors have the patches and the blocks that their config says.
+
+    This is done before anything is allocated by the config, whose sizes cannot be trusted.
+
+    Returns:
+        The weight of the patches.
+
+    Raises:
+        ValueError: they differ.
+    """
+    patch, layers = tensors.get("pos_embed.proj.weight"), count_layers(tensors)
+    wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
+    if patch is None or list(patch.shape) != wanted or layers != cfg.n_layers:
+        says = f"{cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}"
+        got = f"{layers} blocks and {'none' if patch is None else list(patch.shape)}"
+        raise ValueError(f"config: says {says}, but the tensors have {got}")
+    return patch
 
 
 def _integer(value: Any) -> int | None:

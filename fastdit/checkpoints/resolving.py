@@ -23,6 +23,7 @@ from fastdit.checkpoints.text_inference import mmdit_config, pixart_config
 from fastdit.checkpoints.text_originals import TEXT_PROJECTS, from_original
 from fastdit.config import DiTConfig
 from fastdit.errors import warn
+from fastdit.text.layers import published_diffusion
 from fastdit.text_config import MMDiTConfig, PixArtConfig
 
 # The toy was published with 200 linear steps.
@@ -146,19 +147,19 @@ def _translate(
             diffusion, by_name = told_by
         elif layout in TEXT_PROJECTS:
             config, state = from_original(layout, tensors, told)
-            diffusion = text_models.published_diffusion(config)
+            diffusion = published_diffusion(config)
         elif layout == "diffusers" and text_models.class_of(found.config) is not None:
             config, state = text_models.from_diffusers(
                 tensors, found.config, told, found.pipeline, found.is_file
             )
-            diffusion = text_models.published_diffusion(config)
+            diffusion = published_diffusion(config)
         elif layout == "diffusers" and isinstance(found.config, Mapping):
             config, state = translation.from_diffusers(tensors, found.config)
             told.assumed.append("diffusion")
         elif layout == "fastdit":
             config, state = _own_config(found, tensors, told), dict(tensors)
             if not isinstance(config, DiTConfig):
-                diffusion = text_models.published_diffusion(config)
+                diffusion = published_diffusion(config)
             elif config.pos_embed == "learned":
                 diffusion = dict(_TOY_DIFFUSION)
             told.assumed.append("diffusion")

@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdit.checkpoints.diffusions import PUBLISHED_DIFFUSION
-from fastdit.checkpoints.inference import Told, count_layers
+from fastdit.checkpoints.inference import Told, check_patches_and_layers
 from fastdit.checkpoints.options import check_choices, check_out_channels, float_of, size_of
 from fastdit.checkpoints.pieces import TRIPLES, Piece, gathered, scattered
-from fastdit.flow import published_flow
 from fastdit.text_config import MMDiTConfig, PixArtConfig, TextConfig
 
 PIXART_CLASS, SD3_CLASS = CLASSES = ("PixArtTransformer2DModel", "SD3Transformer2DModel")
@@ -77,27 +75,8 @@ def from_diffusers(
     cfg = config_from_diffusers(config, PIPELINE_TOKENS.get(pipeline or ""))
     if isinstance(cfg, PixArtConfig) and pipeline not in PIPELINE_TOKENS and is_file:
         told.assumed.append("text_tokens")
-    # Checked before anything is allocated by the config, whose sizes cannot be trusted.
-    patch = tensors.get("pos_embed.proj.weight")
-    wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
-    if patch is None or list(patch.shape) != wanted or count_layers(tensors) != cfg.n_layers:
-        says = f"{cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}"
-        shape = "none" if patch is None else list(patch.shape)
-        got = f"{count_layers(tensors)} blocks and {shape}"
-        raise ValueError(f"config: says {says}, but the tensors have {got}")
+    check_patches_and_layers(tensors, cfg)
     return cfg, gathered(_pieces(cfg), tensors)
-
-
-def published_diffusion(cfg: TextConfig) -> dict[str, Any]:
-    """Return the options of the diffusion or the flow that a published model was trained on.
-
-    Source: Chen et al. 2023, section 3.1 and the schedulers' configs of the published pipelines;
-    Esser et al. 2024, equations 1 and 13.
-    """
-    flow = published_flow("SD3", cfg.sample_shape[1])
-    if isinstance(cfg, MMDiTConfig) and flow is not None:
-        return flow.options
-    return dict(PUBLISHED_DIFFUSION)
 
 
 def to_diffusers(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.checkpoints.inference import Told, count_layers, published_config
+from fastdit.checkpoints.inference import Told, check_patches_and_layers, published_config
 from fastdit.checkpoints.options import check_choices, check_out_channels, float_of, size_of
 from fastdit.checkpoints.projects import (
     DIT,
@@ -180,14 +180,7 @@ def from_diffusers(
         ValueError: the config is another model's or does not fit the tensors.
     """
     cfg = _config_from_diffusers(config)
-    # Checked before anything is allocated by the config, whose sizes cannot be trusted.
-    patch = tensors.get("pos_embed.proj.weight")
-    wanted = [cfg.hidden, cfg.in_channels, cfg.patch_size, cfg.patch_size]
-    if patch is None or list(patch.shape) != wanted or count_layers(tensors) != cfg.n_layers:
-        says = f"{cfg.n_layers} blocks and pos_embed.proj.weight of {wanted}"
-        shape = "none" if patch is None else list(patch.shape)
-        got = f"{count_layers(tensors)} blocks and {shape}"
-        raise ValueError(f"config: says {says}, but the tensors have {got}")
+    patch = check_patches_and_layers(tensors, cfg)
     state: dict[str, Tensor] = {}
     embedders: dict[str, dict[str, Tensor]] = {}  # the tensors of each name, by their block
     for name, t in tensors.items():

@@ -13,7 +13,6 @@ from fastdit.checkpoints import SAVED_LAYOUTS, CheckpointInfo, inspect, load, sa
 from fastdit.checkpoints.matching import ModelConfig, empty_model
 from fastdit.checkpoints.native import header_of
 from fastdit.checkpoints.runs import locate, newest_whole
-from fastdit.checkpoints.text_models import published_diffusion
 from fastdit.cli.checkpoints import (
     Diffusion,
     Heads,
@@ -31,6 +30,7 @@ from fastdit.data.shards import PLAN
 from fastdit.errors import first_few, unknown_name
 from fastdit.flow import published_flow
 from fastdit.sampling.executions import describe_automatic
+from fastdit.text.layers import published_diffusion
 from fastdit.text.work import Costs, costs
 from fastdit.text_config import TEXT_PRESETS
 from fastdit.train.changes import describe, recorded

@@ -13,7 +13,7 @@ from fastdit.blocks import MLP, Linear, by_token
 from fastdit.diffusion import DiffusionScheduler, timestep_embedding
 from fastdit.errors import unknown_name
 from fastdit.flow import published_flow
-from fastdit.text_config import TEXT_PRESETS, TextConfig
+from fastdit.text_config import TEXT_PRESETS, MMDiTConfig, TextConfig
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,6 +59,18 @@ def make_mlp(cfg: TextConfig, gelu: str = "tanh") -> MLP:
     return MLP(Linear(cfg.hidden, cfg.mlp_hidden), act, Linear(cfg.mlp_hidden, cfg.hidden))
 
 
+def published_diffusion(cfg: TextConfig) -> dict[str, Any]:
+    """Return the options of the diffusion or the flow that a published model was trained on.
+
+    Source: Chen et al. 2023, section 3.1 and the schedulers' configs of the published pipelines;
+    Esser et al. 2024, equations 1 and 13.
+    """
+    flow = published_flow("SD3", cfg.sample_shape[1])
+    if isinstance(cfg, MMDiTConfig) and flow is not None:
+        return flow.options
+    return dict(_PIXART_DIFFUSION)
+
+
 class TextModel(nn.Module, ABC):
     """A transformer whose conditioning is text.
 
@@ -95,8 +107,8 @@ class TextModel(nn.Module, ABC):
         known = {n: cfg for n, cfg in TEXT_PRESETS.items() if cls._takes(cfg)}
         if not isinstance(name, str) or name not in known:
             raise unknown_name("name", name, known)
-        model, flow = cls.from_config(known[name]), published_flow(name, 0)
-        model.diffusion = dict(_PIXART_DIFFUSION) if flow is None else flow.options
+        model = cls.from_config(known[name])
+        model.diffusion = published_diffusion(model.cfg)
         return model
 
     @staticmethod
